@@ -1,0 +1,55 @@
+"""Records as DataFrames: the columns of `fields.FRAME`, one row a parameter. Live and offline answers are made here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from gradlens import fields
+from gradlens.records import Finding, Snapshot
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def frame(snapshots: Sequence[Snapshot]) -> pd.DataFrame:
+    """Long form: one row a (snapshot, parameter), in the order given."""
+    import pandas as pd
+
+    lengths = [len(snapshot) for snapshot in snapshots]
+
+    def over(values: list[np.ndarray]) -> np.ndarray:
+        return np.concatenate(values) if values else np.empty(0)
+
+    def repeated(values: list[object]) -> np.ndarray:
+        return np.repeat(np.asarray(values, dtype=object), lengths) if values else np.empty(0, object)
+
+    columns = {
+        "step": np.repeat(np.asarray([s.step for s in snapshots], np.int64), lengths),
+        "backward": np.repeat(np.asarray([s.backward for s in snapshots], np.int64), lengths),
+        "stage": repeated([str(s.stage) for s in snapshots]),
+        "parameter": [name for s in snapshots for name in s.names],
+        "status": [str(word) for s in snapshots for word in s.status],
+        "scale": over([s.scale for s in snapshots]),
+        "shape": pd.Series([shape for s in snapshots for shape in s.parameters.shapes], dtype=object),
+        "dtype": [dtype for s in snapshots for dtype in s.parameters.dtypes],
+    }
+    for name in fields.VALUES:
+        columns[name] = over([s.column(name) for s in snapshots])
+    result = pd.DataFrame(columns, columns=list(fields.FRAME))
+    for name in ("stage", "parameter", "status", "dtype"):
+        result[name] = result[name].astype("str")
+    return result
+
+
+def to_frame(findings: Sequence[Finding]) -> pd.DataFrame:
+    """One row a finding."""
+    import pandas as pd
+
+    names = ["step", "severity", "rule", "parameter", "stage", "seen", "value", "causes", "remedy"]
+    rows = [[getattr(finding, name) for name in names] for finding in findings]
+    result = pd.DataFrame(rows, columns=names)
+    result["severity"] = result["severity"].astype(str)
+    return result

@@ -1,0 +1,216 @@
+"""What the stages hand on: frozen, on the host, numpy only.
+
+A `Snapshot` is one table at one moment: a row for each parameter, at one step, backward and stage. A `Finding` is what a
+rule says about it. A `Verdict` is a direction with evidence. The live half makes them, the offline half reads them, and
+no record reaches back to a tensor.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import numpy as np
+
+from gradlens import fields
+
+
+class Stage(enum.StrEnum):
+    """Which gradient was read; in the order in which they arise."""
+
+    BACKWARD = "backward"  #: this backward's own partials
+    ACCUMULATED = "accumulated"  #: this rank's `.grad` after this backward
+    REDUCED = "reduced"  #: `.grad` after averaging over ranks, everything accumulated included
+    USED = "used"  #: what the optimizer consumed: unscaled, clipped, averaged
+
+
+class Status(enum.StrEnum):
+    """Why a parameter has no or zero partials; the first that holds."""
+
+    FROZEN = "frozen"
+    UNCAPTURED = "uncaptured"  #: `.grad` changed though no hook fired
+    ABSENT = "absent"  #: the loss does not depend on it: its partials are 0
+    EXCLUDED = "excluded"  #: left out by `backward(inputs=...)`
+    UNDEFINED = "undefined"  #: in the graph, but its backward returned None
+    NONFINITE = "nonfinite"
+    ZERO = "zero"  #: in the graph, all partials 0
+    OK = "ok"
+
+
+class Direction(enum.StrEnum):
+    """Which way a weight should move to lower the loss."""
+
+    INCREASE = "increase"
+    DECREASE = "decrease"
+    HOLD = "hold"
+    UNDEFINED = "undefined"
+
+
+class Verdict(enum.StrEnum):
+    """A direction with evidence."""
+
+    INCREASE = "increase"
+    DECREASE = "decrease"
+    UNDECIDED = "undecided"
+
+
+class Severity(enum.StrEnum):
+    """How much a finding matters."""
+
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
+
+    @property
+    def rank(self) -> int:
+        """0, 1, 2: for sorting."""
+        return list(Severity).index(self)
+
+
+def directions(partials: np.ndarray) -> np.ndarray:
+    """The direction of each partial, as an array of words of the same shape."""
+    words = np.full(np.shape(partials), Direction.UNDEFINED.value, dtype=object)
+    words[np.less(partials, 0, where=np.isfinite(partials), out=np.zeros(np.shape(partials), bool))] = "increase"
+    words[np.greater(partials, 0, where=np.isfinite(partials), out=np.zeros(np.shape(partials), bool))] = "decrease"
+    words[np.equal(partials, 0)] = "hold"
+    return words
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """The parameters that a table has rows for. One object serves every snapshot until the model changes."""
+
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    dtypes: tuple[str, ...]  #: `float32`, without `torch.`
+
+    def __post_init__(self) -> None:
+        assert len(self.names) == len(self.shapes) == len(self.dtypes)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @cached_property
+    def position(self) -> dict[str, int]:
+        """The row of each name."""
+        return {name: i for i, name in enumerate(self.names)}
+
+    def take(self, rows: Sequence[int]) -> Parameters:
+        """Those of the given rows."""
+        return Parameters(
+            tuple(self.names[i] for i in rows), tuple(self.shapes[i] for i in rows), tuple(self.dtypes[i] for i in rows)
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Top:
+    """The most sensitive weights of each parameter, `[n, k]`, falling by `|partial|`; `index` is -1 where there are fewer."""
+
+    index: np.ndarray  #: int64, into the flattened parameter
+    partial: np.ndarray
+    value: np.ndarray  #: of the weight; NaN where it was not read
+
+    def take(self, rows: np.ndarray | Sequence[int]) -> Top:
+        """Those of the given rows."""
+        rows = np.asarray(rows, np.int64)
+        return Top(self.index[rows], self.partial[rows], self.value[rows])
+
+
+@dataclass(frozen=True, eq=False)
+class Snapshot:
+    """One table on the host. `columns` holds the stored scalars and the quantiles; `column()` derives the others."""
+
+    step: int
+    backward: int
+    stage: str
+    time: float  #: seconds since the epoch
+    parameters: Parameters
+    status: np.ndarray  #: [n] words of `Status`
+    scale: np.ndarray  #: [n] float64: 1.0 without a scaler, NaN if unknown
+    columns: Mapping[str, np.ndarray]
+    histogram: np.ndarray | None = None  #: [n, 2 * BUCKETS] counts
+    top: Top | None = None
+    scalars: Mapping[str, float] = field(default_factory=dict)  #: of the step, `loss` among them
+    rank: int = 0
+    ranks: int = 1  #: from how many ranks the rows were pooled
+
+    def __len__(self) -> int:
+        return len(self.parameters)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The parameters, in row order."""
+        return self.parameters.names
+
+    @property
+    def loss(self) -> float:
+        """The loss that was observed at this step, or NaN."""
+        return self.scalars.get("loss", math.nan)
+
+    def column(self, name: str) -> np.ndarray:
+        """A stored or derived column, `[n]`."""
+        if name == "status":
+            return self.status
+        if name == "scale":
+            return self.scale
+        if name in fields.QUANTILES and name not in self.columns:
+            return np.full(len(self), np.nan)
+        return fields.derive(name, self.columns)
+
+    def value(self, name: str, parameter: str) -> float:
+        """One number of one parameter."""
+        return self.column(name)[self.parameters.position[parameter]]  # type: ignore[no-any-return]
+
+    def without_histogram(self) -> Snapshot:
+        """The same without its largest part."""
+        return replace(self, histogram=None)
+
+    def take(self, rows: Sequence[int]) -> Snapshot:
+        """The given rows."""
+        at = np.asarray(rows, np.int64)
+        return replace(
+            self,
+            parameters=self.parameters.take(rows),
+            status=self.status[at],
+            scale=self.scale[at],
+            columns={name: values[at] for name, values in self.columns.items()},
+            histogram=None if self.histogram is None else self.histogram[at],
+            top=None if self.top is None else self.top.take(at),
+        )
+
+
+def total(snapshot: Snapshot, *, skip: Iterable[str] = (Status.ABSENT, Status.FROZEN)) -> dict[str, np.ndarray]:
+    """The stored scalars of the whole model as one row, `[1]` a column, over parameters whose status is not skipped."""
+    kept = ~np.isin(snapshot.status.astype(str), [str(word) for word in skip])
+    return fields.pool({field.name: snapshot.columns[field.name][kept] for field in fields.SCALARS})
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A rule's result, written to teach: what was seen with numbers, likely causes in order, the call to make."""
+
+    rule: str
+    step: int
+    severity: Severity
+    seen: str
+    parameter: str | None = None  #: None: the whole model
+    causes: tuple[str, ...] = ()
+    remedy: str = ""
+    stage: str | None = None
+    value: float | None = None
+
+    def __str__(self) -> str:
+        where = f" {self.parameter}" if self.parameter else ""
+        lines = [f"[{self.severity}] {self.rule}{where} at step {self.step}: {self.seen}"]
+        if self.causes:
+            lines.append(f"  likely: {'; '.join(self.causes)}")
+        if self.remedy:
+            lines.append(f"  do: {self.remedy}")
+        return "\n".join(lines)
+
+
+#: A record is what writers get: a snapshot, or a finding.
+Record = Snapshot | Finding

@@ -1,0 +1,77 @@
+"""Imports go one way, as this table says; the offline half starts without torch."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent / "gradlens"
+BOTTOM = {"errors", "fields", "records", "frames", "schedules", "selection"}
+LIVE = BOTTOM | {"kernels", "statistics", "capture", "analysis", "store", "writers", "native"}
+
+#: module -> the modules of gradlens it may import. A package may always import itself.
+ALLOWED = {
+    "errors": set(),
+    "fields": {"errors"},
+    "records": {"errors", "fields"},
+    "frames": {"errors", "fields", "records"},
+    "schedules": {"errors"},
+    "selection": {"errors"},
+    "analysis": BOTTOM,
+    "store": BOTTOM,
+    "writers": BOTTOM | {"analysis", "store"},
+    "kernels": {"errors", "fields"},
+    "statistics": {"errors", "fields", "records", "kernels"},
+    "capture": {"errors", "records", "selection"},
+    "probes": BOTTOM | {"statistics", "kernels"},
+    "pipeline": LIVE,
+    "lens": LIVE | {"pipeline"},
+    "integrations": {"errors", "lens"},
+    "testing": LIVE | {"pipeline", "lens"},
+    "dashboard": BOTTOM | {"analysis", "store", "writers"},
+    "cli": BOTTOM | {"analysis", "store", "writers"},
+    "__main__": {"cli"},
+}
+
+
+def imported(path):
+    """The gradlens modules that a file imports, wherever in the file."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative imports hide the tree"
+            names = [f"gradlens.{alias.name}" for alias in node.names] if node.module == "gradlens" else [node.module]
+        else:
+            continue
+        for name in names:
+            if name and name.startswith("gradlens."):
+                yield name.split(".")[1]
+
+
+def files():
+    return sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
+
+
+@pytest.mark.parametrize("path", files(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_go_one_way(path):
+    """A module imports only what the table allows."""
+    module = path.relative_to(ROOT).parts[0].removesuffix(".py")
+    assert module in ALLOWED, f"say in the table what {module} may import"
+    unexpected = set(imported(path)) - ALLOWED[module] - {module}
+    assert not unexpected, f"{module} may not import {sorted(unexpected)}"
+
+
+@pytest.mark.parametrize("module", ["fields", "records", "frames", "analysis", "store", "writers"])
+def test_the_offline_half_imports_no_torch(module):
+    """The offline half starts without torch, so that the command line and the tab start at once."""
+    code = (
+        f"import sys, importlib, pkgutil; package = importlib.import_module('gradlens.{module}')\n"
+        "for found in pkgutil.walk_packages(getattr(package, '__path__', []), package.__name__ + '.'):\n"
+        "    importlib.import_module(found.name)\n"
+        "assert 'torch' not in sys.modules, 'torch was imported'"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
