@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gradlens import fields
-from gradlens.records import Finding, Snapshot
+from gradlens.records import Finding, Snapshot, directions
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -42,6 +42,29 @@ def frame(snapshots: Sequence[Snapshot]) -> pd.DataFrame:
     for name in ("stage", "parameter", "status", "dtype"):
         result[name] = result[name].astype("str")
     return result
+
+
+def weights(name: str, shape: tuple[int, ...], index: np.ndarray, value: np.ndarray, partial: np.ndarray) -> pd.DataFrame:
+    """One row a weight of one parameter: `parameter, index, value, partial, direction, sensitivity, saliency`.
+
+    `index` is flat. A complex parameter has two weights an entry: `shape` then ends with an axis of 2, real and imaginary.
+    """
+    import pandas as pd
+
+    at = np.unravel_index(np.asarray(index, np.int64), shape) if shape else ()
+    tuples = list(zip(*(axis.tolist() for axis in at), strict=True)) if shape else [()] * len(index)
+    partial, value = np.asarray(partial, np.float64), np.asarray(value, np.float64)
+    return pd.DataFrame(
+        {
+            "parameter": pd.Series([name] * len(index), dtype="str"),
+            "index": pd.Series(tuples, dtype=object),
+            "value": value,
+            "partial": partial,
+            "direction": pd.Series(directions(partial), dtype="str"),
+            "sensitivity": np.abs(partial),
+            "saliency": np.abs(value * partial),
+        }
+    )
 
 
 def to_frame(findings: Sequence[Finding]) -> pd.DataFrame:

@@ -107,7 +107,7 @@ class Parameters:
 
 @dataclass(frozen=True, eq=False)
 class Top:
-    """The most sensitive weights of each parameter, `[n, k]`, falling by `|partial|`; `index` is -1 where there are fewer."""
+    """The most sensitive weights of each parameter, `[n, k]`, falling by `|partial|`; `index` is -1 past the end."""
 
     index: np.ndarray  #: int64, into the flattened parameter
     partial: np.ndarray
