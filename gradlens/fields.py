@@ -310,6 +310,18 @@ def unscale(columns: Columns, scale: np.ndarray) -> dict[str, np.ndarray]:
     }
 
 
+def shift(histogram: np.ndarray, exponent: int) -> np.ndarray:
+    """The histogram of `g / 2**exponent`, given that of `g`; end buckets keep what is pushed over the edge."""
+    at = np.clip(np.arange(BUCKETS) - exponent, 0, BUCKETS - 1)
+    result = np.zeros_like(histogram)
+    for sign in (slice(0, BUCKETS), slice(BUCKETS, 2 * BUCKETS)):
+        moved = np.zeros_like(histogram[:, sign])
+        for source, target in enumerate(at):
+            moved[:, target] += histogram[:, sign][:, source]
+        result[:, sign] = moved
+    return result
+
+
 _MERGE: dict[str, Callable[..., np.ndarray]] = {"sum": np.nansum, "min": np.fmin.reduce, "max": np.fmax.reduce}
 
 

@@ -1,0 +1,231 @@
+"""Names, and hooks put on and taken off parameters.
+
+A `Slot` is a place in the model where a parameter lives: a weak reference to the module that owns it and its name there. It
+never refers to the parameter itself, weakly or strongly: a strong reference from a hook would keep the model alive for ever,
+and a weak one breaks `Module.to()` where torch swaps tensors. So a parameter may be replaced, unfrozen or swapped, and the
+slot still finds it; `Attachment.arm()` then puts the hooks on what is there now.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
+
+from gradlens.errors import ArgumentError, ArgumentTypeError
+from gradlens.records import Parameters
+from gradlens.selection import Select, check, predicate
+
+Target = nn.Module | Mapping[str, nn.Module | Tensor]
+
+#: Wrappers' own children, whose names are no part of a parameter's name.
+_WRAPPED = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
+
+
+class Slot:
+    """Where one parameter lives, and the hooks that are on it."""
+
+    __slots__ = ("_leaf", "_owner", "_restore", "_tensor", "armed", "handles", "name")
+
+    def __init__(self, name: str, owner: nn.Module | None, leaf: str, tensor: Tensor) -> None:
+        self.name = name
+        self._leaf = leaf
+        self._owner = None if owner is None else weakref.ref(owner)
+        self._tensor = weakref.ref(tensor) if owner is None else None
+        self.handles: list[Any] = []
+        self.armed = 0  # the id of the tensor that has our hooks, 0 for none
+        self._restore: tuple[bool, bool] = (False, False)
+
+    def tensor(self) -> Tensor | None:
+        """The parameter that is there now; None when it was deleted."""
+        if self._owner is None:
+            return self._tensor() if self._tensor is not None else None
+        owner = self._owner()
+        return None if owner is None else owner._parameters.get(self._leaf)
+
+    def attach(self, tensor: Tensor, on_gradient: Callable | None, on_accumulated: Callable) -> None:
+        """Put both hooks on the tensor."""
+        self._restore = (tensor._backward_hooks is None, tensor._post_accumulate_grad_hooks is None)
+        self.handles = [tensor.register_post_accumulate_grad_hook(on_accumulated)]
+        if on_gradient is not None:
+            self.handles.append(tensor.register_hook(on_gradient))
+        self.armed = id(tensor)
+
+    def detach(self) -> None:
+        """Take them off and leave the hook dictionaries as they were."""
+        for handle in self.handles:
+            handle.remove()
+        tensor = self.tensor()
+        if tensor is not None and id(tensor) == self.armed:
+            if self._restore[0] and not tensor._backward_hooks and tensor.is_leaf:
+                tensor._backward_hooks = None
+            if self._restore[1] and not tensor._post_accumulate_grad_hooks:
+                tensor._post_accumulate_grad_hooks = None  # type: ignore[assignment]
+        self.handles, self.armed = [], 0
+
+    def shared(self, tensor: Tensor) -> bool:
+        """Whether somebody else also hooked it: then `.grad` may not be this pass's own gradient when the pass ends."""
+        return _foreign(tensor._post_accumulate_grad_hooks) or _foreign(tensor._backward_hooks)
+
+
+def _foreign(hooks: Any) -> bool:
+    return hooks is not None and len(hooks) > 1 and not all(hasattr(hook, "gradlens") for hook in hooks.values())
+
+
+def _strips(owner: nn.Module, child: str) -> bool:
+    return child in _WRAPPED or (child == "module" and isinstance(owner, DistributedDataParallel | DataParallel))
+
+
+def walk(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module, str, Tensor]]:
+    """`(name, owner, leaf, tensor)` of every parameter, wrappers' prefixes stripped, in the order of `named_parameters`."""
+    seen: set[int] = set()
+
+    def visit(owner: nn.Module, path: str) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
+        if id(owner) in seen:
+            return
+        seen.add(id(owner))
+        for leaf, tensor in owner._parameters.items():
+            if tensor is not None:
+                yield path + leaf, owner, leaf, tensor
+        for child, inner in owner._modules.items():
+            if inner is not None:
+                yield from visit(inner, path if _strips(owner, child) else f"{path}{child}.")
+
+    yield from visit(module, prefix)
+
+
+def parts(target: Target) -> dict[str, nn.Module | Tensor]:
+    """The modules and tensors of a target by prefix; a clear error for anything else."""
+    if isinstance(target, nn.Module):
+        return {"": target}
+    if isinstance(target, torch.optim.Optimizer):
+        raise ArgumentTypeError(
+            f"watch() got the optimizer {type(target).__name__} as its first argument; the model comes first: "
+            "watch(model, optimizer)"
+        )
+    if not isinstance(target, Mapping):
+        raise ArgumentTypeError(
+            "watch() takes a torch.nn.Module, or a mapping of names to modules and tensors such as {'G': g, 'D': d}, "
+            f"not {type(target).__name__}"
+        )
+    for name, part in target.items():
+        if not isinstance(name, str) or not isinstance(part, nn.Module | Tensor):
+            raise ArgumentTypeError(f"watch() takes names and modules or tensors, not {name!r}: {type(part).__name__}")
+        if isinstance(part, Tensor) and not part.is_leaf:
+            raise ArgumentError(f"tensor {name!r} is computed from others, so it gets no gradient of its own; watch a leaf")
+    return dict(target)
+
+
+def locate(part: nn.Module | Tensor, name: str) -> Iterator[tuple[str, nn.Module | None, str, Tensor]]:
+    """The places of the parameters of one part of the target."""
+    if isinstance(part, Tensor):
+        yield name, None, "", part
+    else:
+        yield from walk(part, f"{name}." if name else "")
+
+
+class Attachment:
+    """The slots of a target, in model order, and the hooks on them."""
+
+    def __init__(self, target: Target, select: Select = None) -> None:
+        given = parts(target)
+        self._parts = {name: weakref.ref(part) for name, part in given.items()}
+        self._chosen = predicate(select)
+        found = {name: tensor for key, part in given.items() for name, _, _, tensor in locate(part, key)}
+        if not any(tensor.requires_grad for tensor in found.values()):
+            raise ArgumentError(_untrainable(found))
+        check(select, found)
+        self.slots: list[Slot] = []
+        self.aliases: dict[str, str] = {}  # a tied parameter's other names -> the name it is reported by
+        self.parameters = Parameters((), (), ())
+        self.rescan()
+        self.refresh()
+        if not any((t := slot.tensor()) is not None and t.requires_grad for slot in self.slots):
+            raise ArgumentError(f"select={select!r} leaves only parameters that do not require a gradient; loosen it")
+
+    def target(self) -> dict[str, nn.Module | Tensor]:
+        """The parts of the target that are alive."""
+        return {name: part for name, ref in self._parts.items() if (part := ref()) is not None}
+
+    def refresh(self) -> Parameters:
+        """Names, shapes and dtypes as they are now; `parameters` is the same object until one changes."""
+        tensors = [slot.tensor() for slot in self.slots]
+        now = Parameters(
+            tuple(slot.name for slot in self.slots),
+            tuple(() if t is None else _shape(t) for t in tensors),
+            tuple("" if t is None else str(t.dtype).removeprefix("torch.") for t in tensors),
+        )
+        if self.parameters != now:
+            self.parameters = now
+        return self.parameters
+
+    def rescan(self) -> bool:
+        """Look for parameters that came, went or were renamed; True when any did. Slots that stay keep their hooks."""
+        old = {slot.name: slot for slot in self.slots}
+        fresh: list[Slot] = []
+        by_id: dict[int, str] = {}
+        self.aliases = {}
+        for key, part in self.target().items():
+            for name, owner, leaf, tensor in locate(part, key):
+                if id(tensor) in by_id:
+                    self.aliases[name] = by_id[id(tensor)]
+                elif self._chosen(name, tensor):
+                    by_id[id(tensor)] = name
+                    slot = old.get(name)
+                    same = slot is not None and slot._leaf == leaf and (owner is None or slot._owner == weakref.ref(owner))
+                    fresh.append(slot if slot is not None and same else Slot(name, owner, leaf, tensor))
+        changed = [id(slot) for slot in fresh] != [id(slot) for slot in self.slots]
+        if changed:
+            kept = {id(slot) for slot in fresh}
+            for slot in self.slots:
+                if id(slot) not in kept:
+                    slot.detach()
+            self.slots = fresh
+        return changed
+
+    def alive(self) -> bool:
+        """Whether any part of the target still exists."""
+        return any(ref() is not None for ref in self._parts.values())
+
+    def unarmed(self) -> list[int]:
+        """The slots whose parameter requires a gradient and lacks our hooks."""
+        return [
+            i
+            for i, slot in enumerate(self.slots)
+            if (t := slot.tensor()) is not None and slot.armed != id(t) and t.requires_grad and t.is_leaf
+        ]
+
+    def arm(self, make: Callable[[Slot], tuple[Callable | None, Callable]]) -> list[int]:
+        """Put hooks where they are missing; `make(slot)` gives the two. Returns the slots that were newly armed."""
+        missing = self.unarmed()
+        for i in missing:
+            slot = self.slots[i]
+            tensor = slot.tensor()
+            if tensor is not None and not isinstance(tensor, UninitializedTensorMixin):
+                slot.detach()
+                slot.attach(tensor, *make(slot))
+        return missing
+
+    def disarm(self) -> None:
+        """Take every hook off."""
+        for slot in self.slots:
+            slot.detach()
+
+
+def _shape(tensor: Tensor) -> tuple[int, ...]:
+    return () if isinstance(tensor, UninitializedTensorMixin) else tuple(tensor.shape)
+
+
+def _untrainable(found: Mapping[str, Tensor]) -> str:
+    if not found:
+        return "this model has no parameters at all, so there is no partial derivative to watch"
+    few = ", ".join(list(found)[:3])
+    return (
+        f"none of the {len(found)} parameters ({few}{', ...' if len(found) > 3 else ''}) requires a gradient, so backward() "
+        "computes no partials; call requires_grad_(True) on those you train, before watch()"
+    )

@@ -1,0 +1,439 @@
+"""The backward pass, from hook to reading.
+
+On each parameter there are two hooks. The *tensor hook* gets this backward's own gradient g before it is accumulated, and is
+the only one that says whether g is undefined. The *post hook* runs after accumulation and says that `.grad` was written. So:
+
+- `.grad is None` before: `.grad` becomes this backward's gradient, and is read at the end of the pass.
+- `.grad` exists: g is held until it is read, in batches of bounded size, since the sum hides it and a difference of two sums
+  is not exact.
+- Somebody else hooked the parameter too, or another rank's gradient is about to be mixed in: g is read inside the hook.
+
+The end of a pass is a callback that the engine runs, queued from a callback, since a plain one runs before DDP's own. A
+reentrant checkpoint runs a pass within the pass; they are one. `torch.autograd.grad` runs the tensor hooks too and leaves no
+record.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import _engine_run_backward
+from torch.utils.hooks import unserializable_hook
+
+from gradlens.capture.attachment import Attachment, Slot
+from gradlens.capture.clock import Clock
+from gradlens.capture.readings import Reading, Sink
+from gradlens.capture.scaling import Scaling
+from gradlens.records import Stage, Status
+
+#: Gradients held for reading at once: enough to hide the cost of a call, and little beside a model's gradients.
+HELD_BYTES = 32 << 20
+
+_ENGINE = _engine_run_backward.__code__
+_current_task = torch._C._current_graph_task_id
+
+
+def _queue_callback(callback: Callable[[], None]) -> None:
+    torch.autograd.Variable._execution_engine.queue_callback(callback)  # type: ignore[attr-defined]
+
+
+def running() -> bool:
+    """Whether this thread is inside a backward pass."""
+    return _current_task() != -1
+
+
+def _engine_call() -> tuple[int, bool, Sequence[Any], Any]:
+    """How many engine runs are on this thread's stack, whether the innermost accumulates, its `inputs`, the outermost's root.
+
+    On a device thread there are none: then it is an outermost run that accumulates, as far as can be seen.
+    """
+    depth, accumulates, inputs, roots = 0, True, (), (None,)
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is _ENGINE:
+            depth += 1
+            given = frame.f_locals
+            roots = given["t_outputs"]
+            if depth == 1:
+                accumulates = bool(given["kwargs"].get("accumulate_grad", False))
+                inputs = given["args"][3] if len(given["args"]) > 3 else ()
+        frame = frame.f_back  # type: ignore[assignment]
+    return depth, accumulates, inputs, roots[0]
+
+
+class Pass:
+    """One backward pass of one thread: an outermost engine run and those nested in it."""
+
+    def __init__(self, scale: float | Tensor, root: Any = None) -> None:
+        self._root = weakref.ref(root) if isinstance(root, Tensor) else None  # of the outermost run
+        self.tasks: dict[int, bool] = {}  # task id -> whether it accumulates
+        self.outer = -1  # the outermost task, -1 while only nested ones were seen
+        self.entered = False
+        self.nested = False
+        self.inputs: Sequence[Any] = ()
+        self.held: dict[Slot, Tensor] = {}  # seen by the tensor hook, not yet accumulated
+        self.fresh: dict[Slot, Tensor | None] = {}  # `.grad` is this pass's gradient
+        self.read: dict[Slot, Tensor] = {}  # accumulated onto an older `.grad`, to be read
+        self.undefined: set[Slot] = set()
+        self.silent: set[Slot] = set()  # already read inside a hook
+        self.bytes = 0
+        self.scale = scale
+
+    def has_root(self, root: Any) -> bool:
+        """Whether this is the run from that root; a root that cannot be told from others is taken to be the same."""
+        return self._root is None or self._root() is root
+
+    def within(self, task: int) -> bool:
+        """Whether what was seen so far was nested in this task. Task numbers rise, so the outer one's is the lowest."""
+        return self.outer == -1 and all(task < nested for nested in self.tasks)
+
+    @property
+    def fired(self) -> bool:
+        return bool(self.fresh or self.read or self.silent or self.undefined)
+
+    def reached(self, slot: Slot) -> bool:
+        """Whether the slot's parameter got a gradient in this pass."""
+        return slot in self.fresh or slot in self.read or slot in self.silent
+
+
+class Gradients:
+    """The hooks of one lens, and the passes they see."""
+
+    def __init__(
+        self,
+        attachment: Attachment,
+        clock: Clock,
+        scaling: Scaling,
+        sink: Sink,
+        stages: frozenset[str],
+        *,
+        local: bool,
+        before_pass: Callable[[], None],
+        after_pass: Callable[[], None],
+        fault: Callable[[str, Exception], None],
+    ) -> None:
+        self._attachment, self._clock, self._scaling, self._sink = attachment, clock, scaling, sink
+        self._stages = stages
+        self._local = local  # gradients are mixed with other ranks' before the pass ends: read them inside the hook
+        self._before_pass, self._after_pass, self._fault = before_pass, after_pass, fault
+        self._passes: dict[int, Pass] = {}  # by thread
+        self._lock = threading.RLock()
+        self._pid = os.getpid()
+        #: Of the open step, by slot: whether a hook fired, gradient undefined, excluded.
+        self.fired: set[Slot] = set()
+        self.undefined: set[Slot] = set()
+        self.excluded: set[Slot] = set()
+        self.fresh = True  # every pass of the step so far wrote fresh gradients
+        self._marks: dict[Slot, tuple[int, int]] = {}
+        self._ends: dict[Slot, tuple[int, int]] = {}
+        self.scale: float | Tensor = 1.0
+
+    # --- hooks ------------------------------------------------------------------------------------------------------
+
+    def hooks(self, slot: Slot) -> tuple[Callable[[Tensor | None], None], Callable[[Tensor], None]]:
+        """The two hooks of a slot. They hold the slot and this object weakly, never the parameter, and never raise."""
+        this = weakref.ref(self)
+
+        @unserializable_hook  # type: ignore[untyped-decorator]
+        def on_gradient(g: Tensor | None) -> None:
+            tool = this()
+            if tool is not None:
+                try:
+                    tool._on_gradient(slot, g)
+                except Exception as error:  # noqa: BLE001 - nothing of ours is raised in a training step
+                    tool._fault("gradient hook", error)
+
+        @unserializable_hook  # type: ignore[untyped-decorator]
+        def on_accumulated(parameter: Tensor) -> None:
+            tool = this()
+            if tool is not None:
+                try:
+                    tool._on_accumulated(slot, parameter)
+                except Exception as error:  # noqa: BLE001
+                    tool._fault("accumulation hook", error)
+
+        for hook in (on_gradient, on_accumulated):
+            hook.gradlens = True  # so that another lens on this parameter knows them
+            hook._torchdynamo_disable = True  # a compiled training step calls them, and does not trace them
+        return on_gradient, on_accumulated
+
+    def _on_gradient(self, slot: Slot, g: Tensor | None) -> None:
+        current = self._current()
+        if current is None:
+            return
+        if g is None:
+            current.undefined.add(slot)
+            return
+        current.undefined.discard(slot)
+        parameter = slot.tensor()
+        if parameter is None:
+            return
+        if slot.shared(parameter) or (self._local and Stage.BACKWARD in self._stages):
+            self._read_now(current, slot, parameter, g)
+        elif parameter.grad is not None and slot not in current.fresh:
+            current.held[slot] = g
+
+    def _on_accumulated(self, slot: Slot, parameter: Tensor) -> None:
+        current = self._current()
+        if current is None or slot in current.undefined or slot in current.silent:
+            return
+        held = current.held.pop(slot, None)
+        if held is None:
+            if slot not in current.read:
+                current.fresh[slot] = None
+            return
+        before = current.read.get(slot)
+        current.read[slot] = held if before is None else before + held  # a tied parameter, in two nested passes
+        current.bytes += held.numel() * held.element_size()
+        if current.bytes > HELD_BYTES and not current.nested:
+            self._read_held(current, complete=False)
+
+    # --- passes -----------------------------------------------------------------------------------------------------
+
+    def _current(self) -> Pass | None:
+        """The pass that this hook belongs to; None for `torch.autograd.grad`, or in a forked child."""
+        task, thread = _current_task(), threading.get_ident()
+        current = self._passes.get(thread)
+        if current is not None:
+            known = current.tasks.get(task)
+            if known is not None:
+                return current if known else None
+        return self._enter(task, thread, current)
+
+    def _enter(self, task: int, thread: int, current: Pass | None) -> Pass | None:
+        if os.getpid() != self._pid:
+            return None
+        depth, accumulates, inputs, root = _engine_call()
+        if current is not None and not (current.has_root(root) if depth > 1 else current.within(task)):
+            self._leave(thread, current)
+            current = None
+        if not accumulates:
+            if current is not None:
+                current.tasks[task] = False
+            return None
+        if current is None:
+            self._before_pass()
+            current = self._passes[thread] = Pass(self._scaling.scale(), root)
+        current.tasks[task] = True
+        if depth <= 1:
+            current.outer, current.inputs = task, inputs
+        else:
+            current.nested = True
+        self._queue_end(thread, current, task)
+        return current
+
+    def _queue_end(self, thread: int, current: Pass, task: int) -> None:
+        this = weakref.ref(self)
+
+        def last() -> None:
+            tool = this()
+            if tool is not None:
+                try:
+                    tool._task_ended(thread, task)
+                except Exception as error:  # noqa: BLE001
+                    tool._fault("end of backward", error)
+
+        def first() -> None:
+            _queue_callback(last)  # after everything queued so far, DDP's all-reduce among it
+
+        _queue_callback(first)
+
+    def _task_ended(self, thread: int, task: int) -> None:
+        current = self._passes.get(thread)
+        if current is None or task not in current.tasks:
+            return
+        if task == current.outer:
+            del self._passes[thread]
+            self._finish(current)
+        elif current.outer == -1:
+            self._remember(current)  # should the outer run have no hook of ours, this was its last sign
+
+    def _remember(self, current: Pass) -> None:
+        """Keep the fresh gradients alive: the outer pass may end without a callback, and the user may drop them."""
+        for slot in current.fresh:
+            parameter = slot.tensor()
+            current.fresh[slot] = None if parameter is None else parameter.grad
+        current.entered = True
+
+    def _leave(self, thread: int, current: Pass) -> None:
+        """Another outermost pass starts: the last one failed, or all of it was inside reentrant checkpoints."""
+        self._passes.pop(thread, None)
+        if current.entered and current.outer == -1:
+            self._finish(current)
+
+    def settle(self) -> None:
+        """Finish the passes whose end nobody called, as under compiled autograd; outside a backward only."""
+        if not running():
+            for thread, current in list(self._passes.items()):
+                if thread == threading.get_ident():
+                    self._passes.pop(thread, None)
+                    self._finish(current)
+
+    # --- readings ---------------------------------------------------------------------------------------------------
+
+    def _key(self, stage: Stage) -> tuple[int, int, str]:
+        return (self._clock.step, self._clock.backward, stage.value)
+
+    def _read_now(self, current: Pass, slot: Slot, parameter: Tensor, g: Tensor) -> None:
+        if parameter.grad is not None:
+            self.fresh = False
+        current.silent.add(slot)
+        if Stage.BACKWARD in self._stages:
+            self._emit(Stage.BACKWARD, [slot], [g], current.scale, complete=False)
+
+    def _read_held(self, current: Pass, *, complete: bool) -> None:
+        slots = list(current.read)
+        self.fresh = self.fresh and not slots
+        if Stage.BACKWARD in self._stages:
+            self._emit(Stage.BACKWARD, slots, [current.read[slot] for slot in slots], current.scale, complete=complete)
+        current.silent.update(slots)
+        current.read.clear()
+        current.bytes = 0
+
+    def _emit(
+        self,
+        stage: Stage,
+        slots: Sequence[Slot],
+        tensors: Sequence[Tensor],
+        scale: float | Tensor,
+        *,
+        complete: bool,
+        notes: Sequence[str | None] = (),
+    ) -> None:
+        rows = self.rows
+        pairs = [(rows[slot], g, w) for slot, g in zip(slots, tensors, strict=True) if (w := slot.tensor()) is not None]
+        self._sink.read(
+            Reading(
+                key=self._key(stage),
+                parameters=self._attachment.parameters,
+                rows=[row for row, _, _ in pairs],
+                tensors=[g for _, g, _ in pairs],
+                weights=[w for _, _, w in pairs],
+                divisor=scale,
+                scale=scale,
+                complete=complete,
+                notes=notes,
+            )
+        )
+
+    @property
+    def rows(self) -> dict[Slot, int]:
+        """The row of each slot."""
+        slots = self._attachment.slots
+        if getattr(self, "_rows_of", None) is not slots:
+            self._rows_of, self._rows = slots, {slot: i for i, slot in enumerate(slots)}
+        return self._rows
+
+    def _finish(self, current: Pass) -> None:
+        """The pass is over: read what lived to its end."""
+        if not current.fired:
+            return  # only tensor hooks: torch.autograd.grad
+        with self._lock:
+            self._note(current)
+            if Stage.BACKWARD in self._stages:
+                self._read_backward(current)
+            elif current.read:
+                self.fresh = False
+            for stage in (Stage.ACCUMULATED, Stage.REDUCED):
+                if stage in self._stages:
+                    self._read_accumulated(stage, current)
+            self.scale = current.scale
+            self._clock.end()
+            self._mark_end()
+            self._after_pass()
+
+    def _note(self, current: Pass) -> None:
+        self.fired.update(current.fresh, current.read, current.silent)
+        self.undefined.update(current.undefined)
+        self.undefined -= self.fired
+        if current.inputs:
+            inputs = {id(tensor) for tensor in current.inputs}
+            self.excluded.update(s for s in self._attachment.slots if s.armed and s.armed not in inputs)
+        self.excluded -= self.fired
+
+    def _read_backward(self, current: Pass) -> None:
+        slots: list[Slot] = []
+        tensors: list[Tensor] = []
+        for slot, remembered in current.fresh.items():
+            parameter = slot.tensor()
+            gradient = remembered if remembered is not None else None if parameter is None else parameter.grad
+            if gradient is not None:
+                slots.append(slot)
+                tensors.append(gradient)
+        for slot, g in current.read.items():
+            self.fresh = False
+            slots.append(slot)
+            tensors.append(g)
+        notes = self._notes(current)
+        for slot, note in zip(self._attachment.slots, notes, strict=True):
+            if note == Status.UNCAPTURED and (p := slot.tensor()) is not None and p.grad is not None:
+                slots.append(slot)
+                tensors.append(p.grad)
+        self._emit(Stage.BACKWARD, slots, tensors, current.scale, complete=True, notes=notes)
+
+    def _read_accumulated(self, stage: Stage, current: Pass) -> None:
+        slots = [
+            s for s in self._attachment.slots if (p := s.tensor()) is not None and p.grad is not None and p.requires_grad
+        ]
+        tensors = [slot.tensor().grad for slot in slots]  # type: ignore[union-attr]
+        notes = [
+            None if slot in self.fired else "stale" if slot in slots else note
+            for slot, note in zip(self._attachment.slots, self._notes(current), strict=True)
+        ]
+        self._emit(stage, slots, tensors, current.scale, complete=True, notes=notes)  # type: ignore[arg-type]
+
+    def _notes(self, current: Pass) -> list[str | None]:
+        """Why a row of this pass has no tensor."""
+        inputs = {id(tensor) for tensor in current.inputs}
+        return [None if current.reached(slot) else self._note_of(slot, current, inputs) for slot in self._attachment.slots]
+
+    def _note_of(self, slot: Slot, current: Pass, inputs: set[int]) -> str:
+        parameter = slot.tensor()
+        if parameter is None or not parameter.requires_grad:
+            return Status.FROZEN
+        if slot.armed != id(parameter) and self.changed(slot, parameter):
+            return Status.UNCAPTURED
+        if inputs and id(parameter) not in inputs:
+            return Status.EXCLUDED
+        return Status.UNDEFINED if slot in current.undefined else Status.ABSENT
+
+    # --- what changed -----------------------------------------------------------------------------------------------
+
+    def changed(self, slot: Slot, parameter: Tensor) -> bool:
+        """Whether `.grad` was written since the last step closed."""
+        return parameter.grad is not None and self._marks.get(slot) != (id(parameter.grad), parameter.grad._version)
+
+    def unchanged_since_end(self, slots: Sequence[Slot]) -> bool:
+        """Whether `.grad` of these is what it was when the step's last pass ended."""
+        return all(
+            (p := slot.tensor()) is not None
+            and self._ends.get(slot) == (None if p.grad is None else (id(p.grad), p.grad._version))
+            for slot in slots
+        )
+
+    def _now(self) -> dict[Slot, tuple[int, int]]:
+        return {
+            slot: (id(p.grad), p.grad._version)
+            for slot in self._attachment.slots
+            if (p := slot.tensor()) is not None and p.grad is not None
+        }
+
+    def _mark_end(self) -> None:
+        """Remember the gradients as this pass left them."""
+        self._ends = self._now()
+        slots = list(self._ends)
+        rows = self.rows
+        self._sink.ended([rows[slot] for slot in slots], [slot.tensor().grad for slot in slots])  # type: ignore[union-attr, misc]
+
+    def step_closed(self) -> None:
+        """Forget the step."""
+        self._marks = self._now()
+        self.fired, self.undefined, self.excluded = set(), set(), set()
+        self.fresh = True

@@ -1,0 +1,192 @@
+"""A watched model: attachment, clock, backward passes and optimizer steps of one lens, put together."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.module import (
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
+from torch.optim import Optimizer
+
+from gradlens.capture.attachment import Attachment, Slot
+from gradlens.capture.clock import Clock
+from gradlens.capture.gradients import Gradients, running
+from gradlens.capture.readings import Sink
+from gradlens.capture.scaling import Scaling
+from gradlens.capture.updates import Updates
+
+#: Steps between full scans of the module tree. What registers a parameter in the usual way is seen at once; this finds
+#: writes past torch's own registration, and costs about 2 us a parameter when it happens.
+SCAN_EVERY = 16
+
+
+class Capture:
+    """Hooks on a model and its optimizers, and what they see, for one lens."""
+
+    def __init__(
+        self,
+        attachment: Attachment,
+        optimizers: Sequence[Optimizer],
+        clock: Clock,
+        scaler: Any,
+        sink: Sink,
+        stages: frozenset[str],
+        *,
+        updates: bool,
+        local: bool,
+        fault: Callable[[str, Exception], None],
+    ) -> None:
+        self.attachment, self.clock, self._sink, self._fault = attachment, clock, sink, fault
+        self.scaling = Scaling(scaler)
+        self.gradients = Gradients(
+            attachment,
+            clock,
+            self.scaling,
+            sink,
+            stages,
+            local=local,
+            before_pass=self._before_pass,
+            after_pass=self._after_pass,
+            fault=fault,
+        )
+        self.updates = Updates(
+            optimizers,
+            attachment,
+            clock,
+            self.gradients,
+            sink,
+            used="used" in stages,
+            weights=updates and "used" in stages,
+            settle=self.settle,
+            close=self.close_step,
+            fault=fault,
+        )
+        self._handles: list[Any] = []
+        self._dirty = False
+        self._pid = os.getpid()
+
+    # --- life -------------------------------------------------------------------------------------------------------
+
+    def attach(self) -> None:
+        """Start watching."""
+        self.updates.attach()
+        self._listen()
+        self._follow_schedule()
+        self.gradients.step_closed()
+
+    def detach(self) -> None:
+        """Leave the model as it was."""
+        self.updates.detach()
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self.attachment.disarm()
+
+    def _listen(self) -> None:
+        """Parameters and modules that are registered anywhere mark the slots for a new scan."""
+
+        def changed(module: nn.Module, name: str, registered: Any) -> None:
+            self._dirty = True
+
+        self._handles = [
+            register_module_parameter_registration_hook(changed),
+            register_module_module_registration_hook(changed),
+        ]
+
+    def _follow_schedule(self) -> None:
+        """Hooks are on the parameters of an observed step, and on none otherwise.
+
+        Without an optimizer a backward is what counts steps, so the hooks stay.
+        """
+        if self.clock.observed or not self.updates.roles:
+            self.attachment.arm(self.gradients.hooks)
+        else:
+            self.attachment.disarm()
+
+    def _rescan(self) -> None:
+        if self._dirty or self.clock.step % SCAN_EVERY == 0:
+            self._dirty = False
+            self.attachment.rescan()
+
+    # --- steps ------------------------------------------------------------------------------------------------------
+
+    def _before_pass(self) -> None:
+        """An outermost backward starts, and has so far reached its first hook."""
+        self._close_skipped()
+        if not self.updates.roles and self.clock.open and not self.clock.explicit:
+            self.close_step()
+        if self._dirty:
+            self._rescan()
+        # What was unfrozen, added or replaced since the last step is reached later in this very pass.
+        self.attachment.arm(self.gradients.hooks)
+        self.attachment.refresh()
+        if not self.clock.open:
+            self.scaling.begin()
+        self.clock.begin()
+
+    def _after_pass(self) -> None:
+        if self.updates.roles:
+            self.updates.after_pass()
+        elif self.clock.observed:
+            self.updates.manual_pass_ended(read=not self.clock.explicit)
+
+    def settle(self) -> None:
+        """Finish what backward left open; outside a backward."""
+        self.gradients.settle()
+
+    def poll(self) -> None:
+        """Close the step that the scaler skipped: no hook says so."""
+        if not running() and self.clock.open:
+            self.settle()
+            self._close_skipped()
+
+    def _close_skipped(self) -> None:
+        if not self.clock.open:
+            return
+        skipped = [
+            role
+            for role in self.updates.roles
+            if not role.stepped and (optimizer := role.ref()) is not None and self.scaling.stepped(optimizer)
+        ]
+        for role in skipped:
+            role.stepped = True
+            if self.clock.observed:
+                self.updates.read_used(role, skipped=True)  # scaler.step() has unscaled what it then skipped
+        if any(role.clock for role in skipped):
+            self.close_step()
+
+    def close_step(self) -> None:
+        """The step ended: hand it over, look at the model again, and get ready for the next."""
+        step, scalars = self.clock.step, self.clock.scalars
+        try:
+            if not self.updates.roles and self.clock.observed and self.clock.backward:
+                self.updates.manual_step_ends()
+            self.clock.close()
+            self.updates.step_closed()
+            self._rescan()
+            self.attachment.refresh()
+            self.gradients.step_closed()
+            self._follow_schedule()
+        except Exception as error:  # noqa: BLE001 - nothing of ours is raised in a training step
+            self._fault("end of a step", error)
+        self._sink.step_closed(step, scalars)
+
+    def explicit_step(self) -> None:
+        """`lens.step()`."""
+        self.clock.explicit = True
+        self.settle()
+        self.close_step()
+
+    def scale_now(self, slot: Slot) -> float | Tensor:
+        """What this parameter's `.grad` still has to be divided by."""
+        if self.scaling.scaler is None or not self.clock.open:
+            return 1.0
+        for role in self.updates.roles:
+            if slot in self.updates.slots(role):
+                return 1.0 if role.stepped or self.scaling.unscaled(role.ref()) else self.gradients.scale
+        return self.gradients.scale

@@ -1,0 +1,302 @@
+"""The optimizer's step, from hook to reading.
+
+Global pre and post hooks, filtered by the optimizers of this lens. What the optimizer consumes is read before its step;
+where it computes gradients itself (a closure) or unscales them in its kernel (fused, with a scaler), after it. Weights are
+kept before and compared after. Without an optimizer the same is read at the boundaries of a step.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from gradlens.capture.attachment import Attachment, Slot
+from gradlens.capture.clock import Clock
+from gradlens.capture.gradients import Gradients, running
+from gradlens.capture.readings import Reading, Sink, Update
+from gradlens.records import Stage, Status
+
+_STEP_WRAPPER = Optimizer.profile_hook_step(lambda self: None).__code__
+
+
+def _active(optimizer: Optimizer) -> int:
+    """How many calls of this optimizer's step are on the stack: a subclass that calls `super().step()` makes two."""
+    count, frame = 0, sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is _STEP_WRAPPER and frame.f_locals.get("self") is optimizer:
+            count += 1
+        frame = frame.f_back  # type: ignore[assignment]
+    return count
+
+
+class Role:
+    """One optimizer of the lens, and where its step stands."""
+
+    def __init__(self, optimizer: Optimizer | None, clock: bool) -> None:
+        self.ref: Callable[[], Optimizer | None] = (lambda: None) if optimizer is None else weakref.ref(optimizer)
+        self.clock = clock
+        self.read = False  # this step's `used` gradients were read
+        self.versions: dict[Slot, int] = {}  # of the gradients that were read
+        self.unchanged = False  # `.grad` was what the last backward left
+        self.stepped = False  # in the open step of the clock
+        self.closes = False  # it stepped inside a backward: the step closes at its end
+
+
+class Updates:
+    """The optimizers of one lens."""
+
+    def __init__(
+        self,
+        optimizers: Sequence[Optimizer],
+        attachment: Attachment,
+        clock: Clock,
+        gradients: Gradients,
+        sink: Sink,
+        *,
+        used: bool,
+        weights: bool,
+        settle: Callable[[], None],
+        close: Callable[[], None],
+        fault: Callable[[str, Exception], None],
+    ) -> None:
+        self._attachment, self._clock, self._gradients, self._sink = attachment, clock, gradients, sink
+        self._used, self._weights = used, weights
+        self._settle, self._close, self._fault = settle, close, fault
+        self.roles = [Role(optimizer, clock=i == len(optimizers) - 1) for i, optimizer in enumerate(optimizers)]
+        self._manual = Role(None, clock=True)  # stands in where the user moves the weights by hand
+        self._handles: list[Any] = []
+
+    def attach(self) -> None:
+        """Listen to every optimizer's step; those that are not ours pass by."""
+        this = weakref.ref(self)
+
+        def pre(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+            tool = this()
+            if tool is not None:
+                tool._guarded("before the optimizer's step", tool._before, optimizer, args, kwargs)
+
+        def post(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+            tool = this()
+            if tool is not None:
+                tool._guarded("after the optimizer's step", tool._after, optimizer, args, kwargs)
+                tool._ended(optimizer)
+
+        pre._torchdynamo_disable = post._torchdynamo_disable = True  # type: ignore[attr-defined]
+        self._handles = [register_optimizer_step_pre_hook(pre), register_optimizer_step_post_hook(post)]
+
+    def detach(self) -> None:
+        """Stop listening."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _guarded(self, where: str, call: Callable, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+        try:
+            role = self._role(optimizer)
+            if role is not None and _active(optimizer) <= 1:
+                call(role, optimizer, _closure(args, kwargs))
+        except Exception as error:  # noqa: BLE001 - nothing of ours is raised in a training step
+            self._fault(where, error)
+
+    def _role(self, optimizer: Optimizer) -> Role | None:
+        for role in self.roles:
+            if role.ref() is optimizer:
+                return role
+        return None
+
+    # --- one step ---------------------------------------------------------------------------------------------------
+
+    def _before(self, role: Role, optimizer: Optimizer, closure: Any) -> None:
+        if closure is None and not running():
+            self._settle()
+        role.read = False
+        if not self._clock.observed:
+            return
+        slots = self.slots(role)
+        if self._weights:
+            self._sink.before(self._rows(slots), [slot.tensor() for slot in slots])  # type: ignore[misc]
+        if closure is None and getattr(optimizer, "grad_scale", None) is None:
+            self.read_used(role)
+
+    def _after(self, role: Role, optimizer: Optimizer, closure: Any) -> None:
+        if closure is not None and not running():
+            self._settle()
+        role.stepped = True
+        if self._clock.observed:
+            skipped = _skipped(optimizer)
+            if not role.read:
+                self.read_used(role, skipped=skipped)
+            if self._weights:
+                self._read_update(role, optimizer, skipped)
+        role.closes = role.clock
+
+    def _ended(self, optimizer: Optimizer) -> None:
+        """Outside the guard: closing a step is where `on_finding="raise"` raises."""
+        role = self._role(optimizer)
+        if role is not None and role.closes and not running():
+            role.closes = False
+            self._close()
+            self._sink.interrupt()
+
+    def after_pass(self) -> None:
+        """A backward pass ended; a step taken inside it closes now."""
+        if any(role.closes for role in self.roles):
+            for role in self.roles:
+                role.closes = False
+            self._close()
+
+    def manual_pass_ended(self, *, read: bool) -> None:
+        """Without an optimizer: whatever moves the weights does so from here on."""
+        slots = self.slots(self._manual)
+        if self._weights:
+            self._sink.before(self._rows(slots), [slot.tensor() for slot in slots])  # type: ignore[misc]
+        self._manual.read = False
+        if read:
+            self.read_used(self._manual)
+
+    def manual_step_ends(self) -> None:
+        """Without an optimizer: the step is over."""
+        if not self._manual.read:
+            self.read_used(self._manual)
+        if self._weights:
+            self._read_update(self._manual, None, skipped=False)
+        self._manual.read = False
+
+    def step_closed(self) -> None:
+        """Forget the step."""
+        for role in self.roles:
+            role.stepped = False
+
+    # --- readings ---------------------------------------------------------------------------------------------------
+
+    def slots(self, role: Role) -> list[Slot]:
+        """The slots whose parameters this optimizer moves; the clock also answers for those that no optimizer has."""
+        mine = _owned(role)
+        others: set[int] = set()
+        if role.clock:
+            for other in self.roles:
+                if other is not role:
+                    others |= _owned(other)
+        return [
+            slot
+            for slot in self._attachment.slots
+            if (t := slot.tensor()) is not None and (id(t) in mine or (role.clock and id(t) not in others))
+        ]
+
+    def _rows(self, slots: Sequence[Slot]) -> list[int]:
+        rows = self._gradients.rows
+        return [rows[slot] for slot in slots]
+
+    def key(self) -> tuple[int, int, str]:
+        """Of the `used` table: its backward is the step's last."""
+        return (self._clock.step, self._clock.last, Stage.USED.value)
+
+    def read_used(self, role: Role, *, skipped: bool | Tensor = False) -> None:
+        """Read the gradients that this optimizer consumes."""
+        role.read = True
+        slots = self.slots(role)
+        present = [slot for slot in slots if (p := slot.tensor()) is not None and p.requires_grad and p.grad is not None]
+        role.versions = {slot: slot.tensor().grad._version for slot in present}  # type: ignore[union-attr]
+        role.unchanged = self._gradients.unchanged_since_end(slots)
+        if not self._used:
+            return
+        notes = dict(zip(self._rows(slots), map(self._note, slots), strict=True))
+        gradients = self._gradients
+        self._sink.read(
+            Reading(
+                key=self.key(),
+                parameters=self._attachment.parameters,
+                rows=self._rows(present),
+                tensors=[slot.tensor().grad for slot in present],  # type: ignore[union-attr, misc]
+                weights=[slot.tensor() for slot in present],  # type: ignore[misc]
+                scale=gradients.scale,
+                notes=[notes.get(i, "elsewhere") for i in range(len(self._attachment.slots))],
+                unchanged=self._clock.backward == 1 and gradients.fresh and role.unchanged,
+                skipped=skipped,
+                gone=not present and bool(gradients.fired),
+            )
+        )
+
+    def _note(self, slot: Slot) -> str | None:
+        parameter, gradients = slot.tensor(), self._gradients
+        if parameter is None or not parameter.requires_grad:
+            return Status.FROZEN
+        if slot in gradients.fired:
+            return None
+        if slot in gradients.undefined:
+            return Status.UNDEFINED
+        if gradients.changed(slot, parameter):
+            return Status.UNCAPTURED
+        if slot in gradients.excluded:
+            return Status.EXCLUDED
+        return Status.ABSENT if parameter.grad is None else "stale"
+
+    def _read_update(self, role: Role, optimizer: Optimizer | None, skipped: bool | Tensor) -> None:
+        slots = self.slots(role)
+        if optimizer is None:
+            rates = {id(slot.tensor()): True for slot in slots}
+        else:
+            rates = _learning_rates(optimizer)
+            slots = [slot for slot in slots if id(slot.tensor()) in rates]
+        self._sink.update(
+            Update(
+                key=self.key(),
+                rows=self._rows(slots),
+                used=[self._intact(role, slot) for slot in slots],
+                weights=[slot.tensor() for slot in slots],  # type: ignore[misc]
+                moved=[rates[id(slot.tensor())] for slot in slots],
+                single=self._clock.backward == 1 and self._gradients.fresh,
+                unchanged=role.unchanged,
+                scale=self._gradients.scale,
+                skipped=skipped,
+            )
+        )
+
+    def _intact(self, role: Role, slot: Slot) -> Tensor | None:
+        """The gradient that was used, unless the optimizer wrote over it."""
+        parameter = slot.tensor()
+        gradient = None if parameter is None else parameter.grad
+        return gradient if gradient is not None and gradient._version == role.versions.get(slot) else None
+
+
+def _owned(role: Role) -> set[int]:
+    optimizer = role.ref()  # None stands for the user's own hands, which the clock's share covers
+    return set() if optimizer is None else {id(p) for group in optimizer.param_groups for p in group["params"]}
+
+
+def _closure(args: tuple, kwargs: dict) -> Any:
+    return kwargs.get("closure", args[1] if len(args) > 1 else None)
+
+
+def _skipped(optimizer: Optimizer) -> bool | Tensor:
+    """Whether a fused kernel found inf and did nothing: a number on the CPU, a device tensor elsewhere."""
+    found = getattr(optimizer, "found_inf", None)
+    if not isinstance(found, Tensor):
+        return False
+    return bool(found) if found.device.type == "cpu" else found.detach().clone()
+
+
+def _learning_rates(optimizer: Optimizer) -> dict[int, bool]:
+    """Whether each parameter's learning rate is above 0, by the parameter's id; one on a device is taken to be."""
+    result = {}
+    for group in optimizer.param_groups:
+        rate = group.get("lr", 1.0)
+        if isinstance(rate, Tensor):
+            rate = 1.0 if rate.device.type != "cpu" else float(rate)
+        for p in group["params"]:
+            result[id(p)] = rate > 0
+    return result
+
+
+def inner(optimizer: Any) -> Any:
+    """The torch optimizer inside a wrapper such as accelerate's, which fires the hooks."""
+    while not isinstance(optimizer, torch.optim.Optimizer) and hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer

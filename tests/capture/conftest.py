@@ -1,0 +1,119 @@
+"""A capture that hands its readings to a list."""
+
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+
+from gradlens.capture.attachment import Attachment
+from gradlens.capture.clock import Clock
+from gradlens.capture.live import Capture
+from gradlens.schedules import as_schedule
+
+
+def _copy(tensor):
+    return None if tensor is None else tensor.detach().clone()
+
+
+@dataclass
+class Seen:
+    """A reading, with its tensors copied: by name."""
+
+    key: tuple
+    partials: dict
+    notes: dict
+    complete: bool
+    unchanged: bool
+    skipped: object
+    divisor: object
+    scale: object
+
+
+@dataclass
+class RecordingSink:
+    readings: list = field(default_factory=list)
+    updates: list = field(default_factory=list)
+    closed: list = field(default_factory=list)
+    events: list = field(default_factory=list)
+    kept: dict = field(default_factory=dict)
+
+    def read(self, reading):
+        names = reading.parameters.names
+        partials = {names[i]: _copy(g) for i, g in zip(reading.rows, reading.tensors, strict=True)}
+        notes = dict(zip(names, reading.notes, strict=bool(reading.notes)))
+        rest = (reading.complete, reading.unchanged, reading.skipped, reading.divisor, reading.scale)
+        self.readings.append(Seen(reading.key, partials, notes, *rest))
+        self.events.append(reading.key)
+
+    def before(self, rows, weights):
+        self.kept.update({i: _copy(w) for i, w in zip(rows, weights, strict=True)})
+
+    def update(self, update):
+        moved = {i: _copy(w) - self.kept[i] for i, w in zip(update.rows, update.weights, strict=True)}
+        self.updates.append((update, moved))
+        self.events.append((*update.key[:2], "update"))
+
+    def ended(self, rows, gradients):
+        pass
+
+    def step_closed(self, step, scalars):
+        self.closed.append((step, dict(scalars)))
+        self.events.append((step, "closed"))
+
+    def interrupt(self):
+        pass
+
+    def merged(self, step, backward, stage):
+        """The partials of one table, over its readings."""
+        result = {}
+        for reading in self.readings:
+            if reading.key == (step, backward, stage):
+                result.update(reading.partials)
+        return result
+
+    def keys(self, stage):
+        seen = [r.key[:2] for r in self.readings if r.key[2] == stage and r.complete]
+        return list(dict.fromkeys(seen))
+
+    def notes(self, step, backward, stage):
+        return next(r.notes for r in reversed(self.readings) if r.key == (step, backward, stage) and r.complete)
+
+
+class Bench:
+    """A capture on a model, and what it saw."""
+
+    def __init__(
+        self, model, optimizers=(), *, stages=("backward", "used"), schedule=1, scaler=None, local=False, select=None
+    ):
+        self.faults = []
+        self.sink = RecordingSink()
+        fault = lambda where, error: self.faults.append((where, error))  # noqa: E731
+        if isinstance(optimizers, torch.optim.Optimizer):
+            optimizers = [optimizers]
+        self.capture = Capture(
+            Attachment(model, select),
+            list(optimizers),
+            Clock(as_schedule(schedule), fault=fault),
+            scaler,
+            self.sink,
+            frozenset(stages),
+            updates=True,
+            local=local,
+            fault=fault,
+        )
+        self.capture.attach()
+
+
+@pytest.fixture
+def watched():
+    """Makes benches, and checks at the end that nothing of ours failed."""
+    benches = []
+
+    def make(*args, **kwargs):
+        benches.append(Bench(*args, **kwargs))
+        return benches[-1]
+
+    yield make
+    for bench in benches:
+        bench.capture.detach()
+        assert bench.faults == []

@@ -1,0 +1,423 @@
+"""Steps: where they open and close, what the optimizer consumed, and what it did."""
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.amp import GradScaler
+
+
+def linear():
+    torch.manual_seed(0)
+    return nn.Linear(3, 2)
+
+
+def loss_of(model, k=1.0):
+    return (model(torch.ones(4, 3)) * k).pow(2).sum()
+
+
+def grads(model):
+    return {n: p.grad.clone() for n, p in model.named_parameters()}
+
+
+def same(seen, expected):
+    assert set(seen) == set(expected)
+    for name in expected:
+        assert torch.equal(seen[name], expected[name]), name
+
+
+def test_a_step_is_an_optimizer_step(watched):
+    """Each optimizer step closes one step, with one `used` table, whatever the number of backwards."""
+    model = linear()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    bench = watched(model, optimizer)
+    for backwards in (1, 3):
+        optimizer.zero_grad()
+        for _ in range(backwards):
+            loss_of(model).backward()
+        optimizer.step()
+    assert bench.sink.keys("backward") == [(0, 0), (1, 0), (1, 1), (1, 2)]
+    assert bench.sink.keys("used") == [(0, 0), (1, 2)]
+    assert [step for step, _ in bench.sink.closed] == [0, 1]
+
+
+def test_a_step_without_a_backward_still_has_its_row(watched):
+    """optimizer.step() with gradients that were left alone yields one `used` table, its rows `stale`."""
+    model = linear()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    bench = watched(model, optimizer)
+    loss_of(model).backward()
+    optimizer.step()
+    optimizer.step()
+    assert bench.sink.keys("used") == [(0, 0), (1, 0)]
+    assert set(bench.sink.notes(1, 0, "used").values()) == {"stale"}
+
+
+def test_used_is_what_the_optimizer_consumed(watched):
+    """After clipping, `used` has the clipped gradient and `backward` the one before."""
+    model = linear()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    bench = watched(model, optimizer)
+    loss_of(model).backward()
+    before = grads(model)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+    after = grads(model)
+    optimizer.step()
+    same(bench.sink.merged(0, 0, "backward"), before)
+    same(bench.sink.merged(0, 0, "used"), after)
+    assert not bench.sink.readings[-1].unchanged
+
+
+def test_untouched_gradients_are_known_to_be_unchanged(watched):
+    """With one backward and nothing in between, `used` is marked as the gradient that backward left."""
+    model = linear()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    bench = watched(model, optimizer)
+    loss_of(model).backward()
+    optimizer.step()
+    assert bench.sink.readings[-1].unchanged
+    optimizer.zero_grad(set_to_none=False)
+    loss_of(model).backward()
+    optimizer.step()
+    assert not bench.sink.readings[-1].unchanged  # it was accumulated onto zeros: not known to be this backward's
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.RMSprop])
+def test_updates_are_weights_after_minus_before(watched, optimizer):
+    """The update is the exact difference of the weights, for any optimizer."""
+    model = linear()
+    optimizer = optimizer(model.parameters(), 0.1)
+    bench = watched(model, optimizer)
+    before = [p.detach().clone() for p in model.parameters()]
+    loss_of(model).backward()
+    optimizer.step()
+    _, moved = bench.sink.updates[0]
+    for i, p in enumerate(model.parameters()):
+        assert torch.equal(moved[i], p.detach() - before[i])
+
+
+def test_lbfgs_is_one_step_with_several_backwards(watched):
+    """LBFGS calls its closure several times inside one step; `used` is read after it, and the update is the whole move."""
+    model = linear()
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=4)
+    bench = watched(model, optimizer)
+    before = [p.detach().clone() for p in model.parameters()]
+
+    def closure():
+        optimizer.zero_grad()
+        loss = loss_of(model)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    backwards = bench.sink.keys("backward")
+    assert len(backwards) > 1
+    assert bench.sink.keys("used") == [backwards[-1]]
+    assert [step for step, _ in bench.sink.closed] == [0]
+    same(bench.sink.merged(*backwards[-1], "used"), grads(model))
+    for i, p in enumerate(model.parameters()):
+        assert torch.equal(bench.sink.updates[0][1][i], p.detach() - before[i])
+
+
+def test_a_closure_that_is_called_once(watched):
+    """SGD with a closure: backward and used are of the same step."""
+    model = linear()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    bench = watched(model, optimizer)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = loss_of(model)
+        loss.backward()
+        return loss
+
+    for _ in range(2):
+        optimizer.step(closure)
+    assert bench.sink.keys("backward") == bench.sink.keys("used") == [(0, 0), (1, 0)]
+
+
+def test_a_subclass_that_calls_super_steps_once(watched):
+    """class My(SGD): step() calling super().step() fires hooks twice and is one step."""
+
+    class My(torch.optim.SGD):
+        def step(self, closure=None):
+            return super().step(closure)
+
+    model = linear()
+    optimizer = My(model.parameters(), 0.1)
+    bench = watched(model, optimizer)
+    for _ in range(2):
+        loss_of(model).backward()
+        optimizer.step()
+    assert bench.sink.keys("used") == [(0, 0), (1, 0)]
+
+
+def test_a_step_that_raises_does_not_confuse_the_next(watched):
+    """After an exception inside step() the next step is counted once, and as a step."""
+    model = linear()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    bench = watched(model, optimizer)
+
+    def closure():
+        raise ValueError("a user's bug")
+
+    with pytest.raises(ValueError, match="a user's bug"):
+        optimizer.step(closure)
+    loss_of(model).backward()
+    optimizer.step()
+    assert [step for step, _ in bench.sink.closed] == [0]
+
+
+def test_another_models_optimizer_is_ignored(watched):
+    """Global hooks pass by optimizers that are not ours."""
+    model, other = linear(), linear()
+    bench = watched(model, torch.optim.SGD(model.parameters(), 0.1))
+    stranger = torch.optim.SGD(other.parameters(), 0.1)
+    loss_of(other).backward()
+    stranger.step()
+    assert bench.sink.events == []
+
+
+def test_a_gan_over_two_optimizers(watched):
+    """The last listed optimizer is the clock; each gives `used` rows of its own parameters."""
+    g, d = nn.Linear(2, 3), nn.Linear(3, 1)
+    og, od = torch.optim.SGD(g.parameters(), 0.1), torch.optim.SGD(d.parameters(), 0.1)
+    bench = watched({"G": g, "D": d}, [od, og])
+    for _ in range(2):
+        od.zero_grad()
+        d(g(torch.ones(1, 2)).detach()).sum().backward()
+        od.step()
+        og.zero_grad()
+        d(g(torch.ones(1, 2))).sum().backward()
+        og.step()
+    assert [step for step, _ in bench.sink.closed] == [0, 1]
+    assert bench.sink.keys("used") == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert set(bench.sink.merged(0, 0, "used")) == {"D.weight", "D.bias"}
+    assert set(bench.sink.merged(0, 1, "used")) == {"G.weight", "G.bias"}
+    assert bench.sink.notes(0, 0, "backward")["G.weight"] == "absent"
+
+
+def test_without_an_optimizer_each_backward_is_a_step(watched):
+    """A manual update between backwards is measured: dw is what moved until the next backward."""
+    model = linear()
+    bench = watched(model)
+    for _ in range(3):
+        model.zero_grad()
+        loss_of(model).backward()
+        for p in model.parameters():
+            p.data.add_(p.grad, alpha=-0.1)
+    assert bench.sink.keys("backward") == [(0, 0), (1, 0), (2, 0)]
+    assert [step for step, _ in bench.sink.closed] == [0, 1]
+    gradient = bench.sink.merged(0, 0, "backward")["weight"]
+    assert torch.allclose(bench.sink.updates[0][1][0], -0.1 * gradient, atol=1e-6)
+
+
+def test_lens_step_is_the_boundary(watched):
+    """After the first explicit step, backwards accumulate until the next."""
+    model = linear()
+    bench = watched(model)
+    loss_of(model).backward()
+    bench.capture.explicit_step()
+    for _ in range(2):
+        loss_of(model).backward()
+    bench.capture.explicit_step()
+    assert bench.sink.keys("backward") == [(0, 0), (1, 0), (1, 1)]
+    assert [step for step, _ in bench.sink.closed] == [0, 1]
+    assert bench.sink.keys("used") == [(0, 0), (1, 1)]
+
+
+def test_unobserved_steps_have_no_hook_of_ours(watched):
+    """Every third step is looked at, and on the others no parameter carries a hook."""
+    model = linear()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    bench = watched(model, optimizer, schedule=3)
+    hooked = []
+    for _ in range(5):
+        hooked.append(bool(model.weight._backward_hooks) or bool(model.weight._post_accumulate_grad_hooks))
+        optimizer.zero_grad()
+        for _ in range(2):
+            loss_of(model).backward()
+        optimizer.step()
+    assert hooked == [True, False, False, True, False]
+    assert bench.sink.keys("used") == [(0, 1), (3, 1)]
+    assert bench.sink.keys("backward") == [(0, 0), (0, 1), (3, 0), (3, 1)]
+
+
+def test_the_schedule_is_asked_once_a_step(watched):
+    """A schedule that counts its calls is called once for each step, in order."""
+    asked = []
+
+    def schedule(step):
+        asked.append(step)
+        return step != 1
+
+    model = linear()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    watched(model, optimizer, schedule=schedule)
+    for _ in range(3):
+        for _ in range(2):
+            loss_of(model).backward()
+        optimizer.step()
+    assert asked == [0, 1, 2, 3]
+
+
+# --- the gradient scaler --------------------------------------------------------------------------------------------
+
+
+def scaled_step(model, optimizer, scaler, k=1.0, unscale=False):
+    optimizer.zero_grad()
+    scaler.scale(loss_of(model, k)).backward()
+    if unscale:
+        scaler.unscale_(optimizer)
+    scaler.step(optimizer)
+    scaler.update()
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("unscale", [False, True])
+def test_scaled_gradients_say_their_scale(watched, fused, unscale):
+    """Under a scaler `backward` carries the scale of its time, and `used` is unscaled, fused kernels included."""
+    model = linear()
+    optimizer = torch.optim.SGD(model.parameters(), 0.01, fused=fused)
+    scaler = GradScaler("cpu", init_scale=1024.0, growth_interval=1)
+    twin = linear()
+    loss_of(twin).backward()
+    true = grads(twin)
+    bench = watched(model, optimizer, scaler=scaler)
+    scaled_step(model, optimizer, scaler, unscale=unscale)
+    first = next(r for r in bench.sink.readings if r.key[2] == "backward")
+    assert (first.divisor, first.scale) == (1024.0, 1024.0)
+    same({n: g / 1024 for n, g in first.partials.items()}, true)
+    used = next(r for r in bench.sink.readings if r.key[2] == "used")
+    assert (used.divisor, used.scale) == (1.0, 1024.0)
+    same(used.partials, true)
+    scaled_step(model, optimizer, scaler)
+    assert next(r for r in bench.sink.readings if r.key == (1, 0, "backward")).scale == 2048.0
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_that_the_scaler_skipped_is_closed(watched, fused):
+    """An overflow: the step is a `used` record marked skipped, and the next step has the next number."""
+    model = linear()
+    optimizer = torch.optim.SGD(model.parameters(), 0.01, fused=fused)
+    scaler = GradScaler("cpu", init_scale=1024.0)
+    bench = watched(model, optimizer, scaler=scaler)
+    scaled_step(model, optimizer, scaler, k=1e25)
+    bench.capture.poll()
+    assert [step for step, _ in bench.sink.closed] == [0]
+    assert bool(bench.sink.readings[-1].skipped)
+    scaled_step(model, optimizer, scaler)
+    assert bench.sink.keys("used") == [(0, 0), (1, 0)]
+    assert not bench.sink.readings[-1].skipped
+
+
+def test_a_skipped_step_is_noticed_by_the_next_backward(watched):
+    """Without any question in between, the next backward opens step 1, after update() replaced the scaler's books."""
+    model = linear()
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    scaler = GradScaler("cpu", init_scale=1024.0)
+    bench = watched(model, optimizer, scaler=scaler)
+    scaled_step(model, optimizer, scaler, k=1e25)
+    scaled_step(model, optimizer, scaler)
+    assert bench.sink.keys("backward") == [(0, 0), (1, 0)]
+    assert bench.sink.keys("used") == [(0, 0), (1, 0)]
+
+
+def test_a_disabled_scaler_is_no_scaler(watched):
+    """GradScaler(enabled=False) leaves everything as without one."""
+    model = linear()
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    bench = watched(model, optimizer, scaler=GradScaler("cpu", enabled=False))
+    loss_of(model).backward()
+    optimizer.step()
+    assert {r.scale for r in bench.sink.readings} == {1.0}
+
+
+# --- models that change ---------------------------------------------------------------------------------------------
+
+
+def train(model, optimizer):
+    optimizer.zero_grad()
+    loss_of(model).backward()
+    optimizer.step()
+
+
+def test_unfreezing_is_noticed_in_the_very_backward(watched):
+    """A layer that is unfrozen between steps is read in its first backward, as far as it is reached after another's hook."""
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+    model[0].requires_grad_(False)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    bench = watched(model, optimizer)
+    train(model, optimizer)
+    assert bench.sink.notes(0, 0, "backward")["0.weight"] == "frozen"
+    model[0].requires_grad_(True)
+    train(model, optimizer)
+    assert set(bench.sink.merged(1, 0, "backward")) == {n for n, _ in model.named_parameters()}
+
+
+def test_freezing_is_noticed(watched):
+    """A layer that is frozen while watched is `frozen`, whatever lies in its `.grad`."""
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    bench = watched(model, optimizer)
+    loss_of(model).backward()
+    optimizer.step()
+    model[0].requires_grad_(False)
+    loss_of(model).backward()
+    optimizer.step()
+    assert bench.sink.notes(1, 0, "used")["0.weight"] == "frozen"
+    assert "0.weight" not in bench.sink.merged(1, 0, "used")
+
+
+def test_a_replaced_parameter_is_watched_again(watched):
+    """model.weight = new Parameter: the new one is read in its first backward."""
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    bench = watched(model, optimizer)
+    train(model, optimizer)
+    model[0].weight = nn.Parameter(torch.ones(3, 3))
+    train(model, optimizer)
+    same(bench.sink.merged(1, 0, "backward"), grads(model))
+
+
+def test_a_parameter_that_only_the_step_reveals_is_uncaptured(watched):
+    """Where no hook could fire, `.grad` that changed is read at the step and noted `uncaptured`."""
+    model = linear()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    bench = watched(model, optimizer)
+    model.weight.grad, model.bias.grad = torch.ones(2, 3), torch.ones(2)
+    optimizer.step()
+    assert set(bench.sink.notes(0, 0, "used").values()) == {"uncaptured"}
+    assert set(bench.sink.merged(0, 0, "used")) == {"weight", "bias"}
+
+
+def test_added_parameters_get_rows(watched):
+    """A module that is added later is watched from its first backward on."""
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    bench = watched(model, optimizer)
+    train(model, optimizer)
+    model.append(nn.Linear(2, 2))
+    optimizer.add_param_group({"params": list(model[2].parameters())})
+    train(model, optimizer)
+    train(model, optimizer)
+    assert "2.weight" in bench.sink.merged(2, 0, "backward")
+
+
+def test_names_lose_wrappers_but_keep_a_users_module_attribute(watched):
+    """compile's prefix is stripped; an attribute that a user called `module` is not."""
+
+    class Mine(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.module = nn.Linear(3, 2)
+
+        def forward(self, x):
+            return self.module(x)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        wrapped = nn.DataParallel(torch.compile(Mine(), backend="eager"))
+    bench = watched(wrapped, torch.optim.SGD(wrapped.parameters(), 0.1))
+    assert bench.capture.attachment.parameters.names == ("module.weight", "module.bias")
