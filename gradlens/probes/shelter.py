@@ -305,18 +305,25 @@ def _scalar(loss: object) -> Tensor:
 
 def _refuse_reentrant(loss: Tensor) -> None:
     """A reentrant checkpoint hides the weights within it from `autograd.grad`: they would seem to have no gradient."""
-    seen, queue = set(), [loss.grad_fn]
+    if "CheckpointFunctionBackward" in nodes(loss):
+        raise ProbeError(
+            "the model uses reentrant activation checkpointing, whose backward reaches only live parameters; use "
+            "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
+        )
+
+
+def nodes(*outputs: Tensor) -> set[str]:
+    """The names of the operations that a backward from these would run."""
+    names, seen = set(), set()
+    queue = [output.grad_fn for output in outputs]
     while queue:
         node = queue.pop()
         if node is None or node in seen:
             continue
-        if node.name() == "CheckpointFunctionBackward":
-            raise ProbeError(
-                "the model uses reentrant activation checkpointing, whose backward reaches only live parameters; use "
-                "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
-            )
         seen.add(node)
+        names.add(node.name())
         queue.extend(parent for parent, _ in node.next_functions)
+    return names
 
 
 # --- what must be as it was -------------------------------------------------------------------------------------------
