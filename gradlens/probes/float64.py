@@ -20,7 +20,11 @@ _WIDE = {
     **dict.fromkeys((torch.float32, torch.float16, torch.bfloat16), torch.float64),
     **dict.fromkeys((torch.complex64, torch.complex32), torch.complex128),
 }
-_CASTS = {getattr(Tensor, name) for name in ("float", "half", "bfloat16", "cfloat", "chalf") if hasattr(Tensor, name)}
+#: These name no dtype in their arguments that could be widened.
+_CASTS: dict[Callable, Callable] = {
+    **dict.fromkeys((Tensor.float, Tensor.half, Tensor.bfloat16), Tensor.double),
+    Tensor.chalf: lambda x: x.to(torch.complex128),
+}
 
 
 def is_narrow(x: object) -> bool:
@@ -54,8 +58,8 @@ class Float64(TorchFunctionMode):
     def __torch_function__(self, func: Callable, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", str(func))
-        if func in _CASTS:  # x.float() and its kin name no dtype that could be widened
-            return widen(args[0])
+        if func in _CASTS:
+            return _CASTS[func](args[0])
         if name == "__get__":  # x.dtype, x.shape, x.T: nothing is computed, so nothing need be copied
             return widen_dtype(func(*args, **kwargs))
         kept = args[:1] if _in_place(name) else ()  # an in-place operation must reach the tensor itself

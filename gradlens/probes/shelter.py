@@ -99,8 +99,15 @@ class Shelter:
         seed = torch.ones_like(output) if seed is None else seed
         keep = create_graph or retain_graph
         if self._mode is not None:
-            return float64.grad(output, self.weights, seed, create_graph, keep)
-        return list(torch.autograd.grad(output, self.weights, seed, keep, create_graph, allow_unused=True))
+            found = float64.grad(output, self.weights, seed, create_graph, keep)
+        else:
+            found = list(torch.autograd.grad(output, self.weights, seed, keep, create_graph, allow_unused=True))
+        return [g.to_dense() if g is not None and g.is_sparse else g for g in found]
+
+    def owners(self) -> list[nn.Module | None]:
+        """The module that owns each of `weights`; None for a plain tensor."""
+        plain = self._loss.plain
+        return [None if raw in plain else self._loss.get_submodule(raw.rpartition(".")[0]) for raw in self._chosen]
 
     def rewind(self) -> None:
         """Set the random states back to where they were on entering: the next evaluation draws the same numbers."""
