@@ -263,7 +263,7 @@ def quantiles(histogram: np.ndarray, columns: Columns) -> dict[str, np.ndarray]:
         bucket = np.minimum((cumulated <= rank[:, None]).sum(axis=1), counts.shape[1] - 1)
         inside = np.take_along_axis(counts, bucket[:, None], axis=1)[:, 0]
         before = np.take_along_axis(cumulated, bucket[:, None], axis=1)[:, 0] - inside
-        share = (rank - before + 0.5) / np.maximum(inside, 1)
+        share = (np.floor(rank) - before + 0.5) / np.maximum(inside, 1)
         value = low[bucket] + share * (high[bucket] - low[bucket])
         value = np.fmin(np.fmax(value, columns["min"]), columns["max"])
         result[name] = np.where(total > 0, value, np.nan)

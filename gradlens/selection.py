@@ -43,7 +43,7 @@ def check(select: Select, named: Mapping[str, Any]) -> None:
 
 
 def _patterns(select: str | Sequence[str]) -> list[str]:
-    patterns = [select] if isinstance(select, str) else list(select)
+    patterns = [select] if isinstance(select, str) else list(select) if isinstance(select, Sequence) else []
     if not patterns or not all(isinstance(p, str) for p in patterns):
         raise ArgumentTypeError(
             f"select is a glob pattern, a list of them, or a callable (name, tensor) -> bool, not {select!r}"

@@ -1,0 +1,39 @@
+"""When to look."""
+
+import pytest
+
+from gradlens.errors import ArgumentError, ArgumentTypeError
+from gradlens.schedules import as_schedule, every, log_spaced
+
+
+def test_every_n():
+    """Step 0 and each n-th."""
+    assert [s for s in range(10) if every(4)(s)] == [0, 4, 8]
+    assert as_schedule(4) == every(4)
+
+
+def test_log_spaced_thins_out_evenly_on_a_log_scale():
+    """As many steps from 100 to 1,000 as from 1,000 to 10,000, and all the first ones."""
+    due = [s for s in range(10_001) if log_spaced(10)(s)]
+    assert due[:4] == [0, 1, 2, 3]
+    assert sum(100 < s <= 1000 for s in due) == sum(1000 < s <= 10_000 for s in due) == 10
+    assert {10, 100, 1000, 10_000} <= set(due)
+
+
+@pytest.mark.parametrize("make", [lambda: every(0), lambda: log_spaced(0)])
+def test_numbers_that_make_no_schedule(make):
+    """Zero is refused, with the reason."""
+    with pytest.raises(ArgumentError, match="at least 1"):
+        make()
+
+
+@pytest.mark.parametrize("given", ["often", None, 1.5, True])
+def test_what_is_no_schedule(given):
+    """Anything but an int or a callable is refused."""
+    with pytest.raises(ArgumentTypeError, match="schedule"):
+        as_schedule(given)
+
+
+def test_a_callable_is_its_own_schedule():
+    """A function is taken as it is."""
+    assert as_schedule(bool) is bool
