@@ -1,6 +1,60 @@
 """Lists of tensors in, rows of numbers out: the one place where gradients are read.
 
-`summarize(gradients, weights, previous) -> [n, fields.WIDTH]` and `compare(used, before, after, loss) -> [n, len(UPDATES)]`,
-both float64, on the tensors' device, without a device sync. `reference` is the definition in plain torch; the other backends
-equal it and are faster. The backend is picked here, by device and by what a tensor is.
+`reference` is the definition in plain torch; the other backends equal it and are faster. The backend is picked here, by
+device and by what a tensor is. All tensors of a call live on one device; the rows are float64 there, and nothing waits for
+the device. Gradients may be of any floating or complex type, strided or sparse.
 """
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from gradlens.kernels import reference
+
+__all__ = ["summarize", "compare", "sample"]
+
+Holes = Sequence[Tensor | None]  #: one entry a tensor, None where there is none
+
+
+def summarize(
+    gradients: Sequence[Tensor], weights: Holes | None = None, previous: Holes | None = None, keep: Holes | None = None
+) -> Tensor:
+    """Every number of `fields` about each gradient: `[n, fields.WIDTH]`.
+
+    Columns: `fields.SUMMARY`, then `HISTOGRAM`, `TOP_PARTIAL`, `TOP_INDEX`, `TOP_VALUE`. Indices count real entries of the
+    flattened tensor. Top entries are finite, by falling |g| and then rising index, padded with index -1 and NaN.
+    Extremes over nothing are NaN.
+
+    Args:
+        weights: The parameters. Without one its `WEIGHTS` columns and `TOP_VALUE` are NaN.
+        previous: Gradients to compare with, of as many entries. Without one the counts of `FLIPS` are 0, its sums NaN.
+        keep: Tensors that are overwritten with the gradients afterwards; each may be the one given as previous.
+
+    Raises:
+        ArgumentError: Sequences or tensors whose sizes do not match.
+    """
+    return reference.summarize(gradients, weights, previous, keep)
+
+
+def compare(used: Holes, before: Sequence[Tensor], after: Sequence[Tensor], loss: Holes | None = None) -> Tensor:
+    """What an update did, `dw = after - before`: `[n, len(fields.UPDATES)]`.
+
+    Args:
+        used: The gradients that the optimizer consumed. Without one, counts of its columns are 0 and sums NaN.
+        before, after: The weights, of as many entries each.
+        loss: The gradients of the loss. Without one `update_loss_dot` and `update_loss_exact` are NaN; with one exact is 1.
+
+    Raises:
+        ArgumentError: Sequences or tensors whose sizes do not match.
+    """
+    return reference.compare(used, before, after, loss)
+
+
+def sample(tensors: Sequence[Tensor]) -> Tensor:
+    """The values at 16 fixed, evenly spread places of each tensor, first and last included, padded with 0: `[n, 16]`.
+
+    Two tensors of one size whose samples are bit-equal are taken to be unchanged.
+    """
+    return reference.sample(tensors)
