@@ -143,6 +143,8 @@ class Attachment:
         self.slots: list[Slot] = []
         self.aliases: dict[str, str] = {}  # a tied parameter's other names -> the name it is reported by
         self.parameters = Parameters((), (), ())
+        self._layout: list[tuple[tuple[int, ...], torch.dtype, torch.device] | None] = []
+        self._listed: list[Slot] | None = None
         self.rescan()
         self.refresh()
         if not any((t := slot.tensor()) is not None and t.requires_grad for slot in self.slots):
@@ -153,15 +155,16 @@ class Attachment:
         return {name: part for name, ref in self._parts.items() if (part := ref()) is not None}
 
     def refresh(self) -> Parameters:
-        """Names, shapes and dtypes as they are now; `parameters` is the same object until one changes."""
+        """Names, shapes and dtypes as they are now: the same object until one of them, or a device, changes."""
         tensors = [slot.tensor() for slot in self.slots]
-        now = Parameters(
-            tuple(slot.name for slot in self.slots),
-            tuple(() if t is None else _shape(t) for t in tensors),
-            tuple("" if t is None else str(t.dtype).removeprefix("torch.") for t in tensors),
-        )
-        if self.parameters != now:
-            self.parameters = now
+        layout = [None if t is None else (_shape(t), t.dtype, t.device) for t in tensors]
+        if layout != self._layout or self.slots is not self._listed:
+            self._layout, self._listed = layout, self.slots
+            self.parameters = Parameters(
+                tuple(slot.name for slot in self.slots),
+                tuple(() if at is None else tuple(at[0]) for at in layout),
+                tuple("" if at is None else str(at[1]).removeprefix("torch.") for at in layout),
+            )
         return self.parameters
 
     def rescan(self) -> bool:
@@ -218,7 +221,7 @@ class Attachment:
 
 
 def _shape(tensor: Tensor) -> tuple[int, ...]:
-    return () if isinstance(tensor, UninitializedTensorMixin) else tuple(tensor.shape)
+    return () if isinstance(tensor, UninitializedTensorMixin) else tensor.shape
 
 
 def _untrainable(found: Mapping[str, Tensor]) -> str:

@@ -15,6 +15,7 @@ record.
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 import threading
@@ -50,9 +51,10 @@ def running() -> bool:
 
 
 def _engine_call() -> tuple[int, bool, Sequence[Any], Any]:
-    """How many engine runs are on this thread's stack, whether the innermost accumulates, its `inputs`, the outermost's root.
+    """How many engine runs are on this thread's stack; whether the innermost accumulates, and its `inputs`; a root.
 
-    On a device thread there are none: then it is an outermost run that accumulates, as far as can be seen.
+    The root is the outermost run's first output, which tells one run from another. On a device thread no run is seen: then
+    it is an outermost one that accumulates.
     """
     depth, accumulates, inputs, roots = 0, True, (), (None,)
     frame = sys._getframe(1)
@@ -68,12 +70,18 @@ def _engine_call() -> tuple[int, bool, Sequence[Any], Any]:
     return depth, accumulates, inputs, roots[0]
 
 
+def _forget(gradients: weakref.ref[Gradients], task: int) -> None:
+    tool = gradients()
+    if tool is not None:
+        tool._by_task.pop(task, None)
+
+
 class Pass:
     """One backward pass of one thread: an outermost engine run and those nested in it."""
 
     def __init__(self, scale: float | Tensor, root: Any = None) -> None:
         self._root = weakref.ref(root) if isinstance(root, Tensor) else None  # of the outermost run
-        self.tasks: dict[int, bool] = {}  # task id -> whether it accumulates
+        self.tasks: list[int] = []
         self.outer = -1  # the outermost task, -1 while only nested ones were seen
         self.entered = False
         self.nested = False
@@ -124,6 +132,7 @@ class Gradients:
         self._local = local  # gradients are mixed with other ranks' before the pass ends: read them inside the hook
         self._before_pass, self._after_pass, self._fault = before_pass, after_pass, fault
         self._passes: dict[int, Pass] = {}  # by thread
+        self._by_task: dict[int, Pass | None] = {}  # None: an autograd.grad, which is none of ours
         self._lock = threading.RLock()
         self._pid = os.getpid()
         #: Of the open step, by slot: whether a hook fired, gradient undefined, excluded.
@@ -199,29 +208,29 @@ class Gradients:
 
     def _current(self) -> Pass | None:
         """The pass that this hook belongs to; None for `torch.autograd.grad`, or in a forked child."""
-        task, thread = _current_task(), threading.get_ident()
-        current = self._passes.get(thread)
-        if current is not None:
-            known = current.tasks.get(task)
-            if known is not None:
-                return current if known else None
-        return self._enter(task, thread, current)
+        task = _current_task()
+        try:
+            return self._by_task[task]  # task numbers are the process's own: no two threads share one
+        except KeyError:
+            return self._enter(task, threading.get_ident())
 
-    def _enter(self, task: int, thread: int, current: Pass | None) -> Pass | None:
+    def _enter(self, task: int, thread: int) -> Pass | None:
         if os.getpid() != self._pid:
             return None
         depth, accumulates, inputs, root = _engine_call()
+        current = self._passes.get(thread)
         if current is not None and not (current.has_root(root) if depth > 1 else current.within(task)):
             self._leave(thread, current)
             current = None
         if not accumulates:
-            if current is not None:
-                current.tasks[task] = False
+            self._by_task[task] = None
+            _queue_callback(functools.partial(_forget, weakref.ref(self), task))
             return None
         if current is None:
             self._before_pass()
             current = self._passes[thread] = Pass(self._scaling.scale(), root)
-        current.tasks[task] = True
+        current.tasks.append(task)
+        self._by_task[task] = current
         if depth <= 1:
             current.outer, current.inputs = task, inputs
         else:
@@ -250,7 +259,7 @@ class Gradients:
         if current is None or task not in current.tasks:
             return
         if task == current.outer:
-            del self._passes[thread]
+            self._drop(thread, current)
             self._finish(current)
         elif current.outer == -1:
             self._remember(current)  # should the outer run have no hook of ours, this was its last sign
@@ -264,16 +273,21 @@ class Gradients:
 
     def _leave(self, thread: int, current: Pass) -> None:
         """Another outermost pass starts: the last one failed, or all of it was inside reentrant checkpoints."""
-        self._passes.pop(thread, None)
+        self._drop(thread, current)
         if current.entered and current.outer == -1:
             self._finish(current)
+
+    def _drop(self, thread: int, current: Pass) -> None:
+        self._passes.pop(thread, None)
+        for task in current.tasks:
+            self._by_task.pop(task, None)
 
     def settle(self) -> None:
         """Finish the passes whose end nobody called, as under compiled autograd; outside a backward only."""
         if not running():
             for thread, current in list(self._passes.items()):
                 if thread == threading.get_ident():
-                    self._passes.pop(thread, None)
+                    self._drop(thread, current)
                     self._finish(current)
 
     # --- readings ---------------------------------------------------------------------------------------------------
@@ -372,7 +386,7 @@ class Gradients:
             slots.append(slot)
             tensors.append(g)
         notes = self._notes(current)
-        for slot, note in zip(self._attachment.slots, notes, strict=True):
+        for slot, note in zip(self._attachment.slots, notes, strict=False):
             if note == Status.UNCAPTURED and (p := slot.tensor()) is not None and p.grad is not None:
                 slots.append(slot)
                 tensors.append(p.grad)
@@ -383,16 +397,24 @@ class Gradients:
             s for s in self._attachment.slots if (p := s.tensor()) is not None and p.grad is not None and p.requires_grad
         ]
         tensors = [slot.tensor().grad for slot in slots]  # type: ignore[union-attr]
+        present = set(slots)
         notes = [
-            None if slot in self.fired else "stale" if slot in slots else note
-            for slot, note in zip(self._attachment.slots, self._notes(current), strict=True)
+            None if slot in self.fired else "stale" if slot in present else note
+            for slot, note in zip(self._attachment.slots, self._notes(current), strict=False)
         ]
         self._emit(stage, slots, tensors, current.scale, complete=True, notes=notes)  # type: ignore[arg-type]
 
     def _notes(self, current: Pass) -> list[str | None]:
-        """Why a row of this pass has no tensor."""
+        """Why a row of this pass has no tensor; empty where all have one."""
+        slots = self._attachment.slots
+        missing = [i for i, slot in enumerate(slots) if not current.reached(slot)]
+        if not missing:
+            return []
         inputs = {id(tensor) for tensor in current.inputs}
-        return [None if current.reached(slot) else self._note_of(slot, current, inputs) for slot in self._attachment.slots]
+        notes: list[str | None] = [None] * len(slots)
+        for i in missing:
+            notes[i] = self._note_of(slots[i], current, inputs)
+        return notes
 
     def _note_of(self, slot: Slot, current: Pass, inputs: set[int]) -> str:
         parameter = slot.tensor()

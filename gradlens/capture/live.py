@@ -111,7 +111,8 @@ class Capture:
     def _rescan(self) -> None:
         if self._dirty or self.clock.step % SCAN_EVERY == 0:
             self._dirty = False
-            self.attachment.rescan()
+            if self.attachment.rescan():
+                self.attachment.refresh()
 
     # --- steps ------------------------------------------------------------------------------------------------------
 
@@ -169,7 +170,6 @@ class Capture:
             self.clock.close()
             self.updates.step_closed()
             self._rescan()
-            self.attachment.refresh()
             self.gradients.step_closed()
             self._follow_schedule()
         except Exception as error:  # noqa: BLE001 - nothing of ours is raised in a training step

@@ -26,11 +26,12 @@ class Reading:
     scale: float | Tensor = 1.0  #: the loss scale at backward time
     complete: bool = True
     #: By row, why it has no tensor or what is special about it: a word of `Status`, "stale" (left from an earlier step),
-    #: or "elsewhere" (another reading has it).
+    #: or "elsewhere" (another reading has it). Empty where every row has a tensor and nothing is special.
     notes: Sequence[str | None] = ()
     #: By identity and version these are the gradients that the step's one and only backward left.
     unchanged: bool = False
     skipped: bool | Tensor = False  #: the scaler found inf and the optimizer did nothing
+    late: bool = False  #: read after the optimizer's step: `weights` have moved
     gone: bool = False  #: `.grad` was cleared before it could be read: the last backward's rows stand in for it
 
 
@@ -55,7 +56,7 @@ class Sink(Protocol):
     def read(self, reading: Reading) -> None:
         """Take the gradients; they are not valid after the call."""
 
-    def before(self, rows: Sequence[int], weights: Sequence[Tensor]) -> None:
+    def before(self, parameters: Parameters, rows: Sequence[int], weights: Sequence[Tensor]) -> None:
         """Keep the weights: the optimizer is about to move them."""
 
     def update(self, update: Update) -> None:

@@ -121,7 +121,7 @@ class Updates:
             return
         slots = self.slots(role)
         if self._weights:
-            self._sink.before(self._rows(slots), [slot.tensor() for slot in slots])  # type: ignore[misc]
+            self._sink.before(self._attachment.parameters, self._rows(slots), [slot.tensor() for slot in slots])  # type: ignore[misc]
         if closure is None and getattr(optimizer, "grad_scale", None) is None:
             self.read_used(role)
 
@@ -132,7 +132,7 @@ class Updates:
         if self._clock.observed:
             skipped = _skipped(optimizer)
             if not role.read:
-                self.read_used(role, skipped=skipped)
+                self.read_used(role, skipped=skipped, late=True)
             if self._weights:
                 self._read_update(role, optimizer, skipped)
         role.closes = role.clock
@@ -156,7 +156,7 @@ class Updates:
         """Without an optimizer: whatever moves the weights does so from here on."""
         slots = self.slots(self._manual)
         if self._weights:
-            self._sink.before(self._rows(slots), [slot.tensor() for slot in slots])  # type: ignore[misc]
+            self._sink.before(self._attachment.parameters, self._rows(slots), [slot.tensor() for slot in slots])  # type: ignore[misc]
         self._manual.read = False
         if read:
             self.read_used(self._manual)
@@ -198,7 +198,7 @@ class Updates:
         """Of the `used` table: its backward is the step's last."""
         return (self._clock.step, self._clock.last, Stage.USED.value)
 
-    def read_used(self, role: Role, *, skipped: bool | Tensor = False) -> None:
+    def read_used(self, role: Role, *, skipped: bool | Tensor = False, late: bool = False) -> None:
         """Read the gradients that this optimizer consumes."""
         role.read = True
         slots = self.slots(role)
@@ -220,6 +220,7 @@ class Updates:
                 notes=[notes.get(i, "elsewhere") for i in range(len(self._attachment.slots))],
                 unchanged=self._clock.backward == 1 and gradients.fresh and role.unchanged,
                 skipped=skipped,
+                late=late,
                 gone=not present and bool(gradients.fired),
             )
         )

@@ -40,12 +40,12 @@ class RecordingSink:
     def read(self, reading):
         names = reading.parameters.names
         partials = {names[i]: _copy(g) for i, g in zip(reading.rows, reading.tensors, strict=True)}
-        notes = dict(zip(names, reading.notes, strict=bool(reading.notes)))
+        notes = dict(zip(names, reading.notes or [None] * len(names), strict=True))
         rest = (reading.complete, reading.unchanged, reading.skipped, reading.divisor, reading.scale)
         self.readings.append(Seen(reading.key, partials, notes, *rest))
         self.events.append(reading.key)
 
-    def before(self, rows, weights):
+    def before(self, parameters, rows, weights):
         self.kept.update({i: _copy(w) for i, w in zip(rows, weights, strict=True)})
 
     def update(self, update):

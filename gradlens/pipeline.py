@@ -1,0 +1,450 @@
+"""The stages threaded together, on two threads; the one module that knows them all.
+
+    training thread:    capture -> kernels -> Table -> Transfer -> queue
+    background thread:  queue -> Snapshot -> history -> rules -> writers
+
+One direction: nothing here calls back into the training loop, but a finding that the user asked to be raised.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+from gradlens import kernels
+from gradlens.analysis.diagnosis import Diagnosis
+from gradlens.analysis.history import History
+from gradlens.capture.readings import Key, Reading, Update
+from gradlens.errors import FindingError, GradlensWarning
+from gradlens.records import Finding, Parameters, Severity, Stage
+from gradlens.statistics.buffers import Buffer, keepable, summarize
+from gradlens.statistics.memory import Plan
+from gradlens.statistics.table import Piece, Table, UpdatePiece
+from gradlens.statistics.transfer import Transfer
+from gradlens.writers.background import Background
+from gradlens.writers.base import Writer
+from gradlens.writers.fanout import Fanout
+
+#: Faults of ours after which the part at fault is left out. One may be chance; three in a row are a bug that would repeat.
+FAULTS = 3
+
+
+@contextlib.contextmanager
+def shielded() -> Iterator[None]:
+    """No graph, no autocast, no user's modes: what is computed here is ours alone."""
+    with torch.no_grad(), _disable_current_modes(), torch.autocast("cpu", enabled=False):
+        if torch.cuda.is_initialized():
+            with torch.autocast("cuda", enabled=False):
+                yield
+        else:
+            yield
+
+
+class Faults:
+    """What went wrong on our side: counted, named once, and after some times switched off."""
+
+    def __init__(self) -> None:
+        self.counts: dict[str, int] = {}
+        self.findings: list[Finding] = []
+        self.step: Callable[[], int] = lambda: 0
+
+    def __call__(self, where: str, error: Exception) -> None:
+        count = self.counts[where] = self.counts.get(where, 0) + 1
+        if count == 1:
+            text = f"{where}: {type(error).__name__}: {error}"
+            self.findings.append(
+                Finding(
+                    rule="gradlens-fault",
+                    step=self.step(),
+                    severity=Severity.WARNING,
+                    seen=f"gradlens failed in {text}; training is not affected",
+                    remedy="please report this with the traceback of gradlens' warning",
+                )
+            )
+            with contextlib.suppress(Exception):  # warnings may be turned into errors; not in a training step
+                warnings.warn(GradlensWarning(f"gradlens failed in {text}; training goes on"), stacklevel=2)
+
+    def off(self, where: str) -> bool:
+        """Whether this part has failed too often to be tried again."""
+        return self.counts.get(where, 0) >= FAULTS
+
+
+@dataclass(eq=False)
+class Parcel:
+    """Tables on their way to the background thread."""
+
+    step: int
+    tables: list[Table]
+    transfer: Transfer
+    scalars: dict[str, Any]
+    on_device: Sequence[str] = ()  # the scalars that come last in the transfer
+    findings: Sequence[Finding] = ()
+
+    def numbers(self) -> tuple[list[np.ndarray], dict[str, float]]:
+        """The tables' numbers and the scalars, once they have arrived."""
+        arrays = self.transfer.wait()
+        first = len(arrays) - len(self.on_device)
+        late = {name: array.item() for name, array in zip(self.on_device, arrays[first:], strict=True)}
+        return arrays[:first], {name: float(value) for name, value in {**self.scalars, **late}.items()}
+
+
+@dataclass(eq=False)
+class Moved:
+    """The entries of one parameter that the update is measured on."""
+
+    row: int
+    used: Tensor | None
+    before: Tensor
+    after: Tensor
+
+
+#: Fixed samples of gradients, by device.
+Samples = dict[torch.device, Piece]
+
+
+class Digest:
+    """A writer of parcels: what the background thread does with each."""
+
+    def __init__(
+        self, history: History, diagnosis: Diagnosis, writers: Fanout, on_finding: Callable[[Finding], None]
+    ) -> None:
+        self._history, self._diagnosis, self._writers, self._on_finding = history, diagnosis, writers, on_finding
+
+    def write(self, parcel: Parcel | Finding) -> None:
+        """Snapshots, findings, records."""
+        if isinstance(parcel, Finding):
+            self._found(parcel)
+            return
+        numbers, scalars = parcel.numbers()
+        for finding in parcel.findings:
+            self._found(finding)
+        for table in parcel.tables:
+            size = len(table.pack())
+            snapshot = table.unpack(numbers[:size], scalars)
+            numbers = numbers[size:]
+            self._history.append(snapshot)
+            self._writers.write(snapshot)
+            for finding in self._diagnosis(self._history):
+                self._found(finding)
+
+    def _found(self, finding: Finding) -> None:
+        self._writers.write(finding)
+        self._on_finding(finding)
+
+    def flush(self) -> None:
+        """Hand on."""
+        self._writers.flush()
+
+    def close(self) -> None:
+        """Hand on."""
+        self._writers.close()
+
+
+class Pipeline:
+    """A `capture.Sink`: takes readings on the training thread, and owns what follows."""
+
+    def __init__(
+        self,
+        *,
+        plan: Plan,
+        features: frozenset[str],
+        rules: Sequence[Any],
+        writers: Sequence[Writer],
+        on_finding: str | Callable[[Finding], None],
+        faults: Faults,
+    ) -> None:
+        self.history = History()
+        self.found: list[Finding] = []
+        self.faults = faults
+        self.fanout = Fanout(list(writers))
+        self._plan, self._features = plan, features
+        self._on_finding = on_finding
+        self._to_raise: list[Finding] = []
+        self._digest = Digest(self.history, Diagnosis(rules), self.fanout, self._found)
+        self._background = Background(self._digest)
+        self._open: dict[Key, Table] = {}
+        self._last: Table | None = None  # the last `backward` table, which `used` may copy
+        self._flips: dict[str, Buffer] = {}
+        self._before = Buffer(plan)
+        self._ended: Samples = {}  # `.grad` as the last backward left it
+        self._consumed: Samples = {}  # as the optimizer got it
+        self.spent = 0.0  # seconds on the training thread
+        self.last_step = time.perf_counter()  # when the last step ended
+        self.count = 0  # tables that were made
+
+    # --- capture's sink ---------------------------------------------------------------------------------------------
+
+    def read(self, reading: Reading) -> None:
+        """Take the gradients of some parameters."""
+        self._do("statistics", self._read, reading)
+
+    def before(self, parameters: Parameters, rows: Sequence[int], weights: Sequence[Tensor]) -> None:
+        """Keep the weights before the step."""
+        self._do("weights before the step", self._keep_before, parameters, rows, weights)
+
+    def update(self, update: Update) -> None:
+        """Take what the optimizer did."""
+        self._do("updates", self._update, update)
+
+    def ended(self, rows: Sequence[int], gradients: Sequence[Tensor]) -> None:
+        """Sample `.grad` as a backward pass left it, to tell later what was done to it."""
+        self._do("gradient samples", self._sample_end, rows, gradients)
+
+    def step_closed(self, step: int, scalars: Mapping[str, Any]) -> None:
+        """Send what the step gave."""
+        self._do("end of a step", self._release, step, scalars)
+        self._last, self._ended, self._consumed = None, {}, {}
+        self.last_step = time.perf_counter()
+
+    def interrupt(self) -> None:
+        """Raise what the user asked to be raised."""
+        if self._to_raise:
+            raise FindingError(self._to_raise.pop(0))
+
+    def _do(self, where: str, call: Callable, *args: Any) -> None:
+        if self.faults.off(where):
+            return
+        start = time.perf_counter()
+        try:
+            with shielded():
+                call(*args)
+        except Exception as error:  # noqa: BLE001 - nothing of ours is raised in a training step
+            self.faults(where, error)
+        finally:
+            self.spent += time.perf_counter() - start
+
+    # --- gradients --------------------------------------------------------------------------------------------------
+
+    def _read(self, reading: Reading) -> None:
+        table = self._table(reading)
+        used = reading.key[2] == Stage.USED
+        if used:
+            self._consumed.update(self._sample(reading.rows, reading.tensors))
+        if reading.rows and not (used and reading.unchanged and self._copy(table, reading)):
+            for rows, tensors, now in _by_device(reading.rows, reading.tensors, reading.weights):
+                weights = [self._weight_before(row, w) for row, w in zip(rows, now, strict=True)] if reading.late else now
+                numbers, flips = summarize(rows, tensors, weights, self._last_of(reading))
+                table.pieces.append(Piece(rows, numbers))
+                if flips is not None:
+                    table.flips.append(Piece(*flips))
+        if reading.complete:
+            self._complete(table, reading)
+        if reading.gone and self._last is not None:
+            table.pieces, table.flips, table.divisor = self._last.pieces, self._last.flips, self._last.divisor
+
+    def _table(self, reading: Reading) -> Table:
+        table = self._open.get(reading.key)
+        if table is None:
+            step, backward, stage = reading.key
+            table = Table(
+                step, backward, stage, reading.parameters, time.time(), notes=["elsewhere"] * len(reading.parameters)
+            )
+            self._open[reading.key] = table
+            self.count += 1
+        return table
+
+    def _complete(self, table: Table, reading: Reading) -> None:
+        table.complete = True
+        table.parameters, table.skipped = reading.parameters, reading.skipped
+        table.divisor, table.scale = reading.divisor, reading.scale
+        # Two optimizers read their own parameters each: a row keeps the note of the reading that had it.
+        if not reading.notes:
+            table.notes = []
+        elif table.notes:
+            table.notes = [old if new == "elsewhere" else new for new, old in zip(reading.notes, table.notes, strict=True)]
+        if table.stage == Stage.BACKWARD:
+            self._send_older(table)
+            self._last = table
+
+    def _copy(self, table: Table, reading: Reading) -> bool:
+        """Take the `backward` rows for `used` where nothing can have changed in between: the samples say so too.
+
+        Only on the CPU: elsewhere the comparison would make the host wait.
+        """
+        last = self._last
+        if last is None or not isinstance(reading.scale, float) or reading.scale != 1.0:
+            return False
+        if any(device.type != "cpu" for device in (*self._consumed, *self._ended)):
+            return False
+        ended, used = (_by_row(samples) for samples in (self._ended, self._consumed))
+        rows = list(reading.rows)
+        if not all(row in ended for row in rows) or not _bit_equal([ended[r] for r in rows], [used[r] for r in rows]):
+            return False
+        table.pieces += _only(last.pieces, rows)
+        table.flips += _only(last.flips, rows)
+        return True
+
+    def _weight_before(self, row: int, weight: Tensor) -> Tensor:
+        """The weight before the step, where all of it was kept; else as it is now, one update later."""
+        kept = self._before.get(row) if self._before.whole(row) else None
+        return weight if kept is None else kept
+
+    def _last_of(self, reading: Reading) -> Buffer | None:
+        if "flips" not in self._features:
+            return None
+        return self._flips.setdefault(reading.key[2], Buffer(self._plan)).use(reading.parameters)
+
+    # --- updates ----------------------------------------------------------------------------------------------------
+
+    def _keep_before(self, parameters: Parameters, rows: Sequence[int], weights: Sequence[Tensor]) -> None:
+        self._before.use(parameters)
+        for members, tensors, _ in _by_device(rows, weights, weights):
+            self._before.keep(members, tensors)
+
+    def _sample(self, rows: Sequence[int], tensors: Sequence[Tensor]) -> Samples:
+        groups = _by_device(rows, tensors, tensors)
+        return {members[0].device: Piece(at, kernels.sample(members)) for at, members, _ in groups}
+
+    def _sample_end(self, rows: Sequence[int], gradients: Sequence[Tensor]) -> None:
+        self._ended = {}
+        self._ended = self._sample(rows, gradients)
+
+    def _update(self, update: Update) -> None:
+        table = self._open.get(update.key)
+        if table is None:
+            return
+        moved = dict(zip(update.rows, update.moved, strict=True))
+        same = update.unchanged and isinstance(update.scale, float) and update.scale == 1.0
+        for rows, weights, used in _by_device(update.rows, update.weights, update.used):
+            entries = [entry for row, w, g in zip(rows, weights, used, strict=True) if (entry := self._moved(row, w, g))]
+            if not entries:
+                continue
+            kept = self._kept(entries) if update.single and not same else None
+            numbers = kernels.compare(
+                [e.used for e in entries], [e.before for e in entries], [e.after for e in entries], kept
+            )
+            device = weights[0].device
+            table.updates.append(
+                UpdatePiece(
+                    Piece([e.row for e in entries], numbers),
+                    moved=[moved[e.row] for e in entries],
+                    skipped=update.skipped,
+                    kept=kept is not None,
+                    ended=self._ended.get(device),
+                    used=self._consumed.get(device),
+                    same=same,
+                    scale=update.scale,
+                )
+            )
+        self._before.forget(update.rows)
+
+    def _moved(self, row: int, weight: Tensor, used: Tensor | None) -> Moved | None:
+        before = self._before.get(row)
+        if before is None:
+            return None
+        gradient = None if used is None or not keepable(used) else self._before.view(row, used)
+        return Moved(row, gradient, before, self._before.view(row, weight))
+
+    def _kept(self, entries: Sequence[Moved]) -> list[Tensor | None] | None:
+        """The loss's own gradient, where `flips` has kept it from the step's only backward."""
+        last = self._flips.get(Stage.BACKWARD)
+        if last is None:
+            return None
+        kept = [None if e.used is None else last.get(e.row) for e in entries]
+        return kept if all(g is not None or e.used is None for g, e in zip(kept, entries, strict=True)) else None
+
+    # --- sending ----------------------------------------------------------------------------------------------------
+
+    def _send_older(self, table: Table) -> None:
+        """Under accumulation each backward's tables leave when the next one comes, so that memory stays bounded."""
+        older = [t for t in self._open.values() if t.complete and (t.step, t.backward) < (table.step, table.backward)]
+        self._send([t for t in older if t.stage != Stage.USED], {})
+
+    def _release(self, step: int, scalars: Mapping[str, Any]) -> None:
+        self._send([t for t in self._open.values() if t.step <= step and t.complete], scalars)
+        self._open = {key: t for key, t in self._open.items() if t.step > step}
+
+    def release_open(self, scalars: Mapping[str, Any]) -> None:
+        """Send what is complete of the open step, for a question asked in the middle of it."""
+        with shielded():
+            self._send([t for t in self._open.values() if t.complete and t.stage != Stage.USED], scalars)
+
+    def _send(self, tables: list[Table], scalars: Mapping[str, Any]) -> None:
+        findings, self.faults.findings = self.faults.findings, []
+        if not tables and not findings:
+            return
+        observed = {name: value.detach() for name, value in scalars.items() if isinstance(value, Tensor)}
+        transfer = Transfer([tensor for table in tables for tensor in table.pack()] + list(observed.values()))
+        step = tables[-1].step if tables else self.faults.step()
+        self._background.write(Parcel(step, tables, transfer, dict(scalars), list(observed), findings))
+        for table in tables:
+            self._open.pop((table.step, table.backward, table.stage), None)
+
+    # --- the other end ----------------------------------------------------------------------------------------------
+
+    def _found(self, finding: Finding) -> None:
+        self.found.append(finding)
+        if callable(self._on_finding):
+            try:
+                self._on_finding(finding)
+            except Exception as error:  # noqa: BLE001 - the user's callback must not stop the records
+                self.faults("on_finding", error)
+        elif self._on_finding == "warn":
+            warnings.warn(GradlensWarning(str(finding)), stacklevel=2)
+        elif self._on_finding == "raise" and finding.severity != Severity.INFO:
+            self._to_raise.append(finding)
+
+    def flush(self) -> None:
+        """Everything that was sent is in history and with the writers."""
+        self._background.flush()
+
+    def close(self) -> None:
+        """Drain, and close the writers."""
+        self._background.close()
+
+
+_PLAIN = {Tensor, torch.nn.Parameter}
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """The local part of a distributed tensor; any other as it is."""
+    local = getattr(tensor, "_local_tensor", None)
+    return tensor if local is None else local
+
+
+def _by_row(samples: Samples) -> dict[int, Tensor]:
+    return {row: values for piece in samples.values() for row, values in zip(piece.rows, piece.numbers, strict=True)}
+
+
+def _bit_equal(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
+    return torch.equal(torch.stack(list(a)).view(torch.int64), torch.stack(list(b)).view(torch.int64))
+
+
+def _by_device(
+    rows: Sequence[int], tensors: Sequence[Tensor], others: Sequence[Any]
+) -> list[tuple[list[int], list[Tensor], list[Any]]]:
+    """Groups of one device each; tensors without storage (meta) are left out."""
+    if {type(tensor) for tensor in tensors} <= _PLAIN and {tensor.device.type for tensor in tensors} <= {"cpu"}:
+        return [(list(rows), list(tensors), list(others))] if rows else []
+    groups: dict[torch.device, tuple[list[int], list[Tensor], list[Any]]] = {}
+    for row, tensor, other in zip(rows, tensors, others, strict=True):
+        local = plain(tensor)
+        if local.device.type != "meta":
+            group = groups.setdefault(local.device, ([], [], []))
+            group[0].append(row)
+            group[1].append(local)
+            group[2].append(None if other is None else plain(other))
+    return list(groups.values())
+
+
+def _only(pieces: Sequence[Piece], rows: Sequence[int]) -> list[Piece]:
+    """The pieces' numbers for the given rows."""
+    wanted = set(rows)
+    result = []
+    for piece in pieces:
+        if wanted.issuperset(piece.rows):
+            result.append(piece)
+        else:
+            at = [i for i, row in enumerate(piece.rows) if row in wanted]
+            if at:
+                result.append(Piece([piece.rows[i] for i in at], piece.numbers[at]))
+    return result

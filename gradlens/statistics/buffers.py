@@ -1,0 +1,109 @@
+"""The buffers of features `updates` and `flips`: weights before the step, and the last gradient of each stage."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gradlens import fields, kernels
+from gradlens.records import Parameters
+from gradlens.statistics.memory import Plan
+
+
+class Buffer:
+    """A copy of each parameter, or of its sample; empty where nothing was kept yet.
+
+    Rows mean what they meant when they were kept as long as the `Parameters` object is the same: it changes with any name,
+    shape, dtype or device, and then everything kept is of another time.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self._samples = plan.samples
+        self._parameters: Parameters | None = None
+        self._rooms: dict[int, Tensor] = {}
+        self._kept: dict[int, Tensor] = {}  # those of the rooms that are filled
+
+    def use(self, parameters: Parameters) -> Buffer:
+        """The buffer, for rows of these parameters."""
+        if parameters is not self._parameters:
+            self._parameters, self._rooms, self._kept = parameters, {}, {}
+        return self
+
+    def whole(self, row: int) -> bool:
+        """Whether every entry of the row is kept."""
+        return row < len(self._samples) and self._samples[row].whole
+
+    def view(self, row: int, tensor: Tensor) -> Tensor:
+        """The entries of the tensor that the buffer has; none of a parameter that came after the plan was made."""
+        if row >= len(self._samples):
+            return tensor.reshape(-1)[:0]
+        return self._samples[row].view(tensor)
+
+    def get(self, row: int) -> Tensor | None:
+        """What is kept of this row."""
+        return self._kept.get(row)
+
+    def room(self, row: int, view: Tensor) -> Tensor:
+        """Where this row is to be kept."""
+        room = self._rooms.get(row)
+        if room is None or room.dtype != view.dtype:
+            room = self._rooms[row] = torch.empty_like(view, memory_format=torch.preserve_format, requires_grad=False)
+            self._kept.pop(row, None)
+        return room
+
+    def filled(self, rows: Sequence[int]) -> None:
+        """The rooms of these rows have been written."""
+        self._kept.update((row, self._rooms[row]) for row in rows)
+
+    def keep(self, rows: Sequence[int], tensors: Sequence[Tensor]) -> None:
+        """Copy the tensors' entries."""
+        views = [self.view(row, tensor) for row, tensor in zip(rows, tensors, strict=True)]
+        rooms = [self.room(row, view) for row, view in zip(rows, views, strict=True)]
+        if views:
+            torch._foreach_copy_(rooms, views)
+        self.filled(rows)
+
+    def forget(self, rows: Sequence[int]) -> None:
+        """These rows are of another time."""
+        for row in rows:
+            self._kept.pop(row, None)
+
+
+def keepable(tensor: Tensor) -> bool:
+    """Whether a dense copy is sensible: an embedding's sparse gradient is not turned into a dense one."""
+    return tensor.layout == torch.strided and tensor.device.type != "meta"
+
+
+def summarize(
+    rows: Sequence[int], gradients: Sequence[Tensor], weights: Sequence[Tensor | None], last: Buffer | None
+) -> tuple[Tensor, tuple[list[int], Tensor] | None]:
+    """Rows of the gradients, and separately the flips of those that are kept by sample; the buffer then has these."""
+    if last is None:
+        return kernels.summarize(gradients, weights), None
+    previous: list[Tensor | None] = []
+    keep: list[Tensor | None] = []
+    sampled: list[tuple[int, Tensor]] = []
+    kept: list[int] = []
+    for row, g in zip(rows, gradients, strict=True):
+        whole = False
+        if keepable(g):
+            kept.append(row)
+            whole = last.whole(row)
+            if not whole:
+                sampled.append((row, last.view(row, g)))
+        keep.append(last.room(row, g) if whole else None)
+        previous.append(last.get(row) if whole else None)
+    numbers = kernels.summarize(gradients, weights, previous, keep)
+    flips = _sampled_flips(sampled, last) if sampled else None
+    last.filled(kept)
+    return numbers, flips
+
+
+def _sampled_flips(sampled: Sequence[tuple[int, Tensor]], last: Buffer) -> tuple[list[int], Tensor]:
+    rows, views = [row for row, _ in sampled], [view for _, view in sampled]
+    rooms = [last.room(row, view) for row, view in sampled]
+    numbers = kernels.summarize(views, None, [last.get(row) for row in rows], rooms)
+    first = fields.AT[fields.FLIPS[0].name]
+    return rows, numbers[:, first : first + len(fields.FLIPS)].contiguous()

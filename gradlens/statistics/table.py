@@ -1,0 +1,236 @@
+"""One row a parameter, on the device until it is packed; then a snapshot.
+
+A table is filled in pieces as readings arrive: rows of `kernels.summarize`, rows of `kernels.compare`, and fixed samples of
+the gradients that tell what happened to them between backward and the optimizer. `pack()` lists its device tensors for one
+transfer; `unpack()` takes the numbers back, on another thread, and gives the snapshot.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gradlens import fields
+from gradlens.records import Parameters, Snapshot, Status, Top
+
+_COMPLEX = ("complex32", "complex64", "complex128")
+_UNTOUCHED = (Status.FROZEN, Status.EXCLUDED, Status.ABSENT, Status.UNDEFINED)
+
+
+@dataclass(eq=False)
+class Piece:
+    """Numbers of some rows."""
+
+    rows: Sequence[int]
+    numbers: Tensor  # [len(rows), width]
+
+
+@dataclass(eq=False)
+class UpdatePiece:
+    """What the optimizer did to some rows."""
+
+    piece: Piece
+    moved: Sequence[bool]
+    skipped: bool | Tensor
+    kept: bool  # update_loss_dot rests on a kept gradient, still times the loss scale
+    ended: Piece | None  # samples of `.grad` as the last backward left it
+    used: Piece | None  # samples of what the optimizer consumed
+    same: bool  # nothing wrote to `.grad` in between
+    scale: float | Tensor = 1.0
+
+
+@dataclass(eq=False)
+class Table:
+    """One step, backward and stage."""
+
+    step: int
+    backward: int
+    stage: str
+    parameters: Parameters
+    time: float
+    scale: float | Tensor = 1.0
+    divisor: float | Tensor = 1.0  # what the numbers still have to be divided by
+    skipped: bool | Tensor = False
+    notes: list[str | None] = field(default_factory=list)
+    pieces: list[Piece] = field(default_factory=list)
+    flips: list[Piece] = field(default_factory=list)  # of sampled parameters
+    updates: list[UpdatePiece] = field(default_factory=list)
+    complete: bool = False
+
+    # --- packing ----------------------------------------------------------------------------------------------------
+
+    def pack(self) -> list[Tensor]:
+        """Every tensor of the table, in the order in which `unpack` wants the numbers."""
+        return [tensor for holder, name in self._slots() if isinstance(tensor := getattr(holder, name), Tensor)]
+
+    def _slots(self) -> list[tuple[object, str]]:
+        slots: list[tuple[object, str]] = [(self, "scale"), (self, "divisor"), (self, "skipped")]
+        slots += [(piece, "numbers") for piece in (*self.pieces, *self.flips)]
+        for update in self.updates:
+            slots += [(update, "skipped"), (update, "scale"), (update.piece, "numbers")]
+            slots += [(piece, "numbers") for piece in (update.ended, update.used) if piece is not None]
+        return slots
+
+    def unpack(self, arrays: Sequence[np.ndarray], scalars: Mapping[str, float]) -> Snapshot:
+        """The snapshot, from the numbers of `pack`."""
+        given = iter(arrays)
+        numbers = {
+            (id(holder), name): next(given) if isinstance(value := getattr(holder, name), Tensor) else value
+            for holder, name in self._slots()
+        }
+        return _Assembly(self, numbers).snapshot(scalars)
+
+
+class _Assembly:
+    """A snapshot in the making."""
+
+    def __init__(self, table: Table, numbers: Mapping[tuple[int, str], object]) -> None:
+        self.table, self._numbers = table, numbers
+        n = len(table.parameters)
+        self.columns = fields.empty(n)
+        self.histogram = np.zeros((n, 2 * fields.BUCKETS), np.int64)
+        self.top = Top(np.full((n, fields.TOP), -1), np.full((n, fields.TOP), np.nan), np.full((n, fields.TOP), np.nan))
+        self.covered = np.zeros(n, bool)
+
+    def _number(self, holder: object, name: str) -> float:
+        return float(np.asarray(self._numbers[id(holder), name]).reshape(-1)[0])
+
+    def _array(self, piece: Piece) -> np.ndarray:
+        return np.asarray(self._numbers[id(piece), "numbers"], np.float64)
+
+    def snapshot(self, scalars: Mapping[str, float]) -> Snapshot:
+        table = self.table
+        self._fill_absent()
+        for piece in table.pieces:
+            self._fill(piece)
+        for piece in table.flips:
+            self._fill_group(piece, self._array(piece), fields.FLIPS)
+        self._unscale(self._number(table, "divisor"))
+        skipped = bool(self._number(table, "skipped"))
+        for update in table.updates:
+            if not self._number(update, "skipped"):
+                self._fill_update(update)
+        status = self._status(skipped)
+        self.columns.update(fields.quantiles(self.histogram, self.columns))
+        snapshot = Snapshot(
+            step=table.step,
+            backward=table.backward,
+            stage=table.stage,
+            time=table.time,
+            parameters=table.parameters,
+            status=status,
+            scale=np.full(len(status), self._number(table, "scale")),
+            columns=self.columns,
+            histogram=self.histogram,
+            top=self.top,
+            scalars=dict(scalars),
+        )
+        elsewhere = [i for i, note in enumerate(table.notes) if note == "elsewhere" and not self.covered[i]]
+        if not elsewhere:
+            return snapshot
+        return snapshot.take([i for i in range(len(status)) if i not in set(elsewhere)])
+
+    def _fill_absent(self) -> None:
+        """A row that no gradient reached: its partials are 0."""
+        parameters = self.table.parameters
+        numel = [
+            math.prod(shape) * (2 if dtype in _COMPLEX else 1)
+            for shape, dtype in zip(parameters.shapes, parameters.dtypes, strict=True)
+        ]
+        self.columns["numel"][:] = self.columns["zero"][:] = numel
+        for name in ("sum", "abs_sum", "square_sum"):
+            self.columns[name][:] = 0.0
+        for name in ("min", "max", "abs_max"):
+            self.columns[name][np.asarray(numel) > 0] = 0.0
+
+    def _fill_group(self, piece: Piece, array: np.ndarray, group: Sequence[fields.Field], first: int = 0) -> None:
+        rows = np.asarray(piece.rows, np.int64)
+        for at, column in enumerate(group, start=first):
+            self.columns[column.name][rows] = array[:, at]
+
+    def _fill(self, piece: Piece) -> None:
+        array, rows = self._array(piece), np.asarray(piece.rows, np.int64)
+        self._fill_group(piece, array, fields.SUMMARY)
+        self.histogram[rows] = array[:, fields.HISTOGRAM]
+        self.top.partial[rows] = array[:, fields.TOP_PARTIAL]
+        index = array[:, fields.TOP_INDEX]
+        self.top.index[rows] = np.where(np.isnan(index), -1, index)
+        self.top.value[rows] = array[:, fields.TOP_VALUE]
+        self.covered[rows] = True
+
+    def _unscale(self, scale: float) -> None:
+        if scale == 1.0 or math.isnan(scale):
+            return
+        self.columns = fields.unscale(self.columns, np.full(len(self.covered), scale))
+        self.top = Top(self.top.index, self.top.partial / scale, self.top.value)
+        self.histogram = fields.shift(self.histogram, round(math.log2(scale)))
+
+    def _fill_update(self, update: UpdatePiece) -> None:
+        array = self._array(update.piece).copy()
+        at = {column.name: i for i, column in enumerate(fields.UPDATES)}
+        array[~np.asarray(update.moved, bool), at["update_stuck"]] = 0
+        dot, exact = at["update_loss_dot"], at["update_loss_exact"]
+        if update.same and _same_samples(self, update):
+            array[:, dot], array[:, exact] = array[:, at["update_dot"]], 1.0
+        elif update.kept:
+            array[:, dot] /= self._number(update, "scale")
+        else:
+            clip = self._clip(update)
+            array[:, dot] = array[:, at["update_dot"]] / clip
+            array[:, exact] = np.nan if math.isnan(clip) else 0.0
+        self._fill_group(update.piece, array, fields.UPDATES)
+
+    def _clip(self, update: UpdatePiece) -> float:
+        """What the whole gradient was multiplied by between backward and optimizer; NaN if that was not one number."""
+        if update.ended is None or update.used is None:
+            return math.nan
+        ended = dict(zip(update.ended.rows, self._array(update.ended), strict=True))
+        rows = [i for i in update.used.rows if i in ended]
+        if not rows:
+            return math.nan
+        before = np.stack([ended[i] for i in rows]) / self._number(update, "scale")
+        after = np.stack([row for i, row in zip(update.used.rows, self._array(update.used), strict=True) if i in ended])
+        return _uniform_ratio(before, after, _precision([self.table.parameters.dtypes[i] for i in rows]))
+
+    def _status(self, skipped: bool) -> np.ndarray:
+        c = self.columns
+        status = np.full(len(self.covered), Status.OK.value, dtype=object)
+        status[c["zero"] == c["numel"]] = Status.ZERO.value
+        status[c["nan"] + c["inf"] > 0] = Status.NONFINITE.value
+        if skipped:
+            status[self.covered] = Status.NONFINITE.value
+        for i, note in enumerate(self.table.notes):
+            if note in _UNTOUCHED:
+                status[i] = str(note)
+            elif note in ("stale", Status.UNCAPTURED):
+                untouched = c["zero"][i] == c["numel"][i]
+                status[i] = Status.ABSENT.value if untouched else str(note) if note == Status.UNCAPTURED else status[i]
+        return status
+
+
+def _same_samples(assembly: _Assembly, update: UpdatePiece) -> bool:
+    """Whether the samples agree bit for bit: `p.grad.data.mul_()` leaves no other trace."""
+    if update.ended is None or update.used is None:
+        return False
+    ended = dict(zip(update.ended.rows, assembly._array(update.ended), strict=True))
+    used = zip(update.used.rows, assembly._array(update.used), strict=True)
+    return all(row in ended and np.array_equal(ended[row].view(np.int64), values.view(np.int64)) for row, values in used)
+
+
+def _precision(dtypes: Sequence[str]) -> float:
+    return max(torch.finfo(getattr(torch, dtype)).eps for dtype in dtypes)
+
+
+def _uniform_ratio(before: np.ndarray, after: np.ndarray, precision: float) -> float:
+    """`c` with `after = c * before` for every entry, up to rounding; NaN if there is none."""
+    seen = np.isfinite(before) & (before != 0) & np.isfinite(after)
+    if not seen.any():
+        return math.nan
+    ratios = after[seen] / before[seen]
+    middle = float(np.median(ratios))
+    return middle if middle > 0 and np.abs(ratios - middle).max() <= 4 * precision * middle else math.nan
