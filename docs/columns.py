@@ -1,0 +1,62 @@
+"""Writes docs/columns.md from `gradlens.fields`: run `python docs/columns.py`. A test keeps the file up to date."""
+
+from pathlib import Path
+
+from gradlens import fields
+
+TITLES = {
+    "counts": "Counts and shares",
+    "moments": "Sign and magnitude",
+    "weights": "With the weights",
+    "flips": "Against the last gradient (feature `flips`)",
+    "updates": "What the optimizer did (feature `updates`, on `used` rows)",
+    "shape": "How it was measured",
+}
+KEYS = {
+    "step": "the optimizer step, from 0",
+    "backward": "the backward within its step, from 0; of a `used` row, the step's last",
+    "stage": "which gradient: `backward`, `accumulated`, `reduced`, `used`",
+    "parameter": "the qualified name, wrappers' prefixes stripped; a tied parameter by its first name",
+    "status": "why there are no or zero partials",
+    "scale": "the loss scale at backward time; 1.0 without a scaler, NaN if unknown",
+    "shape": "of the parameter",
+    "dtype": "of the parameter",
+}
+
+
+def text() -> str:
+    lines = [
+        "# Columns",
+        "",
+        "Of `lens.table()`, `lens.history()` and `open_run(...)`. One row a parameter. This page is written from",
+        "`gradlens/fields.py`. Counts are exact; moments run over the finite values, in float64; an empty cell (NaN) means",
+        "that there is nothing to take the value over. g is the gradient, w the weight, dw the update.",
+        "",
+        "## Keys",
+        "",
+        *_table(KEYS.items()),
+    ]
+    fields_by_group = [*(f for f in fields.SCALARS if f.shown), *fields.DERIVED]
+    for group, title in TITLES.items():
+        rows = [(f.name, f.meaning) for f in fields_by_group if f.group == group]
+        if group == "moments":
+            rows += [(name, fields.meaning(name)) for name in fields.QUANTILES]
+        lines += ["", f"## {title}", "", *_table(rows)]
+    lines += [
+        "",
+        "## Histogram",
+        "",
+        f"For each sign {fields.BUCKETS} buckets, one a power of two from 2^{fields.EXPONENT_MIN} to 2^{fields.EXPONENT_MAX}, the",
+        "same for every parameter and step, so that histograms add and compare. Smaller and larger values fall into the end",
+        "buckets.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _table(rows) -> list[str]:
+    cells = [f"| `{name}` | {meaning.replace('|', chr(92) + '|')} |" for name, meaning in rows]
+    return ["| column | meaning |", "|---|---|", *cells]
+
+
+if __name__ == "__main__":
+    Path(__file__).with_suffix(".md").write_text(text())
