@@ -46,9 +46,8 @@ def text() -> str:
         "",
         "## Histogram",
         "",
-        f"For each sign {fields.BUCKETS} buckets, one a power of two from 2^{fields.EXPONENT_MIN} to 2^{fields.EXPONENT_MAX}, the",
-        "same for every parameter and step, so that histograms add and compare. Smaller and larger values fall into the end",
-        "buckets.",
+        f"For each sign {fields.BUCKETS} buckets, one a power of two from 2^{fields.EXPONENT_MIN} on, the same for every",
+        "parameter and step, so that histograms add and compare. Smaller and larger values fall into the end buckets.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from gradlens import testing
     from gradlens.analysis import rules
     from gradlens.lens import Lens, watch
+    from gradlens.probes.finite_difference import check_partials
+    from gradlens.probes.mixed_partials import check_symmetry, mixed_partials
     from gradlens.probes.partials import partials
     from gradlens.store.run import Run, open_run
 
@@ -29,6 +31,9 @@ __all__ = [
     "schedules",
     # asking a function or a model, on demand
     "partials",
+    "mixed_partials",
+    "check_partials",
+    "check_symmetry",
     # what was recorded
     "open_run",
     "Run",
@@ -58,6 +63,9 @@ _LAZY: dict[str, tuple[str, str | None]] = {
     "watch": ("gradlens.lens", "watch"),
     "Lens": ("gradlens.lens", "Lens"),
     "partials": ("gradlens.probes.partials", "partials"),
+    "mixed_partials": ("gradlens.probes.mixed_partials", "mixed_partials"),
+    "check_symmetry": ("gradlens.probes.mixed_partials", "check_symmetry"),
+    "check_partials": ("gradlens.probes.finite_difference", "check_partials"),
     "open_run": ("gradlens.store.run", "open_run"),
     "Run": ("gradlens.store.run", "Run"),
     "rules": ("gradlens.analysis.rules", None),

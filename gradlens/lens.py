@@ -409,15 +409,15 @@ class Lens:
         return frame
 
     def _seen(self, name: str, flat: int) -> list[float]:
-        """This weight's partials at the snapshots that kept it among their most sensitive."""
-        seen = []
+        """This weight's partials, one a step, where it was kept among the most sensitive."""
+        seen: dict[int, float] = {}
         for snapshot in self._pipeline.history:
             row = snapshot.parameters.position.get(name)
             if row is not None and snapshot.top is not None:
                 at = np.flatnonzero(snapshot.top.index[row] == flat)
                 if len(at):
-                    seen.append(float(snapshot.top.partial[row][at[0]]))
-        return seen
+                    seen[snapshot.step] = float(snapshot.top.partial[row][at[0]])
+        return list(seen.values())
 
     def _title(self) -> str:
         return "gradlens" if self._run is None else f"gradlens: {self._run}"
