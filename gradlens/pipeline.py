@@ -89,6 +89,11 @@ class Parcel:
     on_device: Sequence[str] = ()  # the scalars that come last in the transfer
     findings: Sequence[Finding] = ()
 
+    @property
+    def nbytes(self) -> int:
+        """What waits while the parcel waits."""
+        return sum(tensor.numel() * 8 for table in self.tables for tensor in table.pack())
+
     def numbers(self) -> tuple[list[np.ndarray], dict[str, float]]:
         """The tables' numbers and the scalars, once they have arrived."""
         arrays = self.transfer.wait()

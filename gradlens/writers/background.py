@@ -1,0 +1,131 @@
+"""A writer on a thread of its own, so that the caller never waits for a disk.
+
+The queue is bounded. When it is full, whole steps are left out until there is room again, and a finding says which: memory
+does not grow and the caller does not wait. Each item has a `step`, and may have `nbytes`; what it is else is the inner
+writer's business.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import threading
+import warnings
+from typing import Any, Protocol
+
+from gradlens.errors import GradlensWarning
+from gradlens.records import Finding, Severity
+
+#: Items and bytes that may wait. A step's tables of 150 parameters take 0.8 MB, of 10,000 parameters 54 MB.
+MAXSIZE, MAX_BYTES = 64, 256 << 20
+
+
+class Item(Protocol):
+    """What is queued."""
+
+    step: int
+
+
+class Background:
+    """Hands items to a writer on a daemon thread. `flush()` waits until all of them were handed on."""
+
+    def __init__(self, writer: Any, maxsize: int = MAXSIZE, max_bytes: int = MAX_BYTES) -> None:
+        self._writer = writer
+        self._queue: queue.Queue[Any] = queue.Queue(maxsize)
+        self._pid = os.getpid()
+        self._max_bytes, self._put_bytes, self._done_bytes = max_bytes, 0, 0  # the two counts have one writing thread each
+        self._gap: list[int] = []  # steps that were left out since there was last room
+        self._failed = False
+        self._closed = False
+        self._thread = threading.Thread(target=self._work, name="gradlens", daemon=True)
+        self._thread.start()
+
+    def write(self, item: Item) -> None:
+        """Queue the item; or, when there is no room, note its step as left out. Never waits."""
+        if self._closed or os.getpid() != self._pid:
+            return
+        if self._gap and (item.step == self._gap[-1] or not self._tell_gap()):
+            self._miss(item.step)  # the rest of a step that has a hole is left out too
+            return
+        size = getattr(item, "nbytes", 0)
+        waiting = self._put_bytes - self._done_bytes
+        try:
+            if waiting and waiting + size > self._max_bytes:
+                raise queue.Full
+            self._queue.put_nowait(item)
+            self._put_bytes += size
+        except queue.Full:
+            self._miss(item.step)
+
+    def _miss(self, step: int) -> None:
+        if not self._gap or self._gap[-1] != step:
+            self._gap.append(step)
+
+    def _tell_gap(self) -> bool:
+        try:
+            self._queue.put_nowait(_gap(self._gap))
+        except queue.Full:
+            return False
+        self._gap = []
+        return True
+
+    def flush(self) -> None:
+        """Wait until everything queued so far was written, then flush the writer."""
+        if self._closed or os.getpid() != self._pid:
+            return
+        done = threading.Event()
+        self._put(done)
+        while not done.wait(0.1) and self._thread.is_alive():
+            pass
+
+    def close(self) -> None:
+        """Write what is queued, close the writer, end the thread."""
+        if self._closed or os.getpid() != self._pid:
+            return
+        if self._gap:
+            self._put(_gap(self._gap))
+        self._closed = True
+        self._put(None)
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def _put(self, item: Any) -> None:
+        while self._thread.is_alive():
+            with contextlib.suppress(queue.Full):
+                self._queue.put(item, timeout=0.1)
+                return
+
+    def _work(self) -> None:
+        while (item := self._queue.get()) is not None:
+            if isinstance(item, threading.Event):
+                self._try(self._writer.flush)
+                item.set()
+            else:
+                self._try(self._writer.write, item)
+                self._done_bytes += getattr(item, "nbytes", 0)
+        self._try(self._writer.close)
+
+    def _try(self, call: Any, *args: Any) -> None:
+        try:
+            call(*args)
+        except Exception as error:  # noqa: BLE001 - the thread must live, and say what it lost
+            if not self._failed:
+                self._failed = True
+                text = f"records are being lost: {type(error).__name__}: {error}. Training goes on"
+                with contextlib.suppress(GradlensWarning):
+                    warnings.warn(GradlensWarning(text), stacklevel=2)
+
+
+def _gap(steps: list[int]) -> Finding:
+    first, last = steps[0], steps[-1]
+    missing = f"{len(steps)} observed step{'s' * (len(steps) > 1)} from {first} to {last}"
+    return Finding(
+        rule="records-thinned",
+        step=first,
+        severity=Severity.WARNING,
+        seen=f"{missing} left no record: writing was slower than training",
+        causes=("a slow disk or network file system", "very short steps", "a slow rule or writer"),
+        remedy="look less often (schedule=10), select fewer parameters, or write to a local disk",
+        value=float(len(steps)),
+    )
