@@ -7,11 +7,9 @@ import contextlib
 import os
 import sys
 import threading
-import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -36,6 +34,7 @@ from gradlens.errors import (
     choice,
     nearest,
 )
+from gradlens.meter import Overhead, Pace
 from gradlens.pipeline import Faults, Pipeline, plain, shielded
 from gradlens.records import Finding, Snapshot, Stage
 from gradlens.schedules import Schedule, as_schedule
@@ -54,45 +53,6 @@ ROWS = 1_000_000  #: weights() gives no more rows than this without `top` or `na
 
 #: Lenses that are open. The package holds them, so that an unassigned `gradlens.watch(...)` works.
 _open_lenses: set[Lens] = set()
-
-
-@dataclass(frozen=True)
-class Overhead:
-    """What gradlens cost the training thread: its statistics and copies, without the hooks that only note."""
-
-    seconds: float
-    steps: int  #: steps since watch()
-    elapsed: float  #: wall seconds from watch() to the end of the last of them
-
-    @property
-    def share(self) -> float:
-        """Of the wall time; NaN before the first step ends."""
-        return self.seconds / self.elapsed if self.elapsed > 0 else float("nan")
-
-    def __str__(self) -> str:
-        if not self.steps:
-            return "no step yet"
-        each = 1e3 * self.seconds / self.steps
-        return f"{each:.2f} ms a step, {self.share:.1%} of the time of {self.steps} steps"
-
-
-class _Pace:
-    """A schedule stretched so that the measured cost stays under a share of the time."""
-
-    def __init__(self, schedule: Schedule, budget: float | None) -> None:
-        self._schedule, self._budget = schedule, budget
-        self._start = time.perf_counter()
-        self._before = 0.0
-        self._last = 0.0
-        self.spent: Callable[[], float] = lambda: 0.0
-
-    def __call__(self, step: int) -> bool:
-        due = bool(self._schedule(step))
-        if self._budget is None or not due:
-            return due
-        spent = self.spent()
-        self._last, self._before = spent - self._before if spent > self._before else self._last, spent
-        return spent + self._last <= self._budget * (time.perf_counter() - self._start) or spent == 0.0
 
 
 class Lens:
@@ -133,9 +93,7 @@ class Lens:
                 on_finding=on_finding,
                 faults=self._faults,
             )
-            pace = _Pace(schedule, budget)
-            pace.spent = lambda: self._pipeline.spent
-            self._clock = Clock(pace, first_step, fault=self._faults)
+            self._clock = Clock(Pace(schedule, budget, self._pipeline.meter), first_step, fault=self._faults)
             self._faults.step = lambda: self._clock.step
             self._capture = Capture(
                 attachment,
@@ -148,7 +106,6 @@ class Lens:
                 local=local,
                 fault=self._faults,
             )
-            self._first_step, self._start = first_step, time.perf_counter()
             self._closed = False
             self._closing = threading.Lock()
             self._capture.attach()
@@ -254,7 +211,7 @@ class Lens:
 
     def overhead(self) -> Overhead:
         """What gradlens cost the training thread so far, measured."""
-        return Overhead(self._pipeline.spent, self._clock.step - self._first_step, self._pipeline.last_step - self._start)
+        return self._pipeline.meter.overhead()
 
     def __str__(self) -> str:
         self._catch_up()

@@ -25,6 +25,7 @@ from gradlens.analysis.diagnosis import Diagnosis
 from gradlens.analysis.history import History
 from gradlens.capture.readings import Key, Reading, Update
 from gradlens.errors import FindingError, GradlensWarning
+from gradlens.meter import Meter
 from gradlens.records import Finding, Parameters, Severity, Stage
 from gradlens.statistics.buffers import Buffer, keepable, summarize
 from gradlens.statistics.memory import Plan
@@ -183,8 +184,8 @@ class Pipeline:
         self._ended: Samples = {}  # `.grad` as the last backward left it
         self._consumed: Samples = {}  # as the optimizer got it
         self.spent = 0.0  # seconds on the training thread
-        self.last_step = time.perf_counter()  # when the last step ended
-        self.count = 0  # tables that were made
+        self.meter = Meter(lambda: self.spent)
+        self.count = self._counted = 0  # tables that were made, and up to the last step
 
     # --- capture's sink ---------------------------------------------------------------------------------------------
 
@@ -206,9 +207,10 @@ class Pipeline:
 
     def step_closed(self, step: int, scalars: Mapping[str, Any]) -> None:
         """Send what the step gave."""
+        self.meter.step_ended(observed=self.count > self._counted)
+        self._counted = self.count
         self._do("end of a step", self._release, step, scalars)
         self._last, self._ended, self._consumed = None, {}, {}
-        self.last_step = time.perf_counter()
 
     def interrupt(self) -> None:
         """Raise what the user asked to be raised."""

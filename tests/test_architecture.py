@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent / "gradlens"
 BOTTOM = {"errors", "fields", "records", "frames", "schedules", "selection"}
-LIVE = BOTTOM | {"kernels", "statistics", "capture", "analysis", "store", "writers", "native"}
+LIVE = BOTTOM | {"meter", "kernels", "statistics", "capture", "analysis", "store", "writers", "native"}
 
 #: module -> the modules of gradlens it may import. A package may always import itself.
 ALLOWED = {
@@ -19,6 +19,7 @@ ALLOWED = {
     "frames": {"errors", "fields", "records"},
     "schedules": {"errors"},
     "selection": {"errors"},
+    "meter": {"schedules"},
     "analysis": BOTTOM,
     "store": BOTTOM,
     "writers": BOTTOM | {"analysis", "store"},
