@@ -15,6 +15,7 @@ Hooks that the user put on modules run at each evaluation, as at each forward.
 from __future__ import annotations
 
 import copy
+import inspect
 import random
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -42,9 +43,19 @@ class Shelter:
 
     `weights` are the leaves to differentiate by and to move, one real tensor a chosen parameter (a complex one ends with an
     axis of 2); `parameters` says their names, shapes and dtypes in the model. With `wide` all is computed in float64.
+    `batched` says that the loss function also takes a batch.
     """
 
-    def __init__(self, target: Target, loss_fn: Callable[..., Tensor], *, select: Select = None, wide: bool = False) -> None:
+    def __init__(
+        self,
+        target: Target,
+        loss_fn: Callable[..., Tensor],
+        *,
+        select: Select = None,
+        wide: bool = False,
+        batched: bool = False,
+    ) -> None:
+        _check_arguments(loss_fn, batched)
         self._loss = _Loss(target, loss_fn)
         self._named = self._loss.named()
         trainable = {name: tensor for name, tensor in self._named.values() if _varies(name, tensor)}
@@ -109,6 +120,12 @@ class Shelter:
         plain = self._loss.plain
         return [None if raw in plain else self._loss.get_submodule(raw.rpartition(".")[0]) for raw in self._chosen]
 
+    @property
+    def training(self) -> str:
+        """The mode of the modules: `train`, `eval`, or `mixed`."""
+        modes = {module.training for place in self._loss.places.values() for module in place.modules()}
+        return "mixed" if len(modes) > 1 else "eval" if modes == {False} else "train"
+
     def rewind(self) -> None:
         """Set the random states back to where they were on entering: the next evaluation draws the same numbers."""
         set_randomness(self._random)
@@ -154,8 +171,6 @@ class _Loss(nn.Module):
 
     def __init__(self, target: Target, loss_fn: Callable[..., Tensor]) -> None:
         super().__init__()
-        if not callable(loss_fn):
-            raise ArgumentTypeError(f"loss_fn is a function of the model that gives its loss, not {type(loss_fn).__name__}")
         given = {"": target} if isinstance(target, nn.Module) else _mapping(target)
         self.single = isinstance(target, nn.Module)
         self.places = {key: unwrap(part) for key, part in given.items() if isinstance(part, nn.Module)}
@@ -231,6 +246,19 @@ def unwrap(module: nn.Module) -> nn.Module:
             module = module._orig_mod  # type: ignore[assignment]
         else:
             return module
+
+
+def _check_arguments(loss_fn: Callable, batched: bool) -> None:
+    """Raise when the loss function cannot be called the way it will be."""
+    if not callable(loss_fn):
+        raise ArgumentTypeError(f"loss_fn is a function of the model that gives its loss, not {type(loss_fn).__name__}")
+    call = ("model", "batch") if batched else ("model",)
+    try:
+        inspect.signature(loss_fn).bind(*call)
+    except TypeError as error:
+        raise ArgumentTypeError(f"loss_fn is called as loss_fn({', '.join(call)}) here, and cannot be: {error}") from None
+    except ValueError:  # a builtin that does not tell
+        pass
 
 
 def _shown(module: nn.Module, raw: str) -> str:

@@ -1,0 +1,230 @@
+"""A survey: K gradients at fixed weights, and for each weight a verdict on which way it should move.
+
+    g_1 ... g_K  ->  mean, t, p, q  ->  increase | decrease | undecided
+
+One batch's sign is right for little more than half of the weights. A survey repeats the measurement over K batches without
+moving the weights, tests each weight's mean partial against 0, and keeps what passes the control of false discoveries over
+all weights at once. What is tested is the *expected* partial over batches of this size, in the mode the model is in.
+
+It says nothing of how far to move, of what happens when the others move too, or of the weights after a step. Of the kept
+verdicts a share of about q is wrong on average; one survey of strongly correlated weights can do much worse.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gradlens.errors import ArgumentError, ArgumentTypeError, GradlensWarning, ProbeError
+from gradlens.probes.progress import tracked
+from gradlens.probes.shelter import Shelter, Target
+from gradlens.probes.verdicts import Survey
+from gradlens.selection import Select
+from gradlens.statistics.evidence import Moments, check_level, judge
+from gradlens.statistics.significance import detectable
+
+ENOUGH = 8  #: batches below which a survey warns
+#: Of each weight surveyed, at the peak (measured 131): moments 24; value, t, p, q, agreement 40; sorting 60; words.
+BYTES = 132
+
+
+def survey(
+    model: Target,
+    loss_fn: Callable[[Any, Any], Tensor],
+    batches: Iterable[Any],
+    q: float = 0.1,
+    *,
+    method: str = "bh",
+    sample: int | float | None = None,
+    select: Select = None,
+    progress: bool | None = None,
+) -> Survey:
+    """Which way each weight should move, with evidence from all of `batches` at the present weights.
+
+    `loss_fn(model, batch) -> scalar` gives the mean loss of one batch. `batches` is any iterable: 16 to 64 of the size
+    that is trained with, drawn at random, each once; `itertools.islice(loader, 32)` takes a part of a loader. Where the
+    sizes of batches (the first dimension of their first tensor) differ, each counts by its size.
+
+    `sample`: survey only so many weights (an int), or such a share of them (a float), spread evenly, by a fixed seed.
+    Memory is 132 bytes a weight surveyed, besides two copies of the weights and one gradient. `select` restricts it to
+    some parameters, as in watch(). `method="by"` holds under any dependence among the weights and keeps fewer.
+
+    Raises `ArgumentError` for fewer than two batches, identical batches, and what does not fit in memory.
+
+    >>> print(survey(model, lambda model, batch: criterion(model(batch[0]), batch[1]), loader))  # doctest: +SKIP
+    """
+    check_level(q, method)
+    shelter = Shelter(model, loss_fn, select=select, batched=True)
+    numel = [int(np.prod(shape, dtype=np.int64)) for shape in shelter.parameters.shapes]
+    index = _sample(numel, sample)
+    surveyed = sum(n if at is None else len(at) for n, at in zip(numel, index, strict=True))
+    _refuse_too_large(surveyed)
+    with shelter, _kept_generators(batches):
+        told = f"survey of {surveyed:,} weights ({surveyed * BYTES / 2**20:,.1f} MiB)"
+        measured = _measure(shelter, index, tracked(batches, told, _length(batches), progress))
+        weights = [w.detach().reshape(-1).cpu().double().numpy() for w in shelter.weights]
+    _warn_few(len(measured.losses), q)
+    return Survey(
+        parameters=shelter.parameters,
+        index=tuple(index),
+        value=np.concatenate([w if at is None else w[at] for w, at in zip(weights, index, strict=True)]),
+        judged=judge(measured.moments, q, method),
+        batches=len(measured.losses),
+        sizes=(min(measured.sizes), max(measured.sizes)) if measured.sizes else None,
+        level=q,
+        method=method,
+        loss=float(np.average(measured.losses, weights=measured.sizes or None)),
+        training=shelter.training,
+        total=sum(numel),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Measured:
+    moments: Moments
+    losses: list[float]
+    sizes: list[int]  #: empty where batches do not say how large they are
+
+
+def _measure(shelter: Shelter, index: Sequence[np.ndarray | None], batches: Iterable[Any]) -> _Measured:
+    """The moments of all gradients, and the losses and sizes of their batches."""
+    at = [None if i is None else torch.from_numpy(i).to(w.device) for i, w in zip(index, shelter.weights, strict=True)]
+    moments = Moments(shelter.weights, at)
+    losses, sizes = [], []
+    reached, seen, repeated = False, dict[tuple[float, ...], int](), list[tuple[int, int]]()
+    for k, batch in enumerate(batches):
+        loss, gradient = shelter.gradient(batch)
+        losses.append(loss.item())
+        sizes.append(batch_size(batch))
+        moments.update(gradient, sizes[-1] or 1.0)
+        reached = reached or any(g is not None for g in gradient)
+        first = seen.setdefault(_print(losses[-1], gradient), k)
+        repeated += [(first, k)] if first != k else []
+    if len(losses) < 2:
+        raise ArgumentError(
+            f"a survey needs at least 2 batches to tell a direction from noise, not {len(losses)}; 16 to 64 are good"
+        )
+    if not reached:
+        raise ProbeError("the loss depends on none of the surveyed parameters: detach(), .item() or no_grad() cuts the way")
+    _refuse_identical(moments)
+    _warn_repeated(repeated)
+    return _Measured(moments, losses, known_sizes(sizes))
+
+
+def _print(loss: float, gradient: Sequence[Tensor | None]) -> tuple[float, ...]:
+    """A fingerprint, by which a batch that comes again is known."""
+    sums = [(g.double().sum(), g.double().square().sum()) for g in gradient if g is not None]
+    return loss, *(x.item() for pair in sums for x in pair)
+
+
+def batch_size(batch: Any) -> int | None:
+    """The first dimension of the first tensor in a batch; None where there is none."""
+    if isinstance(batch, Tensor | np.ndarray):
+        return int(batch.shape[0]) if batch.ndim else None
+    if isinstance(batch, Mapping):
+        batch = list(batch.values())
+    if isinstance(batch, list | tuple):
+        return next((size for size in map(batch_size, batch) if size), None)
+    return None
+
+
+def known_sizes(sizes: Sequence[int | None]) -> list[int]:
+    """The sizes if each batch has one, none if none has; a mixture has no meaning."""
+    known = [size for size in sizes if size]
+    if known and len(known) < len(sizes):
+        raise ArgumentError(
+            f"{len(known)} of {len(sizes)} batches say how large they are (the first dimension of their first tensor) "
+            f"and the others do not, so they cannot be weighted; give batches of one kind"
+        )
+    return known
+
+
+def _refuse_identical(moments: Moments) -> None:
+    varied = any(bool((squares > 0).any()) for squares in moments.squares)
+    broken = any(bool((~mean.isfinite()).any()) for mean in moments.mean)
+    moved = any(bool((mean != 0).any()) for mean in moments.mean)
+    if moved and not varied and not broken:
+        raise ArgumentError(
+            f"these batches are identical: all {moments.count} gave the same gradient, bit for bit. Give each batch "
+            f"once, drawn at random; a loss whose gradient does not depend on the data needs no survey"
+        )
+
+
+def _warn_repeated(repeated: Sequence[tuple[int, int]]) -> None:
+    if repeated:
+        warnings.warn(
+            f"batches {repeated[0][0]} and {repeated[0][1]} gave the same gradient"
+            + (f" (and {len(repeated) - 1} more pairs)" if len(repeated) > 1 else "")
+            + ": a batch that is surveyed twice counts as evidence twice, and verdicts look surer than they are",
+            GradlensWarning,
+            stacklevel=4,
+        )
+
+
+def _warn_few(k: int, q: float) -> None:
+    if k >= ENOUGH:
+        return
+    sure = detectable(k - 1, q / 20) / k**0.5
+    warnings.warn(
+        f"{k} batches leave {k - 1} degrees of freedom: to be kept, a weight's mean partial must be about {sure:.1f} "
+        f"times its spread over batches, where one weight in twenty is kept. Expect verdicts for few weights or none; "
+        f"take 16 to 64 batches",
+        GradlensWarning,
+        stacklevel=3,
+    )
+
+
+def _sample(numel: Sequence[int], sample: int | float | None) -> list[np.ndarray | None]:
+    """Sorted flat indices for each parameter, one drawn from each of equal strata, by a fixed seed; None for all."""
+    total = sum(numel)
+    if sample is None or sample == total:
+        return [None] * len(numel)
+    if isinstance(sample, bool) or not isinstance(sample, int | float | np.integer | np.floating):
+        raise ArgumentTypeError(f"sample is a number of weights (int) or a share of them (float), not {sample!r}")
+    share = float(sample) if isinstance(sample, float | np.floating) else sample / max(total, 1)
+    if share <= 0 or (share > 1 and isinstance(sample, float | np.floating)):
+        raise ArgumentError(f"sample is a number of weights from 1 up, or a share in (0, 1], not {sample!r}")
+    random = np.random.default_rng(0)
+    return [None if share >= 1 else _strata(n, min(n, max(1, round(share * n))), random) for n in numel]
+
+
+def _strata(numel: int, n: int, random: np.random.Generator) -> np.ndarray:
+    edges = np.arange(n + 1, dtype=np.int64) * numel // max(n, 1)
+    return edges[:-1] + (random.random(n) * np.diff(edges)).astype(np.int64)
+
+
+def _refuse_too_large(surveyed: int) -> None:
+    have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else float("inf")
+    if surveyed * BYTES > have:
+        raise ArgumentError(
+            f"a survey of {surveyed:,} weights needs {surveyed * BYTES / 2**30:,.1f} GiB, and this machine has "
+            f"{have / 2**30:,.1f}; survey a sample: sample=1_000_000, or sample=0.01"
+        )
+
+
+def _length(batches: Any) -> int | None:
+    try:
+        return len(batches)
+    except TypeError:
+        return None
+
+
+@contextmanager
+def _kept_generators(batches: Any) -> Iterator[None]:
+    """Put the generators of a DataLoader back, from which passing over it draws."""
+    owners = [batches, *(getattr(batches, name, None) for name in ("sampler", "batch_sampler"))]
+    found = [getattr(owner, "generator", None) for owner in owners]
+    states = [(g, g.get_state()) for g in found if isinstance(g, torch.Generator)]
+    try:
+        yield
+    finally:
+        for generator, state in states:
+            generator.set_state(state)

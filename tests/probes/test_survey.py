@@ -1,0 +1,351 @@
+"""A survey gives verdicts with evidence, leaves no trace, and says what it cannot know."""
+
+import itertools
+import re
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from gradlens.errors import ArgumentError, ArgumentTypeError, GradlensWarning, ProbeError
+from gradlens.probes.survey import BYTES, batch_size, survey
+
+from .traces import trace
+
+COLUMNS = ["parameter", "index", "value", "partial", "verdict", "t", "p", "q", "agree", "expected_change", "reason"]
+
+
+class Net(nn.Module):
+    """BatchNorm, dropout, a tied weight, an embedding that is rarely used, and a parameter without gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm, self.second = nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 6)
+        self.last = nn.Linear(6, 3)
+        self.second.weight = nn.Parameter(torch.randn(6, 6) / 3)
+        self.again = nn.Linear(6, 6, bias=False)
+        self.again.weight = self.second.weight
+        self.rare = nn.Embedding(20, 6)
+        self.unused = nn.Parameter(torch.ones(2))
+
+    def forward(self, x, token):
+        x = F.dropout(torch.tanh(self.norm(self.first(x))), 0.2, self.training)
+        return self.last(torch.tanh(self.again(self.second(x)) + self.rare(token)))
+
+
+def batches(k, size=32, seed=0):
+    random = torch.Generator().manual_seed(seed)
+    made = []
+    for _ in range(k):
+        x = torch.randn(size, 4, generator=random)
+        tokens = torch.randint(0, 20, (size,), generator=random).clamp(max=18)
+        made.append((x, tokens, x[:, :3].argmax(1)))
+    return made
+
+
+def loss(model, batch):
+    x, token, y = batch
+    return F.cross_entropy(model(x, token), y)
+
+
+def net():
+    torch.manual_seed(0)
+    return Net()
+
+
+def test_nothing_is_left_behind():
+    """Weights, buffers, gradients, modes and random states are bit-identical after a survey, and when its loss raises."""
+    model = net()
+    loss(model, batches(1)[0]).backward()
+    before = trace(model)
+    survey(model, loss, batches(8))
+    assert trace(model) == before
+
+    def failing(m, batch):
+        loss(m, batch)
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError):
+        survey(model, failing, batches(8))
+    assert trace(model) == before
+
+
+def test_verdicts_are_one_sample_t_tests_of_plain_gradients():
+    """Mean, t and p of every weight equal scipy's test of the gradients that loss.backward() gives, q scipy's control."""
+    model, made = net().eval(), batches(12)
+    stacked = []
+    for batch in made:
+        model.zero_grad()
+        loss(model, batch).backward()
+        stacked.append(
+            torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in model.parameters()])
+        )
+    model.zero_grad()
+    g = torch.stack(stacked).double().numpy()
+    frame = survey(model, loss, made).frame
+    assert list(frame.columns) == COLUMNS
+    np.testing.assert_allclose(frame["partial"], g.mean(0), rtol=1e-9, atol=1e-18)
+    tested = frame["reason"].isin(["", "weak"]).to_numpy()
+    assert tested.sum() > 100
+    expected = scipy.stats.ttest_1samp(g[:, tested], 0)
+    np.testing.assert_allclose(frame["t"][tested], expected.statistic, rtol=1e-7)
+    np.testing.assert_allclose(frame["p"][tested], expected.pvalue, rtol=1e-6)
+    np.testing.assert_allclose(frame["q"][tested], scipy.stats.false_discovery_control(expected.pvalue), rtol=1e-6)
+    kept = (frame["q"] <= 0.1).to_numpy()
+    np.testing.assert_array_equal(frame["verdict"][kept], np.where(frame["partial"][kept] < 0, "increase", "decrease"))
+    assert (frame["verdict"][~kept] == "undecided").all()
+    np.testing.assert_allclose(frame["expected_change"], np.where(kept, -1e-4 * frame["partial"].abs(), 0), rtol=1e-12)
+
+
+def test_rows_name_their_weights():
+    """Each row's value is that of the weight it names; tied weights appear once."""
+    model = net()
+    frame = survey(model, loss, batches(8)).frame
+    named = dict(model.named_parameters())
+    assert list(dict.fromkeys(frame["parameter"])) == list(named)
+    for name, index, value in frame[["parameter", "index", "value"]].to_numpy():
+        assert value == named[name][index].item()
+
+
+def test_reasons_are_named_and_counted():
+    """Weights without gradient are always_zero, rarely used rows sparse, and both are left out of the tests."""
+    found = survey(net(), loss, batches(8, size=4))
+    frame = found.frame
+    assert set(frame.query("parameter == 'unused'")["reason"]) == {"always_zero"}
+    rare = frame[frame["parameter"] == "rare.weight"]
+    assert set(rare["reason"][-6:]) == {"always_zero"}  # token 19 never occurs
+    assert "sparse" in set(rare["reason"])
+    assert found.reasons == frame["reason"].value_counts().drop("", errors="ignore").to_dict()
+    assert found.coverage == (frame["verdict"] != "undecided").mean()
+
+
+def test_the_table_adds_up():
+    """One row a parameter, whose counts and expected changes add up to those of the whole."""
+    found = survey(net(), loss, batches(16))
+    table, frame = found.table, found.frame
+    assert list(table["parameter"]) == [name for name, _ in net().named_parameters()]
+    assert (table["increase"] + table["decrease"] + table["undecided"] == table["surveyed"]).all()
+    assert table["surveyed"].sum() == len(frame) == len(found)
+    assert table["expected_change"].sum() == pytest.approx(found.expected_change, rel=1e-12)
+    for name, count in table[["parameter", "decrease"]].to_numpy():
+        assert count == ((frame["parameter"] == name) & (frame["verdict"] == "decrease")).sum()
+
+
+def test_a_clear_direction_is_found():
+    """With a strong common signal nearly all weights are decided, and rightly."""
+    target = torch.linspace(-1, 1, 100)
+    noise = [0.05 * torch.randn(100, generator=torch.Generator().manual_seed(i)) for i in range(16)]
+    weights = {"w": torch.zeros(100, requires_grad=True)}
+    found = survey(weights, lambda v, n: ((v["w"] - target - n) ** 2).sum(), noise)
+    assert found.coverage > 0.9
+    frame = found.frame
+    kept = frame["verdict"] != "undecided"
+    wrong = (frame["verdict"] == "increase").to_numpy() != (target > 0).numpy()
+    assert (wrong & kept).sum() == 0
+    assert "increase" in str(found)
+
+
+def test_by_keeps_a_subset_of_what_bh_keeps():
+    """The method that holds under any dependence is stricter, and says so."""
+    model, made = net(), batches(16)
+    bh, by = (survey(model, loss, made, method=method).judged.verdict != 0 for method in ("bh", "by"))
+    assert bh[by].all()
+    assert by.sum() < bh.sum()
+
+
+def test_batches_of_unequal_size_are_weighted():
+    """A survey of batches of sizes 8 and 24 has the mean of the gradient over all examples, and says so."""
+    x = torch.randn(32 * 8, 3, generator=torch.Generator().manual_seed(0))
+    model = nn.Linear(3, 1)
+    square = lambda m, b: m(b).square().mean()  # noqa: E731
+    parts = [part for big in x.split(32) for part in big.split([8, 24])]
+    found = survey(model, square, parts)
+    square(model, x).backward()
+    np.testing.assert_allclose(found.frame["partial"][:3], model.weight.grad[0], rtol=1e-5)
+    assert found.sizes == (8, 24)
+    assert "of 8 to 24 examples, weighted by their size" in str(found)
+
+
+@pytest.mark.parametrize(
+    ("batch", "size"),
+    [
+        (torch.ones(3, 2), 3),
+        (np.ones((4, 2)), 4),
+        ((torch.ones(5), 1), 5),
+        ({"n": 1, "x": torch.ones(6, 1)}, 6),
+        ([[1, torch.ones(7)]], 7),
+        (torch.tensor(1.0), None),
+        ("text", None),
+        (3, None),
+    ],
+)
+def test_the_size_of_a_batch_is_that_of_its_first_tensor(batch, size):
+    """Tensors, arrays, tuples, dicts and what is nested in them tell their size; anything else has none."""
+    assert batch_size(batch) == size
+
+
+def test_batches_without_size_count_alike():
+    """A batch that says no size counts once; batches that differ in that cannot be weighted."""
+    weights = {"w": torch.zeros(1, requires_grad=True)}
+    assert survey(weights, lambda v, b: v["w"].sum() * b + v["w"].sum(), list(range(8))).sizes is None
+    with pytest.raises(ArgumentError, match="1 of 2 batches say how large"):
+        survey(weights, lambda v, b: (v["w"] * torch.as_tensor(b)).sum(), [torch.ones(3), 2.0])
+
+
+@pytest.mark.parametrize(("sample", "expected"), [(40, 40), (0.25, 59), (1.0, 227), (10_000, 227)])
+def test_a_sample_is_seeded_and_agrees_with_the_whole(sample, expected):
+    """A sampled survey has the same means and t values as the whole one, at the same weights each time."""
+    model, made = net().eval(), batches(8)
+    whole = survey(model, loss, made).frame.set_index(["parameter", "index"])
+    one, two = (survey(model, loss, made, sample=sample) for _ in range(2))
+    assert one.total == len(whole) == 227
+    frame = one.frame.set_index(["parameter", "index"])
+    assert frame.equals(two.frame.set_index(["parameter", "index"]))
+    assert frame.index.is_unique
+    assert set(frame.index.get_level_values(0)) == set(whole.index.get_level_values(0))
+    np.testing.assert_array_equal(frame["t"], whole["t"].loc[frame.index])
+    np.testing.assert_array_equal(frame["value"], whole["value"].loc[frame.index])
+    assert len(frame) == expected
+    assert ("a sample of 227" in str(one)) == (expected < 227)
+
+
+@pytest.mark.parametrize(
+    ("sample", "error"),
+    [(0, ArgumentError), (-1, ArgumentError), (1.5, ArgumentError), ("1%", ArgumentTypeError), (True, ArgumentTypeError)],
+)
+def test_samples_that_are_none_are_refused(sample, error):
+    """The error says that an int counts and a float is a share."""
+    with pytest.raises(error, match="sample is a number of weights"):
+        survey(net(), loss, batches(8), sample=sample)
+
+
+def test_what_does_not_fit_in_memory_is_refused_before_it_starts(monkeypatch):
+    """The error states what is needed and names sample=."""
+    monkeypatch.setattr("os.sysconf", lambda name: {"SC_PHYS_PAGES": 4, "SC_PAGE_SIZE": 4096}[name])
+    with pytest.raises(ArgumentError, match=r"sample=0\.01"):
+        survey(net(), lambda m, b: pytest.fail("was run"), batches(2))
+    assert survey(net(), loss, batches(8), sample=100).total * BYTES > 4 * 4096
+
+
+def test_only_selected_parameters_are_surveyed():
+    """`select` takes the patterns of watch()."""
+    found = survey(net(), loss, batches(8), select=["first.*", "!*.bias"])
+    assert found.parameters.names == ("first.weight",)
+    assert len(found) == 24
+
+
+def test_one_batch_is_an_error_and_few_are_a_warning():
+    """Below two batches there is no evidence; below eight the warning says how strong a signal must be to be seen."""
+    with pytest.raises(ArgumentError, match="at least 2 batches"):
+        survey(net(), loss, batches(1))
+    with pytest.raises(ArgumentError, match="not 0"):
+        survey(net(), loss, [])
+    with pytest.warns(GradlensWarning, match=r"4 batches leave 3 degrees of freedom.*about 3\.7 times its spread"):
+        survey(net(), loss, batches(4))
+
+
+def test_identical_batches_are_an_error():
+    """A batch repeated is no evidence, and the error says so."""
+    with pytest.raises(ArgumentError, match="these batches are identical: all 8"):
+        survey(net().eval(), loss, batches(1) * 8)
+
+
+def test_a_batch_given_twice_is_named():
+    """A warning names the first two that gave the same gradient."""
+    made = batches(8)
+    with pytest.warns(GradlensWarning, match=r"batches 0 and 8 gave the same gradient \(and 1 more"):
+        survey(net().eval(), loss, [*made, made[0], made[3]])
+
+
+def test_partials_that_never_vary_keep_their_sign():
+    """A regularised weight that the data do not touch has a certain direction, marked constant."""
+    weights = {"data": torch.zeros(3, requires_grad=True), "decayed": torch.tensor([2.0, -1.0], requires_grad=True)}
+    made = [torch.randn(3, generator=torch.Generator().manual_seed(i)) for i in range(8)]
+    found = survey(weights, lambda v, b: (v["data"] * b).sum() + v["decayed"].square().sum(), made)
+    frame = found.frame.query("parameter == 'decayed'")
+    assert list(frame["verdict"]) == ["decrease", "increase"]
+    assert list(frame["reason"]) == ["constant"] * 2
+    assert "2 verdicts rest on partials that were the same in every batch" in str(found)
+
+
+def test_a_gradient_that_is_not_finite_spoils_only_its_weights():
+    """One NaN makes that weight undecided (nonfinite) and leaves the others' tests alone."""
+    weights = {"a": torch.ones(2, requires_grad=True), "b": torch.ones(2, requires_grad=True)}
+    made = [torch.tensor([1.0 + i, -1.0 - i % 3]) for i in range(8)]
+    whole = survey(weights, lambda v, x: (v["b"] * x).sum() + 0 * v["a"].sum(), made).frame
+
+    def broken(v, x):
+        factor = torch.tensor([float("nan") if x[0] == 4 else 0.0, 0.0])
+        return (v["b"] * x).sum() + (v["a"] * factor).sum()
+
+    frame = survey(weights, broken, made).frame
+    assert list(frame["reason"][:2]) == ["nonfinite", "always_zero"]
+    np.testing.assert_array_equal(frame["t"][2:], whole["t"][2:])
+
+
+def test_a_loader_is_passed_over_once_and_its_generator_kept():
+    """A DataLoader with a generator of its own draws the same order afterwards as if it had not been surveyed."""
+    data = TensorDataset(torch.randn(64, 4), torch.zeros(64, dtype=torch.int64), torch.zeros(64, dtype=torch.int64))
+    made = DataLoader(data, batch_size=8, shuffle=True, generator=torch.Generator().manual_seed(3))
+    model = net()
+    before, state = made.generator.get_state(), torch.get_rng_state()
+    assert survey(model, loss, made).batches == 8
+    assert torch.equal(made.generator.get_state(), before)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert survey(net(), loss, itertools.islice(batches(100), 9)).batches == 9
+
+
+def test_dropout_draws_anew_for_each_batch():
+    """Dropout is part of the noise that is measured: equal data under other masks are not identical batches."""
+    model, x = nn.Sequential(nn.Linear(4, 30), nn.Dropout(0.5), nn.Linear(30, 1)), torch.randn(5, 4)
+    found = survey(model, lambda m, b: m(b).square().mean(), [x] * 8)
+    assert found.training == "train"
+    assert (found.frame["t"].dropna().abs() < np.inf).mean() > 0.9
+
+
+def test_large_surveys_have_no_frame_but_answer(monkeypatch):
+    """More rows than a frame may have are an error that names the ways out, which work."""
+    monkeypatch.setattr("gradlens.probes.verdicts.ROWS", 100)
+    found = survey(net(), loss, batches(8))
+    with pytest.raises(ArgumentError, match=re.escape("survey.weights(top=1000)")):
+        _ = found.frame
+    top = found.weights(top=10)
+    assert (top["t"].abs().diff().dropna() <= 0).all()
+    assert top["t"].abs().iloc[0] == np.nanmax(np.abs(found.judged.t))
+    assert set(found.weights("first.bias")["parameter"]) == {"first.bias"}
+    with pytest.raises(ArgumentError, match=r"did you mean 'first\.bias'"):
+        found.weights("first.bais")
+
+
+def test_the_result_is_frozen_and_prints():
+    """The text says how many weights want which way, how sure that is, and what was not decided."""
+    found = survey(net(), loss, batches(16))
+    with pytest.raises(AttributeError):
+        found.level = 0.5
+    text = str(found)
+    assert text.startswith("survey of 227 weights over 16 batches of 32, train mode, mean loss 1.")
+    assert re.search(r"increase \d+ · decrease \d+ · undecided \d+ \(weak", text)
+    assert "method='by'" in text
+    assert "nothing is certain enough" in str(survey(net(), loss, batches(8), 1e-9))
+
+
+def test_losses_that_do_not_fit_are_explained():
+    """A loss without batch argument, or cut off from the model, is an error that says so."""
+    with pytest.raises(ArgumentTypeError, match=r"called as loss_fn\(model, batch\)"):
+        survey(net(), lambda m: 0, batches(8))
+    with pytest.raises(ProbeError, match="depends on none"):
+        survey(net(), lambda m, b: loss(m, b).detach(), batches(8))
+    with pytest.raises(ArgumentError, match="'bh', 'by'"):
+        survey(net(), loss, batches(8), method="holm")
+    with pytest.raises(ArgumentError, match="between 0 and 1"):
+        survey(net(), loss, batches(8), 10)
+
+
+def test_progress_states_the_memory(capsys):
+    """The bar's label says how many weights are surveyed and what that needs, before it starts."""
+    survey(net(), loss, batches(8), progress=True)
+    assert "survey of 227 weights (0.0 MiB)" in capsys.readouterr().err
