@@ -67,9 +67,9 @@ def survey(
     index = _sample(numel, sample)
     surveyed = sum(n if at is None else len(at) for n, at in zip(numel, index, strict=True))
     _refuse_too_large(surveyed)
-    with shelter, _kept_generators(batches):
+    with shelter, kept_generators(batches):
         told = f"survey of {surveyed:,} weights ({surveyed * BYTES / 2**20:,.1f} MiB)"
-        measured = _measure(shelter, index, tracked(batches, told, _length(batches), progress))
+        measured = _measure(shelter, index, tracked(batches, told, length(batches), progress))
         weights = [w.detach().reshape(-1).cpu().double().numpy() for w in shelter.weights]
     _warn_few(len(measured.losses), q)
     return Survey(
@@ -210,7 +210,8 @@ def _refuse_too_large(surveyed: int) -> None:
         )
 
 
-def _length(batches: Any) -> int | None:
+def length(batches: Any) -> int | None:
+    """How many batches there are, where they say."""
     try:
         return len(batches)
     except TypeError:
@@ -218,7 +219,7 @@ def _length(batches: Any) -> int | None:
 
 
 @contextmanager
-def _kept_generators(batches: Any) -> Iterator[None]:
+def kept_generators(batches: Any) -> Iterator[None]:
     """Put the generators of a DataLoader back, from which passing over it draws."""
     owners = [batches, *(getattr(batches, name, None) for name in ("sampler", "batch_sampler"))]
     found = [getattr(owner, "generator", None) for owner in owners]

@@ -112,7 +112,7 @@ class Survey:
         verdict by 1e-4. `name` restricts it to one parameter, `top` to the weights of the largest |t|, in that order.
         More than a million rows are an error that names both.
         """
-        chosen = np.arange(len(self)) if name is None else self._span(name)
+        chosen = np.arange(len(self)) if name is None else self.span(name)
         if top is not None:
             strength = np.nan_to_num(np.abs(self.judged.t[chosen]), nan=-1.0, posinf=np.inf)
             chosen = chosen[np.argsort(-strength, kind="stable")[:top]]
@@ -123,7 +123,8 @@ class Survey:
             )
         return self._rows(chosen)
 
-    def _span(self, name: str) -> np.ndarray:
+    def span(self, name: str) -> np.ndarray:
+        """The entries that belong to one parameter."""
         if name not in self.parameters.position:
             raise ArgumentError(f"{name!r} was not surveyed{nearest(name, self.parameters.names)}")
         at = self.parameters.position[name]

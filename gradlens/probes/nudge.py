@@ -1,0 +1,194 @@
+"""Verdicts put to the test: move the weights a little as they say, and see what the loss does.
+
+    predicted = sum_i dL/dw_i dw_i        with dw_i = +size (increase), -size (decrease), 0 (undecided)
+    actual    = L(w + dw) - L(w)          averaged over batches, the same random numbers on both sides
+
+On the surveyed batches the two differ by curvature (of order size^2), by dropout's other draws, and by rounding. On batches
+that were held out they differ by sampling too, and by what the survey's choice of the largest means exaggerates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gradlens.errors import ArgumentError, ArgumentTypeError, nearest
+from gradlens.probes.progress import tracked
+from gradlens.probes.shelter import Shelter, Target, randomness, set_randomness
+from gradlens.probes.survey import batch_size, kept_generators, known_sizes, length
+from gradlens.probes.verdicts import MOVE, Survey
+from gradlens.statistics.evidence import VERDICTS
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SIGN = {"increase": 1.0, "decrease": -1.0, "undecided": 0.0}
+NEEDED = ("parameter", "index", "verdict", "partial")
+
+
+@dataclass(frozen=True, eq=False)
+class Nudge:
+    """What moving the weights did to the loss."""
+
+    frame: pd.DataFrame  #: a row a batch: `size, before, after, change`
+    predicted: float  #: first-order change, from the partials of the verdicts
+    noise: float  #: standard error of `actual`: the spread of the change over batches, and the rounding of the losses
+    rounding: float  #: that part of the noise which is rounding
+    moved: int  #: how many weights had a verdict
+    swallowed: int  #: of these, how many did not move, since `size` is lost in the precision of their storage
+    size: float
+
+    @property
+    def actual(self) -> float:
+        """The change of the mean loss."""
+        return float(np.average(self.frame["change"], weights=self.frame["size"]))
+
+    def __str__(self) -> str:
+        text = (
+            f"moved {self.moved:,} weights by {self.size:g}: predicted change of the loss {self.predicted:.4g}, "
+            f"actual {self.actual:.4g} ± {self.noise:.2g} over {len(self.frame)} batches"
+        )
+        if self.predicted:
+            text += f" ({self.actual / self.predicted:.0%} of the prediction)"
+        if self.swallowed:
+            text += f"; {self.swallowed:,} did not move, {self.size:g} being too little for their storage type"
+        if self.moved and self.rounding > abs(self.predicted) / 10:
+            text += f"; rounding alone makes ± {self.rounding:.2g}: take a larger size"
+        return text
+
+
+def nudge(
+    model: Target,
+    loss_fn: Callable[[Any, Any], Tensor],
+    verdicts: Survey | pd.DataFrame,
+    batches: Iterable[Any],
+    size: float = MOVE,
+    *,
+    progress: bool | None = None,
+) -> Nudge:
+    """Move the weights by `size` as the verdicts say, on a copy, and compare the change of the loss with the predicted one.
+
+    `verdicts`: a survey, or a part of its `frame` (columns `parameter, index, verdict, partial`). `batches`: the surveyed
+    ones, or others. Costs two evaluations of the loss a batch.
+
+    >>> print(nudge(model, loss_fn, survey(model, loss_fn, batches), held_out))  # doctest: +SKIP
+    """
+    if not isinstance(size, int | float) or not np.isfinite(size) or size == 0:
+        raise ArgumentError(f"size is how far each weight moves, a finite number that is not 0, not {size!r}")
+    with Shelter(model, loss_fn, batched=True) as shelter, kept_generators(batches):
+        moves, predicted = _moves(shelter, verdicts, float(size))
+        held = [w.detach().clone() for w in shelter.weights]
+        rows = []
+        for batch in tracked(batches, "nudging", length(batches), progress):
+            random = randomness()
+            before = shelter.loss(batch)
+            set_randomness(random)
+            after = _moved(shelter, moves, held, lambda batch=batch: shelter.loss(batch))  # type: ignore[misc]
+            rows.append((batch_size(batch), before, after))
+        pairs = [(kept, move) for kept, move in zip(held, moves, strict=True) if move is not None]
+        moved = sum(int(move.count_nonzero()) for _, move in pairs)
+        swallowed = sum(int(((kept + move == kept) & (move != 0)).sum()) for kept, move in pairs)
+        precision = max(torch.finfo(w.dtype).eps for w in held)
+    if not rows:
+        raise ArgumentError("nudge needs at least one batch to see what the loss does")
+    return _result(rows, predicted, precision, moved, swallowed, float(size))
+
+
+def _moved(shelter: Shelter, moves: Sequence[Tensor | None], held: Sequence[Tensor], then: Callable[[], float]) -> float:
+    """A value with the weights moved; they are put back."""
+    with torch.no_grad():
+        for w, move in zip(shelter.weights, moves, strict=True):
+            if move is not None:
+                w += move
+        try:
+            return then()
+        finally:
+            for w, kept in zip(shelter.weights, held, strict=True):
+                w.copy_(kept)
+
+
+def _moves(shelter: Shelter, verdicts: Survey | pd.DataFrame, size: float) -> tuple[list[Tensor | None], float]:
+    """How far each weight moves, a tensor a parameter, and the change of the loss that this predicts."""
+    if isinstance(verdicts, Survey):
+        listed = _of_survey(shelter, verdicts)
+    elif all(column in getattr(verdicts, "columns", ()) for column in NEEDED):
+        listed = _of_frame(shelter, verdicts)
+    else:
+        raise ArgumentTypeError(
+            f"verdicts are a survey, or its frame with the columns {', '.join(NEEDED)}, not {type(verdicts).__name__}"
+        )
+    moves: list[Tensor | None] = [None] * len(shelter.weights)
+    predicted = 0.0
+    for name, flat, sign, partial in listed:
+        position = shelter.parameters.position[name]
+        w = shelter.weights[position]
+        move = torch.zeros(w.numel(), dtype=torch.float64)
+        move[torch.from_numpy(flat)] = torch.from_numpy(size * sign)
+        moves[position] = move.reshape(w.shape).to(w.device, w.dtype)
+        predicted += float((size * sign * partial)[sign != 0].sum())
+    return moves, predicted
+
+
+#: Of one parameter: its name, and for some of its weights the flat index, the sign of the move, and the partial.
+Listed = tuple[str, np.ndarray, np.ndarray, np.ndarray]
+
+
+def _of_survey(shelter: Shelter, survey: Survey) -> Iterator[Listed]:
+    sign = np.array([SIGN[word] for word in VERDICTS])[survey.judged.verdict]
+    for name, shape in zip(survey.parameters.names, survey.parameters.shapes, strict=True):
+        _check(shelter, name, shape)
+        chosen = survey.span(name)
+        yield name, survey.places(chosen)[1], sign[chosen], survey.judged.mean[chosen]
+
+
+def _of_frame(shelter: Shelter, frame: pd.DataFrame) -> Iterator[Listed]:
+    for key, rows in frame.groupby("parameter", sort=False):
+        name = str(key)
+        _check(shelter, name, None)
+        shape = shelter.parameters.shapes[shelter.parameters.position[name]]
+        axes = tuple(np.array(axis, np.int64) for axis in zip(*rows["index"], strict=True))
+        try:
+            flat = np.ravel_multi_index(axes, shape) if shape else np.zeros(len(rows), np.int64)
+        except ValueError as error:
+            raise ArgumentError(f"an index of {name!r} is outside of its shape {shape}: {error}") from None
+        words = rows["verdict"].map(SIGN)
+        if words.isna().any():
+            raise ArgumentError(f"a verdict is one of {', '.join(SIGN)}, not {rows['verdict'][words.isna()].iloc[0]!r}")
+        yield name, np.asarray(flat, np.int64), words.to_numpy(np.float64), rows["partial"].to_numpy(np.float64)
+
+
+def _check(shelter: Shelter, name: str, shape: tuple[int, ...] | None) -> None:
+    known = shelter.parameters
+    if name not in known.position:
+        raise ArgumentError(f"there are verdicts on {name!r}, which this model does not have{nearest(name, known.names)}")
+    has = known.shapes[known.position[name]]
+    if shape is not None and shape != has:
+        raise ArgumentError(f"the verdicts on {name!r} are for shape {shape}, and the model has {has}; survey this model")
+
+
+def _result(
+    rows: Sequence[tuple[int | None, float, float]],
+    predicted: float,
+    precision: float,
+    moved: int,
+    swallowed: int,
+    size: float,
+) -> Nudge:
+    import pandas as pd
+
+    weights = known_sizes([n for n, _, _ in rows]) or [1] * len(rows)
+    frame = pd.DataFrame(rows, columns=["size", "before", "after"])
+    frame["size"] = weights
+    frame["change"] = frame["after"] - frame["before"]
+    share = frame["size"] / frame["size"].sum()
+    mean = float((share * frame["change"]).sum())
+    k = len(rows)
+    spread = float((share * (frame["change"] - mean) ** 2).sum() / (k - 1)) if k > 1 else float("nan")
+    rounding = precision * max(abs(value) for _, before, after in rows for value in (before, after)) / k**0.5
+    noise = float(np.sqrt(spread + rounding**2))
+    return Nudge(frame, predicted, noise, rounding, moved, swallowed, size)
