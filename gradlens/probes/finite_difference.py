@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from gradlens.errors import ArgumentError, ProbeError
 from gradlens.probes.partials import label
+from gradlens.probes.per_weight import unravelled
 from gradlens.probes.progress import tracked
 from gradlens.probes.shelter import Shelter, Target
 from gradlens.records import Parameters
@@ -230,7 +231,9 @@ def _result(parameters: Parameters, rows: Sequence[_Row], weights: int, narrow: 
     frame = pd.DataFrame(
         {
             "parameter": pd.Series([parameters.names[row.parameter] for row in rows], dtype="str"),
-            "index": pd.Series([_unravel(row.index, parameters.shapes[row.parameter]) for row in rows], dtype=object),
+            "index": pd.Series(
+                [unravelled(np.array([row.index]), parameters.shapes[row.parameter])[0] for row in rows], dtype=object
+            ),
             "value": [row.value for row in rows],
             "partial": [row.partial for row in rows],
             "difference": [row.difference for row in rows],
@@ -244,5 +247,5 @@ def _result(parameters: Parameters, rows: Sequence[_Row], weights: int, narrow: 
     return PartialsCheck(frame, weights, missed, narrow)
 
 
-def _unravel(index: int, shape: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(int(i) for i in np.unravel_index(index, shape)) if shape else ()
+def _index(shape: tuple[int, ...], flat: int) -> tuple[int, ...]:
+    return unravelled(np.array([flat]), shape)[0]

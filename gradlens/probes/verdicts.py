@@ -4,32 +4,28 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gradlens.errors import ArgumentError, nearest
-from gradlens.records import Parameters
+from gradlens.probes.per_weight import PerWeight
 from gradlens.statistics.evidence import REASONS, VERDICTS, Judged
 
 if TYPE_CHECKING:
     import pandas as pd
 
 MOVE = 1e-4  #: the move that `expected_change` is for, and that `nudge` makes
-ROWS = 1_000_000  #: that a frame has at most
 
 
 @dataclass(frozen=True, eq=False)
-class Survey:
+class Survey(PerWeight):
     """Verdicts on the weights of a model, and how sure they are.
 
-    Arrays hold one entry a weight surveyed, parameters one after another; `frame` is the same as a table.
+    One row a weight in `frame`: `parameter, index, value, partial, verdict, t, p, q, agree, expected_change, reason`.
+    `partial` is the mean over the batches; `expected_change` is that of the loss if this weight alone follows its verdict
+    by 1e-4; `weights(top=)` takes those of the largest |t|.
     """
 
-    parameters: Parameters
-    index: tuple[np.ndarray | None, ...]  #: flat indices of the weights surveyed of each parameter; None: all of them
-    value: np.ndarray  #: of the weights, float64
     judged: Judged
     batches: int  #: K
     sizes: tuple[int, int] | None  #: smallest and largest batch, where they say how large they are
@@ -38,19 +34,6 @@ class Survey:
     loss: float  #: mean over the batches
     training: str  #: `train`, `eval` or `mixed`: the mode the verdicts hold for
     total: int  #: weights of the parameters surveyed, sampled or not
-
-    def __len__(self) -> int:
-        return len(self.value)
-
-    @cached_property
-    def counts(self) -> np.ndarray:
-        """How many weights of each parameter were surveyed."""
-        numel = [int(np.prod(shape, dtype=np.int64)) for shape in self.parameters.shapes]
-        return np.array([n if at is None else len(at) for n, at in zip(numel, self.index, strict=True)], np.int64)
-
-    @cached_property
-    def _starts(self) -> np.ndarray:
-        return np.concatenate([[0], np.cumsum(self.counts)])
 
     @property
     def verdict(self) -> np.ndarray:
@@ -81,16 +64,17 @@ class Survey:
         """One row a parameter: `parameter, surveyed, increase, decrease, undecided, coverage, expected_change`, reasons."""
         import pandas as pd
 
-        spans = [slice(a, b) for a, b in pairwise(self._starts)]
+        spans = [slice(*bounds) for bounds in self.bounds]
         verdicts = np.array([np.bincount(self.judged.verdict[s], minlength=len(VERDICTS)) for s in spans])
         reasons = np.array([np.bincount(self.judged.reason[s], minlength=len(REASONS)) for s in spans])
         moved = np.where(self.judged.verdict != 0, np.abs(self.judged.mean), 0)
+        surveyed = verdicts.sum(axis=1)
         with np.errstate(invalid="ignore"):
-            coverage = (verdicts[:, 1] + verdicts[:, 2]) / self.counts
+            coverage = (verdicts[:, 1] + verdicts[:, 2]) / surveyed
         return pd.DataFrame(
             {
                 "parameter": pd.Series(self.parameters.names, dtype="str"),
-                "surveyed": self.counts,
+                "surveyed": surveyed,
                 "increase": verdicts[:, 1],
                 "decrease": verdicts[:, 2],
                 "undecided": verdicts[:, 0],
@@ -100,72 +84,25 @@ class Survey:
             }
         )
 
-    @cached_property
-    def frame(self) -> pd.DataFrame:
-        """`weights()` of all weights surveyed."""
-        return self.weights()
+    def strength(self, chosen: np.ndarray) -> np.ndarray:
+        """|t|."""
+        return np.abs(self.judged.t[chosen])
 
-    def weights(self, name: str | None = None, *, top: int | None = None) -> pd.DataFrame:
-        """One row a weight: `parameter, index, value, partial, verdict, t, p, q, agree, expected_change, reason`.
-
-        `partial` is the mean over the batches; `expected_change` that of the loss if this weight alone follows its
-        verdict by 1e-4. `name` restricts it to one parameter, `top` to the weights of the largest |t|, in that order.
-        More than a million rows are an error that names both.
-        """
-        chosen = np.arange(len(self)) if name is None else self.span(name)
-        if top is not None:
-            strength = np.nan_to_num(np.abs(self.judged.t[chosen]), nan=-1.0, posinf=np.inf)
-            chosen = chosen[np.argsort(-strength, kind="stable")[:top]]
-        if len(chosen) > ROWS:
-            raise ArgumentError(
-                f"{len(chosen):,} rows are too many for one frame: ask for survey.weights(name) or "
-                f"survey.weights(top=1000), or read the arrays of survey.judged"
-            )
-        return self._rows(chosen)
-
-    def span(self, name: str) -> np.ndarray:
-        """The entries that belong to one parameter."""
-        if name not in self.parameters.position:
-            raise ArgumentError(f"{name!r} was not surveyed{nearest(name, self.parameters.names)}")
-        at = self.parameters.position[name]
-        return np.arange(self._starts[at], self._starts[at + 1])
-
-    def places(self, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The parameter and the flat index in it of each of the given entries."""
-        of = np.searchsorted(self._starts, chosen, side="right") - 1
-        flat = chosen - self._starts[of]
-        for i in np.unique(of):
-            at = self.index[i]
-            if at is not None:
-                flat[of == i] = at[flat[of == i]]
-        return of, flat
-
-    def _rows(self, chosen: np.ndarray) -> pd.DataFrame:
+    def columns(self, chosen: np.ndarray) -> dict[str, object]:
+        """The evidence and the verdict."""
         import pandas as pd
 
-        of, flat = self.places(chosen)
-        index = np.empty(len(chosen), object)
-        for i in np.unique(of):
-            shape, mine = self.parameters.shapes[i], np.nonzero(of == i)[0]
-            axes = [axis.tolist() for axis in np.unravel_index(flat[mine], shape)] if shape else []
-            for row, place in zip(mine, zip(*axes, strict=True) if axes else [()] * len(mine), strict=True):
-                index[row] = place
         j = self.judged
-        return pd.DataFrame(
-            {
-                "parameter": pd.Series(np.array(self.parameters.names, object)[of], dtype="str"),
-                "index": pd.Series(index, dtype=object),
-                "value": self.value[chosen],
-                "partial": j.mean[chosen],
-                "verdict": pd.Series(self.verdict[chosen], dtype="str"),
-                "t": j.t[chosen],
-                "p": j.p[chosen],
-                "q": j.q[chosen],
-                "agree": j.agree[chosen],
-                "expected_change": np.where(j.verdict[chosen] != 0, -MOVE * np.abs(j.mean[chosen]), 0.0),
-                "reason": pd.Series(np.array(REASONS, object)[j.reason[chosen]], dtype="str"),
-            }
-        )
+        return {
+            "partial": j.mean[chosen],
+            "verdict": pd.Series(self.verdict[chosen], dtype="str"),
+            "t": j.t[chosen],
+            "p": j.p[chosen],
+            "q": j.q[chosen],
+            "agree": j.agree[chosen],
+            "expected_change": np.where(j.verdict[chosen] != 0, -MOVE * np.abs(j.mean[chosen]), 0.0),
+            "reason": pd.Series(np.array(REASONS, object)[j.reason[chosen]], dtype="str"),
+        }
 
     def __str__(self) -> str:
         increase, decrease = (int((self.judged.verdict == i).sum()) for i in (1, 2))

@@ -309,9 +309,9 @@ def test_dropout_draws_anew_for_each_batch():
 
 def test_large_surveys_have_no_frame_but_answer(monkeypatch):
     """More rows than a frame may have are an error that names the ways out, which work."""
-    monkeypatch.setattr("gradlens.probes.verdicts.ROWS", 100)
+    monkeypatch.setattr("gradlens.probes.per_weight.ROWS", 100)
     found = survey(net(), loss, batches(8))
-    with pytest.raises(ArgumentError, match=re.escape("survey.weights(top=1000)")):
+    with pytest.raises(ArgumentError, match=re.escape(".weights(top=1000)")):
         _ = found.frame
     top = found.weights(top=10)
     assert (top["t"].abs().diff().dropna() <= 0).all()

@@ -1,0 +1,119 @@
+"""Numbers for each weight of several parameters: flat arrays, one entry a weight, and the tables made of them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from gradlens.errors import ArgumentError, nearest
+from gradlens.records import Parameters
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+ROWS = 1_000_000  #: that a frame has at most
+
+
+@dataclass(frozen=True, eq=False)
+class PerWeight(ABC):
+    """Entries for the weights of `parameters`, one parameter after another; all of them, or those of `index`."""
+
+    parameters: Parameters
+    index: tuple[np.ndarray | None, ...]  #: flat indices of the weights of each parameter; None: all of them
+    value: np.ndarray  #: of the weights, float64
+
+    def __len__(self) -> int:
+        return len(self.value)
+
+    @abstractmethod
+    def columns(self, chosen: np.ndarray) -> dict[str, object]:
+        """What the frame says of the given entries, besides `parameter, index, value`."""
+
+    @abstractmethod
+    def strength(self, chosen: np.ndarray) -> np.ndarray:
+        """By what `top` chooses: the largest first; NaN is last."""
+
+    @cached_property
+    def frame(self) -> pd.DataFrame:
+        """`weights()` of all."""
+        return self.weights()
+
+    def weights(self, name: str | None = None, *, top: int | None = None) -> pd.DataFrame:
+        """One row a weight: `parameter, index, value`, and what is known of it.
+
+        `name` restricts it to one parameter, `top` to the strongest weights, in falling order. More than a million rows
+        are an error that names both.
+        """
+        chosen = np.arange(len(self)) if name is None else self.span(name)
+        if top is not None:
+            strength = np.nan_to_num(self.strength(chosen), nan=-np.inf, posinf=np.inf, neginf=-np.inf)
+            chosen = chosen[np.argsort(-strength, kind="stable")[:top]]
+        if len(chosen) > ROWS:
+            raise ArgumentError(
+                f"{len(chosen):,} rows are too many for one frame: ask for .weights(name) or .weights(top=1000), or read "
+                f"the arrays of the result"
+            )
+        return self._rows(chosen)
+
+    def span(self, name: str) -> np.ndarray:
+        """The entries that belong to one parameter."""
+        if name not in self.parameters.position:
+            raise ArgumentError(f"{name!r} is not among the parameters here{nearest(name, self.parameters.names)}")
+        return np.arange(*self.bounds[self.parameters.position[name]])
+
+    @cached_property
+    def bounds(self) -> list[tuple[int, int]]:
+        """Where the entries of each parameter begin and end."""
+        return list(pairwise(self._starts.tolist()))
+
+    @cached_property
+    def _starts(self) -> np.ndarray:
+        numel = [int(np.prod(shape, dtype=np.int64)) for shape in self.parameters.shapes]
+        counts = [n if at is None else len(at) for n, at in zip(numel, self.index, strict=True)]
+        return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+
+    def places(self, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The parameter of each of the given entries, and its flat index in that."""
+        of = np.searchsorted(self._starts, chosen, side="right") - 1
+        flat = chosen - self._starts[of]
+        for i in np.unique(of):
+            at = self.index[i]
+            if at is not None:
+                flat[of == i] = at[flat[of == i]]
+        return of, flat
+
+    def _rows(self, chosen: np.ndarray) -> pd.DataFrame:
+        import pandas as pd
+
+        of, flat = self.places(chosen)
+        index = np.empty(len(chosen), object)
+        for i in np.unique(of):
+            mine = np.nonzero(of == i)[0]
+            index[mine] = as_objects(unravelled(flat[mine], self.parameters.shapes[i]))
+        return pd.DataFrame(
+            {
+                "parameter": pd.Series(np.array(self.parameters.names, object)[of], dtype="str"),
+                "index": pd.Series(index, dtype=object),
+                "value": self.value[chosen],
+                **self.columns(chosen),
+            }
+        )
+
+
+def unravelled(flat: np.ndarray, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """Flat indices as tuples; `()` for a scalar."""
+    if not shape:
+        return [()] * len(flat)
+    return list(zip(*(axis.tolist() for axis in np.unravel_index(flat, shape)), strict=True))
+
+
+def as_objects(items: list[tuple[int, ...]]) -> np.ndarray:
+    """An array whose entries are the tuples, not their numbers."""
+    result = np.empty(len(items), object)
+    result[:] = items
+    return result
