@@ -25,9 +25,10 @@ from torch import Tensor
 
 from gradlens.errors import ArgumentError, nearest
 from gradlens.probes import second_order
+from gradlens.probes.loss import Target
 from gradlens.probes.per_weight import PerWeight
 from gradlens.probes.progress import tracked
-from gradlens.probes.shelter import Shelter, Target
+from gradlens.probes.shelter import Shelter
 from gradlens.selection import Select
 from gradlens.statistics.evidence import Moments, flat
 

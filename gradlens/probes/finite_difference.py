@@ -25,10 +25,11 @@ import torch
 from torch import Tensor, nn
 
 from gradlens.errors import ArgumentError, ProbeError
+from gradlens.probes.loss import Target
 from gradlens.probes.partials import label
 from gradlens.probes.per_weight import unravelled
 from gradlens.probes.progress import tracked
-from gradlens.probes.shelter import Shelter, Target
+from gradlens.probes.shelter import Shelter
 from gradlens.records import Parameters
 from gradlens.selection import Select
 

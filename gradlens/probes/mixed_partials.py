@@ -21,8 +21,9 @@ from torch import Tensor
 
 from gradlens.errors import ArgumentError, ArgumentTypeError, nearest
 from gradlens.probes import second_order
+from gradlens.probes.loss import Target
 from gradlens.probes.partials import label
-from gradlens.probes.shelter import Shelter, Target
+from gradlens.probes.shelter import Shelter
 from gradlens.records import Parameters
 from gradlens.selection import Select
 

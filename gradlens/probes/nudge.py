@@ -18,9 +18,11 @@ import torch
 from torch import Tensor
 
 from gradlens.errors import ArgumentError, ArgumentTypeError, nearest
+from gradlens.probes.loss import Target
 from gradlens.probes.progress import tracked
-from gradlens.probes.shelter import Shelter, Target, randomness, set_randomness
+from gradlens.probes.shelter import Shelter
 from gradlens.probes.survey import batch_size, kept_generators, known_sizes, length
+from gradlens.probes.untouched import randomness, set_randomness
 from gradlens.probes.verdicts import MOVE, Survey
 from gradlens.statistics.evidence import VERDICTS
 

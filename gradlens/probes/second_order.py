@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gradlens.errors import ProbeError
-from gradlens.probes.shelter import Shelter, nodes
+from gradlens.probes.loss import nodes
+from gradlens.probes.shelter import Shelter
 
 T = TypeVar("T")
 _MISSING = re.compile(r"derivative for '?([\w:.]+)'? is not implemented")

@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 
 from gradlens.errors import ArgumentError, ArgumentTypeError, GradlensWarning, ProbeError
+from gradlens.probes.loss import Target
 from gradlens.probes.progress import tracked
-from gradlens.probes.shelter import Shelter, Target
+from gradlens.probes.shelter import Shelter
 from gradlens.probes.verdicts import Survey
 from gradlens.selection import Select
 from gradlens.statistics.evidence import Moments, check_level, judge

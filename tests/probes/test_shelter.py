@@ -10,6 +10,7 @@ from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint
 
 from gradlens.errors import ArgumentError, ArgumentTypeError, ProbeError
+from gradlens.probes.mixed_partials import check_symmetry
 from gradlens.probes.shelter import Shelter
 
 from .traces import trace
@@ -224,6 +225,23 @@ def test_wrappers_are_looked_through():
     with Shelter(compiled, lambda m: m(torch.ones(2)).sum()) as shelter:
         shelter.gradient()
         assert shelter.parameters.names == ("0.weight", "0.bias")
+
+
+def test_compiled_parts_run_eagerly():
+    """A model with compiled submodules is differentiated as if they were not, twice if need be, and they stay compiled."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 1))
+    model = nn.Sequential(torch.compile(plain[0], backend="aot_eager"), plain[1])
+    model[1].compile(backend="aot_eager")
+    x = torch.randn(4, 3)
+    with Shelter(model, lambda m: m(x).square().mean()) as shelter:
+        found = shelter.gradient()[1]
+        assert shelter.parameters.names == ("0.weight", "0.bias", "1.weight", "1.bias")
+    with Shelter(plain, lambda m: m(x).square().mean()) as shelter:
+        for a, b in zip(found, shelter.gradient()[1], strict=True):
+            assert torch.equal(a, b)
+    assert check_symmetry(model, lambda m: m(x).pow(4).mean()).ok
+    assert model[1]._compiled_call_impl is not None
 
 
 def test_a_chosen_part_is_differentiated_and_frozen_parameters_are_not():

@@ -333,6 +333,19 @@ def test_the_result_is_frozen_and_prints():
     assert "nothing is certain enough" in str(survey(net(), loss, batches(8), 1e-9))
 
 
+def test_a_loss_may_take_its_batch_apart():
+    """Popping the labels out of a dict, as training scripts do, is not felt by the caller or by another evaluation."""
+    made = [{"x": x, "token": t, "y": y} for x, t, y in batches(8)]
+
+    def popping(m, batch):
+        y = batch.pop("y")
+        return F.cross_entropy(m(**batch), y)
+
+    found = survey(net(), popping, made)
+    assert all(set(batch) == {"x", "token", "y"} for batch in made)
+    np.testing.assert_array_equal(found.judged.t, survey(net(), loss, batches(8)).judged.t)
+
+
 def test_losses_that_do_not_fit_are_explained():
     """A loss without batch argument, or cut off from the model, is an error that says so."""
     with pytest.raises(ArgumentTypeError, match=r"called as loss_fn\(model, batch\)"):

@@ -1,0 +1,208 @@
+"""A loss function as a module around the model, so that `torch.func.functional_call` can reach into the model.
+
+Here targets are taken apart (a module, or a mapping of names to modules and tensors), parameters get their names, and what
+cannot be probed is refused with a reason.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Mapping, MutableMapping
+from typing import Any, NoReturn, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
+
+from gradlens.errors import ArgumentTypeError, ProbeError
+from gradlens.probes.untouched import randomness, set_randomness
+
+Target = nn.Module | Mapping[str, Any]
+T = TypeVar("T")
+
+
+class Loss(nn.Module):
+    """The loss function as a module around the model, so that `functional_call` can reach into the model."""
+
+    def __init__(self, target: Target, loss_fn: Callable[..., Tensor]) -> None:
+        super().__init__()
+        given = {"": target} if isinstance(target, nn.Module) else _mapping(target)
+        self.single = isinstance(target, nn.Module)
+        self.places = {key: unwrap(part) for key, part in given.items() if isinstance(part, nn.Module)}
+        self.plain = _plain({key: part for key, part in given.items() if not isinstance(part, nn.Module)}, self.places)
+        self.parts = nn.ModuleList(self.places.values())
+        self.functions = (loss_fn,)  # in a tuple, since a loss that is a module is no part of the model
+        self.known_to_use = self.known_to_be_whole = False
+        self._refuse_jit()
+
+    def forward(self, plain: Mapping[str, Tensor], then: Callable[[Tensor], T], batch: tuple) -> T:
+        argument = self.places[""] if self.single else {**self.places, **plain}
+        if not self.known_to_use:
+            self._refuse_ignored(batch)
+        loss = _scalar(self.functions[0](argument, *map(_fresh, batch)))
+        if not self.known_to_be_whole:
+            _refuse_reentrant(loss)
+            self.known_to_be_whole = True
+        return then(loss)
+
+    def named(self) -> dict[str, tuple[str, Tensor]]:
+        """By the name within this module: the parameter's own name, wrappers' prefixes stripped, and the live tensor."""
+        keys = list(self.places)
+        found = {}
+        for raw, tensor in self.named_parameters():
+            _, place, inner = raw.split(".", 2)
+            key = keys[int(place)]
+            found[raw] = (f"{key}.{_shown(self.places[key], inner)}" if key else _shown(self.places[key], inner), tensor)
+        return found | {name: (name, tensor) for name, tensor in self.plain.items()}
+
+    def _refuse_ignored(self, batch: tuple) -> None:
+        """Call the loss function with something that cannot be used: one that does not notice ignores its argument."""
+        before = randomness()
+        try:
+            self.functions[0](_Unusable(), *map(_fresh, batch))
+        except Exception:  # noqa: BLE001 - whatever it raised, it needed its argument, or fails in earnest just below
+            self.known_to_use = True
+        finally:
+            set_randomness(before)
+        if not self.known_to_use:
+            raise ProbeError(
+                "loss_fn ignores the model it is given: a probe moves the weights of its argument, so compute the loss with "
+                "that, as in lambda model: criterion(model(x), y)"
+            )
+
+    def _refuse_jit(self) -> None:
+        for module in self.parts.modules():
+            if isinstance(module, torch.jit.ScriptModule):
+                raise ProbeError(
+                    f"{module.original_name} is a scripted module, whose weights cannot be exchanged; probe the original"
+                )
+
+
+def _fresh(batch: Any) -> Any:
+    """A batch that may be taken apart: `labels = batch.pop("labels")` must not be felt by the next evaluation."""
+    return copy.copy(batch) if isinstance(batch, list | MutableMapping) else batch
+
+
+class _Used(Exception):  # noqa: N818 - a signal, not an error
+    pass
+
+
+def _use(self: object, *args: object, **kwargs: object) -> NoReturn:
+    raise _Used
+
+
+class _Unusable:
+    """Stands for the model, and says so when it is touched."""
+
+    __getattr__ = __call__ = __getitem__ = __iter__ = __len__ = __bool__ = __contains__ = _use
+
+
+def unwrap(module: nn.Module) -> nn.Module:
+    """The model within `torch.compile`, DDP and DataParallel wrappers, which must not see a probe's passes."""
+    while True:
+        if isinstance(module, DistributedDataParallel | DataParallel):
+            module = module.module
+        elif isinstance(getattr(module, "_orig_mod", None), nn.Module):
+            module = module._orig_mod  # type: ignore[assignment]
+        else:
+            return module
+
+
+def check_arguments(loss_fn: Callable, batched: bool) -> None:
+    """Raise when the loss function cannot be called the way it will be."""
+    if not callable(loss_fn):
+        raise ArgumentTypeError(f"loss_fn is a function of the model that gives its loss, not {type(loss_fn).__name__}")
+    call = ("model", "batch") if batched else ("model",)
+    try:
+        inspect.signature(loss_fn).bind(*call)
+    except TypeError as error:
+        raise ArgumentTypeError(f"loss_fn is called as loss_fn({', '.join(call)}) here, and cannot be: {error}") from None
+    except ValueError:  # a builtin that does not tell
+        pass
+
+
+def _shown(module: nn.Module, raw: str) -> str:
+    """A parameter's name without the prefixes of wrappers."""
+    *path, leaf = raw.split(".")
+    words = []
+    for child in path:
+        wraps = child == "module" and isinstance(module, DistributedDataParallel | DataParallel)
+        if not wraps and child not in ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"):
+            words.append(child)
+        module = module._modules[child]  # type: ignore[assignment]
+    return ".".join([*words, leaf])
+
+
+def _mapping(target: object) -> Mapping[str, Any]:
+    if not isinstance(target, Mapping) or not all(isinstance(key, str) for key in target):
+        raise ArgumentTypeError(
+            f"a probe takes a torch.nn.Module, or a mapping of names to modules and tensors, not {type(target).__name__}"
+        )
+    return target
+
+
+def _plain(given: Mapping[str, Any], places: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """The tensors of a mapping. Where nothing says that it requires a gradient, every real or complex one does."""
+    tensors = {}
+    for name, value in given.items():
+        if isinstance(value, bool) or not isinstance(value, Tensor | int | float | complex | np.ndarray | np.generic):
+            raise ArgumentTypeError(f"{name!r} is {type(value).__name__}: a probe takes modules, tensors and numbers")
+        tensors[name] = value if isinstance(value, Tensor) else torch.as_tensor(value, dtype=_number(value))
+    if not places and not any(tensor.requires_grad for tensor in tensors.values()):
+        floating = {name for name, tensor in tensors.items() if tensor.is_floating_point() or tensor.is_complex()}
+        tensors = {n: tensor.detach().requires_grad_() if n in floating else tensor for n, tensor in tensors.items()}
+    return tensors
+
+
+def _number(value: Any) -> torch.dtype:
+    return torch.complex128 if np.iscomplexobj(value) else torch.float64
+
+
+def _scalar(loss: object) -> Tensor:
+    if not isinstance(loss, Tensor):
+        raise ProbeError(f"loss_fn returned {type(loss).__name__}, not a tensor; return the loss itself, without .item()")
+    if loss.numel() != 1 or not loss.dtype.is_floating_point:
+        raise ProbeError(
+            f"loss_fn returned a tensor of shape {tuple(loss.shape)} and {loss.dtype}; a loss is one real number: "
+            f"return its mean or sum"
+        )
+    return loss.reshape(())
+
+
+def _refuse_reentrant(loss: Tensor) -> None:
+    """A reentrant checkpoint hides the weights within it from `autograd.grad`: they would seem to have no gradient."""
+    if "CheckpointFunctionBackward" in nodes(loss):
+        raise ProbeError(
+            "the model uses reentrant activation checkpointing, whose backward reaches only live parameters; use "
+            "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
+        )
+
+
+def nodes(*outputs: Tensor) -> set[str]:
+    """The names of the operations that a backward from these would run."""
+    names, seen = set(), set()
+    queue = [output.grad_fn for output in outputs]
+    while queue:
+        node = queue.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        names.add(node.name())
+        queue.extend(parent for parent, _ in node.next_functions)
+    return names
+
+
+def varies(name: str, tensor: Tensor) -> bool:
+    """Whether a tensor is a parameter to differentiate by; an error for one that has no values of its own."""
+    if not tensor.requires_grad:
+        return False
+    if isinstance(tensor, UninitializedTensorMixin):
+        raise ProbeError(f"parameter {name!r} has no shape yet: run the model once, then probe it")
+    if hasattr(tensor, "to_local"):
+        raise ProbeError(f"parameter {name!r} is sharded (a DTensor); probe the model before it is sharded, on one process")
+    if tensor.is_meta:
+        raise ProbeError(f"parameter {name!r} is on the meta device and has no values to differentiate at")
+    return True
