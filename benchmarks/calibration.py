@@ -1,8 +1,9 @@
 """How often are kept verdicts right? Measured against the full-data gradient, on real data that packages ship.
 
-    python benchmarks/calibration.py                 # everything: about half an hour on one core
+    python benchmarks/calibration.py                 # everything: about ten minutes on one core
     python benchmarks/calibration.py --quick         # one seed, to see that it runs
-    python benchmarks/calibration.py --summarise     # print the stored results again
+    python benchmarks/calibration.py --nudge         # predicted against actual changes of the loss, a minute
+    python benchmarks/calibration.py --summarise     # print the stored verdicts again
 
 Tasks: scikit-learn's handwritten digits (an MLP and a CNN), Python's own language reference (a small transformer over
 characters), and scikit-learn's diabetes data (regression). Five seeds, each surveyed early, midway and late in training, for
@@ -17,6 +18,9 @@ Each row of `calibration.csv` pools the surveys of one task, stage, mode, K, lev
 false discovery rate (mean over surveys of the share of wrong verdicts, 0 where none was kept), that of the worst seed and of
 the worst survey, the coverage, and how often nothing was kept. `signs_of_mean_right` is what one would get by taking every
 sign of the mean at its word; K = 1 is that of a single batch.
+
+`nudge.csv`: verdicts of 16 batches of one half of the data followed by 1e-4, the actual change of the loss as a share of the
+predicted one, on the surveyed batches and on 16 of the other half.
 """
 
 from __future__ import annotations
@@ -37,6 +41,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gradlens.errors import GradlensWarning
+from gradlens.probes.nudge import nudge
 from gradlens.probes.survey import survey
 from gradlens.statistics.significance import q_values
 
@@ -260,6 +265,36 @@ def summary(found: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def nudges(name: str, seed: int) -> Iterator[dict[str, Any]]:
+    """One row a stage: how much of the predicted change came about."""
+    task = TASKS[name]()
+    half = len(task.data[0]) // 2
+    for stage, model in trained(task, seed):
+        random = torch.Generator().manual_seed(seed)
+        rows = torch.randperm(2 * half, generator=random).reshape(2, half)
+        drawn = [side[torch.randint(0, half, (16, task.batch), generator=random)] for side in rows]
+        surveyed, held_out = ([tuple(field[r] for field in task.data) for r in side] for side in drawn)
+        found = survey(model, task.loss, surveyed)
+        moved = {
+            where: nudge(model, task.loss, found, batches)
+            for where, batches in (("surveyed", surveyed), ("held_out", held_out))
+        }
+        if not found.coverage:
+            continue
+        yield {
+            "task": name, "stage": stage, "seed": seed, "moved": moved["surveyed"].moved,
+            "predicted": f"{moved['surveyed'].predicted:.4g}",
+            **{where: round(one.actual / one.predicted, 4) for where, one in moved.items()},
+        }  # fmt: skip
+
+
+def store(path: Path, rows: list[dict[str, Any]]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 def table(results: list[dict[str, Any]], **chosen: Any) -> None:
     """Print the rows that match, as Markdown."""
     shown = [row for row in results if all(str(row[key]) == str(value) for key, value in chosen.items())]
@@ -295,12 +330,19 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="*", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--out", type=Path, default=HERE / "calibration.csv")
     parser.add_argument("--quick", action="store_true", help="one seed, nothing stored")
+    parser.add_argument("--nudge", action="store_true", help="compare predicted and actual changes of the loss")
     parser.add_argument("--summarise", action="store_true", help="print the stored results, measure nothing")
     options = parser.parse_args()
     if options.summarise:
         with options.out.open() as file:
             return summarise(list(csv.DictReader(file)))
     torch.set_num_threads(1)
+    if options.nudge:
+        store(
+            HERE / "nudge.csv",
+            [row for name in options.tasks for seed in range(options.seeds) for row in nudges(name, seed)],
+        )
+        return print((HERE / "nudge.csv").read_text())
     started, rows = time.time(), []
     for name in options.tasks:
         for seed in range(1 if options.quick else options.seeds):
@@ -308,10 +350,7 @@ def main() -> None:
             print(f"{name}, seed {seed}: {time.time() - started:.0f} s", flush=True)
     results = pooled(iter(rows))
     if not options.quick:
-        with options.out.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(results[0]))
-            writer.writeheader()
-            writer.writerows(results)
+        store(options.out, results)
     summarise(results)
     return None
 

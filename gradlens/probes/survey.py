@@ -7,7 +7,7 @@ moving the weights, tests each weight's mean partial against 0, and keeps what p
 all weights at once. What is tested is the *expected* partial over batches of this size, in the mode the model is in.
 
 It says nothing of how far to move, of what happens when the others move too, or of the weights after a step. Of the kept
-verdicts a share of about q is wrong on average; one survey of strongly correlated weights can do much worse.
+verdicts at most a share q is expected to be wrong, on average over surveys; `Survey.caveats` says where that fails.
 """
 
 from __future__ import annotations
@@ -176,8 +176,8 @@ def _warn_few(k: int, q: float) -> None:
     sure = detectable(k - 1, q / 20) / k**0.5
     warnings.warn(
         f"{k} batches leave {k - 1} degrees of freedom: to be kept, a weight's mean partial must be about {sure:.1f} "
-        f"times its spread over batches, where one weight in twenty is kept. Expect verdicts for few weights or none; "
-        f"take 16 to 64 batches",
+        f"times its spread over batches, where one weight in twenty is kept. Expect verdicts for few weights or none, "
+        f"and more wrong ones than q says; take 16 to 64 batches",
         GradlensWarning,
         stacklevel=3,
     )

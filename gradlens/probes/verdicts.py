@@ -14,6 +14,7 @@ from gradlens.statistics.evidence import REASONS, VERDICTS, Judged
 if TYPE_CHECKING:
     import pandas as pd
 
+MANY = 32  #: batches from which on rare events did little harm in the calibration
 MOVE = 1e-4  #: the move that `expected_change` is for, and that `nudge` makes
 
 
@@ -121,16 +122,28 @@ class Survey(PerWeight):
             return "\n".join([*lines, f"  nothing is certain enough at q = {self.level:g}: take more or larger batches"])
         best = self.table.sort_values("coverage", ascending=False, kind="stable").head(3)
         most = ", ".join(f"{name} {share:.0%}" for name, share in zip(best["parameter"], best["coverage"], strict=True))
-        safer = "; method='by' is the safer choice" if self.method == "bh" else ""
         return "\n".join(
             [
                 *lines,
                 f"  most decided: {most}",
                 f"  expected change of the loss if they all move by {MOVE:g}: {self.expected_change:.3g}",
-                f"  at q = {self.level:g} ({self.method}) about {self.level:.0%} of the verdicts are wrong on average, and "
-                f"more where weights are strongly correlated{safer}",
+                f"  q = {self.level:g} ({self.method}): at most {self.level:.0%} of the verdicts are expected to be wrong",
+                *(f"  but {caveat}" for caveat in self.caveats),
             ]
         )
+
+    @property
+    def caveats(self) -> tuple[str, ...]:
+        """Where more verdicts are wrong than q says, of what applies here; measured in docs/evidence.md."""
+        said = []
+        if self.batches < MANY:
+            said.append(
+                f"{self.batches} batches cannot know of what happens in none of them: expect more wrong ones in the output "
+                f"rows of rare classes or tokens (take {MANY} batches, or leave that layer out by select)"
+            )
+        if self.method == "bh":
+            said.append("correlated weights are wrong together, many in one survey, none in the next (method='by' is safer)")
+        return tuple(said)
 
     def _of_size(self) -> str:
         if self.sizes is None:

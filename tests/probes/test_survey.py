@@ -329,7 +329,8 @@ def test_the_result_is_frozen_and_prints():
     text = str(found)
     assert text.startswith("survey of 227 weights over 16 batches of 32, train mode, mean loss 1.")
     assert re.search(r"increase \d+ · decrease \d+ · undecided \d+ \(weak", text)
-    assert "method='by'" in text
+    assert "at most 10% of the verdicts are expected to be wrong" in text
+    assert all(caveat in text for caveat in found.caveats)
     assert "nothing is certain enough" in str(survey(net(), loss, batches(8), 1e-9))
 
 
@@ -344,6 +345,14 @@ def test_a_loss_may_take_its_batch_apart():
     found = survey(net(), popping, made)
     assert all(set(batch) == {"x", "token", "y"} for batch in made)
     np.testing.assert_array_equal(found.judged.t, survey(net(), loss, batches(8)).judged.t)
+
+
+def test_caveats_are_those_that_apply():
+    """Few batches and dependent weights are named as what they put at risk, where they do."""
+    said = [survey(net(), loss, batches(k), method=method).caveats for k, method in ((16, "bh"), (32, "bh"), (32, "by"))]
+    assert [len(caveats) for caveats in said] == [2, 1, 0]
+    assert "rare classes or tokens" in said[0][0]
+    assert "method='by'" in said[1][0]
 
 
 def test_losses_that_do_not_fit_are_explained():
