@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from gradlens.lens import Lens, watch
     from gradlens.probes.finite_difference import check_partials
     from gradlens.probes.mixed_partials import check_symmetry, mixed_partials
+    from gradlens.probes.nudge import nudge
     from gradlens.probes.partials import partials
+    from gradlens.probes.survey import survey
     from gradlens.store.run import Run, open_run
 
 __version__ = "0.1.0"
@@ -34,6 +36,8 @@ __all__ = [
     "mixed_partials",
     "check_partials",
     "check_symmetry",
+    "survey",
+    "nudge",
     # what was recorded
     "open_run",
     "Run",
@@ -66,6 +70,8 @@ _LAZY: dict[str, tuple[str, str | None]] = {
     "mixed_partials": ("gradlens.probes.mixed_partials", "mixed_partials"),
     "check_symmetry": ("gradlens.probes.mixed_partials", "check_symmetry"),
     "check_partials": ("gradlens.probes.finite_difference", "check_partials"),
+    "survey": ("gradlens.probes.survey", "survey"),
+    "nudge": ("gradlens.probes.nudge", "nudge"),
     "open_run": ("gradlens.store.run", "open_run"),
     "Run": ("gradlens.store.run", "Run"),
     "rules": ("gradlens.analysis.rules", None),
