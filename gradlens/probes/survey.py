@@ -29,7 +29,7 @@ from gradlens.probes.progress import tracked
 from gradlens.probes.shelter import Shelter
 from gradlens.probes.verdicts import Survey
 from gradlens.selection import Select
-from gradlens.statistics.evidence import Moments, check_level, judge
+from gradlens.statistics.evidence import Moments, check_level, flat, judge
 from gradlens.statistics.significance import detectable
 
 ENOUGH = 8  #: batches below which a survey warns
@@ -71,12 +71,12 @@ def survey(
     with shelter, kept_generators(batches):
         told = f"survey of {surveyed:,} weights ({surveyed * BYTES / 2**20:,.1f} MiB)"
         measured = _measure(shelter, index, tracked(batches, told, length(batches), progress))
-        weights = [w.detach().reshape(-1).cpu().double().numpy() for w in shelter.weights]
+        values = [flat(w.detach(), at).cpu().numpy() for w, at in zip(shelter.weights, measured.at, strict=True)]
     _warn_few(len(measured.losses), q)
     return Survey(
         parameters=shelter.parameters,
         index=tuple(index),
-        value=np.concatenate([w if at is None else w[at] for w, at in zip(weights, index, strict=True)]),
+        value=np.concatenate(values),
         judged=judge(measured.moments, q, method),
         batches=len(measured.losses),
         sizes=(min(measured.sizes), max(measured.sizes)) if measured.sizes else None,
@@ -90,6 +90,7 @@ def survey(
 
 @dataclass(frozen=True, eq=False)
 class _Measured:
+    at: list[Tensor | None]  #: the weights surveyed of each parameter; None: all
     moments: Moments
     losses: list[float]
     sizes: list[int]  #: empty where batches do not say how large they are
@@ -117,12 +118,13 @@ def _measure(shelter: Shelter, index: Sequence[np.ndarray | None], batches: Iter
         raise ProbeError("the loss depends on none of the surveyed parameters: detach(), .item() or no_grad() cuts the way")
     _refuse_identical(moments)
     _warn_repeated(repeated)
-    return _Measured(moments, losses, known_sizes(sizes))
+    return _Measured(at, moments, losses, known_sizes(sizes))
 
 
 def _print(loss: float, gradient: Sequence[Tensor | None]) -> tuple[float, ...]:
     """A fingerprint, by which a batch that comes again is known."""
-    sums = [(g.double().sum(), g.double().square().sum()) for g in gradient if g is not None]
+    wide = torch.float64
+    sums = [(g.sum(dtype=wide), torch.linalg.vector_norm(g, dtype=wide)) for g in gradient if g is not None]
     return loss, *(x.item() for pair in sums for x in pair)
 
 
