@@ -33,24 +33,25 @@ CONSTANT, WEAK, SPARSE, ALWAYS_ZERO, NONFINITE = range(1, 6)
 SEEN = 5  #: non-zero gradients that a t test wants at least; all of them where there are fewer
 
 
+BLOCK = 1 << 20  #: entries of small parameters that are worked on together: an operation costs microseconds by itself
+
+
 class Moments:
     """Mean, squared deviations and signs of each weight's partials over gradients at the same weights.
 
     `like`: one real tensor a parameter, for sizes and devices. `indices`: the flat entries to keep of each, None for all.
+    Parameters lie one after another in blocks; `mean`, `squares`, `positive` and `negative` have one tensor a block.
     """
 
     BYTES = 24  #: a weight: mean, squared deviations, two counts
 
     def __init__(self, like: Sequence[Tensor], indices: Sequence[Tensor | None] | None = None) -> None:
         self.indices = list(indices) if indices is not None else [None] * len(like)
-        sizes = [tensor.numel() if at is None else at.numel() for tensor, at in zip(like, self.indices, strict=True)]
-        on = [tensor.device for tensor in like]
-        self.mean, self.squares = (
-            [torch.zeros(n, dtype=torch.float64, device=d) for n, d in zip(sizes, on, strict=True)] for _ in range(2)
-        )
-        self.positive, self.negative = (
-            [torch.zeros(n, dtype=torch.int32, device=d) for n, d in zip(sizes, on, strict=True)] for _ in range(2)
-        )
+        self.sizes = [tensor.numel() if at is None else at.numel() for tensor, at in zip(like, self.indices, strict=True)]
+        self.blocks = _blocks(self.sizes, [tensor.device for tensor in like])
+        lengths = [(sum(self.sizes[block]), like[block.start].device) for block in self.blocks]
+        self.mean, self.squares = ([torch.zeros(n, dtype=torch.float64, device=d) for n, d in lengths] for _ in range(2))
+        self.positive, self.negative = ([torch.zeros(n, dtype=torch.int32, device=d) for n, d in lengths] for _ in range(2))
         self.count = 0
         self.weight = 0.0
 
@@ -59,17 +60,25 @@ class Moments:
         """Add one gradient: a tensor a parameter, None for zeros. `weight`: the size of its batch, where they differ."""
         self.count += 1
         self.weight += weight
-        for i, gradient in enumerate(gradients):
-            self._add(i, None if gradient is None else flat(gradient, self.indices[i]), weight)
-
-    def _add(self, i: int, g: Tensor | None, weight: float) -> None:
-        mean = self.mean[i]
-        step = -mean if g is None else g - mean
-        mean += step * (weight / self.weight)
-        self.squares[i] += weight * step * ((-mean) if g is None else (g - mean))
-        if g is not None:
+        for i, block in enumerate(self.blocks):
+            g = self._joined(gradients, block, self.mean[i])
+            step = g - self.mean[i]
+            self.mean[i].add_(step, alpha=weight / self.weight)
+            self.squares[i].addcmul_(step, g - self.mean[i], value=weight)
             self.positive[i] += g > 0
             self.negative[i] += g < 0
+
+    def _joined(self, gradients: Sequence[Tensor | None], block: slice, like: Tensor) -> Tensor:
+        """The gradients of a block as one tensor; it may be a view of the gradient itself."""
+        of = zip(gradients[block], self.indices[block], self.sizes[block], strict=True)
+        parts = [like.new_zeros(n) if g is None else flat(g, at) for g, at, n in of]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def place(self, parameter: int) -> tuple[int, slice]:
+        """Where the weights of one parameter lie: the block, and the entries in it."""
+        block = next(i for i, block in enumerate(self.blocks) if parameter < block.stop)
+        start = sum(self.sizes[self.blocks[block].start : parameter])
+        return block, slice(start, start + self.sizes[parameter])
 
     def clear(self) -> None:
         """Forget everything."""
@@ -77,6 +86,20 @@ class Moments:
             for tensor in tensors:
                 tensor.zero_()
         self.count, self.weight = 0, 0.0
+
+
+def _blocks(sizes: Sequence[int], devices: Sequence[torch.device]) -> list[slice]:
+    """Ranges of parameters that follow each other on one device and fit into a block together."""
+    blocks: list[slice] = []
+    length = 0
+    for i, size in enumerate(sizes):
+        if blocks and devices[i] == devices[i - 1] and length + size <= BLOCK:
+            blocks[-1] = slice(blocks[-1].start, i + 1)
+            length += size
+        else:
+            blocks.append(slice(i, i + 1))
+            length = size
+    return blocks
 
 
 def flat(gradient: Tensor, index: Tensor | None = None) -> Tensor:
@@ -168,10 +191,10 @@ class Evidence:
     """The accumulator of the feature `evidence`: `update` for each backward of a step, `step_done` when it ends.
 
     Verdicts rest on the backwards of the last step, `over_time` on the steps, a step's weight falling by `decay` with each
-    one after it. A step whose gradient was not finite in a parameter leaves that parameter's record as it was.
+    one after it. A partial that was not finite leaves that weight's record over time as it was.
     """
 
-    BYTES = Moments.BYTES + 33  #: a weight: two float64, four float32 and one int8 more
+    BYTES = Moments.BYTES + 37  #: a weight: two float64, four float32, one int32 and one int8 more
 
     def __init__(
         self, like: Sequence[Tensor], indices: Sequence[Tensor | None] | None = None, *, decay: float = 0.98
@@ -196,7 +219,7 @@ class Evidence:
             return
         self._ended = True
         for steps, mean in zip(self._steps, self.moments.mean, strict=True):
-            steps.fold(mean, self.decay)
+            steps.fold(mean, 1 - self.decay)
 
     def verdicts(self, q: float = 0.1, method: str = "bh") -> Judged | None:
         """Verdicts over the backwards of the last step; None where it had fewer than two."""
@@ -204,42 +227,41 @@ class Evidence:
 
     def over_time(self, parameter: int) -> OverTime:
         """The record over steps of one parameter's weights."""
-        return self._steps[parameter].read()
+        block, entries = self.moments.place(parameter)
+        return self._steps[block].read(entries, self.decay)
 
 
 class _Decayed:
-    """Exponentially decayed sums over steps, for the weights of one parameter."""
+    """Exponentially decayed means over steps, for the weights of one block."""
 
     def __init__(self, like: Tensor) -> None:
         self.mean, self.square = torch.zeros_like(like), torch.zeros_like(like)
         self.sign, self.seen, self.flips, self.moving = (torch.zeros_like(like, dtype=torch.float32) for _ in range(4))
-        self.last = torch.zeros_like(like, dtype=torch.int8)
-        self.weight = torch.zeros((), dtype=torch.float64, device=like.device)
+        self.steps = torch.zeros_like(like, dtype=torch.int32)
+        self.last = torch.zeros_like(like, dtype=torch.int8)  # the sign of the last partial that was not 0
 
     @torch.no_grad()
-    def fold(self, g: Tensor, decay: float) -> None:
-        finite = g.isfinite().all()  # on the device: nobody waits for it
-        add = (1 - decay) * finite.double()
-        keep = 1 - add
-        g = g.masked_fill(~finite, 0)
-        sign = g.sign().to(torch.int8)
-        both = (sign * self.last) != 0
-        for total, new in (
-            (self.mean, g),
-            (self.square, g * g),
-            (self.sign, sign),
-            (self.seen, sign != 0),
-            (self.flips, both & (sign != self.last)),
-            (self.moving, both),
-            (self.weight, 1.0),
-        ):
-            total *= keep
-            total += add * new
-        self.last = torch.where((sign != 0) & finite, sign, self.last)
+    def fold(self, g: Tensor, share: float) -> None:
+        finite = g.isfinite()
+        share_of = share * finite.double()
+        g = torch.where(finite, g, 0.0)
+        sign = g.sign()
+        both = sign * self.last  # 1: the same sign as before, -1: another, 0: one of them is 0
+        self.mean.lerp_(g, share_of)
+        self.square.lerp_(g * g, share_of)
+        narrow = share_of.float()
+        self.sign.lerp_(sign.float(), narrow)
+        self.seen.lerp_(sign.abs().float(), narrow)
+        self.flips.lerp_((both < 0).float(), narrow)
+        self.moving.lerp_(both.abs().float(), narrow)
+        self.steps += finite
+        self.last = torch.where(sign != 0, sign.to(torch.int8), self.last)
 
-    def read(self) -> OverTime:
-        mean, square = self.mean / self.weight, self.square / self.weight
-        agree = (1 + self.sign.double().abs() / self.seen) / 2  # of two shares that add up to 1 and differ by |sign| / seen
-        flips = self.flips.double() / self.moving
+    def read(self, entries: slice, decay: float) -> OverTime:
+        weight = 1 - decay ** self.steps[entries].double()
+        mean, square = self.mean[entries] / weight, self.square[entries] / weight
+        # Two shares that add up to 1 and differ by |sign| / seen.
+        agree = (1 + self.sign[entries].double().abs() / self.seen[entries]) / 2
+        flips = self.flips[entries].double() / self.moving[entries]
         gsnr = mean**2 / (square - mean**2).clamp(min=0)
         return OverTime(*(x.cpu().numpy() for x in (agree, flips, gsnr)))

@@ -139,8 +139,42 @@ def test_only_the_chosen_entries_are_kept():
     """With indices the moments are those of the sampled entries."""
     found = Moments([torch.empty(2, 3), torch.empty(4)], [torch.tensor([1, 5]), None])
     found.update([torch.arange(6.0).reshape(2, 3), torch.ones(4)])
-    assert found.mean[0].tolist() == [1, 5]
-    assert found.mean[1].tolist() == [1, 1, 1, 1]
+    assert found.mean[0].tolist() == [1, 5, 1, 1, 1, 1]
+    assert [found.place(i) for i in range(2)] == [(0, slice(0, 2)), (0, slice(2, 6))]
+
+
+def test_blocks_join_small_parameters_and_leave_large_ones_alone(monkeypatch):
+    """However parameters are put together, the moments and the places of their weights are the same."""
+    like = [torch.empty(n) for n in (3, 2, 7, 1, 0, 2)]
+    gradients = [[torch.randn(t.shape, generator=torch.Generator().manual_seed(k)) for t in like] for k in range(6)]
+    found = []
+    for block, expected in ((1 << 20, 1), (5, 3), (1, 5)):
+        monkeypatch.setattr("gradlens.statistics.evidence.BLOCK", block)
+        moments = Moments(like)
+        assert len(moments.mean) == expected
+        for g in gradients:
+            moments.update(g)
+        found.append((torch.cat(moments.mean), torch.cat(moments.squares)))
+        for i, t in enumerate(like):
+            place, entries = moments.place(i)
+            np.testing.assert_allclose(
+                moments.mean[place][entries], torch.stack([g[i].double() for g in gradients]).mean(0), rtol=1e-12
+            )
+            assert entries.stop - entries.start == t.numel()
+    for mean, squares in found[1:]:
+        assert torch.equal(mean, found[0][0])
+        assert torch.equal(squares, found[0][1])
+
+
+def test_gradients_are_only_read():
+    """A float64 gradient, which needs no cast, is not written into."""
+    g = torch.randn(5, dtype=torch.float64)
+    kept = g.clone()
+    evidence = Evidence([g])
+    for _ in range(3):
+        evidence.update([g])
+    evidence.step_done()
+    assert torch.equal(g, kept)
 
 
 def test_gradients_of_any_kind_are_read_as_what_they_are():
