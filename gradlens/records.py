@@ -79,16 +79,57 @@ def directions(partials: np.ndarray) -> np.ndarray:
     return words
 
 
+#: The dtypes whose entries count as two.
+COMPLEX = ("complex32", "complex64", "complex128")
+
+#: The piece of a row whose numbers are of one summand of the gradient.
+PARTIAL = "partial"
+
+
 @dataclass(frozen=True)
 class Parameters:
-    """The parameters that a table has rows for. One object serves every snapshot until the model changes."""
+    """The parameters that a table has rows for. One object serves every snapshot until the model changes.
+
+    A row describes what this rank holds of a parameter. `pieces` says what that is, in the form `"4:8,0:16"`: the entries of
+    the whole tensor in each dimension. Rows of different pieces of one parameter are disjoint, and merge; rows of the same
+    piece are copies. `""` is all of it, and `PARTIAL` a summand: what the ranks hold has to be added before its statistics
+    can be taken, so such a row is of this rank alone.
+    """
 
     names: tuple[str, ...]
-    shapes: tuple[tuple[int, ...], ...]
+    shapes: tuple[tuple[int, ...], ...]  #: of the whole tensors
     dtypes: tuple[str, ...]  #: `float32`, without `torch.`
+    pieces: tuple[str, ...] = ()  #: by row; empty where every row is of a whole tensor
 
     def __post_init__(self) -> None:
         assert len(self.names) == len(self.shapes) == len(self.dtypes)
+        assert len(self.pieces) in (0, len(self.names))
+
+    def piece(self, row: int) -> str:
+        """What this rank holds of the row's parameter."""
+        return self.pieces[row] if self.pieces else ""
+
+    def local_shape(self, row: int) -> tuple[int, ...]:
+        """The shape of what this rank holds."""
+        bounds = _bounds(self.piece(row))
+        return self.shapes[row] if bounds is None else tuple(stop - start for start, stop in bounds)
+
+    def whole_index(self, row: int, index: np.ndarray) -> np.ndarray:
+        """Flat indices into the whole tensor, from flat ones into what this rank holds; negative ones stay.
+
+        A complex entry counts as two.
+        """
+        bounds = _bounds(self.piece(row))
+        if bounds is None:
+            return index
+        pair = (2,) if self.dtypes[row] in COMPLEX else ()
+        valid = index >= 0
+        at = np.unravel_index(index[valid], self.local_shape(row) + pair)
+        starts = [start for start, _ in bounds] + [0] * len(pair)
+        result = index.copy()
+        moved = [part + start for part, start in zip(at, starts, strict=True)]
+        result[valid] = np.ravel_multi_index(moved, self.shapes[row] + pair)
+        return result
 
     def __len__(self) -> int:
         return len(self.names)
@@ -101,8 +142,18 @@ class Parameters:
     def take(self, rows: Sequence[int]) -> Parameters:
         """Those of the given rows."""
         return Parameters(
-            tuple(self.names[i] for i in rows), tuple(self.shapes[i] for i in rows), tuple(self.dtypes[i] for i in rows)
+            tuple(self.names[i] for i in rows),
+            tuple(self.shapes[i] for i in rows),
+            tuple(self.dtypes[i] for i in rows),
+            tuple(self.pieces[i] for i in rows) if self.pieces else (),
         )
+
+
+def _bounds(piece: str) -> list[tuple[int, int]] | None:
+    """Start and stop in each dimension; None of a whole tensor or a summand."""
+    if piece in ("", PARTIAL):
+        return None
+    return [(int(start), int(stop)) for start, stop in (part.split(":") for part in piece.split(","))]
 
 
 @dataclass(frozen=True, eq=False)
@@ -201,6 +252,7 @@ class Finding:
     remedy: str = ""
     stage: str | None = None
     value: float | None = None
+    parameters: tuple[str, ...] = ()  #: all of them, where one finding stands for those of several
 
     def __str__(self) -> str:
         where = f" {self.parameter}" if self.parameter else ""
