@@ -1,0 +1,369 @@
+"""TensorBoard's own dashboards, for someone who has ten seconds: which layers are ill, and which want to move where.
+
+    a step's snapshots  ->  one event: about 12 numbers of the model, 2 of each of a few weights
+    now and then        ->  the same event holds two pictures (layer by step), and histograms
+    a new finding       ->  a page of text, rewritten
+
+A step is written when the next begins: several snapshots make one (a backward's and the used gradient's, or the parts that
+two optimizers own). Size and direction are those of the loss's own gradient, before clipping; updates those of the used one.
+
+What a run costs is bounded, whatever its length. Numbers are written at every observed step up to the 10,000th, from there
+at steps that lie a ten-thousandth of the run apart, and at each with a finding. Pictures are drawn anew when the run has
+grown by a tenth, but not within `interval` seconds; histograms when it has grown by a quarter. Nothing here grows with the
+run but the file; the largest part is the pictures' table, 1.5 MB.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tensorboard.compat.proto.event_pb2 import Event
+
+from gradlens import fields
+from gradlens.analysis.history import History
+from gradlens.analysis.rules.base import judged, layout
+from gradlens.errors import ArgumentError, RunDirectoryError
+from gradlens.records import Finding, Severity, Snapshot, Stage, Status
+from gradlens.writers import events, heatmap, markdown, tags
+from gradlens.writers.events import EventFile
+from gradlens.writers.grid import Grid, joined
+
+CHOSEN = 8
+OBSERVED = 20  #: scalars that a user observes and that are shown
+FOUND = 1000  #: findings that are kept for the page
+DETAIL = 10  #: histograms tell apart what is within 2**DETAIL of the largest partial
+
+
+@dataclass
+class _Pace:
+    """Due when the count has grown by a factor since it was last due: every time at first, ever more seldom later."""
+
+    factor: float
+    _next: int = 1
+
+    def due(self, count: int) -> bool:
+        """Whether it is; if so, it counts as done."""
+        if count < self._next:
+            return False
+        self._next = max(count + 1, math.ceil(count * self.factor))
+        return True
+
+
+class _Step:
+    """What has come of one step: the last snapshot of each stage, or the last of each part of it."""
+
+    def __init__(self, step: int, *, due: bool) -> None:
+        self.step, self.time = step, 0.0
+        self.due = due  # whether its numbers are written
+        self.written: set[str] = set()  # tags
+        self._last: dict[tuple[str, tuple[str, ...]], Snapshot] = {}
+        self._backwards = 0
+
+    def take(self, snapshot: Snapshot) -> None:
+        """The next snapshot."""
+        self._last[snapshot.stage, snapshot.names] = snapshot
+        self._backwards = max(self._backwards, snapshot.backward + 1)
+        self.time = snapshot.time
+
+    def of(self, stage: Stage) -> Snapshot | None:
+        """A stage, one row a parameter, parts behind each other."""
+        there = [snapshot for snapshot in self._last.values() if snapshot.stage == stage]
+        if len(there) < 2:
+            return there[0] if there else None
+        history, names = History(), list[str]()
+        for snapshot in there:
+            history.append(snapshot)
+            names = joined(names, snapshot.names)
+        whole = history.at()
+        return whole.take([whole.parameters.position[name] for name in names])
+
+    def gradient(self) -> Snapshot | None:
+        """The whole step's gradient of the loss, before it was clipped, where it was read; else what comes nearest."""
+        whole = [Stage.REDUCED, Stage.ACCUMULATED, Stage.USED, Stage.BACKWARD]
+        if self._backwards == 1:
+            whole.insert(2, Stage.BACKWARD)
+        return next((snapshot for stage in whole if (snapshot := self.of(stage)) is not None), None)
+
+
+class TensorBoard:
+    """A writer of one event file in a directory that TensorBoard is pointed at.
+
+    Args:
+        logdir: The run's directory, made if missing. TensorBoard reads the event files of a directory one after the other,
+            so another writer (a `SummaryWriter`) should have its own.
+        purge_step: For a run that is resumed at this step: what earlier files say of it and later steps is dropped.
+        chosen: How many weights have numbers of their own. They are chosen at the first step, evenly along the model, its
+            first and last included.
+        interval: Seconds between two drawings of the pictures, at least. A drawing takes about 40 ms of a background thread.
+
+    Raises:
+        RunDirectoryError: The directory cannot be written.
+    """
+
+    def __init__(
+        self, logdir: str | os.PathLike[str], *, purge_step: int | None = None, chosen: int = CHOSEN, interval: float = 10.0
+    ) -> None:
+        if chosen < 0:
+            raise ArgumentError(f"chosen={chosen} must be 0 or more weights that have numbers of their own")
+        try:
+            self._file = EventFile(Path(logdir), purge_step)
+        except OSError as error:
+            raise RunDirectoryError(
+                f"no event file can be written to {os.fspath(logdir)!r} ({error}); give a directory that can be written"
+            ) from error
+        self._how_many, self._interval = chosen, interval
+        self._open = _Step(-1, due=False)
+        self._count = 0  # steps that were observed, the open one included
+        self._grid = Grid()
+        self._found: dict[tuple[object, ...], Finding] = {}
+        self._news = False  # findings that no page has shown
+        self._chosen: dict[str, str] = {}  # names, and what they are in tags
+        self._described: set[str] = set()  # tags whose meaning is in the file
+        self._numbers, self._histograms, self._pictures = _Pace(1.0001), _Pace(1.25), _Pace(1.1)
+        self._drawn_at = self._told_at = -math.inf
+
+    @property
+    def path(self) -> Path:
+        """The event file."""
+        return self._file.path
+
+    def write(self, record: Snapshot | Finding) -> None:
+        """Take a record. Snapshots of a step that was left behind are not shown."""
+        if isinstance(record, Finding):
+            self._remember(record)
+        elif record.step >= self._open.step:
+            if record.step > self._open.step:
+                self._finish()
+                self._count += 1
+                self._open = _Step(record.step, due=self._numbers.due(self._count))
+            self._open.take(record)
+
+    def flush(self) -> None:
+        """Write the open step's numbers, and the findings. What the step gets later is written later."""
+        event = self._event()
+        self._add_numbers(event)
+        self._add_page(event, at_once=True)
+        self._write(event)
+
+    def close(self) -> None:
+        """Write the last step, with pictures and histograms as they are now, and close the file. May be called again."""
+        try:
+            if not self._file.closed:
+                self._finish(last=True)
+        finally:
+            self._file.close()
+
+    def _remember(self, finding: Finding) -> None:
+        key = (finding.rule, finding.parameter, finding.parameters)
+        self._found.pop(key, None)
+        self._found[key] = finding
+        if len(self._found) > FOUND:
+            del self._found[next(iter(self._found))]
+        self._news = True
+
+    # --- one event a step -------------------------------------------------------------------------------------------
+
+    def _finish(self, last: bool = False) -> None:
+        event = self._event()
+        gradient = self._open.gradient()
+        if gradient is not None:
+            self._grid.add(gradient)
+            self._add_help(event)
+            self._add_numbers(event)
+            if self._histograms.due(self._count) or last:
+                self._add_histograms(event, gradient)
+            if last or (self._rested(self._drawn_at) and self._pictures.due(self._count)):
+                self._drawn_at = self._open.time
+                self._add_pictures(event)
+        self._add_page(event, at_once=last)
+        self._write(event)
+
+    def _rested(self, since: float) -> bool:
+        """Whether `interval` seconds have passed, or the clock was set back."""
+        return not 0 <= self._open.time - since < self._interval
+
+    def _event(self) -> Event:
+        if self._open.step < 0:  # findings alone
+            steps = [finding.step for finding in self._found.values()]
+            return Event(step=max(steps, default=0), wall_time=time.time())
+        return Event(step=self._open.step, wall_time=self._open.time)
+
+    def _write(self, event: Event) -> None:
+        if event.summary.value:
+            self._file.write(event)
+
+    def _about(self, tag: str) -> str:
+        """What a tag means, the first time that it is written."""
+        if tag in self._described:
+            return ""
+        self._described.add(tag)
+        return tags.about(tag)
+
+    def _add_help(self, event: Event) -> None:
+        if tags.HELP not in self._described:
+            self._described.add(tags.HELP)
+            events.add_text(event, tags.HELP, tags.page())
+            events.add_layout(event, tags.layout())
+
+    # --- numbers ----------------------------------------------------------------------------------------------------
+
+    def _add_numbers(self, event: Event) -> None:
+        gradient, used = self._open.gradient(), self._open.of(Stage.USED)
+        if gradient is None or not (self._open.due or self._news):
+            return
+        numbers = {**_of_model(gradient), **_of_update(used), **self._of_chosen(gradient, used), **_observed(gradient, used)}
+        for tag, value in numbers.items():
+            if not math.isnan(value) and tag not in self._open.written:
+                self._open.written.add(tag)
+                events.add_scalar(event, tag, value, self._about(tag))
+
+    def _of_chosen(self, gradient: Snapshot, used: Snapshot | None) -> dict[str, float]:
+        if not self._chosen:
+            self._chosen = _choose(gradient, self._how_many)
+        result = {}
+        for group, column, snapshot in ((tags.RMS, "rms", gradient), (tags.RATIO, "update_ratio", used)):
+            if snapshot is not None:
+                values = _log10(snapshot.column(column))
+                for name, tag in self._chosen.items():
+                    row = snapshot.parameters.position.get(name)
+                    if row is not None:
+                        result[f"{group}/{tag}"] = float(values[row])
+        return result
+
+    # --- now and then -----------------------------------------------------------------------------------------------
+
+    def _add_histograms(self, event: Event, gradient: Snapshot) -> None:
+        if gradient.histogram is None:
+            return
+        own = judged(gradient)
+        rows, n = self._grid.at(gradient.names)[own], len(self._grid.labels)
+        counts = np.zeros((n, len(_LEFT)))
+        np.add.at(counts, rows, fields.ascending(gradient.histogram, gradient.columns["zero"])[own])
+        low, high = np.full((2, n), np.nan)
+        np.fmin.at(low, rows, gradient.columns["min"][own])
+        np.fmax.at(high, rows, gradient.columns["max"][own])
+        for row, label in enumerate(self._grid.labels):
+            if counts[row].any():
+                tag = f"{tags.PARTIALS}/{tags.numbered(row, label)}"
+                events.add_histogram(event, tag, buckets(counts[row], low[row], high[row]), self._about(tag))
+
+    def _add_pictures(self, event: Event) -> None:
+        worst = sorted(self._found.values(), key=lambda finding: (finding.severity.rank, finding.step))
+        marks = {
+            parameter: finding.rule
+            for finding in worst
+            if finding.severity != Severity.INFO
+            for parameter in finding.parameters or (str(finding.parameter),)
+        }
+        for name, chart in (("gradient_rms", heatmap.MAGNITUDE), ("increase_share", heatmap.DIRECTION)):
+            tag = f"{tags.LAYERS}/{name}"
+            events.add_image(event, tag, *heatmap.draw(chart, self._grid, marks), self._about(tag))
+
+    def _add_page(self, event: Event, at_once: bool) -> None:
+        if self._news and (at_once or self._rested(self._told_at)):
+            self._news, self._told_at = False, self._open.time
+            events.add_text(event, tags.FINDINGS, markdown.findings(self._found.values()))
+
+
+# --- what the numbers are: NaN where there is nothing to say ----------------------------------------------------------
+
+
+def _of_model(gradient: Snapshot) -> dict[str, float]:
+    whole = _pooled(gradient, "positive", "negative", "zero", "nan", "inf", "square_sum", "flip_count", "flip_moving")
+    result = {
+        f"{tags.HEALTH}/gradient_norm": fields.derive("l2", whole).item(),
+        f"{tags.HEALTH}/layer_spread": _spread(gradient),
+        f"{tags.HEALTH}/partials_nonfinite": (whole["nan"] + whole["inf"]).item(),
+        f"{tags.HEALTH}/parameters_absent": float((gradient.status == Status.ABSENT).sum()),
+    }
+    for column in ("increase_share", "decrease_share", "hold_share", "flip_share"):
+        result[f"{tags.DIRECTION}/{column}"] = fields.derive(column, whole).item()
+    return result
+
+
+def _of_update(used: Snapshot | None) -> dict[str, float]:
+    if used is None:
+        return {}
+    whole = _pooled(used, "update_dot", "update_used_square_sum", "update_square_sum")
+    change = used.column("loss_change")[judged(used) & (used.columns["update_numel"] > 0)]
+    ratio = used.column("update_ratio")[_weights(used)]
+    known = ratio[np.isfinite(ratio)]
+    return {
+        f"{tags.UPDATE}/update_ratio": float(np.median(known)) if len(known) else math.nan,
+        f"{tags.UPDATE}/alignment": fields.derive("alignment", whole).item(),
+        f"{tags.UPDATE}/loss_change": float(change.sum()) if len(change) else math.nan,
+    }
+
+
+def _pooled(snapshot: Snapshot, *columns: str) -> dict[str, np.ndarray]:
+    """Sums over the parameters that have a gradient of their own; `[1]` a column."""
+    values = np.array([snapshot.columns[name] for name in columns], np.float64)
+    return dict(zip(columns, np.nansum(values[:, judged(snapshot)], axis=1, keepdims=True), strict=True))
+
+
+def _observed(gradient: Snapshot, used: Snapshot | None) -> dict[str, float]:
+    scalars = {**gradient.scalars, **(used.scalars if used else {})}
+    result = {f"{tags.HEALTH}/loss": float(scalars.pop("loss", math.nan))}
+    for name in list(scalars)[:OBSERVED]:
+        result[f"{tags.OBSERVED}/{tags.escape(name)}"] = float(scalars[name])
+    return result
+
+
+def _spread(gradient: Snapshot) -> float:
+    """Powers of ten between the strongest and the weakest weight, over the partials that are not 0."""
+    counts = gradient.columns
+    moving = (counts["positive"] + counts["negative"])[_weights(gradient)]
+    squares = counts["square_sum"][_weights(gradient)]
+    sizes = _log10(np.sqrt(squares[moving > 0] / moving[moving > 0]))
+    sizes = sizes[np.isfinite(sizes)]
+    return float(np.ptp(sizes)) if len(sizes) else math.nan
+
+
+def _weights(snapshot: Snapshot) -> np.ndarray:
+    """`[n]` the parameters that are not biases or scales, if there are any, and have a gradient of their own."""
+    own = judged(snapshot)
+    matrix = layout(snapshot.parameters).matrix
+    return own & matrix if (own & matrix).any() else own
+
+
+def _choose(gradient: Snapshot, most: int) -> dict[str, str]:
+    """Weights evenly along the model, and what they are called in tags."""
+    rows = np.flatnonzero(_weights(gradient))
+    picked = rows[np.unique(np.linspace(0, len(rows) - 1, min(most, len(rows))).round().astype(int))]
+    return {gradient.names[row]: tags.numbered(row, gradient.names[row]) for row in picked}
+
+
+def _log10(values: np.ndarray) -> np.ndarray:
+    return np.log10(values, out=np.full(np.shape(values), np.nan), where=np.asarray(values) > 0)
+
+
+# --- histograms -----------------------------------------------------------------------------------------------------
+
+_POWERS = np.ldexp(1.0, np.arange(fields.EXPONENT_MIN, fields.EXPONENT_MAX + 2))
+_LEFT = np.concatenate([-_POWERS[1:][::-1], [0.0], _POWERS[:-1]])
+_RIGHT = np.concatenate([-_POWERS[:-1][::-1], [0.0], _POWERS[1:]])
+
+
+def buckets(counts: np.ndarray, low: float, high: float) -> np.ndarray:
+    """Counts in the order of `fields.ascending` as `[k, 3]`: left edge, right edge, count, by rising value.
+
+    What is smaller than the largest by a factor of `2**DETAIL` or more could not be told from 0 on a linear axis: it is one
+    bucket, the zeros included. The outer edges are the extremes. Empty buckets at the ends are left out.
+    """
+    there = np.flatnonzero(counts)
+    middle = fields.BUCKETS
+    largest = max(there[-1] - middle, middle - there[0])  # in octaves above the smallest
+    merged = max(largest - DETAIL, 0)
+    left, right = middle - merged, middle + merged
+    small = _RIGHT[right]
+    result = np.stack([_LEFT, _RIGHT, counts], axis=1)
+    result = np.concatenate([result[:left], [[-small, small, counts[left : right + 1].sum()]], result[right + 1 :]])
+    kept = np.flatnonzero(result[:, 2])
+    result = result[kept[0] : kept[-1] + 1]
+    result[0, 0], result[-1, 1] = low, high
+    return result
