@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from gradlens import fields
-from gradlens.records import Parameters, Snapshot, Status, Top
+from gradlens.records import COMPLEX, Parameters, Snapshot, Status, Top
 
-_COMPLEX = ("complex32", "complex64", "complex128")
 _UNTOUCHED = (Status.FROZEN, Status.EXCLUDED, Status.ABSENT, Status.UNDEFINED)
 
 
@@ -61,6 +60,7 @@ class Table:
     flips: list[Piece] = field(default_factory=list)  # of sampled parameters
     updates: list[UpdatePiece] = field(default_factory=list)
     complete: bool = False
+    rank: int = 0
 
     # --- packing ----------------------------------------------------------------------------------------------------
 
@@ -129,6 +129,7 @@ class _Assembly:
             histogram=self.histogram,
             top=self.top,
             scalars=dict(scalars),
+            rank=table.rank,
         )
         elsewhere = [i for i, note in enumerate(table.notes) if note == "elsewhere" and not self.covered[i]]
         if not elsewhere:
@@ -139,8 +140,8 @@ class _Assembly:
         """A row that no gradient reached: its partials are 0."""
         parameters = self.table.parameters
         numel = [
-            math.prod(shape) * (2 if dtype in _COMPLEX else 1)
-            for shape, dtype in zip(parameters.shapes, parameters.dtypes, strict=True)
+            math.prod(parameters.local_shape(row)) * (2 if dtype in COMPLEX else 1)
+            for row, dtype in enumerate(parameters.dtypes)
         ]
         self.columns["numel"][:] = self.columns["zero"][:] = numel
         for name in ("sum", "abs_sum", "square_sum"):
@@ -159,9 +160,16 @@ class _Assembly:
         self.histogram[rows] = array[:, fields.HISTOGRAM]
         self.top.partial[rows] = array[:, fields.TOP_PARTIAL]
         index = array[:, fields.TOP_INDEX]
-        self.top.index[rows] = np.where(np.isnan(index), -1, index)
+        self.top.index[rows] = self._whole(rows, np.where(np.isnan(index), -1, index).astype(np.int64))
         self.top.value[rows] = array[:, fields.TOP_VALUE]
         self.covered[rows] = True
+
+    def _whole(self, rows: np.ndarray, index: np.ndarray) -> np.ndarray:
+        """Indices into whole parameters, where a rank holds a piece."""
+        parameters = self.table.parameters
+        if not any(parameters.pieces):
+            return index
+        return np.stack([parameters.whole_index(row, at) for row, at in zip(rows.tolist(), index, strict=True)])
 
     def _unscale(self, scale: float) -> None:
         if scale == 1.0 or math.isnan(scale):
