@@ -35,6 +35,7 @@ class History:
                 raise ArgumentError(f"{name}={value} keeps nothing; give at least 1")
         self._maxlen, self._keep, self._max_rows = maxlen, max(keep_histograms, 0), max_rows
         self._snapshots: deque[Snapshot] = deque()
+        self._newest: dict[str, Snapshot] = {}
         self._rows = 0
         self._lock = Lock()
 
@@ -42,12 +43,23 @@ class History:
         """Take the newest snapshot; the oldest leave when it is too many."""
         with self._lock:
             self._snapshots.append(snapshot)
+            self._newest[snapshot.stage] = snapshot
             self._rows += len(snapshot)
-            while len(self._snapshots) > self._maxlen or (self._rows > self._max_rows and len(self._snapshots) > 1):
-                self._rows -= len(self._snapshots.popleft())
             if len(self._snapshots) > self._keep:
-                at = -1 - self._keep
-                self._snapshots[at] = replace(self._snapshots[at], histogram=None, top=None)
+                self._lighten(-1 - self._keep)
+            while len(self._snapshots) > self._maxlen or (self._rows > self._max_rows and len(self._snapshots) > 1):
+                self._forget(self._snapshots.popleft())
+
+    def _lighten(self, at: int) -> None:
+        old = self._snapshots[at]
+        new = self._snapshots[at] = replace(old, histogram=None, top=None)
+        if self._newest[old.stage] is old:
+            self._newest[old.stage] = new
+
+    def _forget(self, snapshot: Snapshot) -> None:
+        self._rows -= len(snapshot)
+        if self._newest[snapshot.stage] is snapshot:
+            del self._newest[snapshot.stage]
 
     def __len__(self) -> int:
         return len(self._snapshots)
@@ -62,13 +74,17 @@ class History:
     def latest(self, stage: str | None = None) -> Snapshot | None:
         """The newest snapshot (of a stage), or None."""
         with self._lock:
-            return next((s for s in reversed(self._snapshots) if stage in (None, s.stage)), None)
+            if stage is None:
+                return self._snapshots[-1] if self._snapshots else None
+            return self._newest.get(stage)
 
     def recent(self, steps: int, stage: str | None = None) -> list[Snapshot]:
         """Every snapshot (of a stage) of the last `steps` steps that have one, oldest first."""
         result: list[Snapshot] = []
         last, seen = None, 0
         with self._lock:
+            if stage is not None and stage not in self._newest:
+                return []
             for snapshot in reversed(self._snapshots):
                 if stage in (None, snapshot.stage):
                     if snapshot.step != last:
@@ -184,6 +200,8 @@ def _model_order(sequences: Sequence[Sequence[str]]) -> list[str]:
     leading = max(reversed(sequences), key=len)
     order, known = list(leading), set(leading)
     for names in reversed(sequences):
+        if known.issuperset(names):
+            continue
         cursor = 0
         for name in names:
             if name in known:

@@ -49,7 +49,7 @@ def summarize(
 ) -> Tensor:
     """One row a gradient, `[n, fields.WIDTH]`, float64, on their device. See `gradlens.kernels.summarize`."""
     n = len(gradients)
-    columns = [_holes(name, given, n) for name, given in (("weights", weights), ("previous", previous), ("keep", keep))]
+    columns = [holes(name, given, n) for name, given in (("weights", weights), ("previous", previous), ("keep", keep))]
     with _quiet():
         rows = [_summary(*group) for group in zip(gradients, *columns, strict=True)]
         return torch.stack(rows) if rows else torch.empty(0, fields.WIDTH, dtype=torch.float64, device="cpu")
@@ -63,7 +63,7 @@ def compare(
 ) -> Tensor:
     """One row an update, `[n, len(fields.UPDATES)]`, float64, on their device. See `gradlens.kernels.compare`."""
     n = len(before)
-    columns = [_holes("used", used, n), before, _whole("after", after, n), _holes("loss", loss, n)]
+    columns = [holes("used", used, n), before, whole("after", after, n), holes("loss", loss, n)]
     with _quiet():
         rows = [_update(*group) for group in zip(*columns, strict=True)]
         return torch.stack(rows) if rows else torch.empty(0, len(fields.UPDATES), dtype=torch.float64, device="cpu")
@@ -83,11 +83,11 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _holes(name: str, given: Sequence[Tensor | None] | None, n: int) -> Sequence[Tensor | None]:
-    return [None] * n if given is None else _whole(name, given, n)
+def holes(name: str, given: Sequence[Tensor | None] | None, n: int) -> Sequence[Tensor | None]:
+    return [None] * n if given is None else whole(name, given, n)
 
 
-def _whole(name: str, given: Sequence[Any], n: int) -> Sequence[Any]:
+def whole(name: str, given: Sequence[Any], n: int) -> Sequence[Any]:
     if len(given) != n:
         raise ArgumentError(f"{name} has {len(given)} entries for {n} tensors; give one each, None where there is none")
     return given

@@ -59,6 +59,16 @@ def test_latest_may_ask_for_a_stage():
     assert History().latest() is None
 
 
+def test_latest_of_a_stage_leaves_with_its_snapshot():
+    """What has left is not the newest of its stage any more, and one that became lighter still is."""
+    history = filled(snapshot(0, stage="used", top=True), *(snapshot(step) for step in range(3)), maxlen=4, keep_histograms=2)
+    assert history.latest("used") is next(iter(history))
+    assert history.latest("used").top is None
+    history.append(snapshot(3))
+    assert history.latest("used") is None
+    assert history.recent(9, "used") == []
+
+
 def test_recent_counts_steps_and_not_snapshots():
     """The last steps come with all their backwards."""
     history = filled(*(snapshot(step, backward=k) for step in range(4) for k in range(3)), snapshot(3, stage="used"))

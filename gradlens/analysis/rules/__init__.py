@@ -1,0 +1,54 @@
+"""Illnesses of a training, one class each: called with the history, a rule yields what it found.
+
+    gradlens.watch(model, optimizer, rules=[*gradlens.rules.DEFAULT, gradlens.rules.Absent(steps=50), my_rule])
+
+A rule is any callable `history -> findings`: a frozen class as here, or a plain function.
+"""
+
+from __future__ import annotations
+
+from gradlens.analysis.rules.absent import Absent, Uncaptured
+from gradlens.analysis.rules.base import Rule
+from gradlens.analysis.rules.dead import Dead
+from gradlens.analysis.rules.exploding import Exploding, Spike
+from gradlens.analysis.rules.nonfinite import NonFinite
+from gradlens.analysis.rules.scaling import LossScaled, Skipped
+from gradlens.analysis.rules.stale import Stale
+from gradlens.analysis.rules.updates import Swallowed, UpdateRatio
+from gradlens.analysis.rules.vanishing import Vanishing
+
+DEFAULT: tuple[Rule, ...] = (
+    NonFinite(),
+    Exploding(),
+    Spike(),
+    Vanishing(),
+    Dead(),
+    Absent(),
+    Uncaptured(),
+    UpdateRatio(),
+    Swallowed(),
+    Stale(),
+    LossScaled(),
+    Skipped(),
+)
+
+__all__ = [
+    "DEFAULT",
+    "Rule",
+    # the gradient's size
+    "NonFinite",
+    "Exploding",
+    "Spike",
+    "Vanishing",
+    "Dead",
+    # what it does not reach
+    "Absent",
+    "Uncaptured",
+    # what the optimizer does with it
+    "UpdateRatio",
+    "Swallowed",
+    "Stale",
+    # loss scaling
+    "LossScaled",
+    "Skipped",
+]

@@ -1,0 +1,94 @@
+"""Parameters that the training does not reach."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from gradlens.analysis.history import History
+from gradlens.analysis.rules.base import check_steps, lasting, on_steps
+from gradlens.records import Finding, Severity, Snapshot, Status
+
+
+@dataclass(frozen=True)
+class Absent:
+    """A parameter that the loss has not depended on, at any backward of the last steps. It gets no partials and does not
+    learn.
+
+    A parameter whose custom backward returned None all the time is named too, with the cause that fits.
+    """
+
+    steps: int = 10
+
+    name: ClassVar[str] = "absent"
+
+    def __post_init__(self) -> None:
+        check_steps(self)
+
+    def __call__(self, history: History) -> Iterator[Finding]:
+        newest = history.latest()
+        if newest is None:
+            return
+        for row in lasting(history, _absent, self.steps):
+            undefined = newest.status[row] == Status.UNDEFINED
+            yield Finding(
+                rule=self.name,
+                step=newest.step,
+                severity=Severity.WARNING,
+                parameter=newest.names[row],
+                stage=newest.stage,
+                seen=(
+                    f"its backward returned None {on_steps(self.steps)}"
+                    if undefined
+                    else f"the loss did not depend on it {on_steps(self.steps)}"
+                ),
+                causes=_UNDEFINED if undefined else _ABSENT,
+                remedy=(
+                    "return its gradient from the function's backward"
+                    if undefined
+                    else "use it in the forward pass, add its output to the loss, or freeze it with requires_grad_(False)"
+                ),
+                value=float(self.steps),
+            )
+
+
+_ABSENT = (
+    "its module is not called in forward(), or its output does not reach the loss",
+    "the path to it is cut by detach(), .data, .item() or torch.no_grad()",
+    "it is a head or branch that this phase of the training does not use",
+)
+_UNDEFINED = ("a custom autograd.Function whose backward returns None for this input",)
+
+
+def _absent(snapshot: Snapshot) -> np.ndarray:
+    return ((snapshot.status == Status.ABSENT) | (snapshot.status == Status.UNDEFINED)).astype(float)
+
+
+@dataclass(frozen=True)
+class Uncaptured:
+    """A parameter whose `.grad` changed though no hook fired: its own partials of this backward were not seen."""
+
+    name: ClassVar[str] = "uncaptured"
+
+    def __call__(self, history: History) -> Iterator[Finding]:
+        newest = history.latest()
+        if newest is None:
+            return
+        for row in np.flatnonzero(newest.status == Status.UNCAPTURED):
+            yield Finding(
+                rule=self.name,
+                step=newest.step,
+                severity=Severity.WARNING,
+                parameter=newest.names[row],
+                stage=newest.stage,
+                seen="its .grad changed, but the hook that reads its partials did not fire: the row shows .grad itself",
+                causes=(
+                    "the parameter was replaced or swapped after watch(): model.to(), load_state_dict(assign=True)",
+                    "something writes .grad by hand, or shards the parameters (FSDP with original parameters)",
+                ),
+                remedy="nothing if it does not last: hooks are set again at the next step; else call gradlens.watch() after "
+                "the model has got its final parameters",
+            )

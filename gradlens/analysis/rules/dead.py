@@ -1,0 +1,58 @@
+"""Parameters in the graph whose partials are all exactly 0."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from gradlens.analysis.history import History
+from gradlens.analysis.rules.base import check_steps, judged, last_layer, lasting, on_steps
+from gradlens.records import Finding, Severity, Snapshot, Status
+
+
+@dataclass(frozen=True)
+class Dead:
+    """All partials of a parameter were exactly 0 at each of the last steps, though the loss depends on it.
+
+    A layer of rectifiers that are all shut passes nothing back (Lu et al. 2019): it and all layers before it are dead, and
+    the weight behind it too, as its inputs are 0. The culprit is the last layer that is dead as a whole.
+    """
+
+    steps: int = 10
+
+    name: ClassVar[str] = "dead"
+
+    def __post_init__(self) -> None:
+        check_steps(self)
+
+    def __call__(self, history: History) -> Iterator[Finding]:
+        newest = history.latest()
+        if newest is None:
+            return
+        rows = lasting(history, _zero, self.steps)
+        culprit = last_layer(newest, rows) if rows else ""
+        for row in rows:
+            yield Finding(
+                rule=self.name,
+                step=newest.step,
+                severity=Severity.WARNING,
+                parameter=newest.names[row],
+                stage=newest.stage,
+                seen=f"all {int(newest.column('numel')[row])} partials were exactly 0 {on_steps(self.steps)}",
+                causes=(
+                    "ReLUs that are shut for every input: a large negative bias after too large a step",
+                    "an output that is multiplied by 0: a closed gate, a mask, a zero-initialised layer behind it",
+                    "underflow of float16 gradients without a loss scaler",
+                ),
+                remedy=(f"look at {culprit!r} first: the last layer with no gradient at all; " if culprit else "")
+                + "lower the learning rate, use LeakyReLU or GELU, or initialise the layer again",
+                value=0.0,
+            )
+
+
+def _zero(snapshot: Snapshot) -> np.ndarray:
+    zero = (snapshot.status == Status.ZERO) & (snapshot.columns["numel"] > 0)
+    return np.where(judged(snapshot), zero, np.nan)

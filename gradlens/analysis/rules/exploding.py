@@ -1,0 +1,127 @@
+"""Gradients far too large, from the start or suddenly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from gradlens.analysis.history import History
+from gradlens.analysis.rules.base import check_number, check_steps, consumed, judged, lasting, layout, number
+from gradlens.records import Finding, Severity, Snapshot
+
+
+@dataclass(frozen=True)
+class Exploding:
+    """A weight whose gradient is large by itself and beside the weight, where the optimizer gets it (so after clipping).
+
+    `norm`: gradient norms are clipped at 1 as a rule (Pascanu et al. 2013), and a sum over a batch of a thousand gives some
+    hundreds. `ratio`: |g| / |w|; at 100, plain gradient descent with a learning rate of 0.01 replaces the weight in one
+    step. Both together also leave alone what starts at 0, and sums over large batches with the small learning rate they
+    need.
+    """
+
+    norm: float = 1e3
+    ratio: float = 1e2
+    steps: int = 2
+
+    name: ClassVar[str] = "exploding"
+
+    def __post_init__(self) -> None:
+        check_number(self, "norm")
+        check_number(self, "ratio")
+        check_steps(self)
+
+    def __call__(self, history: History) -> Iterator[Finding]:
+        newest = history.latest()
+        if newest is None or not consumed(history):
+            return
+        for row in lasting(history, self._large, self.steps):
+            norm, weight = newest.column("l2")[row], newest.column("weight_l2")[row]
+            yield Finding(
+                rule=self.name,
+                step=newest.step,
+                severity=Severity.WARNING,
+                parameter=newest.names[row],
+                stage=newest.stage,
+                seen=f"the gradient's norm is {number(norm)}, {number(norm / weight)} times the norm of the weights "
+                f"({number(weight)})",
+                causes=(
+                    "weights that start too large, in a deep model without normalisation",
+                    "inputs or targets that are not normalised, or a loss that sums where it should average",
+                    "a learning rate that has already driven the model away",
+                ),
+                remedy="torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0) between backward() and step(); then "
+                "normalise inputs and targets, and initialise with kaiming_normal_",
+                value=float(norm),
+            )
+
+    def _large(self, snapshot: Snapshot) -> np.ndarray:
+        norm, weight = snapshot.column("l2"), snapshot.column("weight_l2")
+        known = judged(snapshot) & layout(snapshot.parameters).matrix & (weight > 0)
+        return np.where(known, (norm > self.norm) & (norm > self.ratio * weight), np.nan)
+
+
+@dataclass(frozen=True)
+class Spike:
+    """The norm of the whole gradient, suddenly far above what it was, where the optimizer gets it.
+
+    It must be `factor` times the median of the last `steps` observed steps, a tenth of that times their largest (close to
+    convergence the norm varies by orders of magnitude from batch to batch), and a tenth of the weights' norm: less cannot do
+    harm.
+    """
+
+    factor: float = 100.0
+    steps: int = 100
+
+    name: ClassVar[str] = "spike"
+
+    def __post_init__(self) -> None:
+        check_number(self, "factor", above=1.0)
+        check_steps(self)
+
+    def __call__(self, history: History) -> Iterator[Finding]:
+        newest = history.latest()
+        if newest is None or not consumed(history):
+            return
+        norm, weight = _norms(newest)
+        if not norm > 0.1 * weight:
+            return
+        before = history.recent(2, newest.stage)
+        if len(before) < 2 or not norm > self.factor / 10 * _norms(before[-2])[0]:
+            return
+        past = np.asarray([_norms(snapshot)[0] for snapshot in history.recent(self.steps + 1, newest.stage)[:-1]])
+        past = past[past > 0]
+        if len(past) < min(20, self.steps):
+            return
+        median, largest = float(np.median(past)), float(past.max())
+        if norm > self.factor * median and norm > self.factor / 10 * largest:
+            yield self._finding(newest, norm, median, largest, len(past))
+
+    def _finding(self, newest: Snapshot, norm: float, median: float, largest: float, seen: int) -> Finding:
+        square = np.where(judged(newest), newest.column("square_sum"), 0)
+        worst = int(np.nanargmax(square))
+        return Finding(
+            rule=self.name,
+            step=newest.step,
+            severity=Severity.WARNING,
+            stage=newest.stage,
+            seen=f"the norm of the whole gradient is {number(norm)}: {number(norm / median)} times the median of the last "
+            f"{seen} observed steps, {number(norm / largest)} times their largest; "
+            f"{square[worst] / np.nansum(square):.0%} of its square is {newest.names[worst]}",
+            causes=(
+                "an unusual batch: an outlier, a wrong label, a very long sequence",
+                "a learning rate at the edge of stability",
+            ),
+            remedy="look at this step's batch; torch.nn.utils.clip_grad_norm_ keeps such a step harmless",
+            value=float(norm),
+        )
+
+
+def _norms(snapshot: Snapshot) -> tuple[float, float]:
+    """Of the whole gradient and of the weights it is for; the second is 0 where no weights were read."""
+    rows = judged(snapshot)
+    gradient, weight = (np.nansum(snapshot.columns[name][rows]) for name in ("square_sum", "weight_square_sum"))
+    return float(gradient) ** 0.5, float(weight) ** 0.5

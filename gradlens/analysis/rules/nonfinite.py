@@ -1,0 +1,85 @@
+"""Partials that are NaN or infinite."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from gradlens.analysis.history import History
+from gradlens.analysis.rules.base import judged
+from gradlens.records import Finding, Severity, Snapshot
+
+
+@dataclass(frozen=True)
+class NonFinite:
+    """NaN or infinite partials, at once: one executed step with them makes the weights NaN, and then everything.
+
+    Under a known loss scale they are the scaler's business, which skips the step: `Skipped` counts that.
+    """
+
+    name: ClassVar[str] = "nonfinite"
+
+    def __call__(self, history: History) -> Iterator[Finding]:
+        newest = history.latest()
+        if newest is None:
+            return
+        bad = newest.column("nan") + newest.column("inf")
+        if not bad.any():
+            return
+        unscaled = np.isnan(newest.scale) | (newest.scale == 1.0)
+        known = judged(newest)
+        rows = np.flatnonzero((bad > 0) & unscaled & known)
+        forward = len(rows) == known.sum() or ("loss" in newest.scalars and not math.isfinite(newest.loss))
+        causes = _poisoned(history, newest) + (_FORWARD if forward else _BACKWARD)
+        remedy = _ANOMALY if forward or not len(rows) else _behind(newest.names[rows[-1]])
+        for row in rows:
+            yield Finding(
+                rule=self.name,
+                step=newest.step,
+                severity=Severity.ERROR,
+                parameter=newest.names[row],
+                stage=newest.stage,
+                seen=_seen(newest, int(row)),
+                causes=causes,
+                remedy=remedy,
+                value=float(bad[row]),
+            )
+
+
+def _seen(snapshot: Snapshot, row: int) -> str:
+    numel, nan, inf = (int(snapshot.column(name)[row]) for name in ("numel", "nan", "inf"))
+    words = " and ".join(f"{count} {what}" for count, what in ((nan, "NaN"), (inf, "infinite")) if count)
+    if math.isnan(snapshot.loss):
+        known = "" if "loss" not in snapshot.scalars else "; the loss is NaN"
+    else:
+        known = f"; the loss is {snapshot.loss:.4g}"
+    return f"{words} of {numel} partials{known}"
+
+
+_FORWARD = ("the forward pass already divides by 0 or overflows: too large a learning rate, NaN or huge values in the data",)
+_BACKWARD = (
+    "a derivative that does not exist at this point: sqrt or a norm at 0, log of 0, 0/0, the std of a constant",
+    "overflow in float16 without a loss scaler",
+)
+_ANOMALY = "look at this step's batch, and at the loss of the steps before; torch.autograd.set_detect_anomaly(True) names the operation"
+
+
+def _behind(last: str) -> str:
+    return (
+        f"look right behind {last!r}: of those concerned it is the last in the model, and backward comes from there; "
+        "torch.autograd.set_detect_anomaly(True) names the operation"
+    )
+
+
+def _poisoned(history: History, newest: Snapshot) -> tuple[str, ...]:
+    """The cause, where the step before already had it."""
+    before = [s for s in history.recent(2, newest.stage) if s.step != newest.step]
+    bad = before and before[-1].column("nan") + before[-1].column("inf") > 0
+    if not np.any(bad):
+        return ()
+    first = before[-1].names[int(np.argmax(bad))]
+    return (f"step {before[-1].step} wrote non-finite partials (of {first}) into the weights",)

@@ -1,0 +1,126 @@
+"""Loss scaling that gradlens was not told of, and steps that the scaler skipped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from gradlens.analysis.history import History
+from gradlens.analysis.rules.base import check_number, check_steps, judged
+from gradlens.records import Finding, Severity, Snapshot, Stage, Status
+
+
+@dataclass(frozen=True)
+class LossScaled:
+    """Backward's gradients are the same power of two larger than the used ones, on every parameter: they carry a loss scale.
+
+    A `GradScaler` scales by powers of two (Micikevicius et al. 2018). Clipping divides by any number, so the ratio must be a
+    power of two on each of the last `steps` steps.
+    """
+
+    steps: int = 3
+
+    name: ClassVar[str] = "loss_scaled"
+
+    def __post_init__(self) -> None:
+        check_steps(self)
+
+    def __call__(self, history: History) -> Iterator[Finding]:
+        newest = history.latest(Stage.USED)
+        if newest is None or newest is not history.latest():
+            return
+        backward = {s.step: s for s in history.recent(self.steps, Stage.BACKWARD)}
+        used = {s.step: s for s in history.recent(self.steps, Stage.USED)}
+        if len(used) < self.steps or newest.step not in backward:
+            return
+        powers = {_power(backward[step], used[step]) for step in sorted(used, reverse=True) if step in backward}
+        power = powers.pop()
+        if powers or not power:
+            return
+        yield Finding(
+            rule=self.name,
+            step=newest.step,
+            severity=Severity.WARNING,
+            stage=Stage.BACKWARD,
+            seen=f"these gradients look loss-scaled: after backward() every parameter's are {2**power} (2**{power}) times "
+            f"those that the optimizer used, at each of the last {self.steps} observed steps",
+            causes=("a GradScaler multiplies the loss, and gradlens does not know its scale",),
+            remedy="pass scaler= to gradlens.watch(): then every stage is in the loss's own units",
+            value=float(2**power),
+        )
+
+
+def _power(backward: Snapshot, used: Snapshot) -> int:
+    """k > 0 if every gradient of backward is 2**k times the used one, and nobody said so; else 0."""
+    if backward.backward or used.backward or used.names != backward.names:
+        return 0
+    if not (np.isnan(used.scale) | (used.scale == 1.0)).all():
+        return 0
+    both = (backward.status == Status.OK) & (used.status == Status.OK)
+    a, b = backward.columns["square_sum"][both], used.columns["square_sum"][both]
+    if not len(a) or (a <= 4 * b * (1 - 1e-3)).any() or (b <= 0).any():
+        return 0
+    exponents = np.log2(a / b) / 2
+    power = round(float(np.median(exponents)))
+    return power if np.abs(exponents - power).max() < 2e-3 else 0
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """Steps that the loss scaler skipped because a gradient was not finite.
+
+    Some at the start are how a `GradScaler` finds its scale, and one in 2,000 is its normal pace: worth an info. `most` of
+    the last `steps` is a warning; `row` in a row means that no scale helps: the model itself gives NaN or inf.
+    """
+
+    most: float = 0.1
+    steps: int = 100
+    row: int = 10
+
+    name: ClassVar[str] = "skipped"
+
+    def __post_init__(self) -> None:
+        check_number(self, "most", most=1.0)
+        check_steps(self)
+        check_steps(self, "row")
+
+    def __call__(self, history: History) -> Iterator[Finding]:
+        newest = history.latest()
+        if newest is None or newest.stage != Stage.USED or not _skipped(newest):
+            return
+        last = [_skipped(snapshot) for snapshot in history.recent(self.steps, Stage.USED)]
+        row = next((i for i, skipped in enumerate(reversed(last)) if not skipped), len(last))
+        severity = Severity.INFO
+        if row >= self.row:
+            severity = Severity.ERROR
+        elif len(last) >= self.steps and sum(last) > self.most * len(last):
+            severity = Severity.WARNING
+        yield Finding(
+            rule=self.name,
+            step=newest.step,
+            severity=severity,
+            stage=newest.stage,
+            seen=f"the scaler skipped this step: a gradient is not finite at a loss scale of {np.nanmax(newest.scale):g}; "
+            f"{sum(last)} of the last {len(last)} observed steps were skipped, {row} in a row",
+            causes=_HOPELESS if severity == Severity.ERROR else _NORMAL,
+            remedy=(
+                "torch.autograd.set_detect_anomaly(True) names the operation"
+                if severity == Severity.ERROR
+                else "nothing if it stays rare; else clip after scaler.unscale_(), or compute in bfloat16 without a scaler"
+            ),
+            value=float(sum(last)),
+        )
+
+
+_NORMAL = ("the scaler is looking for its scale, as it does at the start and from time to time", "gradients that spike")
+_HOPELESS = ("NaN or inf that no loss scale removes: in the data, in the weights, or from 0/0, log(0), sqrt at 0",)
+
+
+def _skipped(snapshot: Snapshot) -> bool:
+    """Whether this is the record of a step that the scaler skipped."""
+    rows = judged(snapshot)
+    known = np.isfinite(snapshot.scale) & (snapshot.scale != 1.0)
+    return bool(rows.any() and (snapshot.status[rows] == Status.NONFINITE).all() and known[rows].all())

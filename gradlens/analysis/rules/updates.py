@@ -1,0 +1,158 @@
+"""Steps of the wrong size: too large, too small, or rounded away."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from gradlens.analysis.history import History
+from gradlens.analysis.rules.base import check_number, check_steps, judged, lasting, layout, number, on_steps
+from gradlens.errors import ArgumentError
+from gradlens.records import Finding, Severity, Snapshot, Stage, Status
+
+
+@dataclass(frozen=True)
+class UpdateRatio:
+    """Steps that are too large or too small beside the weights: |dw| / |w|, for which about 1e-3 is usual (Karpathy,
+    CS231n).
+
+    `largest`, at any step: 1 means that one step replaces the weight. Healthy Adam and SGD were measured at up to 0.05 for
+    usual learning rates and 0.5 for bold ones, both at the start. That a weight which begins at 0 moves by more than itself
+    is as it should be. Biases and scales, which often do, are left out.
+
+    `smallest`, for the fastest weight of the model at each of the last `steps` steps: the model hardly moves. Only if it
+    never was faster: when a learning rate schedule has run out, that is as it should be.
+    """
+
+    largest: float = 1.0
+    smallest: float = 1e-5
+    steps: int = 20
+
+    name: ClassVar[str] = "update_ratio"
+
+    def __post_init__(self) -> None:
+        check_number(self, "largest")
+        check_number(self, "smallest")
+        check_steps(self)
+        if self.smallest >= self.largest:
+            raise ArgumentError(f"UpdateRatio: smallest={self.smallest!r} must be below largest={self.largest!r}")
+
+    def __call__(self, history: History) -> Iterator[Finding]:
+        newest = history.latest()
+        if newest is None or newest.stage != Stage.USED:
+            return
+        ratios = _ratios(newest)
+        if np.fmax.reduce(ratios, initial=-np.inf) > self.largest:
+            for row in np.flatnonzero(ratios > self.largest):
+                if not _began_at_zero(history, newest.names[row]):
+                    yield self._large(newest, int(row), float(ratios[row]))
+        elif lasting(history, self._still, self.steps) and not _moved(history, 10 * self.smallest):
+            yield self._small(newest, float(np.nanmax(ratios)))
+
+    def _large(self, newest: Snapshot, row: int, ratio: float) -> Finding:
+        return Finding(
+            rule=self.name,
+            step=newest.step,
+            severity=Severity.WARNING,
+            parameter=newest.names[row],
+            stage=newest.stage,
+            seen=f"this step moved it by {number(ratio)} times its own norm: what it was before hardly matters any more",
+            causes=("the learning rate is too large", "gradients that explode, without clipping"),
+            remedy="divide the learning rate by 10 or warm it up, or clip with torch.nn.utils.clip_grad_norm_",
+            value=ratio,
+        )
+
+    def _small(self, newest: Snapshot, ratio: float) -> Finding:
+        return Finding(
+            rule=self.name,
+            step=newest.step,
+            severity=Severity.WARNING,
+            stage=newest.stage,
+            seen=f"the model hardly moves: this step changed the fastest weight by {number(ratio)} of its norm, and by "
+            f"less than {number(self.smallest)} {on_steps(self.steps)}; about 1e-3 is usual",
+            causes=("the learning rate is too small", "the gradient vanishes", "a warm-up that has only begun"),
+            remedy="raise the learning rate (by factors of 10, until |dw|/|w| is near 1e-3), or use Adam",
+            value=ratio,
+        )
+
+    def _still(self, snapshot: Snapshot) -> np.ndarray:
+        """On the first row alone."""
+        fastest = np.fmax.reduce(_ratios(snapshot), initial=-np.inf)
+        result = np.full(len(snapshot), np.nan)
+        if fastest >= 0:
+            result[0] = fastest < self.smallest
+        return result
+
+
+def _ratios(snapshot: Snapshot) -> np.ndarray:
+    """Update ratios of weights; NaN for other parameters, and where no gradient made the step."""
+    known = layout(snapshot.parameters).matrix & (snapshot.status == Status.OK)
+    return np.where(known, snapshot.column("update_ratio"), np.nan)
+
+
+def _began_at_zero(history: History, parameter: str) -> bool:
+    """Whether the weight was 0 within the last ten observed steps."""
+    return any(
+        snapshot.value("update_before_square_sum", parameter) == 0
+        for snapshot in history.recent(10, Stage.USED)
+        if parameter in snapshot.parameters.position
+    )
+
+
+def _moved(history: History, ratio: float, looks: int = 16) -> bool:
+    """Whether some weight's update ratio was above this, in snapshots spread evenly over the history."""
+    used = [snapshot for snapshot in history if snapshot.stage == Stage.USED]
+    at = np.unique(np.linspace(0, len(used) - 1, looks).astype(int))
+    return any(np.fmax.reduce(_ratios(used[i]), initial=-np.inf) > ratio for i in at)
+
+
+@dataclass(frozen=True)
+class Swallowed:
+    """Weights with a partial that did not move, as the step is smaller than their storage type can add to them.
+
+    bfloat16 keeps 8 bits: a step below 1/512 of the weight is lost (Micikevicius et al. 2018 keep a float32 copy for that).
+    Asked of types of 16 bits and fewer: what float32 swallows is too small to matter, and `UpdateRatio` says so.
+    """
+
+    share: float = 0.5
+    steps: int = 10
+
+    name: ClassVar[str] = "swallowed"
+
+    def __post_init__(self) -> None:
+        check_number(self, "share", most=1.0)
+        check_steps(self)
+
+    def __call__(self, history: History) -> Iterator[Finding]:
+        newest = history.latest()
+        if newest is None or newest.stage != Stage.USED or not layout(newest.parameters).narrow.any():
+            return
+        for row in lasting(history, self._many, self.steps):
+            share = float(_swallowed(newest)[row])
+            yield Finding(
+                rule=self.name,
+                step=newest.step,
+                severity=Severity.WARNING,
+                parameter=newest.names[row],
+                stage=newest.stage,
+                seen=f"{share:.0%} of the weights with a partial did not move (more than {self.share:.0%} "
+                f"{on_steps(self.steps)}): the step is rounded away in {newest.parameters.dtypes[row]}",
+                causes=("16-bit weights with a small learning rate", "a learning rate schedule that has run out"),
+                remedy="keep the weights in float32 and compute in 16 bits with torch.autocast, or use an optimizer with "
+                "float32 master weights or stochastic rounding",
+                value=share,
+            )
+
+    def _many(self, snapshot: Snapshot) -> np.ndarray:
+        share = _swallowed(snapshot)
+        return np.where(np.isnan(share), np.nan, share > self.share)
+
+
+def _swallowed(snapshot: Snapshot) -> np.ndarray:
+    """Share of the weights with a partial that stuck; NaN where that is not known or of no concern."""
+    moving = snapshot.columns["positive"] + snapshot.columns["negative"]
+    known = judged(snapshot) & (snapshot.columns["update_numel"] > 0) & (moving > 0) & layout(snapshot.parameters).narrow
+    return np.where(known, np.minimum(snapshot.column("swallowed") / np.maximum(moving, 1), 1.0), np.nan)

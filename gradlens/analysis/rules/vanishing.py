@@ -1,0 +1,142 @@
+"""Gradients that do not reach a layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from gradlens.analysis.history import History
+from gradlens.analysis.rules.base import by_layer, check_number, check_steps, judged, lasting, layout, number, on_steps
+from gradlens.records import Finding, Severity, Snapshot, Status
+
+#: A layer stronger than this is no measure for the others: it may be the one that explodes.
+STRONG = 1.0
+#: Fewer weak layers in a row than this may be a matter of what they do, not of where they are.
+RUN = 3
+
+
+@dataclass(frozen=True)
+class Vanishing:
+    """Partials that are tiny beside those of the strongest layer, in several layers in a row, at each of the last steps.
+
+    The measure is a ratio: in a healthy model gradients shrink too while it converges, but together. Layers are compared, by
+    their strongest parameter and over the partials that are not 0: the bias before a normalisation has no gradient in a
+    healthy model either, and an embedding only that of the words in the batch.
+
+    A gradient that vanishes does so along the depth, so the layer must be one of at least `RUN` weak ones in a row, or the
+    weak ones must begin at the first layer. Queries and keys of a young transformer, whose attention is still uniform, are
+    weak as well, and healthy: ratios down to 4e-7 were measured.
+
+    A sigmoid passes on at most a quarter of the gradient (Bengio et al. 1994; Glorot and Bengio 2010): 12 layers make 1e-9
+    of it. What `tests/analysis` trains in health (perceptrons, a convnet, a recurrent net) stays above 1e-3.
+
+    `floor`: if even the strongest layer is below it, the whole gradient has vanished. It is the epsilon of Adam, which does
+    not make up for smaller gradients.
+    """
+
+    ratio: float = 1e-4
+    steps: int = 10
+    floor: float = 1e-8
+
+    name: ClassVar[str] = "vanishing"
+
+    def __post_init__(self) -> None:
+        check_number(self, "ratio", most=0.1)
+        check_number(self, "floor")
+        check_steps(self)
+
+    def __call__(self, history: History) -> Iterator[Finding]:
+        newest = history.latest()
+        if newest is None:
+            return
+        if not (self._whole(newest) == 1).any():
+            yield from self._layers(history, newest)
+        elif lasting(history, self._whole, self.steps):
+            yield self._everything(history, newest)
+
+    def _layers(self, history: History, newest: Snapshot) -> Iterator[Finding]:
+        rows = lasting(history, self._weak, self.steps)
+        if not rows:
+            return
+        strength = _strength(newest)
+        best = int(np.argmax(strength))
+        strongest = newest.names[layout(newest.parameters).front[best]]
+        for row in rows:
+            own = strength[layout(newest.parameters).layer[row]]
+            yield Finding(
+                rule=self.name,
+                step=newest.step,
+                severity=Severity.WARNING,
+                parameter=newest.names[row],
+                stage=newest.stage,
+                seen=f"the rms of its partials is {number(own)}, that of {strongest} is {number(strength[best])}; the ratio "
+                f"was below {number(self.ratio)} {on_steps(self.steps)}",
+                causes=(
+                    "saturating activations (sigmoid, tanh) in a deep stack",
+                    "weights that start too small",
+                    "a branch that is multiplied by almost 0 (a gate, a LayerScale), or a loss term with a tiny factor",
+                ),
+                remedy="use ReLU or GELU with the initialisation made for it (kaiming_normal_), normalisation layers, or "
+                "residual connections; `lens.table()` shows where along the model rms falls",
+                value=float(own / strength[best]),
+            )
+
+    def _everything(self, history: History, newest: Snapshot) -> Finding:
+        first = next(snapshot for snapshot in history if snapshot.stage == newest.stage)
+        converged = not (self._whole(first) == 1).any()
+        return Finding(
+            rule=self.name,
+            step=newest.step,
+            severity=Severity.INFO if converged else Severity.WARNING,
+            stage=newest.stage,
+            seen=f"even the strongest layer's partials have an rms of only {number(_strength(newest).max())}, "
+            f"{on_steps(self.steps)}",
+            causes=("the training has converged",)
+            if converged
+            else (
+                "the output is saturated: a sigmoid or softmax far out, with a loss that is flat there (MSE on them)",
+                "the loss is multiplied by a tiny number",
+            ),
+            remedy="stop here, or go on with a smaller weight decay"
+            if converged
+            else "use the loss on logits (cross_entropy, binary_cross_entropy_with_logits), and look at the outputs' scale",
+            value=float(_strength(newest).max()),
+        )
+
+    def _weak(self, snapshot: Snapshot) -> np.ndarray:
+        """On the rows that stand for layers with weights."""
+        where, strength = layout(snapshot.parameters), _strength(snapshot)
+        result = np.full(len(snapshot), np.nan)
+        known = where.weighty & (strength > 0)
+        if known.any():
+            weak = strength[known] < self.ratio * min(strength.max(), STRONG)
+            leading = bool(known[np.argmax(where.weighty)])
+            result[where.front[known]] = _in_a_row(weak, leading) if weak.any() else weak
+        return result
+
+    def _whole(self, snapshot: Snapshot) -> np.ndarray:
+        """On the first row alone."""
+        strength = _strength(snapshot)
+        result = np.full(len(snapshot), np.nan)
+        if (strength > 0).any():
+            result[0] = strength.max() < self.floor
+        return result
+
+
+def _in_a_row(weak: np.ndarray, leading: bool) -> np.ndarray:
+    """Which weak ones are among `RUN` neighbours, or among the first where the first is the model's first."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], weak, [False]])))
+    result = np.zeros(len(weak), bool)
+    for start, stop in edges.reshape(-1, 2):
+        result[start:stop] = stop - start >= RUN or (leading and start == 0)
+    return result
+
+
+def _strength(snapshot: Snapshot) -> np.ndarray:
+    """`[layers]` the largest rms of a layer's parameters, over the partials that are not 0; -inf where there are none."""
+    moving = snapshot.columns["positive"] + snapshot.columns["negative"]
+    known = judged(snapshot) & (snapshot.status == Status.OK) & (moving > 0)
+    return by_layer(snapshot, np.where(known, np.sqrt(snapshot.columns["square_sum"] / np.maximum(moving, 1)), np.nan))
