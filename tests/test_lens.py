@@ -628,7 +628,7 @@ def test_report_is_for_a_person():
         text, brief = lens.report(), str(lens)
     assert "0.weight" in text
     assert "increase" in text
-    assert "ms a step" in text
+    assert "ms an observed step" in text
     assert 0 < len(brief) < len(text)
 
 

@@ -165,6 +165,7 @@ def _together(group: Sequence[Finding], newest: Snapshot) -> Finding:
         parameter=None,
         seen=f"{len(group)} of {len(newest)} parameters: {names} and {len(group) - NAMED} more; of the first: {first.seen}",
         value=float(len(group)),
+        parameters=tuple(str(finding.parameter) for finding in group),
     )
 
 

@@ -88,7 +88,7 @@ def train(case, steps, recorder=None, zero_grad=True):
         if zero_grad:
             recorder.backward(loss)
         else:  # .grad is a running sum: this pass's own partials are what came on top
-            _own(case.model, last, lambda: recorder.backward(loss))
+            _own(case.model, last, lambda loss=loss: recorder.backward(loss))
         recorder.step(case.optimizer, loss)
     return recorder
 

@@ -61,7 +61,8 @@ def test_latest_may_ask_for_a_stage():
 
 def test_latest_of_a_stage_leaves_with_its_snapshot():
     """What has left is not the newest of its stage any more, and one that became lighter still is."""
-    history = filled(snapshot(0, stage="used", top=True), *(snapshot(step) for step in range(3)), maxlen=4, keep_histograms=2)
+    others = [snapshot(step) for step in range(3)]
+    history = filled(snapshot(0, stage="used", top=True), *others, maxlen=4, keep_histograms=2)
     assert history.latest("used") is next(iter(history))
     assert history.latest("used").top is None
     history.append(snapshot(3))

@@ -65,7 +65,10 @@ _BACKWARD = (
     "a derivative that does not exist at this point: sqrt or a norm at 0, log of 0, 0/0, the std of a constant",
     "overflow in float16 without a loss scaler",
 )
-_ANOMALY = "look at this step's batch, and at the loss of the steps before; torch.autograd.set_detect_anomaly(True) names the operation"
+_ANOMALY = (
+    "look at this step's batch, and at the loss of the steps before; torch.autograd.set_detect_anomaly(True) names the "
+    "operation"
+)
 
 
 def _behind(last: str) -> str:
@@ -77,9 +80,9 @@ def _behind(last: str) -> str:
 
 def _poisoned(history: History, newest: Snapshot) -> tuple[str, ...]:
     """The cause, where the step before already had it."""
-    before = [s for s in history.recent(2, newest.stage) if s.step != newest.step]
-    bad = before and before[-1].column("nan") + before[-1].column("inf") > 0
-    if not np.any(bad):
-        return ()
-    first = before[-1].names[int(np.argmax(bad))]
-    return (f"step {before[-1].step} wrote non-finite partials (of {first}) into the weights",)
+    for before in [s for s in history.recent(2, newest.stage) if s.step != newest.step][-1:]:
+        bad = before.column("nan") + before.column("inf") > 0
+        if bad.any():
+            first = before.names[int(np.argmax(bad))]
+            return (f"step {before.step} wrote non-finite partials (of {first}) into the weights",)
+    return ()

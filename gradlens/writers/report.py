@@ -1,0 +1,437 @@
+"""What was seen as a page of plain text that a person reads in a minute.
+
+    title            the run: its steps, its size, its loss
+    HEALTH           what was found, worst first, and what to do about it
+    DIRECTIONS       which parameters want to move where, and how far the optimizer moved them
+    MOST SENSITIVE   the ten weights to which the loss answers most
+    UPDATES          what the steps were like
+    COST             what looking at all this took
+
+Lines are at most `WIDTH` wide and are ASCII, but for names. A model of many parameters shows the most telling ones: those
+that something is wrong with, then those whose weights most agree on a direction, so that chance does not explain it.
+"""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from gradlens import fields
+from gradlens.analysis.history import History
+from gradlens.analysis.rules.base import layout, number
+from gradlens.records import COMPLEX, Finding, Parameters, Severity, Snapshot, Stage, Status, directions, total
+
+WIDTH = 100
+NAME, BAR = 28, 12  #: characters of a parameter's name, and of the picture of its directions
+ALL, SHOWN = 20, 16  #: a model of up to `ALL` parameters has a row each, a larger one the `SHOWN` most telling
+WEIGHTS = 10  #: of the most sensitive
+GROUPS, NAMED = 5, 3  #: of findings, and parameters that a group names
+
+NOTHING = "Nothing was captured yet: no backward() has reached a watched parameter."
+USUAL = "about 1e-03 is usual"
+
+
+def text(history: History, found: Sequence[Finding], *, overhead: str = "", title: str = "gradlens") -> str:
+    """The page."""
+    if not len(history):
+        return "\n".join([title, NOTHING, *_health(found)] if found else [title, NOTHING])
+    now, used = history.at(), _last_update(history)
+    blocks = [
+        [title, *_run(history, now)],
+        _health(found),
+        _directions(now, used, found),
+        _sensitive(history),
+        [] if used is None else _updates(now, used),
+        ["COST", *_wrapped(overhead)] if overhead else [],
+    ]
+    return "\n\n".join("\n".join(block) for block in blocks if block)
+
+
+def brief(history: History, found: Sequence[Finding]) -> str:
+    """The page's first lines: the run, its health, and the weight to which the loss answers most."""
+    if not len(history):
+        return f"gradlens: {NOTHING[0].lower()}{NOTHING[1:]}"
+    lines = [f"gradlens: {line.strip()}" if not i else line for i, line in enumerate(_run(history, history.at()))]
+    lines.append(f"  health: {_counted(found)}")
+    lines += [f"    {_heading(group)}" for group in _grouped(found)[:NAMED]]
+    for name, value, partial in _top(history, 1):
+        lines.append(f"  most sensitive: {name} = {number(value)}, partial {_signed(partial)}: {_toward(partial)}")
+    return "\n".join([*map(_fit, lines), "  report() has the whole page."])
+
+
+def explain(
+    name: str, at: tuple[int, ...], *, value: float, partial: float, rank: int, numel: int, history: Sequence[float] = ()
+) -> str:
+    """One paragraph on one weight.
+
+    Args:
+        name: The parameter.
+        at: The weight's index in it.
+        value: What the weight is.
+        partial: dL/dw.
+        rank: 1 where no partial of the parameter is larger in size.
+        numel: How many weights the parameter has.
+        history: The weight's partials on the steps of which they were kept, oldest first.
+    """
+    weight = named(name, at)
+    sentences = [f"{weight} is {value:.6g}.", *_meaning(partial)]
+    if numel > 1 and math.isfinite(partial):
+        sentences.append(_compared(name, rank, numel))
+    if len(history) > 1:
+        sentences.append(_behaviour(history, numel))
+    if math.isfinite(partial) and partial:
+        sentences.append(
+            "One mini-batch's sign is no verdict: another batch may ask for the opposite, and does for many weights. "
+            "gradlens.survey() asks several batches and says how sure a direction is."
+        )
+    return _paragraph(" ".join(sentences), weight)
+
+
+def named(name: str, at: tuple[int, ...]) -> str:
+    """A weight's name, `fc1.weight[3, 17]`; a scalar has its parameter's."""
+    return f"{name}[{', '.join(map(str, at))}]" if at else name
+
+
+# --- the run --------------------------------------------------------------------------------------------------------
+
+
+def _run(history: History, now: Snapshot) -> list[str]:
+    steps = history.steps()
+    seen = f"step {steps[0]}" if len(steps) == 1 else f"{len(steps):,} steps, {steps[0]} to {steps[-1]}"
+    weights = int(now.columns["numel"].sum())
+    ranks = f", pooled from {now.ranks} ranks" if now.ranks > 1 else ""
+    size = f"{len(now):,} parameter{'s' * (len(now) != 1)}, {weights:,} weight{'s' * (weights != 1)}{ranks}"
+    return [f"  {seen}: {size}", f"  {_loss(history)}"]
+
+
+def _loss(history: History) -> str:
+    seen = {s.step: s.loss for s in history if not math.isnan(s.loss)}
+    if not seen:
+        return "no loss: lens.observe(loss=loss) puts it beside the gradients"
+    first, last = min(seen), max(seen)
+    lowest = min(seen, key=seen.__getitem__)
+    if first == last:
+        return f"loss {number(seen[first])} at step {first}"
+    return (
+        f"loss {number(seen[first])} at step {first}, {number(seen[last])} at step {last}; "
+        f"lowest {number(seen[lowest])} at step {lowest}"
+    )
+
+
+# --- health ---------------------------------------------------------------------------------------------------------
+
+
+def _health(found: Sequence[Finding]) -> list[str]:
+    groups = _grouped(found)
+    lines = [f"HEALTH: {_counted(found)}"]
+    for group in groups[:GROUPS]:
+        lines.append(_fit(f"  {_heading(group)}"))
+        lines += _wrapped(group[0].seen, "    ")
+        if group[0].causes:
+            lines += _wrapped(f"likely: {'; '.join(group[0].causes)}", "    ")
+        if group[0].remedy:
+            lines += _wrapped(f"do: {group[0].remedy}", "    ")
+    if len(groups) > GROUPS:
+        lines.append(f"  and {len(groups) - GROUPS} more kinds, less severe or later: findings() has all")
+    return lines
+
+
+def _grouped(found: Iterable[Finding]) -> list[list[Finding]]:
+    """What one rule says with the same advice, together; the worst first, then the earliest."""
+    groups: dict[tuple[object, ...], list[Finding]] = {}
+    for finding in sorted(found, key=lambda finding: (-finding.severity.rank, finding.step)):
+        groups.setdefault((finding.severity, finding.rule, finding.causes, finding.remedy), []).append(finding)
+    return list(groups.values())
+
+
+def _counted(found: Sequence[Finding]) -> str:
+    if not found:
+        return "nothing looks ill; no rule found anything"
+    counts = {severity: sum(f.severity == severity for f in found) for severity in reversed(Severity)}
+    return ", ".join(f"{n} {word}{'s' * (n > 1 and word != Severity.INFO)}" for word, n in counts.items() if n)
+
+
+def _heading(group: Sequence[Finding]) -> str:
+    first = group[0]
+    names = list(dict.fromkeys(_place(finding) for finding in group))
+    where = ", ".join(names[:NAMED]) + f" and {len(names) - NAMED} more" * (len(names) > NAMED)
+    since = "at" if len({finding.step for finding in group}) == 1 else "from"
+    return f"{first.severity.upper()} {first.rule}, {since} step {first.step}: {where}"
+
+
+def _place(finding: Finding) -> str:
+    return finding.parameter or (f"{len(finding.parameters)} parameters" if finding.parameters else "the model")
+
+
+# --- directions -----------------------------------------------------------------------------------------------------
+
+
+def _directions(now: Snapshot, used: Snapshot | None, found: Sequence[Finding]) -> list[str]:
+    rows = _telling(now, found)
+    which = f"the {len(rows)} most telling of {len(now):,} parameters" if len(rows) < len(now) else "by parameter"
+    ratios = {} if used is None else dict(zip(used.names, used.column("update_ratio").tolist(), strict=True))
+    whole = total(now)
+    entries = [_entry(now.columns, row, now.names[row], now.status[row], ratios.get(now.names[row])) for row in rows]
+    if len(now) > 1:
+        moved = math.nan if used is None else float(fields.derive("update_ratio", total(used))[0])
+        entries.append(_entry(whole, 0, "the whole model", Status.OK, moved))
+    header = ("", "weights", "increase", "decrease", "hold", "+ up, - down", "rms", "|dw|/|w|")
+    source = f"by the {now.stage} gradient of step {now.step}{_statuses(now)}"
+    lines = [f"DIRECTIONS, {which}", *_wrapped(f"which share of its weights should move where to lower the loss, {source}")]
+    lines += _aligned([header, *entries], "<>>>><>>")
+    if len(rows) < len(now):
+        lines.append(f"  and {len(now) - len(rows):,} more: table() has all")
+    return lines
+
+
+def _statuses(now: Snapshot) -> str:
+    """How many parameters are not as they should be."""
+    words, counts = np.unique(now.status.astype(str), return_counts=True)
+    odd = [f"{count:,} {word}" for word, count in zip(words, counts, strict=True) if word != Status.OK]
+    return f"; of {len(now):,} parameters {', '.join(odd)}" if odd else ""
+
+
+def _telling(now: Snapshot, found: Sequence[Finding]) -> list[int]:
+    """Rows, in model order: what is ill, then where the weights agree most, in standard errors of chance."""
+    if len(now) <= ALL:
+        return list(range(len(now)))
+    ill = {name for finding in found for name in (finding.parameter, *finding.parameters)}
+    marked = np.asarray([name in ill for name in now.names])
+    odd = (now.status != Status.OK) & (now.status != Status.FROZEN)
+    up, down = now.columns["negative"].astype(float), now.columns["positive"].astype(float)
+    agreement = np.abs(up - down) / np.sqrt(np.maximum(up + down, 1))
+    first = np.flatnonzero(odd)[: SHOWN // 3]
+    second = np.flatnonzero(marked & ~odd)[: SHOWN // 3]
+    rest = np.lexsort((np.arange(len(now)), -agreement, odd))
+    return sorted(list(dict.fromkeys([*first.tolist(), *second.tolist(), *rest.tolist()]))[:SHOWN])
+
+
+def _entry(columns: fields.Columns, row: int, name: str, status: str, ratio: float | None) -> tuple[str, ...]:
+    shares = [float(fields.derive(f"{word}_share", columns)[row]) for word in ("increase", "decrease", "hold")]
+    rms = float(fields.derive("rms", columns)[row])
+    picture = _bar(*shares) if status == Status.OK else str(status)
+    ratio = math.nan if ratio is None else ratio
+    weights = _size(int(columns["numel"][row]))
+    return (_cut(name, NAME), weights, *map(_percent, shares), picture, _plain(rms), _plain(ratio))
+
+
+def _bar(up: float, down: float, hold: float) -> str:
+    """Shares as a picture: `+` should increase, `.` hold, `-` decrease."""
+    if math.isnan(up):
+        return ""
+    first, last = round(BAR * up), round(BAR * (up + hold))
+    return "+" * first + "." * (last - first) + "-" * (BAR - last)
+
+
+# --- weights --------------------------------------------------------------------------------------------------------
+
+
+def _sensitive(history: History) -> list[str]:
+    top = _top(history, WEIGHTS)
+    if not top:
+        return []
+    entries = [(_cut(name, 2 * NAME), number(value), _signed(partial), _toward(partial)) for name, value, partial in top]
+    lines = ["MOST SENSITIVE WEIGHTS: the loss answers most to these"]
+    return lines + _aligned([("", "value", "partial", "to lower the loss"), *entries], "<>><")
+
+
+def _top(history: History, k: int) -> list[tuple[str, float, float]]:
+    """Name, value and partial of the `k` weights with the largest partials, of the last step read."""
+    candidates = []
+    for part in history.parts():
+        if part.top is None:
+            continue
+        size = np.where(part.top.index >= 0, np.abs(part.top.partial), np.nan)
+        for flat in np.argsort(-size, axis=None, kind="stable")[:k].tolist():
+            row, column = divmod(flat, size.shape[1])
+            if size[row, column] > 0:
+                candidates.append((-float(size[row, column]), part, row, column))
+    candidates.sort(key=lambda candidate: candidate[0])
+    return [
+        (
+            named(part.names[row], _index(part.parameters, row, int(part.top.index[row, column]))),
+            float(part.top.value[row, column]),
+            float(part.top.partial[row, column]),
+        )
+        for _, part, row, column in candidates[:k]
+        if part.top is not None
+    ]
+
+
+def _index(parameters: Parameters, row: int, flat: int) -> tuple[int, ...]:
+    shape = parameters.shapes[row] + ((2,) if parameters.dtypes[row] in COMPLEX else ())
+    return tuple(int(i) for i in np.unravel_index(flat, shape)) if shape else ()
+
+
+def _toward(partial: float) -> str:
+    return str(directions(np.asarray(partial)))
+
+
+# --- updates --------------------------------------------------------------------------------------------------------
+
+
+def _last_update(history: History) -> Snapshot | None:
+    latest = history.latest(Stage.USED)
+    return None if latest is None else history.at(latest.step, Stage.USED)
+
+
+def _updates(now: Snapshot, used: Snapshot) -> list[str]:
+    whole = total(used)
+    lines = [f"UPDATES (step {used.step})", *_ratios(used)]
+
+    def share(name: str) -> float:
+        return float(fields.derive(name, whole)[0])
+
+    if not math.isnan(share("alignment")):
+        lines.append(
+            f"  {_percent(share('against_share'))} of the weights moved against their own gradient; the update's cosine "
+            f"with downhill is {share('alignment'):.2f}"
+        )
+    if not math.isnan(share("loss_change")):
+        lines.append(f"  to first order the step changes its batch's loss by {_signed(share('loss_change'))}")
+    if not math.isnan(share("flip_share")):
+        lines.append(f"  {_percent(share('flip_share'))} of the weights' partials changed their sign since the step before")
+    sampled = used.column("sampled")
+    if len(sampled) and np.nanmin(sampled) < 1:
+        lines += _wrapped(
+            f"updates and flips rest on a sample: {_percent(share('sampled'))} of all weights, at least "
+            f"{_percent(float(np.nanmin(sampled)))} of each parameter (memory= allows more)"
+        )
+    elif not math.isnan(share("alignment")):
+        lines.append("  updates and flips rest on every weight")
+    return lines if len(lines) > 1 else []
+
+
+def _ratios(used: Snapshot) -> list[str]:
+    """The update ratios of weights: biases, which may begin at 0, only where there is nothing else."""
+    ratios = used.column("update_ratio")
+    known = np.isfinite(ratios) & (used.status == Status.OK)
+    matrices = known & layout(used.parameters).matrix
+    rows = np.flatnonzero(matrices if matrices.any() else known)
+    if not len(rows):
+        return []
+    order = rows[np.argsort(ratios[rows], kind="stable")]
+    low, high = order[0], order[-1]
+    if low == high:
+        return [f"  |dw|/|w| is {number(ratios[low])} ({_cut(used.names[low], NAME)}); {USUAL}"]
+    return _wrapped(
+        f"|dw|/|w|: {number(float(np.median(ratios[rows])))} in the median of the weights, from {number(ratios[low])} "
+        f"({_cut(used.names[low], NAME)}) to {number(ratios[high])} ({_cut(used.names[high], NAME)}); {USUAL}"
+    )
+
+
+# --- one weight -----------------------------------------------------------------------------------------------------
+
+_NUDGE = 0.001
+
+
+def _meaning(partial: float) -> list[str]:
+    if not math.isfinite(partial):
+        return [
+            f"Its partial dL/dw is {partial}, which is no number to follow: the direction is undefined. Look for the first "
+            "step with a value that is not finite in findings()."
+        ]
+    if not partial:
+        return [
+            "Its partial dL/dw is exactly 0: with every other weight held fixed, moving it a little leaves the loss as it "
+            "is, to first order. The direction is hold."
+        ]
+    effect, other = ("lowers", "decrease") if partial < 0 else ("raises", "increase")
+    return [
+        f"Its partial dL/dw is {_signed(partial)}: with every other weight held fixed, raising it a little {effect} the "
+        f"loss. To lower the loss it should {_toward(partial)}, and not {other}.",
+        f"Raising it by {_NUDGE} would change the loss by about {_signed(_NUDGE * partial)}.",
+    ]
+
+
+def _compared(name: str, rank: int, numel: int) -> str:
+    if rank == 1:
+        return f"Of the {numel:,} weights of {name} it is the one to which the loss answers most."
+    return f"By the size of its partial it is number {rank:,} of the {numel:,} weights of {name}."
+
+
+def _behaviour(history: Sequence[float], numel: int) -> str:
+    """How the sign went, in words."""
+    signs = np.sign(np.asarray(history, np.float64))
+    up, down = int((signs < 0).sum()), int((signs > 0).sum())
+    moving = signs[(signs != 0) & np.isfinite(signs)]
+    flips = int((moving[1:] != moving[:-1]).sum())
+    kept = "" if numel <= fields.TOP else " where it was among the most sensitive of its parameter, and so was kept"
+    asked = [f"increase on {up:,}" if up else "", f"decrease on {down:,}" if down else ""]
+    sentence = f"Of the {len(history):,} recent steps{kept}, it should {' and '.join(filter(None, asked)) or 'move on none'}"
+    times = "once" if flips == 1 else f"{flips:,} times"
+    return f"{sentence}; its sign changed {times} from one to the next." if flips else f"{sentence}."
+
+
+# --- text -----------------------------------------------------------------------------------------------------------
+
+
+def _aligned(rows: Sequence[Sequence[str]], sides: str) -> list[str]:
+    """Columns; `<` to the left, `>` to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = [f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths, strict=True)]
+        lines.append(("  " + "  ".join(cells)).rstrip())
+    return lines
+
+
+def _wrapped(words: str, indent: str = "  ") -> list[str]:
+    return textwrap.wrap(
+        words,
+        WIDTH,
+        initial_indent=indent,
+        subsequent_indent=indent + "  ",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
+def _paragraph(words: str, whole: str) -> str:
+    """Lines of `WIDTH`, none of which ends within `whole`."""
+    filled = textwrap.fill(words.replace(whole, "\0" * len(whole)), WIDTH, break_long_words=False, break_on_hyphens=False)
+    return filled.replace("\0" * len(whole), whole)
+
+
+def _fit(line: str) -> str:
+    return line if len(line) <= WIDTH else line[: WIDTH - 2] + ".."
+
+
+def _cut(name: str, width: int) -> str:
+    """A name, without some of its middle where it is too long: both ends say most."""
+    if len(name) <= width:
+        return name
+    last = (width - 2) * 2 // 3
+    return f"{name[: width - 2 - last]}..{name[-last:]}"
+
+
+def _percent(share: float) -> str:
+    """Whole percents; what is not all or nothing does not look like it."""
+    if math.isnan(share):
+        return "-"
+    if 0 < share < 0.005:
+        return "<1 %"
+    if 0.995 < share < 1:
+        return ">99 %"
+    return f"{100 * share:.0f} %"
+
+
+def _plain(value: float) -> str:
+    return "-" if math.isnan(value) else number(value)
+
+
+def _signed(value: float) -> str:
+    return ("+" if value > 0 else "") + number(value)
+
+
+def _size(count: int) -> str:
+    """Up to seven characters."""
+    if count < 1_000_000:
+        return f"{count:,}"
+    for size, letter in ((10**9, "G"), (10**6, "M")):
+        if count >= size:
+            return f"{count / size:.3g}{letter}"
+    raise AssertionError
