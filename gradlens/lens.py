@@ -548,7 +548,7 @@ def _warn_of_strangers(optimizers: Sequence[torch.optim.Optimizer], attachment: 
 def _plan(attachment: Attachment, features: frozenset[str], stages: frozenset[str], memory: int) -> Plan:
     tensors = [slot.tensor() for slot in attachment.slots]
     buffers = ("updates" in features and "used" in stages) + ("flips" in features) * len(stages)
-    shapes = [() if t is None else attachment.parameters.shapes[i] for i, t in enumerate(tensors)]
+    shapes = [() if t is None else attachment.parameters.local_shape(i) for i, t in enumerate(tensors)]
     return Plan(shapes, [0 if t is None else t.element_size() for t in tensors], memory, buffers)
 
 

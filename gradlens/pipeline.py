@@ -253,7 +253,13 @@ class Pipeline:
         if table is None:
             step, backward, stage = reading.key
             table = Table(
-                step, backward, stage, reading.parameters, time.time(), notes=["elsewhere"] * len(reading.parameters)
+                step,
+                backward,
+                stage,
+                reading.parameters,
+                time.time(),
+                notes=["elsewhere"] * len(reading.parameters),
+                rank=_rank(),
             )
             self._open[reading.key] = table
             self.count += 1
@@ -407,6 +413,11 @@ class Pipeline:
     def close(self) -> None:
         """Drain, and close the writers."""
         self._background.close()
+
+
+def _rank() -> int:
+    distributed = torch.distributed
+    return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
 
 
 _PLAIN = {Tensor, torch.nn.Parameter}

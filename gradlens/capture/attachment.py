@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
+from gradlens.capture import sharding
 from gradlens.errors import ArgumentError, ArgumentTypeError
 from gradlens.records import Parameters
 from gradlens.selection import Select, check, predicate
@@ -30,7 +31,7 @@ _WRAPPED = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
 class Slot:
     """Where one parameter lives, and the hooks that are on it."""
 
-    __slots__ = ("_leaf", "_owner", "_restore", "_tensor", "armed", "handles", "name")
+    __slots__ = ("_leaf", "_owner", "_restore", "_shard", "_tensor", "armed", "handles", "name")
 
     def __init__(self, name: str, owner: nn.Module | None, leaf: str, tensor: Tensor) -> None:
         self.name = name
@@ -40,13 +41,20 @@ class Slot:
         self.handles: list[Any] = []
         self.armed = 0  # the id of the tensor that has our hooks, 0 for none
         self._restore: tuple[bool, bool] = (False, False)
+        self._shard: weakref.ref[Any] | None = None
+
+    def follow(self, shard: Any) -> None:
+        """The parameter is sharded by FSDP2, whose record of it knows the shard when the module shows the whole."""
+        self._shard = None if shard is None else weakref.ref(shard)
 
     def tensor(self) -> Tensor | None:
         """The parameter that is there now; None when it was deleted."""
         if self._owner is None:
             return self._tensor() if self._tensor is not None else None
         owner = self._owner()
-        return None if owner is None else owner._parameters.get(self._leaf)
+        tensor = None if owner is None else owner._parameters.get(self._leaf)
+        shard = None if self._shard is None else self._shard()
+        return tensor if tensor is None or shard is None else shard.sharded_param
 
     def attach(self, tensor: Tensor, on_gradient: Callable | None, on_accumulated: Callable) -> None:
         """Put both hooks on the tensor."""
@@ -143,7 +151,7 @@ class Attachment:
         self.slots: list[Slot] = []
         self.aliases: dict[str, str] = {}  # a tied parameter's other names -> the name it is reported by
         self.parameters = Parameters((), (), ())
-        self._layout: list[tuple[tuple[int, ...], torch.dtype, torch.device] | None] = []
+        self._layout: list[tuple[tuple[int, ...], torch.dtype, torch.device, str] | None] = []
         self._listed: list[Slot] | None = None
         self.rescan()
         self.refresh()
@@ -157,13 +165,14 @@ class Attachment:
     def refresh(self) -> Parameters:
         """Names, shapes and dtypes as they are now: the same object until one of them, or a device, changes."""
         tensors = [slot.tensor() for slot in self.slots]
-        layout = [None if t is None else (_shape(t), t.dtype, t.device) for t in tensors]
+        layout = [None if t is None else (_shape(t), t.dtype, t.device, sharding.piece(t)) for t in tensors]
         if layout != self._layout or self.slots is not self._listed:
             self._layout, self._listed = layout, self.slots
             self.parameters = Parameters(
                 tuple(slot.name for slot in self.slots),
                 tuple(() if at is None else tuple(at[0]) for at in layout),
                 tuple("" if at is None else str(at[1]).removeprefix("torch.") for at in layout),
+                tuple("" if at is None else at[3] for at in layout) if any(at and at[3] for at in layout) else (),
             )
         return self.parameters
 
@@ -174,7 +183,10 @@ class Attachment:
         by_id: dict[int, str] = {}
         self.aliases = {}
         for key, part in self.target().items():
-            for name, owner, leaf, tensor in locate(part, key):
+            shards = sharding.shards(part)
+            for name, owner, leaf, shown in locate(part, key):
+                shard = shards.get((id(owner), leaf))
+                tensor = shown if shard is None else shard.sharded_param
                 if id(tensor) in by_id:
                     self.aliases[name] = by_id[id(tensor)]
                 elif self._chosen(name, tensor):
@@ -182,6 +194,7 @@ class Attachment:
                     slot = old.get(name)
                     same = slot is not None and slot._leaf == leaf and (owner is None or slot._owner == weakref.ref(owner))
                     fresh.append(slot if slot is not None and same else Slot(name, owner, leaf, tensor))
+                    fresh[-1].follow(shard)
         changed = [id(slot) for slot in fresh] != [id(slot) for slot in self.slots]
         if changed:
             kept = {id(slot) for slot in fresh}

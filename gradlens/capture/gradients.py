@@ -129,7 +129,7 @@ class Gradients:
     ) -> None:
         self._attachment, self._clock, self._scaling, self._sink = attachment, clock, scaling, sink
         self._stages = stages
-        self._local = local  # gradients are mixed with other ranks' before the pass ends: read them inside the hook
+        self.local = local  # gradients are mixed with other ranks' before the pass ends: read them inside the hook
         self._before_pass, self._after_pass, self._fault = before_pass, after_pass, fault
         self._passes: dict[int, Pass] = {}  # by thread
         self._by_task: dict[int, Pass | None] = {}  # None: an autograd.grad, which is none of ours
@@ -184,7 +184,7 @@ class Gradients:
         parameter = slot.tensor()
         if parameter is None:
             return
-        if slot.shared(parameter) or (self._local and Stage.BACKWARD in self._stages):
+        if slot.shared(parameter) or (self.local and Stage.BACKWARD in self._stages):
             self._read_now(current, slot, parameter, g)
         elif parameter.grad is not None and slot not in current.fresh:
             current.held[slot] = g

@@ -218,12 +218,17 @@ class Updates:
                 weights=[slot.tensor() for slot in present],  # type: ignore[misc]
                 scale=gradients.scale,
                 notes=[notes.get(i, "elsewhere") for i in range(len(self._attachment.slots))],
-                unchanged=self._clock.backward == 1 and gradients.fresh and role.unchanged,
+                unchanged=self._single() and role.unchanged,
                 skipped=skipped,
                 late=late,
                 gone=not present and bool(gradients.fired),
             )
         )
+
+    def _single(self) -> bool:
+        """Whether the `backward` rows are of the gradient that the step began with: one process, one backward."""
+        gradients = self._gradients
+        return self._clock.backward == 1 and gradients.fresh and not gradients.local
 
     def _note(self, slot: Slot) -> str | None:
         parameter, gradients = slot.tensor(), self._gradients
@@ -253,7 +258,7 @@ class Updates:
                 used=[self._intact(role, slot) for slot in slots],
                 weights=[slot.tensor() for slot in slots],  # type: ignore[misc]
                 moved=[rates[id(slot.tensor())] for slot in slots],
-                single=self._clock.backward == 1 and self._gradients.fresh,
+                single=self._single(),
                 unchanged=role.unchanged,
                 scale=self._gradients.scale,
                 skipped=skipped,
