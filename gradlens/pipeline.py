@@ -24,9 +24,10 @@ from gradlens import kernels
 from gradlens.analysis.diagnosis import Diagnosis
 from gradlens.analysis.history import History
 from gradlens.capture.readings import Key, Reading, Update
+from gradlens.capture.sharding import summand
 from gradlens.errors import FindingError, GradlensWarning
 from gradlens.meter import Meter
-from gradlens.records import Finding, Parameters, Severity, Stage
+from gradlens.records import PARTIAL, Finding, Parameters, Severity, Stage
 from gradlens.statistics.buffers import Buffer, keepable, summarize
 from gradlens.statistics.memory import Plan
 from gradlens.statistics.table import Piece, Table, UpdatePiece
@@ -183,6 +184,8 @@ class Pipeline:
         self._before = Buffer(plan)
         self._ended: Samples = {}  # `.grad` as the last backward left it
         self._consumed: Samples = {}  # as the optimizer got it
+        self._marked: tuple[Parameters, frozenset[int], Parameters] | None = None
+        self._told: set[str] = set()  # parameters whose gradients were found to be summands
         self.spent = 0.0  # seconds on the training thread
         self.meter = Meter(lambda: self.spent)
         self.count = self._counted = 0  # tables that were made, and up to the last step
@@ -243,6 +246,9 @@ class Pipeline:
                 table.pieces.append(Piece(rows, numbers))
                 if flips is not None:
                     table.flips.append(Piece(*flips))
+        table.summands.update(
+            row for row, g in zip(reading.rows, reading.tensors, strict=True) if type(g) not in _PLAIN and summand(g)
+        )
         if reading.complete:
             self._complete(table, reading)
         if reading.gone and self._last is not None:
@@ -267,7 +273,7 @@ class Pipeline:
 
     def _complete(self, table: Table, reading: Reading) -> None:
         table.complete = True
-        table.parameters, table.skipped = reading.parameters, reading.skipped
+        table.parameters, table.skipped = self._with_summands(reading.parameters, table), reading.skipped
         table.divisor, table.scale = reading.divisor, reading.scale
         # Two optimizers read their own parameters each: a row keeps the note of the reading that had it.
         if not reading.notes:
@@ -277,6 +283,19 @@ class Pipeline:
         if table.stage == Stage.BACKWARD:
             self._send_older(table)
             self._last = table
+
+    def _with_summands(self, parameters: Parameters, table: Table) -> Parameters:
+        """The rows of summands marked: a gradient may be placed otherwise than its parameter. One object while it lasts."""
+        if not table.summands:
+            return parameters
+        rows = frozenset(table.summands)
+        if self._marked is None or self._marked[0] is not parameters or self._marked[1] != rows:
+            self._marked = (parameters, rows, _mark(parameters, rows))
+            named = [parameters.names[row] for row in sorted(rows)]
+            if not self._told >= set(named):
+                self._told.update(named)
+                self.faults.findings.append(_partial(table, named))
+        return self._marked[2]
 
     def _copy(self, table: Table, reading: Reading) -> bool:
         """Take the `backward` rows for `used` where nothing can have changed in between: the samples say so too.
@@ -413,6 +432,27 @@ class Pipeline:
     def close(self) -> None:
         """Drain, and close the writers."""
         self._background.close()
+
+
+def _mark(parameters: Parameters, rows: frozenset[int]) -> Parameters:
+    pieces = tuple(PARTIAL if row in rows else parameters.piece(row) for row in range(len(parameters)))
+    return Parameters(parameters.names, parameters.shapes, parameters.dtypes, pieces)
+
+
+def _partial(table: Table, names: Sequence[str]) -> Finding:
+    few = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    return Finding(
+        rule="partial-gradient",
+        step=table.step,
+        stage=str(table.stage),
+        severity=Severity.INFO,
+        seen=f"the gradients of {len(names)} parameters ({few}) are summands that the ranks have yet to add (placement "
+        "Partial): their statistics are of this rank's summand, not of the gradient",
+        causes=("tensor parallel replicates a norm layer whose input is sharded by sequence",),
+        remedy="read them as local; reduce them before the optimizer's step if their placement is not meant",
+        parameter=names[0],
+        parameters=tuple(names),
+    )
 
 
 def _rank() -> int:

@@ -61,6 +61,7 @@ class Table:
     updates: list[UpdatePiece] = field(default_factory=list)
     complete: bool = False
     rank: int = 0
+    summands: set[int] = field(default_factory=set)  # rows of which this rank has one summand
 
     # --- packing ----------------------------------------------------------------------------------------------------
 

@@ -137,3 +137,34 @@ def test_fsdp2_pools_to_the_table_of_one_process(count):
             pooled = pool([table[step] for table in tables])
             assert pooled.ranks == count
             same(pooled, by_moment(whole, "used")[step])
+
+
+def summands():
+    """A replicated parameter whose gradient is a summand of each rank, as a norm layer's is under sequence parallelism."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+
+    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    net = nn.Linear(4, 1, bias=False)
+    net.weight = nn.Parameter(DTensor.from_local(torch.ones(1, 4), mesh, [Replicate()], run_check=False))
+    x = DTensor.from_local(torch.full((2, 4), 1.0 + torch.distributed.get_rank()), mesh, [Shard(0)], run_check=False)
+    keep = Keep()
+    lens = gradlens.watch(net, stage="backward", writers=[keep], rules=(), features=())
+    (net(x).sum()).backward()
+    partial = net.weight.grad.placements == (Partial(),)
+    local = net.weight.grad.to_local().clone()
+    lens.close()
+    return partial, local.numpy(), keep.records
+
+
+@pytest.mark.trap(21)
+@pytest.mark.trap(22)
+def test_a_summand_is_marked_and_named():
+    """The row of a Partial gradient says that it is of this rank's summand, equals it exactly, and a finding names it."""
+    for partial, local, records in launch(summands):
+        assert partial
+        (snapshot,) = [r for r in records if hasattr(r, "columns")]
+        (finding,) = [r for r in records if not hasattr(r, "columns")]
+        assert snapshot.parameters.pieces == ("partial",)
+        assert snapshot.columns["square_sum"] == np.square(local, dtype=np.float64).sum()
+        assert (finding.rule, finding.parameters) == ("partial-gradient", ("weight",))
