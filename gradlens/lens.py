@@ -36,10 +36,12 @@ from gradlens.errors import (
 )
 from gradlens.meter import Overhead, Pace
 from gradlens.pipeline import Faults, Pipeline, plain, shielded
-from gradlens.records import Finding, Snapshot, Stage
+from gradlens.records import Finding, Severity, Snapshot, Stage
 from gradlens.schedules import Schedule, as_schedule
 from gradlens.selection import Select
+from gradlens.statistics.evidence import Evidence
 from gradlens.statistics.memory import Plan, parse_bytes
+from gradlens.statistics.streaming import Followed, Q, describe
 from gradlens.writers import report as page
 from gradlens.writers.base import Writer
 
@@ -79,9 +81,12 @@ class Lens:
     ) -> None:
         attachment = Attachment(target, select)
         _warn_of_strangers(optimizers, attachment, target)
-        self._plan = _plan(attachment, features, stages, memory)
         self._run = run
         self._faults = Faults()
+        if "evidence" in features and Stage.BACKWARD not in stages:
+            self._faults.findings.append(_no_evidence(stages, first_step))
+            features = features - {"evidence"}
+        self._plan = _plan(attachment, features, stages, memory)
         settings = _settings(attachment, stages, features, self._plan, schedule, first_step)
         own = [] if run is None else _run_writers(run, settings, first_step)
         try:
@@ -160,6 +165,10 @@ class Lens:
         In model order, or the `top` ones by falling `by` (`sensitivity`, `saliency`, `value`, `partial`; the signed ones by
         size). Read from `.grad` now: `attrs` say of which step and stage that is. When the gradients are gone,
         `weights(top=k)` answers from what was kept, the 16 most sensitive weights of each parameter.
+
+        With the feature `evidence` also `verdict, t, p, q`, over the backwards of the last step (two at least; at a false
+        discovery rate of 0.1), and, over steps while the weights move, `agree` (lately, the share of steps with the more
+        frequent sign), `flips` (the share where the sign turned) and `gsnr` (mean^2 / variance).
         """
         if by not in ORDERS:
             raise choice("by", by, ORDERS)
@@ -176,8 +185,9 @@ class Lens:
                 f"name={slots[0].name!r}"
             )
         with shielded():
-            result = _concat([self._weights_of(slot, top, by) for slot in slots])
-        return self._stamped(_ordered(result, top, by), self._clock.open)
+            result = _ordered(_concat([self._weights_of(slot, top, by) for slot in slots]), top, by)
+            self._add_evidence(result, slots)
+        return self._stamped(result, self._clock.open)
 
     def explain(self, name: str, index: int | Sequence[int] = ()) -> str:
         """One paragraph on one weight: its partial, what that means, and how it compares."""
@@ -193,6 +203,8 @@ class Lens:
             partials, values = self._partials(slot), _reals(_local(slot))
             flat = int(np.ravel_multi_index(at, shape)) if shape else 0
             partial = float(partials[flat])
+            followed = self._followed(slot)
+            evidence = "" if followed is None else describe(followed.columns(np.asarray([flat])), followed.backwards)
             larger = int((partials.abs() > abs(partial)).sum()) if np.isfinite(partial) else partials.numel()
         return page.explain(
             name,
@@ -201,7 +213,8 @@ class Lens:
             partial=partial,
             rank=larger + 1,
             numel=partials.numel(),
-            history=self._seen(name, flat),
+            history=self._seen(slot.name, flat),
+            evidence=evidence,
         )
 
     def report(self) -> str:
@@ -357,8 +370,28 @@ class Lens:
                     )
                 )
         result = _ordered(_concat(parts), top, by)
+        with shielded():
+            self._add_evidence(result, slots)
         result.attrs.update(step=snapshot.step, stage=str(snapshot.stage))
         return result
+
+    def _followed(self, slot: Slot) -> Followed | None:
+        return None if self._pipeline.evidence is None else self._pipeline.evidence.of(slot.name)
+
+    def _add_evidence(self, frame: pd.DataFrame, slots: Sequence[Slot]) -> None:
+        """The columns of the feature `evidence`; empty for weights that are not followed, or not yet."""
+        if self._pipeline.evidence is None:
+            return
+        for column in Followed.COLUMNS:
+            frame[column] = np.full(len(frame), None, object) if column == "verdict" else np.nan
+        for slot in slots:
+            mine = np.flatnonzero(frame["parameter"] == slot.name)
+            followed = self._followed(slot) if len(mine) else None
+            if followed is not None:
+                at = _flat_index(frame["index"].iloc[mine], _weight_shape(slot))
+                for column, values in followed.columns(at).items():
+                    frame.iloc[mine, frame.columns.get_loc(column)] = values  # type: ignore[index]
+                frame.attrs.update(backwards=followed.backwards, false_discovery_rate=Q)
 
     def _stamped(self, frame: pd.DataFrame, before: bool) -> pd.DataFrame:
         stage = Stage.USED if not before else Stage.REDUCED if _ranks() > 1 else Stage.ACCUMULATED
@@ -549,7 +582,20 @@ def _plan(attachment: Attachment, features: frozenset[str], stages: frozenset[st
     tensors = [slot.tensor() for slot in attachment.slots]
     buffers = ("updates" in features and "used" in stages) + ("flips" in features) * len(stages)
     shapes = [() if t is None else attachment.parameters.local_shape(i) for i, t in enumerate(tensors)]
-    return Plan(shapes, [0 if t is None else t.element_size() for t in tensors], memory, buffers)
+    more = [Evidence.BYTES * (2 if t is not None and t.is_complex() else 1) * ("evidence" in features) for t in tensors]
+    named = [word for word in FEATURES if word in features and (word != "updates" or "used" in stages)]
+    sizes = [0 if t is None else t.element_size() for t in tensors]
+    return Plan(shapes, sizes, memory, buffers, more=more, what=" and ".join(named) or "nothing")
+
+
+def _no_evidence(stages: frozenset[str], step: int) -> Finding:
+    return Finding(
+        rule="evidence-unavailable",
+        step=step,
+        severity=Severity.WARNING,
+        seen=f"`evidence` rests on each backward's own partials; the stages read are {', '.join(sorted(stages))}",
+        remedy='add "backward" to stage=, or ask gradlens.survey()',
+    )
 
 
 def _settings(
@@ -603,6 +649,12 @@ def _reals(tensor: Tensor) -> Tensor:
 def _weight_shape(slot: Slot) -> tuple[int, ...]:
     tensor = _local(slot)
     return (*tensor.shape, 2) if tensor.is_complex() else tuple(tensor.shape)
+
+
+def _flat_index(index: pd.Series, shape: tuple[int, ...]) -> np.ndarray:
+    if not shape:
+        return np.zeros(len(index), np.int64)
+    return np.ravel_multi_index(tuple(np.asarray(index.tolist(), np.int64).T), shape).astype(np.int64)
 
 
 def _numel(slot: Slot) -> int:

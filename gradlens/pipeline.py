@@ -30,6 +30,7 @@ from gradlens.meter import Meter
 from gradlens.records import PARTIAL, Finding, Parameters, Severity, Stage
 from gradlens.statistics.buffers import Buffer, keepable, summarize
 from gradlens.statistics.memory import Plan
+from gradlens.statistics.streaming import Streaming
 from gradlens.statistics.table import Piece, Table, UpdatePiece
 from gradlens.statistics.transfer import Transfer
 from gradlens.writers.background import Background
@@ -182,10 +183,12 @@ class Pipeline:
         self._last: Table | None = None  # the last `backward` table, which `used` may copy
         self._flips: dict[str, Buffer] = {}
         self._before = Buffer(plan)
+        self.evidence = Streaming(plan) if "evidence" in features else None
         self._ended: Samples = {}  # `.grad` as the last backward left it
         self._consumed: Samples = {}  # as the optimizer got it
         self._marked: tuple[Parameters, frozenset[int], Parameters] | None = None
         self._told: set[str] = set()  # parameters whose gradients were found to be summands
+        self._left_out = False  # said that evidence does without some backwards
         self.spent = 0.0  # seconds on the training thread
         self.meter = Meter(lambda: self.spent)
         self.count = self._counted = 0  # tables that were made, and up to the last step
@@ -195,6 +198,8 @@ class Pipeline:
     def read(self, reading: Reading) -> None:
         """Take the gradients of some parameters."""
         self._do("statistics", self._read, reading)
+        if self.evidence is not None and reading.key[2] == Stage.BACKWARD:
+            self._do("evidence", self._gather, self.evidence, reading)
 
     def before(self, parameters: Parameters, rows: Sequence[int], weights: Sequence[Tensor]) -> None:
         """Keep the weights before the step."""
@@ -212,6 +217,8 @@ class Pipeline:
         """Send what the step gave."""
         self.meter.step_ended(observed=self.count > self._counted)
         self._counted = self.count
+        if self.evidence is not None:
+            self._do("evidence", self._fold, self.evidence, step)
         self._do("end of a step", self._release, step, scalars)
         self._last, self._ended, self._consumed = None, {}, {}
 
@@ -231,6 +238,21 @@ class Pipeline:
             self.faults(where, error)
         finally:
             self.spent += time.perf_counter() - start
+
+    def _fold(self, evidence: Streaming, step: int) -> None:
+        evidence.step_done()
+        if evidence.left_out and not self._left_out:
+            self._left_out = True
+            self.faults.findings.append(
+                Finding(
+                    rule="evidence-left-out",
+                    step=step,
+                    severity=Severity.INFO,
+                    seen="backwards ran while the weights may move within the step; evidence does without them",
+                    causes=("an optimizer that takes a closure", "another optimizer's step between two backwards"),
+                    remedy="gradlens.survey() gives verdicts at fixed weights for any model",
+                )
+            )
 
     # --- gradients --------------------------------------------------------------------------------------------------
 
@@ -253,6 +275,15 @@ class Pipeline:
             self._complete(table, reading)
         if reading.gone and self._last is not None:
             table.pieces, table.flips, table.divisor = self._last.pieces, self._last.flips, self._last.divisor
+
+    def _gather(self, evidence: Streaming, reading: Reading) -> None:
+        if reading.moving:
+            evidence.left_out = True
+            return
+        for rows, tensors, _ in _by_device(reading.rows, reading.tensors, reading.tensors):
+            evidence.add(reading.parameters, reading.key[1], rows, tensors, reading.divisor)
+        if reading.complete:
+            evidence.ended()
 
     def _table(self, reading: Reading) -> Table:
         table = self._open.get(reading.key)

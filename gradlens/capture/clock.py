@@ -23,6 +23,7 @@ class Clock:
         self.step = first_step
         self.backward = 0  #: backward passes of this step that ended
         self.open = False
+        self.moving = False  #: the weights may move between this step's backwards: a closure, or another optimizer's step
         self.explicit = False  #: `lens.step()` says where a step ends
         self.scalars: dict[str, Any] = {}  #: what `observe()` attached to this step, or to the next where none is open
         self.observed = self._ask()
@@ -56,6 +57,6 @@ class Clock:
         """The step ended; the next one is asked for."""
         self.step += 1
         self.backward = 0
-        self.open = False
+        self.open = self.moving = False
         self.scalars = {}
         self.observed = self._ask()

@@ -334,6 +334,7 @@ class Gradients:
                 scale=scale,
                 complete=complete,
                 notes=notes,
+                moving=self._clock.moving,
             )
         )
 

@@ -32,6 +32,7 @@ class Reading:
     unchanged: bool = False
     skipped: bool | Tensor = False  #: the scaler found inf and the optimizer did nothing
     late: bool = False  #: read after the optimizer's step: `weights` have moved
+    moving: bool = False  #: the weights may have moved since the step's first backward
     gone: bool = False  #: `.grad` was cleared before it could be read: the last backward's rows stand in for it
 
 

@@ -117,6 +117,7 @@ class Updates:
         if closure is None and not running():
             self._settle()
         role.read = False
+        self._clock.moving |= closure is not None
         if not self._clock.observed:
             return
         slots = self.slots(role)
@@ -128,7 +129,7 @@ class Updates:
     def _after(self, role: Role, optimizer: Optimizer, closure: Any) -> None:
         if closure is not None and not running():
             self._settle()
-        role.stepped = True
+        role.stepped = self._clock.moving = True
         if self._clock.observed:
             skipped = _skipped(optimizer)
             if not role.read:

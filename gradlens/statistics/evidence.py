@@ -15,7 +15,7 @@ All sums are float64. Nothing here waits for the device; reading does.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,24 +53,57 @@ class Moments:
         self.mean, self.squares = ([torch.zeros(n, dtype=torch.float64, device=d) for n, d in lengths] for _ in range(2))
         self.positive, self.negative = ([torch.zeros(n, dtype=torch.int32, device=d) for n, d in lengths] for _ in range(2))
         self.count = 0
-        self.weight = 0.0
+        self.weight = self._latest = 0.0
 
-    @torch.no_grad()
     def update(self, gradients: Sequence[Tensor | None], weight: float = 1.0) -> None:
         """Add one gradient: a tensor a parameter, None for zeros. `weight`: the size of its batch, where they differ."""
+        self.begin(weight)
+        self.add(dict(enumerate(gradients)))
+
+    def begin(self, weight: float = 1.0) -> None:
+        """Start one more gradient, which `add` gives in parts: each parameter in exactly one of them."""
         self.count += 1
         self.weight += weight
+        self._latest = weight
+
+    @torch.no_grad()
+    def add(self, part: Mapping[int, Tensor | None], divisor: float | Tensor = 1.0) -> None:
+        """Some parameters' partials of the gradient that `begin` started, still to be divided by `divisor`."""
         for i, block in enumerate(self.blocks):
-            g = self._joined(gradients, block, self.mean[i])
-            step = g - self.mean[i]
-            self.mean[i].add_(step, alpha=weight / self.weight)
-            self.squares[i].addcmul_(step, g - self.mean[i], value=weight)
-            self.positive[i] += g > 0
-            self.negative[i] += g < 0
+            members = [n for n in range(block.start, block.stop) if n in part]
+            if len(members) == block.stop - block.start:
+                self._add(i, slice(None), self._joined([part[n] for n in members], block, self.mean[i]), divisor)
+                continue
+            for n in members:
+                of = slice(n, n + 1)
+                self._add(i, self.place(n)[1], self._joined([part[n]], of, self.mean[i]), divisor)
+
+    def _add(self, i: int, entries: slice, g: Tensor, divisor: float | Tensor) -> None:
+        if isinstance(divisor, Tensor) or divisor != 1.0:
+            g = g / divisor
+        mean = self.mean[i][entries]
+        step = g - mean
+        mean.add_(step, alpha=self._latest / self.weight)
+        self.squares[i][entries].addcmul_(step, g - mean, value=self._latest)
+        self.positive[i][entries] += g > 0
+        self.negative[i][entries] += g < 0
+
+    def grow(self, like: Sequence[Tensor]) -> None:
+        """More parameters; so far their partials were 0, which is what the zeros they begin with say."""
+        more = Moments(like)
+        shift = len(self.sizes)
+        self.indices += more.indices
+        self.sizes += more.sizes
+        self.blocks += [slice(block.start + shift, block.stop + shift) for block in more.blocks]
+        for mine, theirs in zip(self._parts(), more._parts(), strict=True):
+            mine += theirs
+
+    def _parts(self) -> tuple[list[Tensor], ...]:
+        return self.mean, self.squares, self.positive, self.negative
 
     def _joined(self, gradients: Sequence[Tensor | None], block: slice, like: Tensor) -> Tensor:
         """The gradients of a block as one tensor; it may be a view of the gradient itself."""
-        of = zip(gradients[block], self.indices[block], self.sizes[block], strict=True)
+        of = zip(gradients, self.indices[block], self.sizes[block], strict=True)
         parts = [like.new_zeros(n) if g is None else flat(g, at) for g, at, n in of]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -82,7 +115,7 @@ class Moments:
 
     def clear(self) -> None:
         """Forget everything."""
-        for tensors in (self.mean, self.squares, self.positive, self.negative):
+        for tensors in self._parts():
             for tensor in tensors:
                 tensor.zero_()
         self.count, self.weight = 0, 0.0
@@ -208,10 +241,24 @@ class Evidence:
 
     def update(self, gradients: Sequence[Tensor | None]) -> None:
         """Add the own partials of one backward; None stands for zeros."""
+        self.begin()
+        self.moments.add(dict(enumerate(gradients)))
+
+    def begin(self) -> None:
+        """One more backward, whose partials `moments.add` takes."""
         if self._ended:
-            self.moments.clear()
-            self._ended = False
-        self.moments.update(gradients)
+            self.clear()
+        self.moments.begin()
+
+    def clear(self) -> None:
+        """Forget the open step."""
+        self.moments.clear()
+        self._ended = False
+
+    def grow(self, like: Sequence[Tensor]) -> None:
+        """More parameters."""
+        self.moments.grow(like)
+        self._steps += [_Decayed(mean) for mean in self.moments.mean[len(self._steps) :]]
 
     def step_done(self) -> None:
         """The step is over: fold its mean gradient into the record over time. Verdicts of it can be read until the next."""

@@ -64,16 +64,25 @@ def _stride(numel: int, wanted: int, shape: Sequence[int]) -> int:
 class Plan:
     """How much of each parameter the buffers hold.
 
-    `allowance` bytes are shared by `buffers` copies of the parameters. A common cap on entries per parameter is chosen as
-    large as the allowance permits, by bisection.
+    `allowance` bytes are shared by `buffers` copies of the parameters, and by `more` bytes an entry for `what` needs them. A
+    common cap on entries per parameter is chosen as large as the allowance permits, by bisection.
     """
 
     def __init__(
-        self, shapes: Sequence[Sequence[int]], itemsizes: Sequence[int], allowance: int, buffers: int, seed: int = 0
+        self,
+        shapes: Sequence[Sequence[int]],
+        itemsizes: Sequence[int],
+        allowance: int,
+        buffers: int,
+        seed: int = 0,
+        *,
+        more: Sequence[int] | int = 0,
+        what: str = "updates and flips",
     ):
         numels = np.asarray([math.prod(shape) for shape in shapes], np.int64)
-        cost = np.asarray(itemsizes, np.int64) * max(buffers, 1)
-        self.needed = int((numels * cost).sum()) if buffers else 0
+        cost = np.asarray(itemsizes, np.int64) * buffers + np.asarray(more, np.int64)
+        self.what = what
+        self.needed = int((numels * cost).sum())
         cap = int(numels.max(initial=0)) if self.needed <= allowance else _cap(numels, cost, allowance)
         rng = np.random.default_rng(seed)
         self.samples: list[Sample] = []
@@ -82,7 +91,7 @@ class Plan:
             start = int(rng.integers(stride)) if stride > 1 else 0
             count = min(-(-(numel - start) // stride), cap)
             self.samples.append(Sample(start, stride, count, whole=count == numel))
-        self.taken = int((np.asarray([s.count for s in self.samples], np.int64) * cost).sum()) if buffers else 0
+        self.taken = int((np.asarray([s.count for s in self.samples], np.int64) * cost).sum())
         self.share = float(sum(s.count for s in self.samples) / max(int(numels.sum()), 1))
 
     def describe(self) -> str:
@@ -90,9 +99,9 @@ class Plan:
         if not self.needed:
             return "no buffers: memory is O(parameters)"
         if self.share >= 1:
-            return f"buffers for updates and flips: {self.taken / 2**20:.1f} MiB, every weight"
+            return f"buffers for {self.what}: {self.taken / 2**20:.1f} MiB, every weight"
         return (
-            f"buffers for updates and flips: {self.taken / 2**20:.1f} of {self.needed / 2**20:.1f} MiB allowed, "
+            f"buffers for {self.what}: {self.taken / 2**20:.1f} of {self.needed / 2**20:.1f} MiB allowed, "
             f"so they rest on a seeded sample of {self.share:.1%} of the weights (memory= raises it)"
         )
 

@@ -63,7 +63,15 @@ def brief(history: History, found: Sequence[Finding]) -> str:
 
 
 def explain(
-    name: str, at: tuple[int, ...], *, value: float, partial: float, rank: int, numel: int, history: Sequence[float] = ()
+    name: str,
+    at: tuple[int, ...],
+    *,
+    value: float,
+    partial: float,
+    rank: int,
+    numel: int,
+    history: Sequence[float] = (),
+    evidence: str = "",
 ) -> str:
     """One paragraph on one weight.
 
@@ -75,6 +83,7 @@ def explain(
         rank: 1 where no partial of the parameter is larger in size.
         numel: How many weights the parameter has.
         history: The weight's partials on the steps of which they were kept, oldest first.
+        evidence: What several gradients say of its direction, in sentences.
     """
     weight = named(name, at)
     sentences = [f"{weight} is {value:.6g}.", *_meaning(partial)]
@@ -82,7 +91,9 @@ def explain(
         sentences.append(_compared(name, rank, numel))
     if len(history) > 1:
         sentences.append(_behaviour(history, numel))
-    if math.isfinite(partial) and partial:
+    if evidence:
+        sentences.append(evidence)
+    elif math.isfinite(partial) and partial:
         sentences.append(
             "One mini-batch's sign is no verdict: another batch may ask for the opposite, and does for many weights. "
             "gradlens.survey() asks several batches and says how sure a direction is."

@@ -1,0 +1,175 @@
+"""Evidence from the gradients that training computes anyway.
+
+Each backward's own partials go into `Evidence` as they are read: at the end of the pass, in batches, or one parameter at a
+time inside a hook. Where the allowance is too small for every weight, those of the `Plan`'s seeded sample are followed.
+Nothing here waits for the device until a question is asked.
+
+A backward that ran while the weights may move within the step (inside an optimizer's closure, or after another optimizer's
+step) is left out: its partials are of other weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from gradlens.records import COMPLEX, Parameters, Verdict
+from gradlens.statistics.evidence import VERDICTS, Evidence, Judged
+from gradlens.statistics.memory import Plan
+
+Q = 0.1  #: the false discovery rate of the verdicts
+
+
+@dataclass(frozen=True, eq=False)
+class Followed:
+    """Evidence on the weights of one parameter that are followed, one entry each."""
+
+    index: np.ndarray  #: int64, into the flattened parameter; a complex entry is two weights
+    backwards: int  #: that the verdicts rest on
+    verdict: np.ndarray  #: words of `Verdict`; None where the last step had fewer than two backwards
+    t: np.ndarray
+    p: np.ndarray
+    q: np.ndarray
+    agree: np.ndarray  #: over steps, as in `evidence.OverTime`
+    flips: np.ndarray
+    gsnr: np.ndarray
+
+    COLUMNS = ("verdict", "t", "p", "q", "agree", "flips", "gsnr")
+
+    def columns(self, at: np.ndarray) -> dict[str, np.ndarray]:
+        """The columns for the given flat indices; empty for a weight that is not followed."""
+        place = np.searchsorted(self.index, at)
+        place[place == len(self.index)] = 0
+        known = self.index[place] == at if len(self.index) else np.zeros(len(at), bool)
+        result = {}
+        for name in self.COLUMNS:
+            values = getattr(self, name)
+            column = np.full(len(at), None if name == "verdict" else np.nan, dtype=values.dtype)
+            column[known] = values[place[known]]
+            result[name] = column
+        return result
+
+
+class Streaming:
+    """The feature `evidence`: takes each backward's partials, and answers for each parameter."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._parameters: Parameters | None = None
+        self._forget()
+        self.left_out = False  # a backward was, since the weights may have moved
+
+    def _forget(self) -> None:
+        self._evidence = Evidence([])
+        self._at: dict[int, int] = {}  # the place in `_evidence` of each row
+        self._backward: int | None = None  # the one under way
+        self._seen: set[int] = set()
+        self._spoiled = False  # a row came twice in one backward: a pass failed on its way, or was nested
+        self._judged: Judged | None = None
+
+    def add(
+        self, parameters: Parameters, backward: int, rows: Sequence[int], tensors: Sequence[Tensor], divisor: float | Tensor
+    ) -> None:
+        """Some parameters' own partials of one backward; each parameter once."""
+        if parameters is not self._parameters:
+            self._forget()  # rows mean other parameters from here on
+            self._parameters = parameters
+        if backward != self._backward:
+            self.ended()
+            self._evidence.begin()
+            self._backward = backward
+        self._judged = None
+        self._spoiled = self._spoiled or not self._seen.isdisjoint(rows)
+        if self._spoiled:
+            return
+        views = {row: self._view(row, g) for row, g in zip(rows, tensors, strict=True)}
+        new = [row for row in rows if row not in self._at]
+        if new:
+            self._evidence.grow([_reals(views[row]) for row in new])
+            first = len(self._at)
+            self._at.update((row, first + i) for i, row in enumerate(new))
+        self._seen.update(rows)
+        self._evidence.moments.add({self._at[row]: g for row, g in views.items()}, divisor)
+
+    def ended(self) -> None:
+        """The backward under way is over: what it did not reach had partials of 0."""
+        if self._backward is not None and not self._spoiled:
+            self._evidence.moments.add({at: None for row, at in self._at.items() if row not in self._seen})
+        self._backward = None
+        self._seen = set()
+
+    def step_done(self) -> None:
+        """The step is over."""
+        self.ended()
+        if self._spoiled:
+            self._evidence.clear()
+        self._spoiled = False
+        self._evidence.step_done()
+
+    def _view(self, row: int, g: Tensor) -> Tensor:
+        if row >= len(self._plan.samples):
+            return g.new_empty(0)  # it came after the allowance was shared out
+        return self._plan.samples[row].view(g.to_dense() if g.is_sparse else g)
+
+    def of(self, name: str) -> Followed | None:
+        """What is known of a parameter's weights; None where nothing is."""
+        row = None if self._parameters is None else self._parameters.position.get(name)
+        at = None if row is None else self._at.get(row)
+        if at is None or row is None or self._parameters is None or self._spoiled:
+            return None
+        moments = self._evidence.moments
+        judged = self._judge()
+        size, start = moments.sizes[at], sum(moments.sizes[:at])
+        mine = slice(start, start + size)
+        over = self._evidence.over_time(at)
+        empty = np.full(size, np.nan)
+        return Followed(
+            index=self._index(row, size),
+            backwards=moments.count,
+            verdict=np.full(size, None, object) if judged is None else np.asarray(VERDICTS, object)[judged.verdict[mine]],
+            t=empty if judged is None else judged.t[mine],
+            p=empty if judged is None else judged.p[mine],
+            q=empty if judged is None else judged.q[mine],
+            agree=over.agree,
+            flips=over.flips,
+            gsnr=over.gsnr,
+        )
+
+    def _judge(self) -> Judged | None:
+        """The verdicts on every weight that is followed, together: false discoveries are counted over all of them."""
+        if self._judged is None and self._seen == set():
+            self._judged = self._evidence.verdicts(Q)
+        return self._judged
+
+    def _index(self, row: int, size: int) -> np.ndarray:
+        """The flat indices of the weights that are followed."""
+        assert self._parameters is not None
+        width = 2 if self._parameters.dtypes[row] in COMPLEX else 1
+        if row >= len(self._plan.samples):
+            return np.empty(0, np.int64)
+        sample = self._plan.samples[row]
+        entries = np.arange(size // width, dtype=np.int64)
+        if not sample.whole:
+            entries = sample.start + sample.stride * entries
+        return (entries[:, None] * width + np.arange(width)).reshape(-1)
+
+
+def describe(found: dict[str, np.ndarray], backwards: int) -> str:
+    """What the evidence says of one weight, in sentences; empty where it says nothing."""
+    verdict, q, agree, flips = (found[name][0] for name in ("verdict", "q", "agree", "flips"))
+    sentences = []
+    if verdict == Verdict.UNDECIDED.value:
+        sentences.append(f"Over the last step's {backwards} micro-batches its direction is undecided.")
+    elif isinstance(verdict, str):
+        sentences.append(f"Over the last step's {backwards} micro-batches the verdict is {verdict} (q = {q:.2g}).")
+    if np.isfinite(agree):
+        sentences.append(f"Over recent steps, while the weights moved, its sign was the more frequent one in {agree:.0%}")
+        sentences[-1] += f" and turned in {flips:.0%} of the steps." if np.isfinite(flips) else " of the steps."
+    return " ".join(sentences)
+
+
+def _reals(tensor: Tensor) -> Tensor:
+    return tensor.new_empty((2 * tensor.numel(),), dtype=tensor.real.dtype) if tensor.is_complex() else tensor
