@@ -170,6 +170,7 @@ def _over(parts: Sequence[Snapshot], order: Sequence[str]) -> Snapshot:
             tuple(order),
             tuple(part.parameters.shapes[row] for part, row in (joined[i] for i in at)),
             tuple(part.parameters.dtypes[row] for part, row in (joined[i] for i in at)),
+            _pieces(joined, at),
         ),
         status=laid([part.status for part in parts]),
         scale=laid([part.scale for part in parts]),
@@ -178,6 +179,12 @@ def _over(parts: Sequence[Snapshot], order: Sequence[str]) -> Snapshot:
         top=_top([part.top for part in parts], at),
         scalars={name: value for part in parts for name, value in part.scalars.items()},
     )
+
+
+def _pieces(joined: Sequence[tuple[Snapshot, int]], at: Sequence[int]) -> tuple[str, ...]:
+    """Empty where every row is of a whole tensor."""
+    pieces = tuple(part.parameters.piece(row) for part, row in (joined[i] for i in at))
+    return pieces if any(pieces) else ()
 
 
 def _laid_if_all(arrays: Sequence[np.ndarray | None], at: Sequence[int]) -> np.ndarray | None:

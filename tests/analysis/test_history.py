@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from gradlens.analysis.history import History
 from gradlens.errors import ArgumentError, NothingCapturedError
-from gradlens.records import Stage
+from gradlens.records import Parameters, Stage
 
 from .made import snapshot
 
@@ -106,6 +106,20 @@ def test_at_puts_a_hole_where_the_model_has_it():
     """A later reading of some parameters does not change the order of the others."""
     history = filled(snapshot(0, ("a", "b", "c", "d")), snapshot(0, ("b", "d"), "used"), snapshot(0, ("c",), "used"))
     assert history.at().names == ("a", "b", "c", "d")
+
+
+def test_at_keeps_what_each_row_is_a_piece_of():
+    """Rows of shards still say which piece they are when readings are laid over each other."""
+    shards = Parameters(("a.weight", "b.weight"), ((8, 4), (8, 4)), ("float32",) * 2, ("0:4,0:4", ""))
+    other = Parameters(("c.weight",), ((2,),), ("float32",), ("1:2",))
+    both = filled(snapshot(0, shards.names, parameters=shards), snapshot(0, other.names, parameters=other)).at()
+    assert {name: both.parameters.piece(row) for row, name in enumerate(both.names)} == {
+        "a.weight": "0:4,0:4",
+        "b.weight": "",
+        "c.weight": "1:2",
+    }
+    whole = filled(snapshot(0, ("a", "b")), snapshot(0, ("c",))).at()
+    assert whole.parameters.pieces == ()
 
 
 def test_at_keeps_top_and_histogram_only_if_all_parts_have_them():
