@@ -5,8 +5,8 @@ The page is read from the tests that prove it, without importing them. A test sa
     @pytest.mark.situation("DDP, no_sync", stages={"backward": "yes", "reduced": "marked: ..."}, note="...")
     @pytest.mark.trap(17)
 
-Tests of the same situation share a row. A stage's words begin with `yes` (exact), `marked` (there, and the record or a finding
-says what is special about it) or `no` (and why). A stage that is left out does not arise, or is as everywhere.
+Tests of the same situation share a row. A stage's words begin with `yes` (exact), `marked` (there, and the record or a
+finding says what is special about it) or `no` (and why). A stage that is left out does not arise, or is as everywhere.
 """
 
 from __future__ import annotations
@@ -139,10 +139,10 @@ def text(root: Path = ROOT) -> str:
     lines = [
         "# Which gradient, in which way of training",
         "",
-        "Each row is proved by the tests it names; this page is written from their marks. **yes**: the numbers are those of",
-        "that stage, exactly. **marked**: they are there, and the record's status, a column or a finding says what is special.",
-        "**no**: they cannot be had, for the reason given. An empty cell does not arise in the row's test, or is as in plain",
-        "training. The stages are those of [concepts.md](concepts.md); `updates` is what the optimizer did.",
+        "Each row is proved by the tests it names; this page is written from their marks. **yes**: the numbers are those",
+        "of that stage, exactly. **marked**: they are there, and the record's status, a column or a finding says what is",
+        "special. **no**: they cannot be had, for the reason given. An empty cell does not arise in the row's test, or is",
+        "as in plain training. The stages are those of [concepts.md](concepts.md); `updates` is what the optimizer did.",
     ]
     for heading, rows in marks.rows.items():
         lines += ["", f"## {heading}", ""]

@@ -325,6 +325,7 @@ def test_a_small_allowance_works_on_a_sample_and_says_so():
 # --- the scaler -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.trap(23)
 @pytest.mark.parametrize("fused", [False, True])
 def test_scaled_training_gives_the_unscaled_numbers(fused):
     """With the scaler, every number is that of the unscaled gradient, and `scale` says the scale."""
@@ -354,6 +355,7 @@ def test_scaled_training_gives_the_unscaled_numbers(fused):
     pd.testing.assert_frame_equal(plain_weights, scaled_weights)
 
 
+@pytest.mark.trap(23)
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_skipped_step_is_a_nonfinite_record(fused):
     """A step that the scaler skipped is a `used` record with status `nonfinite`, at once."""
@@ -457,6 +459,7 @@ def net_with_everything():
     return nn.Sequential(nn.Linear(4, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.3), nn.Linear(16, 3))
 
 
+@pytest.mark.trap(34)
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
 def test_training_is_bit_identical(optimizer, tmp_path):
     """200 steps with dropout and BatchNorm: weights, buffers, optimizer state, RNG and losses are the same bits with us."""
@@ -478,6 +481,7 @@ def test_training_is_bit_identical(optimizer, tmp_path):
     assert torch.equal(ra, rb)
 
 
+@pytest.mark.trap(32)
 def test_close_leaves_the_model_as_it_was():
     """After close() the hook dictionaries are None again, and the questions still answer."""
     model = mlp()
@@ -495,6 +499,7 @@ def test_close_leaves_the_model_as_it_was():
             call()
 
 
+@pytest.mark.trap(31)
 def test_a_lens_on_a_dead_model_closes_itself():
     """The package holds the lens, the lens does not hold the model: when the model dies the lens is let go."""
     from gradlens.lens import _open_lenses
@@ -534,6 +539,7 @@ def test_a_forgotten_close_loses_nothing(tmp_path):
     assert sorted(history["step"].unique()) == list(range(7))
 
 
+@pytest.mark.trap(32)
 def test_two_lenses_on_one_model_see_the_same():
     """A second watch on the same model is allowed, and both work."""
     model = mlp()

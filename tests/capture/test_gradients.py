@@ -37,6 +37,7 @@ def same(seen, expected):
         assert torch.equal(seen[name], expected[name]), name
 
 
+@pytest.mark.situation("one backward a step", stages={"backward": "yes"})
 def test_one_backward_is_read_as_it_is(watched):
     """After backward() the reading holds `.grad`, bit for bit."""
     model = linear()
@@ -45,6 +46,8 @@ def test_one_backward_is_read_as_it_is(watched):
     same(bench.sink.merged(0, 0, "backward"), {n: p.grad for n, p in model.named_parameters()})
 
 
+@pytest.mark.trap(1)
+@pytest.mark.situation("accumulation: several backwards a step", stages={"backward": "yes"})
 def test_accumulation_gives_each_backward_its_own(watched):
     """The second micro-batch's partials are its own, not the running sum, and not a difference of sums."""
     model = linear()
@@ -68,6 +71,8 @@ def test_held_gradients_are_read_in_batches_of_bounded_size(watched, monkeypatch
     assert sum(r.key == (0, 1, "backward") for r in bench.sink.readings) == 5
 
 
+@pytest.mark.trap(2)
+@pytest.mark.situation("`retain_graph=True`", stages={"backward": "yes"})
 def test_retain_graph_twice(watched):
     """Two backwards through one graph are two records with the same partials."""
     model = linear()
@@ -78,6 +83,8 @@ def test_retain_graph_twice(watched):
     same(bench.sink.merged(0, 0, "backward"), bench.sink.merged(0, 1, "backward"))
 
 
+@pytest.mark.trap(3)
+@pytest.mark.situation("tied and reused parameters", stages={"backward": "yes: one row with the total"})
 def test_tied_and_reused_parameters_are_read_once_with_the_total(watched):
     """A parameter that is used five times, under two names, has one row with the sum of its uses."""
 
@@ -100,6 +107,7 @@ def test_tied_and_reused_parameters_are_read_once_with_the_total(watched):
     assert bench.capture.attachment.aliases == {"b.weight": "a.weight"}
 
 
+@pytest.mark.situation("`create_graph=True`", stages={"backward": "yes"})
 def test_create_graph_keeps_no_graph(watched):
     """Under create_graph the reading is right and accumulates out of place."""
     model = linear()
@@ -112,6 +120,8 @@ def test_create_graph_keeps_no_graph(watched):
         p.grad = None
 
 
+@pytest.mark.trap(6)
+@pytest.mark.situation("a backward that returns None", stages={"backward": "marked: status `undefined`, partials 0"})
 def test_undefined_gradient_is_not_a_stale_one(watched):
     """A backward that returns None leaves the old `.grad` in place; it is noted `undefined`, not read again."""
 
@@ -133,6 +143,10 @@ def test_undefined_gradient_is_not_a_stale_one(watched):
     assert bench.sink.notes(0, 0, "backward") == {"weight": "undefined"}
 
 
+@pytest.mark.trap(7)
+@pytest.mark.situation(
+    "a parameter that the loss does not depend on", stages={"backward": "marked: status `absent`, partials 0"}
+)
 @pytest.mark.parametrize("stale", ["none", "zeros", "old"])
 def test_absent_parameters_are_noted_and_never_read(watched, stale):
     """What the loss does not depend on is `absent`, whatever lies in its `.grad`."""
@@ -148,6 +162,7 @@ def test_absent_parameters_are_noted_and_never_read(watched, stale):
     assert {n for n, note in notes.items() if note == "absent"} == {"unused.weight", "unused.bias"}
 
 
+@pytest.mark.situation("partials that are all 0", stages={"backward": "yes: status `zero`"})
 def test_zero_gradient_is_read_as_zeros(watched):
     """A parameter in the graph with partials 0 is read: that is not absence."""
     model = linear(bias=False)
@@ -156,6 +171,8 @@ def test_zero_gradient_is_read_as_zeros(watched):
     same(bench.sink.merged(0, 0, "backward"), {"weight": torch.zeros(2, 3)})
 
 
+@pytest.mark.trap(8)
+@pytest.mark.situation("`torch.autograd.grad`", stages={"backward": "no: it writes no `.grad`, so it is no backward pass"})
 def test_autograd_grad_leaves_no_record_and_still_works(watched):
     """torch.autograd.grad on watched parameters runs our tensor hooks, makes no record and counts no backward."""
     model = linear()
@@ -167,6 +184,8 @@ def test_autograd_grad_leaves_no_record_and_still_works(watched):
     assert bench.sink.keys("backward") == [(0, 0)]
 
 
+@pytest.mark.trap(9)
+@pytest.mark.situation("MAML: inner `autograd.grad`, outer backward", stages={"backward": "yes: of the outer loop"})
 def test_maml_inner_gradients_are_not_backwards(watched):
     """An inner loop of autograd.grad with create_graph and one outer backward make one record."""
     model = linear(bias=False)
@@ -176,6 +195,7 @@ def test_maml_inner_gradients_are_not_backwards(watched):
     same(bench.sink.merged(0, 0, "backward"), {"weight": model.weight.grad})
 
 
+@pytest.mark.situation("`backward(inputs=...)`", stages={"backward": "marked: the others are `excluded`"})
 def test_backward_inputs_excludes_the_others(watched):
     """backward(inputs=[a]) reads a and notes the rest as `excluded`."""
     model = linear()
@@ -185,6 +205,7 @@ def test_backward_inputs_excludes_the_others(watched):
     assert bench.sink.notes(0, 0, "backward")["bias"] == "excluded"
 
 
+@pytest.mark.situation("activation checkpointing, both kinds", stages={"backward": "yes"})
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpointing_is_one_backward(watched, reentrant):
     """Blocks under activation checkpointing, of both kinds, are one backward with the same partials."""
@@ -208,6 +229,8 @@ def test_checkpointing_is_one_backward(watched, reentrant):
     same(bench.sink.merged(0, 0, "backward"), {n: p.grad for n, p in model.named_parameters()})
 
 
+@pytest.mark.trap(4)
+@pytest.mark.situation("activation checkpointing, a parameter in several reentrant blocks", stages={"backward": "yes"})
 @pytest.mark.parametrize("accumulate", [False, True])
 def test_tied_across_reentrant_checkpoints_is_summed(watched, accumulate):
     """A parameter in two reentrant blocks gets the sum of both, also onto an older `.grad`."""
@@ -230,6 +253,10 @@ def test_tied_across_reentrant_checkpoints_is_summed(watched, accumulate):
             assert torch.allclose(partial, expected[name]), name
 
 
+@pytest.mark.trap(5)
+@pytest.mark.situation(
+    "activation checkpointing, everything in reentrant blocks", stages={"backward": "yes: read at the step"}
+)
 def test_everything_inside_reentrant_checkpoints_is_one_record(watched):
     """With no parameter outside the blocks no end is called; the optimizer's step finishes the record."""
     model = nn.ModuleList(nn.Linear(3, 3) for _ in range(3))
@@ -245,6 +272,9 @@ def test_everything_inside_reentrant_checkpoints_is_one_record(watched):
     same(bench.sink.merged(0, 0, "backward"), expected)
 
 
+@pytest.mark.situation(
+    "activation checkpointing, everything in reentrant blocks", stages={"backward": "yes: read at the step"}
+)
 def test_everything_reentrant_twice_without_a_step(watched):
     """Two such passes in one step are two records, each with its own partials."""
     model = nn.Linear(3, 3)
@@ -258,6 +288,8 @@ def test_everything_reentrant_twice_without_a_step(watched):
     assert torch.equal(bench.sink.merged(0, 1, "backward")["weight"], 3 * bench.sink.merged(0, 0, "backward")["weight"])
 
 
+@pytest.mark.trap(15)
+@pytest.mark.situation("a backward that fails, then a good one", stages={"backward": "yes"})
 def test_a_failed_backward_leaves_no_trace(watched):
     """After a backward that raised, the next one is a full record of its own, with the same number."""
 
@@ -280,6 +312,7 @@ def test_a_failed_backward_leaves_no_trace(watched):
     same(bench.sink.merged(0, 0, "backward"), {n: p.grad for n, p in model.named_parameters()})
 
 
+@pytest.mark.trap(44)
 def test_keyboard_interrupt_passes_through(watched):
     """Ctrl-C inside backward reaches the user, and the next backward is read."""
     model = linear()
@@ -309,6 +342,10 @@ def test_a_fault_of_ours_does_not_reach_training(watched):
     bench.faults.clear()
 
 
+@pytest.mark.situation(
+    "a user's hook that replaces gradients",
+    stages={"backward": "yes: as computed, if it was put on after `watch()`", "used": "yes: as replaced"},
+)
 def test_a_users_hook_that_replaces_the_gradient(watched):
     """`backward` has the partials as they were computed, also when a later hook replaces them; `used` has the replaced."""
     model = linear()
@@ -339,6 +376,7 @@ def test_optimizer_in_backward_is_read_before_the_gradient_is_freed(watched):
     same(bench.sink.merged(0, 0, "backward"), expected)
 
 
+@pytest.mark.trap(40)
 def test_records_do_not_alias_the_gradient(watched):
     """Clipping after backward does not change what was read before."""
     model = linear()
@@ -349,6 +387,7 @@ def test_records_do_not_alias_the_gradient(watched):
     same(bench.sink.merged(0, 0, "backward"), expected)
 
 
+@pytest.mark.situation("backward on several threads", stages={"backward": "yes"})
 def test_backward_on_another_thread(watched):
     """Passes on several threads do not mix."""
     import threading
@@ -366,6 +405,7 @@ def test_backward_on_another_thread(watched):
     assert sorted(r.key[1] for r in seen) == [0, 1, 2]
 
 
+@pytest.mark.situation("accumulation: several backwards a step", stages={"accumulated": "yes"})
 def test_accumulated_stage_is_grad_after_each_backward(watched):
     """`accumulated` has the running sum."""
     model = linear()

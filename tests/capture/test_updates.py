@@ -27,6 +27,7 @@ def same(seen, expected):
         assert torch.equal(seen[name], expected[name]), name
 
 
+@pytest.mark.situation("one optimizer, any number of backwards", stages={"backward": "yes", "used": "yes"})
 def test_a_step_is_an_optimizer_step(watched):
     """Each optimizer step closes one step, with one `used` table, whatever the number of backwards."""
     model = linear()
@@ -54,6 +55,8 @@ def test_a_step_without_a_backward_still_has_its_row(watched):
     assert set(bench.sink.notes(1, 0, "used").values()) == {"stale"}
 
 
+@pytest.mark.trap(40)
+@pytest.mark.situation("clipping by norm", stages={"backward": "yes: before", "used": "yes: after"})
 def test_used_is_what_the_optimizer_consumed(watched):
     """After clipping, `used` has the clipped gradient and `backward` the one before."""
     model = linear()
@@ -83,6 +86,7 @@ def test_untouched_gradients_are_known_to_be_unchanged(watched):
     assert not bench.sink.readings[-1].unchanged  # it was accumulated onto zeros: not known to be this backward's
 
 
+@pytest.mark.situation("SGD, Adam, AdamW, RMSprop", stages={"updates": "yes"})
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.RMSprop])
 def test_updates_are_weights_after_minus_before(watched, optimizer):
     """The update is the exact difference of the weights, for any optimizer."""
@@ -97,6 +101,11 @@ def test_updates_are_weights_after_minus_before(watched, optimizer):
         assert torch.equal(moved[i], p.detach() - before[i])
 
 
+@pytest.mark.trap(24)
+@pytest.mark.situation(
+    "closures: LBFGS",
+    stages={"backward": "yes: one a call of the closure", "used": "yes: the last", "updates": "yes: the whole move"},
+)
 def test_lbfgs_is_one_step_with_several_backwards(watched):
     """LBFGS calls its closure several times inside one step; `used` is read after it, and the update is the whole move."""
     model = linear()
@@ -120,6 +129,8 @@ def test_lbfgs_is_one_step_with_several_backwards(watched):
         assert torch.equal(bench.sink.updates[0][1][i], p.detach() - before[i])
 
 
+@pytest.mark.trap(24)
+@pytest.mark.situation("closures: called once", stages={"backward": "yes", "used": "yes"})
 def test_a_closure_that_is_called_once(watched):
     """SGD with a closure: backward and used are of the same step."""
     model = linear()
@@ -137,6 +148,8 @@ def test_a_closure_that_is_called_once(watched):
     assert bench.sink.keys("backward") == bench.sink.keys("used") == [(0, 0), (1, 0)]
 
 
+@pytest.mark.trap(25)
+@pytest.mark.situation("a subclass whose `step` calls `super().step()`", stages={"used": "yes"})
 def test_a_subclass_that_calls_super_steps_once(watched):
     """class My(SGD): step() calling super().step() fires hooks twice and is one step."""
 
@@ -153,6 +166,7 @@ def test_a_subclass_that_calls_super_steps_once(watched):
     assert bench.sink.keys("used") == [(0, 0), (1, 0)]
 
 
+@pytest.mark.situation("an optimizer step that raises, then a good one", stages={"used": "yes"})
 def test_a_step_that_raises_does_not_confuse_the_next(watched):
     """After an exception inside step() the next step is counted once, and as a step."""
     model = linear()
@@ -179,6 +193,7 @@ def test_another_models_optimizer_is_ignored(watched):
     assert bench.sink.events == []
 
 
+@pytest.mark.situation("two optimizers (a GAN)", stages={"backward": "yes", "used": "yes: each of its own parameters"})
 def test_a_gan_over_two_optimizers(watched):
     """The last listed optimizer is the clock; each gives `used` rows of its own parameters."""
     g, d = nn.Linear(2, 3), nn.Linear(3, 1)
@@ -198,6 +213,9 @@ def test_a_gan_over_two_optimizers(watched):
     assert bench.sink.notes(0, 0, "backward")["G.weight"] == "absent"
 
 
+@pytest.mark.situation(
+    "no optimizer: weights moved by hand", stages={"backward": "yes", "updates": "yes: until the next backward"}
+)
 def test_without_an_optimizer_each_backward_is_a_step(watched):
     """A manual update between backwards is measured: dw is what moved until the next backward."""
     model = linear()
@@ -213,6 +231,7 @@ def test_without_an_optimizer_each_backward_is_a_step(watched):
     assert torch.allclose(bench.sink.updates[0][1][0], -0.1 * gradient, atol=1e-6)
 
 
+@pytest.mark.situation("no optimizer: `lens.step()`", stages={"backward": "yes", "used": "yes"})
 def test_lens_step_is_the_boundary(watched):
     """After the first explicit step, backwards accumulate until the next."""
     model = linear()
@@ -274,6 +293,12 @@ def scaled_step(model, optimizer, scaler, k=1.0, unscale=False):
     scaler.update()
 
 
+@pytest.mark.trap(23)
+@pytest.mark.situation(
+    "GradScaler, with `scaler=`",
+    stages={"backward": "yes: unscaled, `scale` says by what", "used": "yes"},
+    note="with and without `unscale_`, with and without fused kernels",
+)
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("unscale", [False, True])
 def test_scaled_gradients_say_their_scale(watched, fused, unscale):
@@ -296,6 +321,8 @@ def test_scaled_gradients_say_their_scale(watched, fused, unscale):
     assert next(r for r in bench.sink.readings if r.key == (1, 0, "backward")).scale == 2048.0
 
 
+@pytest.mark.trap(23)
+@pytest.mark.situation("GradScaler, a skipped step", stages={"used": "marked: status `nonfinite`"})
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_step_that_the_scaler_skipped_is_closed(watched, fused):
     """An overflow: the step is a `used` record marked skipped, and the next step has the next number."""
@@ -312,6 +339,7 @@ def test_a_step_that_the_scaler_skipped_is_closed(watched, fused):
     assert not bench.sink.readings[-1].skipped
 
 
+@pytest.mark.situation("GradScaler, a skipped step", stages={"backward": "yes"})
 def test_a_skipped_step_is_noticed_by_the_next_backward(watched):
     """Without any question in between, the next backward opens step 1, after update() replaced the scaler's books."""
     model = linear()
@@ -343,6 +371,10 @@ def train(model, optimizer):
     optimizer.step()
 
 
+@pytest.mark.trap(10)
+@pytest.mark.situation(
+    "frozen, then unfrozen", stages={"backward": "yes: from the first backward that reaches another parameter first"}
+)
 def test_unfreezing_is_noticed_in_the_very_backward(watched):
     """A layer that is unfrozen between steps is read in its first backward, as far as it is reached after another's hook."""
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
@@ -356,6 +388,7 @@ def test_unfreezing_is_noticed_in_the_very_backward(watched):
     assert set(bench.sink.merged(1, 0, "backward")) == {n for n, _ in model.named_parameters()}
 
 
+@pytest.mark.situation("frozen while watched", stages={"used": "marked: status `frozen`"})
 def test_freezing_is_noticed(watched):
     """A layer that is frozen while watched is `frozen`, whatever lies in its `.grad`."""
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
@@ -370,6 +403,8 @@ def test_freezing_is_noticed(watched):
     assert "0.weight" not in bench.sink.merged(1, 0, "used")
 
 
+@pytest.mark.trap(11)
+@pytest.mark.situation("a parameter replaced by assignment", stages={"backward": "yes"})
 def test_a_replaced_parameter_is_watched_again(watched):
     """model.weight = new Parameter: the new one is read in its first backward."""
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
@@ -381,6 +416,10 @@ def test_a_replaced_parameter_is_watched_again(watched):
     same(bench.sink.merged(1, 0, "backward"), grads(model))
 
 
+@pytest.mark.situation(
+    "`.grad` written by hand",
+    stages={"backward": "no: no backward reached it", "used": "marked: status `uncaptured`, the numbers are right"},
+)
 def test_a_parameter_that_only_the_step_reveals_is_uncaptured(watched):
     """Where no hook could fire, `.grad` that changed is read at the step and noted `uncaptured`."""
     model = linear()
@@ -392,6 +431,7 @@ def test_a_parameter_that_only_the_step_reveals_is_uncaptured(watched):
     assert set(bench.sink.merged(0, 0, "used")) == {"weight", "bias"}
 
 
+@pytest.mark.situation("a module added later", stages={"backward": "yes"})
 def test_added_parameters_get_rows(watched):
     """A module that is added later is watched from its first backward on."""
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
@@ -405,6 +445,7 @@ def test_added_parameters_get_rows(watched):
     assert "2.weight" in bench.sink.merged(2, 0, "backward")
 
 
+@pytest.mark.trap(43)
 def test_names_lose_wrappers_but_keep_a_users_module_attribute(watched):
     """compile's prefix is stripped; an attribute that a user called `module` is not."""
 

@@ -47,6 +47,7 @@ def test_every_update_number_is_right(data, dtype, entries):
     check_update(rows[2], *lists)
 
 
+@pytest.mark.trap(38, 39)
 @pytest.mark.parametrize("dtype", FLOATS + FLOAT8 + COMPLEX, ids=str)
 def test_every_type_is_read_as_it_is(dtype):
     """Low precision is read exactly and summed wide; complex counts as two reals."""
@@ -54,6 +55,7 @@ def test_every_type_is_read_as_it_is(dtype):
     check(g, w, p)
 
 
+@pytest.mark.trap(38)
 def test_large_and_small_values_neither_overflow_nor_vanish():
     """1e20 and 1e-30 in float32 have squares, in float64."""
     row = check(torch.tensor([1e20, 1e-30, -1e20]))
@@ -83,6 +85,7 @@ def views():
     }
 
 
+@pytest.mark.trap(39)
 @pytest.mark.parametrize("kind", views())
 def test_every_layout_counts_in_logical_order(kind):
     """Strides, offsets and lazy bits change no number, and indices count logical order."""
@@ -111,6 +114,7 @@ def test_equal_values_are_told_apart_by_index():
     assert row[fields.TOP_INDEX].tolist() == [len(g) - 1, *range(15)]
 
 
+@pytest.mark.trap(38)
 def test_sums_hold_over_many_entries():
     """Ten million float32 entries add up to 1e-12 of their size."""
     g = torch.full((10_000_000,), 0.1)
@@ -131,6 +135,7 @@ SPARSE = {
 }
 
 
+@pytest.mark.trap(39)
 @pytest.mark.parametrize("kind", SPARSE)
 def test_a_sparse_gradient_is_its_dense_one(kind):
     """Duplicates add, untouched rows are zeros, and are candidates for the largest like any other."""
@@ -197,6 +202,7 @@ def test_a_sample_follows_logical_order(kind):
     assert torch.equal(kernels.sample([tensor]), kernels.sample([tensor.clone().resolve_conj().contiguous()]))
 
 
+@pytest.mark.trap(36, 37)
 def test_surroundings_change_nothing():
     """Autocast, inference mode, defaults and a graph on the gradient leave every number as it is."""
     g, w, p = torch.randn(40, 3), torch.randn(40, 3), torch.randn(40, 3)

@@ -69,6 +69,7 @@ def net(fault=lambda h: h):
     return Net(fault), torch.randn(7, 4)
 
 
+@pytest.mark.trap(41)
 def test_a_correct_model_is_ok_and_left_alone():
     """The partials of a correct model are right, within the tolerance that each row states, and nothing is left behind."""
     model, x = net()
@@ -264,6 +265,7 @@ def test_every_standard_loss_is_right(name):
     assert found.ok, str(found)
 
 
+@pytest.mark.trap(41)
 def test_tied_weights_are_moved_together():
     """A weight that is used twice is right by its total partial."""
     torch.manual_seed(0)
@@ -274,6 +276,7 @@ def test_tied_weights_are_moved_together():
     assert set(found.frame["parameter"]) == {"0.weight", "0.bias", "2.bias"}
 
 
+@pytest.mark.trap(41)
 @pytest.mark.parametrize("at", [0.0, 3e-7, -4e-6])
 def test_at_a_kink_any_partial_between_the_slopes_is_right(at):
     """At |x| and next to it the two slopes differ, and a partial between them is no error."""

@@ -167,6 +167,7 @@ class Once(torch.autograd.Function):
         return 2 * ctx.saved_tensors[0] * g
 
 
+@pytest.mark.trap(42)
 @pytest.mark.parametrize(
     ("loss", "operator"),
     [
