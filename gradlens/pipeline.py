@@ -201,6 +201,10 @@ class Pipeline:
         if self.evidence is not None and reading.key[2] == Stage.BACKWARD:
             self._do("evidence", self._gather, self.evidence, reading)
 
+    def abandon(self, key: Key) -> None:
+        """Forget what was read of a backward pass that failed."""
+        self._open.pop(key, None)
+
     def before(self, parameters: Parameters, rows: Sequence[int], weights: Sequence[Tensor]) -> None:
         """Keep the weights before the step."""
         self._do("weights before the step", self._keep_before, parameters, rows, weights)

@@ -3,7 +3,9 @@
 A `Slot` is a place in the model where a parameter lives: a weak reference to the module that owns it and its name there. It
 never refers to the parameter itself, weakly or strongly: a strong reference from a hook would keep the model alive for ever,
 and a weak one breaks `Module.to()` where torch swaps tensors. So a parameter may be replaced, unfrozen or swapped, and the
-slot still finds it; `Attachment.arm()` then puts the hooks on what is there now.
+slot still finds it; `Attachment.arm()` then puts the hooks on what is there now. Swapping leaves a parameter's identity and
+its dictionaries of hooks as they were and disconnects them, which only a gradient that came without a hook reveals: then
+`Slot.suspect()` starts over with new dictionaries.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ _WRAPPED = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
 class Slot:
     """Where one parameter lives, and the hooks that are on it."""
 
-    __slots__ = ("_leaf", "_owner", "_restore", "_shard", "_tensor", "armed", "handles", "name")
+    __slots__ = ("_hooks", "_leaf", "_owner", "_restore", "_shard", "_tensor", "armed", "handles", "name")
 
     def __init__(self, name: str, owner: nn.Module | None, leaf: str, tensor: Tensor) -> None:
         self.name = name
@@ -41,6 +43,7 @@ class Slot:
         self.handles: list[Any] = []
         self.armed = 0  # the id of the tensor that has our hooks, 0 for none
         self._restore: tuple[bool, bool] = (False, False)
+        self._hooks: Callable[[], Any] = lambda: None  # the dictionary that has our hook, while its tensor lives
         self._shard: weakref.ref[Any] | None = None
 
     def follow(self, shard: Any) -> None:
@@ -56,10 +59,19 @@ class Slot:
         shard = None if self._shard is None else self._shard()
         return tensor if tensor is None or shard is None else shard.sharded_param
 
+    def is_at(self, owner: nn.Module, leaf: str) -> bool:
+        """Whether it is this place."""
+        return self._leaf == leaf and self._owner is not None and self._owner() is owner
+
     def attach(self, tensor: Tensor, on_gradient: Callable | None, on_accumulated: Callable) -> None:
         """Put both hooks on the tensor."""
         self._restore = (tensor._backward_hooks is None, tensor._post_accumulate_grad_hooks is None)
+        if not tensor._post_accumulate_grad_hooks:
+            tensor._post_accumulate_grad_hooks = None  # type: ignore[assignment]
+        if not tensor._backward_hooks:
+            tensor._backward_hooks = None  # an empty one may be disconnected
         self.handles = [tensor.register_post_accumulate_grad_hook(on_accumulated)]
+        self._hooks = weakref.ref(tensor._post_accumulate_grad_hooks)
         if on_gradient is not None:
             self.handles.append(tensor.register_hook(on_gradient))
         self.armed = id(tensor)
@@ -75,6 +87,19 @@ class Slot:
             if self._restore[1] and not tensor._post_accumulate_grad_hooks:
                 tensor._post_accumulate_grad_hooks = None  # type: ignore[assignment]
         self.handles, self.armed = [], 0
+
+    def arms(self, tensor: Tensor) -> bool:
+        """Whether our hooks are on this tensor: an id alone may be that of another, which was freed."""
+        return self.armed == id(tensor) and self._hooks() is not None
+
+    def suspect(self) -> None:
+        """Its gradient came and no hook of ours fired: they are taken off, to be put on anew.
+
+        Not where somebody else's are there too: what is disconnected of theirs is not for us to bring back.
+        """
+        tensor = self.tensor()
+        if tensor is not None and self.armed == id(tensor) and not self.shared(tensor):
+            self.detach()
 
     def shared(self, tensor: Tensor) -> bool:
         """Whether somebody else also hooked it: then `.grad` may not be this pass's own gradient when the pass ends."""
@@ -213,7 +238,7 @@ class Attachment:
         return [
             i
             for i, slot in enumerate(self.slots)
-            if (t := slot.tensor()) is not None and slot.armed != id(t) and t.requires_grad and t.is_leaf
+            if (t := slot.tensor()) is not None and not slot.arms(t) and t.requires_grad and t.is_leaf
         ]
 
     def arm(self, make: Callable[[Slot], tuple[Callable | None, Callable]]) -> list[int]:
@@ -226,6 +251,17 @@ class Attachment:
                 slot.detach()
                 slot.attach(tensor, *make(slot))
         return missing
+
+    def registered(
+        self, owner: nn.Module, leaf: str, tensor: Any, make: Callable[[Slot], tuple[Callable | None, Callable]]
+    ) -> None:
+        """This tensor is about to take the place of another: it gets its hooks at once, before any backward."""
+        if not isinstance(tensor, Tensor) or isinstance(tensor, UninitializedTensorMixin):
+            return
+        for slot in self.slots:
+            if slot.is_at(owner, leaf) and tensor.requires_grad and tensor.is_leaf:
+                slot.detach()
+                slot.attach(tensor, *make(slot))
 
     def disarm(self) -> None:
         """Take every hook off."""

@@ -22,6 +22,7 @@ class Clock:
         self._fault = fault
         self.step = first_step
         self.backward = 0  #: backward passes of this step that ended
+        self._taken, self._free = 0, list[int]()  # numbers of backward passes, and those of passes that failed
         self.open = False
         self.moving = False  #: the weights may move between this step's backwards: a closure, or another optimizer's step
         self.explicit = False  #: `lens.step()` says where a step ends
@@ -39,10 +40,23 @@ class Clock:
         """A backward pass starts."""
         self.open = True
 
-    def end(self) -> int:
-        """A backward pass ended; its number."""
+    def take(self) -> int:
+        """The next backward pass's number: the lowest that none has."""
+        if self._free:
+            number = min(self._free)
+            self._free.remove(number)
+            return number
+        self._taken += 1
+        return self._taken - 1
+
+    def give_back(self, step: int, number: int) -> None:
+        """The pass with this number failed: the next one has it."""
+        if step == self.step:
+            self._free.append(number)
+
+    def end(self) -> None:
+        """A backward pass ended."""
         self.backward += 1
-        return self.backward - 1
 
     @property
     def last(self) -> int:
@@ -57,6 +71,7 @@ class Clock:
         """The step ended; the next one is asked for."""
         self.step += 1
         self.backward = 0
+        self._taken, self._free = 0, []
         self.open = self.moving = False
         self.scalars = {}
         self.observed = self._ask()

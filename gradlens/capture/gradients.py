@@ -10,21 +10,24 @@ the only one that says whether g is undefined. The *post hook* runs after accumu
 
 The end of a pass is a callback that the engine runs, queued from a callback, since a plain one runs before DDP's own. A
 reentrant checkpoint runs a pass within the pass; they are one. `torch.autograd.grad` runs the tensor hooks too and leaves no
-record.
+record. The engine lets go of its callbacks when a run ends in any way, so a weak reference to one tells whether the run
+is still going on: a pass that failed is known by that, and what was read of it is taken back.
 """
 
 from __future__ import annotations
 
-import functools
 import os
 import sys
 import threading
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dynamo import compiled_autograd
+from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import _engine_run_backward
 from torch.utils.hooks import unserializable_hook
 
@@ -38,6 +41,7 @@ from gradlens.records import Stage, Status
 HELD_BYTES = 32 << 20
 
 _ENGINE = _engine_run_backward.__code__
+_APPLY = BackwardCFunction.apply.__code__
 _current_task = torch._C._current_graph_task_id
 
 
@@ -50,53 +54,77 @@ def running() -> bool:
     return _current_task() != -1
 
 
-def _engine_call() -> tuple[int, bool, Sequence[Any], Any]:
-    """How many engine runs are on this thread's stack; whether the innermost accumulates, and its `inputs`; a root.
+@dataclass(frozen=True)
+class _Run:
+    """One engine run, as the stack of the thread that its hooks run on shows it."""
 
-    The root is the outermost run's first output, which tells one run from another. On a device thread no run is seen: then
-    it is an outermost one that accumulates.
-    """
-    depth, accumulates, inputs, roots = 0, True, (), (None,)
+    depth: int  # engine runs on this stack; 0 on a thread of the engine's own, such as a device's
+    nested: bool
+    accumulates: bool | None  # None: not to be seen
+    inputs: Sequence[Any]
+    root: Any  # the outermost run's first output, which tells one run from another; None: not to be seen
+
+
+def _engine_run() -> _Run:
+    """The run that the hook which asks is called by."""
+    depth, within, accumulates, inputs, roots = 0, False, None, (), (None,)
     frame = sys._getframe(1)
     while frame is not None:
         if frame.f_code is _ENGINE:
             depth += 1
+            within = False
             given = frame.f_locals
             roots = given["t_outputs"]
             if depth == 1:
                 accumulates = bool(given["kwargs"].get("accumulate_grad", False))
                 inputs = given["args"][3] if len(given["args"]) > 3 else ()
+        elif frame.f_code is _APPLY and depth:
+            within = True  # an autograd function called this run: on the engine's own threads the stack ends here
         frame = frame.f_back  # type: ignore[assignment]
-    return depth, accumulates, inputs, roots[0]
+    return _Run(depth, depth > 1 or within, accumulates, inputs, None if within else roots[0])
 
 
-def _forget(gradients: weakref.ref[Gradients], task: int) -> None:
-    tool = gradients()
-    if tool is not None:
-        tool._by_task.pop(task, None)
+def _accumulates(parameter: Tensor) -> bool:
+    """Whether the run under way writes `.grad`, where no stack shows it: only `autograd.grad` captures at a leaf."""
+    with torch.enable_grad():
+        node = torch.autograd.graph.get_gradient_edge(parameter).node
+    try:
+        return bool(torch._C._will_engine_execute_node(node))
+    except RuntimeError:
+        return False
 
 
 class Pass:
     """One backward pass of one thread: an outermost engine run and those nested in it."""
 
-    def __init__(self, scale: float | Tensor, root: Any = None) -> None:
+    def __init__(self, thread: int, scale: float | Tensor, root: Any = None) -> None:
+        self.thread = thread
         self._root = weakref.ref(root) if isinstance(root, Tensor) else None  # of the outermost run
         self.tasks: list[int] = []
+        self.ends: list[weakref.ref[Any]] = []  # the engine's callbacks: gone when its runs are over
         self.outer = -1  # the outermost task, -1 while only nested ones were seen
         self.entered = False
         self.nested = False
+        self.compiled = False  # by compiled autograd, which drops callbacks
+        self.place: tuple[int, int] | None = None  # its step and number, once something was read
         self.inputs: Sequence[Any] = ()
         self.held: dict[Slot, Tensor] = {}  # seen by the tensor hook, not yet accumulated
         self.fresh: dict[Slot, Tensor | None] = {}  # `.grad` is this pass's gradient
         self.read: dict[Slot, Tensor] = {}  # accumulated onto an older `.grad`, to be read
+        self.summed: dict[Slot, Tensor] = {}  # likewise, and copied: somebody else hooked the parameter
         self.undefined: set[Slot] = set()
         self.silent: set[Slot] = set()  # already read inside a hook
+        self.late: set[Slot] = set()  # got their hooks when this pass had begun
         self.bytes = 0
         self.scale = scale
 
+    def alive(self) -> bool:
+        """Whether one of its engine runs goes on."""
+        return any(end() is not None for end in self.ends)
+
     def has_root(self, root: Any) -> bool:
         """Whether this is the run from that root; a root that cannot be told from others is taken to be the same."""
-        return self._root is None or self._root() is root
+        return self._root is None or root is None or self._root() is root
 
     def within(self, task: int) -> bool:
         """Whether what was seen so far was nested in this task. Task numbers rise, so the outer one's is the lowest."""
@@ -104,11 +132,11 @@ class Pass:
 
     @property
     def fired(self) -> bool:
-        return bool(self.fresh or self.read or self.silent or self.undefined)
+        return bool(self.fresh or self.read or self.summed or self.silent or self.undefined)
 
     def reached(self, slot: Slot) -> bool:
         """Whether the slot's parameter got a gradient in this pass."""
-        return slot in self.fresh or slot in self.read or slot in self.silent
+        return slot in self.fresh or slot in self.read or slot in self.summed or slot in self.silent
 
 
 class Gradients:
@@ -123,7 +151,7 @@ class Gradients:
         stages: frozenset[str],
         *,
         local: bool,
-        before_pass: Callable[[], None],
+        before_pass: Callable[[], list[int]],
         after_pass: Callable[[], None],
         fault: Callable[[str, Exception], None],
     ) -> None:
@@ -131,9 +159,9 @@ class Gradients:
         self._stages = stages
         self.local = local  # gradients are mixed with other ranks' before the pass ends: read them inside the hook
         self._before_pass, self._after_pass, self._fault = before_pass, after_pass, fault
-        self._passes: dict[int, Pass] = {}  # by thread
+        self._passes: list[Pass] = []  # those that are not over, one a thread but for what failed
         self._by_task: dict[int, Pass | None] = {}  # None: an autograd.grad, which is none of ours
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()  # passes may run on several threads
         self._pid = os.getpid()
         #: Of the open step, by slot: whether a hook fired, gradient undefined, excluded.
         self.fired: set[Slot] = set()
@@ -174,7 +202,7 @@ class Gradients:
         return on_gradient, on_accumulated
 
     def _on_gradient(self, slot: Slot, g: Tensor | None) -> None:
-        current = self._current()
+        current = self._current(slot)
         if current is None:
             return
         if g is None:
@@ -185,13 +213,25 @@ class Gradients:
         if parameter is None:
             return
         if slot.shared(parameter) or (self.local and Stage.BACKWARD in self._stages):
-            self._read_now(current, slot, parameter, g)
+            if current.nested and Stage.BACKWARD in self._stages:
+                self._sum_up(current, slot, parameter, g)
+            else:
+                self._read_now(current, slot, parameter, g)
         elif parameter.grad is not None and slot not in current.fresh:
             current.held[slot] = g
 
+    def _sum_up(self, current: Pass, slot: Slot, parameter: Tensor, g: Tensor) -> None:
+        """Of a parameter in two nested passes only the sum is the gradient; a copy, since what follows may change g."""
+        if slot in current.silent:
+            return  # its first part was read before the pass was known to be nested
+        if parameter.grad is not None:
+            self.fresh = False
+        before = current.summed.get(slot)
+        current.summed[slot] = g.detach().clone() if before is None else before + g.detach()
+
     def _on_accumulated(self, slot: Slot, parameter: Tensor) -> None:
-        current = self._current()
-        if current is None or slot in current.undefined or slot in current.silent:
+        current = self._current(slot)
+        if current is None or slot in current.undefined or slot in current.silent or slot in current.summed:
             return
         held = current.held.pop(slot, None)
         if held is None:
@@ -206,60 +246,87 @@ class Gradients:
 
     # --- passes -----------------------------------------------------------------------------------------------------
 
-    def _current(self) -> Pass | None:
+    def _current(self, slot: Slot) -> Pass | None:
         """The pass that this hook belongs to; None for `torch.autograd.grad`, or in a forked child."""
         task = _current_task()
         try:
             return self._by_task[task]  # task numbers are the process's own: no two threads share one
         except KeyError:
-            return self._enter(task, threading.get_ident())
+            if os.getpid() != self._pid:
+                return None  # before the lock, which the parent may have held at the fork
+            with self.lock:
+                return self._by_task[task] if task in self._by_task else self._enter(slot, task)
 
-    def _enter(self, task: int, thread: int) -> Pass | None:
-        if os.getpid() != self._pid:
-            return None
-        depth, accumulates, inputs, root = _engine_call()
-        current = self._passes.get(thread)
-        if current is not None and not (current.has_root(root) if depth > 1 else current.within(task)):
-            self._leave(thread, current)
-            current = None
+    def _enter(self, slot: Slot, task: int) -> Pass | None:
+        run, thread = _engine_run(), threading.get_ident()
+        accumulates = run.accumulates
+        if accumulates is None:
+            parameter = slot.tensor()
+            accumulates = parameter is not None and _accumulates(parameter)
+        current = self._parent(run, task, thread)
+        for other in [p for p in self._passes if p is not current and p.thread == thread and not p.alive()]:
+            self._leave(other)
         if not accumulates:
+            self._forget_others()
             self._by_task[task] = None
-            _queue_callback(functools.partial(_forget, weakref.ref(self), task))
             return None
         if current is None:
-            self._before_pass()
-            current = self._passes[thread] = Pass(self._scaling.scale(), root)
+            late = self._before_pass()
+            current = Pass(thread, self._scaling.scale(), run.root)
+            current.late.update(self._attachment.slots[i] for i in late)
+            self._passes.append(current)
         current.tasks.append(task)
         self._by_task[task] = current
-        if depth <= 1:
-            current.outer, current.inputs = task, inputs
-        else:
+        if run.nested or (run.depth == 0 and current.thread != thread):
             current.nested = True
-        self._queue_end(thread, current, task)
+        else:
+            current.outer, current.inputs = task, run.inputs
+        current.compiled |= bool(getattr(compiled_autograd, "in_compiled_autograd_region", False))
+        self._queue_end(current, task)
         return current
 
-    def _queue_end(self, thread: int, current: Pass, task: int) -> None:
+    def _parent(self, run: _Run, task: int, thread: int) -> Pass | None:
+        """The pass that this run is part of, if it was seen before.
+
+        Runs that are nested deeper than 60 go on in threads of the engine's own, and their stacks begin there.
+        """
+        for current in reversed([p for p in self._passes if p.thread == thread]):
+            if (run.nested and current.has_root(run.root)) or (not run.nested and current.within(task)):
+                return current
+        if run.nested or run.depth == 0:
+            elsewhere = [p for p in self._passes if p.thread != thread and p.nested and p.alive()]
+            if len(elsewhere) == 1 and elsewhere[0].has_root(run.root):
+                return elsewhere[0]
+        return None
+
+    def _forget_others(self) -> None:
+        """What was noted of earlier `autograd.grad`s; one that still runs is recognised again."""
+        if len(self._by_task) > 100:
+            self._by_task = {task: current for task, current in self._by_task.items() if current is not None}
+
+    def _queue_end(self, current: Pass, task: int) -> None:
         this = weakref.ref(self)
 
         def last() -> None:
             tool = this()
             if tool is not None:
                 try:
-                    tool._task_ended(thread, task)
+                    tool._task_ended(current, task)
                 except Exception as error:  # noqa: BLE001
                     tool._fault("end of backward", error)
 
         def first() -> None:
+            current.ends.append(weakref.ref(last))
             _queue_callback(last)  # after everything queued so far, DDP's all-reduce among it
 
+        current.ends.append(weakref.ref(first))
         _queue_callback(first)
 
-    def _task_ended(self, thread: int, task: int) -> None:
-        current = self._passes.get(thread)
-        if current is None or task not in current.tasks:
+    def _task_ended(self, current: Pass, task: int) -> None:
+        if current not in self._passes:
             return
         if task == current.outer:
-            self._drop(thread, current)
+            self._drop(current)
             self._finish(current)
         elif current.outer == -1:
             self._remember(current)  # should the outer run have no hook of ours, this was its last sign
@@ -271,42 +338,49 @@ class Gradients:
             current.fresh[slot] = None if parameter is None else parameter.grad
         current.entered = True
 
-    def _leave(self, thread: int, current: Pass) -> None:
-        """Another outermost pass starts: the last one failed, or all of it was inside reentrant checkpoints."""
-        self._drop(thread, current)
-        if current.entered and current.outer == -1:
+    def _leave(self, current: Pass) -> None:
+        """Another outermost pass starts: this one failed, or all of it was inside reentrant checkpoints, or compiled."""
+        self._drop(current)
+        if current.compiled or (current.entered and current.outer == -1):
             self._finish(current)
+        elif current.place is not None:
+            self._sink.abandon((*current.place, Stage.BACKWARD.value))
+            self._clock.give_back(*current.place)
 
-    def _drop(self, thread: int, current: Pass) -> None:
-        self._passes.pop(thread, None)
-        for task in current.tasks:
-            self._by_task.pop(task, None)
+    def _drop(self, current: Pass) -> None:
+        with self.lock:
+            self._passes.remove(current)
+            for task in current.tasks:
+                self._by_task.pop(task, None)
 
     def settle(self) -> None:
         """Finish the passes whose end nobody called, as under compiled autograd; outside a backward only."""
-        if not running():
-            for thread, current in list(self._passes.items()):
-                if thread == threading.get_ident():
-                    self._drop(thread, current)
+        if self._passes and not running():
+            with self.lock:
+                mine = threading.get_ident()
+                for current in [p for p in self._passes if p.thread == mine or not p.alive()]:
+                    self._drop(current)
                     self._finish(current)
 
     # --- readings ---------------------------------------------------------------------------------------------------
 
-    def _key(self, stage: Stage) -> tuple[int, int, str]:
-        return (self._clock.step, self._clock.backward, stage.value)
+    def _key(self, stage: Stage, current: Pass) -> tuple[int, int, str]:
+        if current.place is None:
+            current.place = (self._clock.step, self._clock.take())
+        return (*current.place, stage.value)
 
     def _read_now(self, current: Pass, slot: Slot, parameter: Tensor, g: Tensor) -> None:
         if parameter.grad is not None:
             self.fresh = False
         current.silent.add(slot)
         if Stage.BACKWARD in self._stages:
-            self._emit(Stage.BACKWARD, [slot], [g], current.scale, complete=False)
+            self._emit(Stage.BACKWARD, [slot], [g], current, complete=False)
 
     def _read_held(self, current: Pass, *, complete: bool) -> None:
         slots = list(current.read)
         self.fresh = self.fresh and not slots
         if Stage.BACKWARD in self._stages:
-            self._emit(Stage.BACKWARD, slots, [current.read[slot] for slot in slots], current.scale, complete=complete)
+            self._emit(Stage.BACKWARD, slots, [current.read[slot] for slot in slots], current, complete=complete)
         current.silent.update(slots)
         current.read.clear()
         current.bytes = 0
@@ -316,27 +390,28 @@ class Gradients:
         stage: Stage,
         slots: Sequence[Slot],
         tensors: Sequence[Tensor],
-        scale: float | Tensor,
+        current: Pass,
         *,
         complete: bool,
         notes: Sequence[str | None] = (),
     ) -> None:
         rows = self.rows
         pairs = [(rows[slot], g, w) for slot, g in zip(slots, tensors, strict=True) if (w := slot.tensor()) is not None]
-        self._sink.read(
-            Reading(
-                key=self._key(stage),
-                parameters=self._attachment.parameters,
-                rows=[row for row, _, _ in pairs],
-                tensors=[g for _, g, _ in pairs],
-                weights=[w for _, _, w in pairs],
-                divisor=scale,
-                scale=scale,
-                complete=complete,
-                notes=notes,
-                moving=self._clock.moving,
+        with self.lock:
+            self._sink.read(
+                Reading(
+                    key=self._key(stage, current),
+                    parameters=self._attachment.parameters,
+                    rows=[row for row, _, _ in pairs],
+                    tensors=[g for _, g, _ in pairs],
+                    weights=[w for _, _, w in pairs],
+                    divisor=current.scale,
+                    scale=current.scale,
+                    complete=complete,
+                    notes=notes,
+                    moving=self._clock.moving,
+                )
             )
-        )
 
     @property
     def rows(self) -> dict[Slot, int]:
@@ -350,7 +425,8 @@ class Gradients:
         """The pass is over: read what lived to its end."""
         if not current.fired:
             return  # only tensor hooks: torch.autograd.grad
-        with self._lock:
+        with self.lock:
+            self._key(Stage.BACKWARD, current)  # the pass has its number, whatever is read of it
             self._note(current)
             if Stage.BACKWARD in self._stages:
                 self._read_backward(current)
@@ -365,7 +441,7 @@ class Gradients:
             self._after_pass()
 
     def _note(self, current: Pass) -> None:
-        self.fired.update(current.fresh, current.read, current.silent)
+        self.fired.update(current.fresh, current.read, current.summed, current.silent)
         self.undefined.update(current.undefined)
         self.undefined -= self.fired
         if current.inputs:
@@ -382,8 +458,8 @@ class Gradients:
             if gradient is not None:
                 slots.append(slot)
                 tensors.append(gradient)
-        for slot, g in current.read.items():
-            self.fresh = False
+        self.fresh = self.fresh and not current.read
+        for slot, g in (*current.read.items(), *current.summed.items()):
             slots.append(slot)
             tensors.append(g)
         notes = self._notes(current)
@@ -391,7 +467,7 @@ class Gradients:
             if note == Status.UNCAPTURED and (p := slot.tensor()) is not None and p.grad is not None:
                 slots.append(slot)
                 tensors.append(p.grad)
-        self._emit(Stage.BACKWARD, slots, tensors, current.scale, complete=True, notes=notes)
+        self._emit(Stage.BACKWARD, slots, tensors, current, complete=True, notes=notes)
 
     def _read_accumulated(self, stage: Stage, current: Pass) -> None:
         slots = [
@@ -403,7 +479,7 @@ class Gradients:
             None if slot in self.fired else "stale" if slot in present else note
             for slot, note in zip(self._attachment.slots, self._notes(current), strict=False)
         ]
-        self._emit(stage, slots, tensors, current.scale, complete=True, notes=notes)  # type: ignore[arg-type]
+        self._emit(stage, slots, tensors, current, complete=True, notes=notes)  # type: ignore[arg-type]
 
     def _notes(self, current: Pass) -> list[str | None]:
         """Why a row of this pass has no tensor; empty where all have one."""
@@ -421,7 +497,7 @@ class Gradients:
         parameter = slot.tensor()
         if parameter is None or not parameter.requires_grad:
             return Status.FROZEN
-        if slot.armed != id(parameter) and self.changed(slot, parameter):
+        if (slot in current.late or not slot.arms(parameter)) and self.changed(slot, parameter):
             return Status.UNCAPTURED
         if inputs and id(parameter) not in inputs:
             return Status.EXCLUDED

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -88,22 +89,43 @@ class Capture:
         self.attachment.disarm()
 
     def _listen(self) -> None:
-        """Parameters and modules that are registered anywhere mark the slots for a new scan."""
+        """Parameters and modules that are registered anywhere mark the slots for a new scan.
+
+        What replaces a parameter is watched at once: were all of them replaced, no hook would notice the next backward.
+        """
+        this = weakref.ref(self)
 
         def changed(module: nn.Module, name: str, registered: Any) -> None:
-            self._dirty = True
+            tool = this()
+            if tool is not None and os.getpid() == tool._pid:
+                tool._dirty = True
+                if isinstance(registered, Tensor) and tool.watches:
+                    tool._replaced(module, name, registered)
 
+        changed._torchdynamo_disable = True  # type: ignore[attr-defined]
         self._handles = [
             register_module_parameter_registration_hook(changed),
             register_module_module_registration_hook(changed),
         ]
+
+    def _replaced(self, module: nn.Module, name: str, tensor: Tensor) -> None:
+        try:
+            with self.gradients.lock:
+                self.attachment.registered(module, name, tensor, self.gradients.hooks)
+        except Exception as error:  # noqa: BLE001 - nothing of ours is raised in a training step
+            self._fault("a parameter's replacement", error)
+
+    @property
+    def watches(self) -> bool:
+        """Whether this step has hooks on the parameters."""
+        return self.clock.observed or not self.updates.roles
 
     def _follow_schedule(self) -> None:
         """Hooks are on the parameters of an observed step, and on none otherwise.
 
         Without an optimizer a backward is what counts steps, so the hooks stay.
         """
-        if self.clock.observed or not self.updates.roles:
+        if self.watches:
             self.attachment.arm(self.gradients.hooks)
         else:
             self.attachment.disarm()
@@ -116,19 +138,20 @@ class Capture:
 
     # --- steps ------------------------------------------------------------------------------------------------------
 
-    def _before_pass(self) -> None:
-        """An outermost backward starts, and has so far reached its first hook."""
+    def _before_pass(self) -> list[int]:
+        """An outermost backward starts, and has so far reached its first hook. Returns the slots that get theirs now."""
         self._close_skipped()
         if not self.updates.roles and self.clock.open and not self.clock.explicit:
             self.close_step()
         if self._dirty:
             self._rescan()
-        # What was unfrozen, added or replaced since the last step is reached later in this very pass.
-        self.attachment.arm(self.gradients.hooks)
+        # What was unfrozen or added since the last step may be reached later in this very pass.
+        late = self.attachment.arm(self.gradients.hooks)
         self.attachment.refresh()
         if not self.clock.open:
             self.scaling.begin()
         self.clock.begin()
+        return late
 
     def _after_pass(self) -> None:
         if self.updates.roles:
@@ -139,6 +162,8 @@ class Capture:
     def settle(self) -> None:
         """Finish what backward left open; outside a backward."""
         self.gradients.settle()
+        if self._dirty and not running():
+            self._rescan()  # no hook may have fired at all, as where everything that trains is new
 
     def poll(self) -> None:
         """Close the step that the scaler skipped: no hook says so."""

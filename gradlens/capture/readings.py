@@ -57,6 +57,9 @@ class Sink(Protocol):
     def read(self, reading: Reading) -> None:
         """Take the gradients; they are not valid after the call."""
 
+    def abandon(self, key: Key) -> None:
+        """The backward pass failed: what was read of it counts for nothing."""
+
     def before(self, parameters: Parameters, rows: Sequence[int], weights: Sequence[Tensor]) -> None:
         """Keep the weights: the optimizer is about to move them."""
 

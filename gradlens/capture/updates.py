@@ -7,6 +7,7 @@ kept before and compared after. Without an optimizer the same is read at the bou
 
 from __future__ import annotations
 
+import os
 import sys
 import weakref
 from collections.abc import Callable, Sequence
@@ -72,6 +73,7 @@ class Updates:
         self.roles = [Role(optimizer, clock=i == len(optimizers) - 1) for i, optimizer in enumerate(optimizers)]
         self._manual = Role(None, clock=True)  # stands in where the user moves the weights by hand
         self._handles: list[Any] = []
+        self._pid = os.getpid()
 
     def attach(self) -> None:
         """Listen to every optimizer's step; those that are not ours pass by."""
@@ -100,8 +102,9 @@ class Updates:
     def _guarded(self, where: str, call: Callable, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
         try:
             role = self._role(optimizer)
-            if role is not None and _active(optimizer) <= 1:
-                call(role, optimizer, _closure(args, kwargs))
+            if role is not None and _active(optimizer) <= 1 and os.getpid() == self._pid:
+                with self._gradients.lock:
+                    call(role, optimizer, _closure(args, kwargs))
         except Exception as error:  # noqa: BLE001 - nothing of ours is raised in a training step
             self._fault(where, error)
 
@@ -141,7 +144,7 @@ class Updates:
     def _ended(self, optimizer: Optimizer) -> None:
         """Outside the guard: closing a step is where `on_finding="raise"` raises."""
         role = self._role(optimizer)
-        if role is not None and role.closes and not running():
+        if role is not None and role.closes and not running() and os.getpid() == self._pid:
             role.closes = False
             self._close()
             self._sink.interrupt()
@@ -209,6 +212,9 @@ class Updates:
         if not self._used:
             return
         notes = dict(zip(self._rows(slots), map(self._note, slots), strict=True))
+        for slot, note in zip(slots, [notes[row] for row in self._rows(slots)], strict=True):
+            if note == Status.UNCAPTURED:
+                slot.suspect()
         gradients = self._gradients
         self._sink.read(
             Reading(

@@ -45,6 +45,10 @@ class RecordingSink:
         self.readings.append(Seen(reading.key, partials, notes, *rest))
         self.events.append(reading.key)
 
+    def abandon(self, key):
+        self.readings = [r for r in self.readings if r.key != key]
+        self.events.append((*key[:2], "abandoned"))
+
     def before(self, parameters, rows, weights):
         self.kept.update({i: _copy(w) for i, w in zip(rows, weights, strict=True)})
 
