@@ -159,6 +159,7 @@ class Gradients:
         self._stages = stages
         self.local = local  # gradients are mixed with other ranks' before the pass ends: read them inside the hook
         self._before_pass, self._after_pass, self._fault = before_pass, after_pass, fault
+        self._threads: set[int] = set()  # that ran passes
         self._passes: list[Pass] = []  # those that are not over, one a thread but for what failed
         self._by_task: dict[int, Pass | None] = {}  # None: an autograd.grad, which is none of ours
         self.lock = threading.RLock()  # passes may run on several threads
@@ -275,6 +276,7 @@ class Gradients:
             current = Pass(thread, self._scaling.scale(), run.root)
             current.late.update(self._attachment.slots[i] for i in late)
             self._passes.append(current)
+            self._threads.add(thread)
         current.tasks.append(task)
         self._by_task[task] = current
         if run.nested or (run.depth == 0 and current.thread != thread):
@@ -437,7 +439,7 @@ class Gradients:
                     self._read_accumulated(stage, current)
             self.scale = current.scale
             self._clock.end()
-            self._mark_end()
+            self._mark_end(current)
             self._after_pass()
 
     def _note(self, current: Pass) -> None:
@@ -470,15 +472,16 @@ class Gradients:
         self._emit(Stage.BACKWARD, slots, tensors, current, complete=True, notes=notes)
 
     def _read_accumulated(self, stage: Stage, current: Pass) -> None:
-        slots = [
-            s for s in self._attachment.slots if (p := s.tensor()) is not None and p.grad is not None and p.requires_grad
-        ]
+        quiet = self._quiet(current)
+        slots = [s for s in quiet if (p := s.tensor()) is not None and p.grad is not None and p.requires_grad]
         tensors = [slot.tensor().grad for slot in slots]  # type: ignore[union-attr]
         present = set(slots)
         notes = [
             None if slot in self.fired else "stale" if slot in present else note
             for slot, note in zip(self._attachment.slots, self._notes(current), strict=False)
         ]
+        if quiet is not self._attachment.slots:
+            notes = [None if slot in present else "elsewhere" for slot in self._attachment.slots]
         self._emit(stage, slots, tensors, current, complete=True, notes=notes)  # type: ignore[arg-type]
 
     def _notes(self, current: Pass) -> list[str | None]:
@@ -517,22 +520,29 @@ class Gradients:
             for slot in slots
         )
 
-    def _now(self) -> dict[Slot, tuple[int, int]]:
+    def _quiet(self, current: Pass) -> list[Slot]:
+        """The slots whose `.grad` may be read now: where several threads run passes, only those that this one reached.
+
+        To read `.grad` while another thread's loop has it crashes, even under a lock and between its passes (torch 2.13).
+        """
+        slots = self._attachment.slots
+        return slots if len(self._threads) < 2 else [slot for slot in slots if current.reached(slot)]
+
+    def _now(self, slots: Sequence[Slot]) -> dict[Slot, tuple[int, int]]:
         return {
-            slot: (id(p.grad), p.grad._version)
-            for slot in self._attachment.slots
-            if (p := slot.tensor()) is not None and p.grad is not None
+            slot: (id(g), g._version) for slot in slots if (p := slot.tensor()) is not None and (g := p.grad) is not None
         }
 
-    def _mark_end(self) -> None:
+    def _mark_end(self, current: Pass) -> None:
         """Remember the gradients as this pass left them."""
-        self._ends = self._now()
-        slots = list(self._ends)
+        now = self._now(self._quiet(current))
+        self._ends = now if len(self._threads) < 2 else {**self._ends, **now}
+        slots = list(now)
         rows = self.rows
         self._sink.ended([rows[slot] for slot in slots], [slot.tensor().grad for slot in slots])  # type: ignore[union-attr, misc]
 
     def step_closed(self) -> None:
         """Forget the step."""
-        self._marks = self._now()
+        self._marks = self._now(self._attachment.slots)
         self.fired, self.undefined, self.excluded = set(), set(), set()
         self.fresh = True
