@@ -500,6 +500,10 @@ def _ranks() -> int:
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
+def _rank() -> int:
+    return torch.distributed.get_rank() if _ranks() > 1 else 0
+
+
 def _check_stage(stage: str | None) -> None:
     if stage is not None and stage not in list(Stage):
         raise choice("stage", str(stage), list(Stage))
@@ -608,6 +612,8 @@ def _settings(
         "first_step": first_step,
         "sampled": plan.share,
         "torch": torch.__version__,
+        "rank": _rank(),
+        "ranks": _ranks(),
         "aliases": dict(attachment.aliases),
     }
 
@@ -619,7 +625,13 @@ def _run_writers(run: Path, settings: dict[str, Any], first_step: int) -> list[W
 
     resumed = run.is_dir() and any(run.glob("events.out.tfevents.*"))
     store = Store(run, settings)
-    return [store, TensorBoard(run, purge_step=first_step if resumed else None)]
+    if settings["rank"]:  # the first rank draws for all
+        return [store]
+    try:
+        return [store, TensorBoard(run, purge_step=first_step if resumed else None)]
+    except BaseException:
+        store.close()
+        raise
 
 
 # --- weights --------------------------------------------------------------------------------------------------------

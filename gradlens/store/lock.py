@@ -1,0 +1,60 @@
+"""One writer for each rank of a run directory.
+
+The lock is the operating system's: it ends with the process, however that ends.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import time
+from pathlib import Path
+
+from gradlens.errors import RunDirectoryError
+
+
+class Lock:
+    """Held from when it is made to `release()`.
+
+    Raises:
+        RunDirectoryError: Another lens holds it.
+    """
+
+    def __init__(self, run: Path, rank: int) -> None:
+        self._fd = os.open(_path(run, rank), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        for patience in (0.05, 0.2, 0.5, None):  # a reader that asks whether it is held holds it for a moment
+            try:
+                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                if patience is not None:
+                    time.sleep(patience)
+        self.release()
+        raise RunDirectoryError(
+            f"another lens is writing to {run} (rank {rank}): close() it first, or give this one a directory of its own"
+        )
+
+    def release(self) -> None:
+        """Let others have it. May be called again."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def held(run: Path, rank: int) -> bool:
+    """Whether somebody is writing."""
+    try:
+        fd = os.open(_path(run, rank), os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(fd)
+    return False
+
+
+def _path(run: Path, rank: int) -> Path:
+    return run / "segments" / f".rank{rank}.lock"

@@ -1,0 +1,237 @@
+"""Parquet parts: written whole, under another name, then renamed; sorted by parameter, so that one parameter's rows lie together.
+
+Strings are dictionary columns. Floats are split by byte and integers stored as differences, which is what compresses them.
+Each row group says which entries and steps it has; what a question does not ask for is not read.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from gradlens.errors import CorruptRunError
+from gradlens.store.tables import STAGES, STATUSES, TABLES, Key
+from gradlens.store.tail import Rows
+
+GROUP = 32_768  #: rows of a group
+CHUNK = 200_000  #: rows that merging holds in memory: about 70 MB
+MAX_GROUP, MAX_ROWS = 1 << 20, 1 << 28  #: what is larger was not written by gradlens
+
+_WORDS = {"stage": STAGES, "status": STATUSES}
+
+
+def write(path: Path, table: str, key: Key, names: Sequence[str], chunks: Iterable[Rows]) -> None:
+    """A part of chunks that follow each other by entry; each is sorted here. Appears whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    schema = _schema(table)
+    try:
+        with pq.ParquetWriter(temporary, schema, **_options(schema)) as writer:
+            for rows in chunks:
+                order = np.lexsort((rows["snapshot"], rows["entry"]))
+                writer.write_table(_arrow({c: v[order] for c, v in rows.items()}, key, names, schema), row_group_size=GROUP)
+        _sync(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _schema(table: str) -> pa.Schema:
+    columns = [("segment", pa.int32()), ("rank", pa.int32())]
+    for name, dtype in TABLES[table].items():
+        if name in _WORDS:
+            columns.append((name, pa.dictionary(pa.int32(), pa.string())))
+        elif name == "entry":
+            named = "name" if table == "scalars" else "parameter"
+            columns += [("entry", pa.int32()), (named, pa.dictionary(pa.int32(), pa.string()))]
+        elif name == "time":
+            columns.append(("time", pa.timestamp("us", tz="UTC")))
+        else:
+            columns.append((name, pa.from_numpy_dtype(np.dtype(dtype))))
+    return pa.schema(columns, metadata={"gradlens": table})
+
+
+def _options(schema: pa.Schema) -> dict[str, object]:
+    words = [field.name for field in schema if pa.types.is_dictionary(field.type)]
+    floats = {field.name: "BYTE_STREAM_SPLIT" for field in schema if pa.types.is_floating(field.type)}
+    others = {field.name: "DELTA_BINARY_PACKED" for field in schema if field.name not in floats and field.name not in words}
+    for narrow in (field.name for field in schema if field.type in (pa.int16(), pa.int8())):
+        others[narrow] = "PLAIN"
+    return {
+        "compression": "zstd",
+        "use_dictionary": words,
+        "column_encoding": {**floats, **others},
+        "write_page_checksum": True,
+    }
+
+
+def _arrow(rows: Rows, key: Key, names: Sequence[str], schema: pa.Schema) -> pa.Table:
+    count = len(rows["step"])
+    columns = []
+    for field in schema:
+        if field.name in ("segment", "rank"):
+            columns.append(pa.array(np.full(count, getattr(key, field.name), np.int32)))
+        elif field.name in ("parameter", "name"):
+            columns.append(_words(rows["entry"], names))
+        elif field.name in _WORDS:
+            columns.append(_words(rows[field.name], _WORDS[field.name]))
+        elif field.name == "time":
+            columns.append(pa.array(rows["time"]).cast(field.type))
+        else:
+            columns.append(pa.array(rows[field.name]))
+    return pa.Table.from_arrays(columns, schema=schema)
+
+
+def _words(codes: np.ndarray, words: Sequence[str]) -> pa.DictionaryArray:
+    return pa.DictionaryArray.from_arrays(pa.array(codes.astype(np.int32)), pa.array(words, pa.string()))
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+# --- reading --------------------------------------------------------------------------------------------------------
+
+
+class Reader:
+    """A part that is read, group by group.
+
+    Raises:
+        CorruptRunError: It is no Parquet file, a damaged one, or one that gradlens has not written.
+    """
+
+    def __init__(self, path: Path, table: str) -> None:
+        self._path, self._table = path, table
+        with self._guard():
+            self._file = pq.ParquetFile(path, page_checksum_verification=True)
+            meta = self._file.metadata
+            self.rows: int = meta.num_rows
+            groups = [meta.row_group(i).num_rows for i in range(meta.num_row_groups)]
+            if self.rows > MAX_ROWS or any(not 0 <= n <= MAX_GROUP for n in groups) or sum(groups) != self.rows:
+                raise ValueError(f"it has {self.rows:,} rows in {len(groups)} groups")
+            expected, found = _schema(table), self._file.schema_arrow
+            for field in expected:
+                if field.name not in found.names or not _alike(field.type, found.field(field.name).type):
+                    raise ValueError(f"the column {field.name} is not there as {field.type}")
+            self._column = {meta.schema.column(i).name: i for i in range(meta.num_columns)}
+
+    def _guard(self) -> _Guard:
+        return _Guard(self._path)
+
+    def bounds(self, column: str) -> tuple[int, int] | None:
+        """The smallest and largest of a column; None of no rows, or where the file does not say."""
+        found = [self._bounds(group, column) for group in range(self._file.metadata.num_row_groups)]
+        known = [bound for bound in found if bound is not None]
+        if not known or len(known) < len(found):
+            return None
+        return min(low for low, _ in known), max(high for _, high in known)
+
+    def _bounds(self, group: int, column: str) -> tuple[int, int] | None:
+        with self._guard():
+            statistics = self._file.metadata.row_group(group).column(self._column[column]).statistics
+            if statistics is None or not statistics.has_min_max:
+                return None
+            return int(statistics.min), int(statistics.max)
+
+    def read(self, columns: Sequence[str], keep: Callable[[str, int, int], bool]) -> Iterator[Rows]:
+        """Groups of rows; those are left out of which `keep(column, low, high)` of `entry` or `step` says no."""
+        for group in range(self._file.metadata.num_row_groups):
+            known = {name: self._bounds(group, name) for name in ("entry", "step")}
+            if all(bound is None or keep(name, *bound) for name, bound in known.items()):
+                with self._guard():
+                    table = self._file.read_row_group(group, columns=list(columns))
+                    rows = {name: self._numbers(name, table.column(name)) for name in columns}
+                yield rows
+
+    def _numbers(self, name: str, column: pa.ChunkedArray) -> np.ndarray:
+        if column.null_count:
+            raise ValueError(f"the column {name} has holes")
+        if name in _WORDS:
+            codes = {word: code for code, word in enumerate(_WORDS[name])}
+            coded = (
+                column.combine_chunks().dictionary_encode() if pa.types.is_string(column.type) else column.combine_chunks()
+            )
+            coded = coded.chunk(0) if isinstance(coded, pa.ChunkedArray) else coded
+            known = np.array([codes.get(word, -1) for word in coded.dictionary.to_pylist()], np.int8)
+            values = known[coded.indices.to_numpy()]
+            if (values < 0).any():
+                raise ValueError(f"the column {name} has unknown words")
+            return values
+        if name == "time":
+            column = column.cast(pa.int64())
+        return column.to_numpy().astype(TABLES[self._table][name], copy=False)  # type: ignore[no-any-return]
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self._file.close()
+
+
+def _alike(a: pa.DataType, b: pa.DataType) -> bool:
+    return a == b or (pa.types.is_dictionary(a) and (pa.types.is_string(b) or pa.types.is_dictionary(b)))
+
+
+class _Guard:
+    """Whatever goes wrong in decoding is said of the file. A file that is gone stays FileNotFoundError."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, pa.ArrowException | OSError | ValueError | TypeError | KeyError | IndexError | OverflowError):
+            if isinstance(error, FileNotFoundError | CorruptRunError | PermissionError):
+                return
+            text = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+            raise CorruptRunError(f"{self._path} does not read: {text}. Move it away to read the rest of the run") from error
+
+
+# --- merging --------------------------------------------------------------------------------------------------------
+
+
+def merge(
+    inputs: Sequence[Path], output: Path, table: str, key: Key, names: Sequence[str], go_on: Callable[[], bool]
+) -> bool:
+    """One part of several, `CHUNK` rows at a time. False when `go_on` said to stop; nothing has changed then."""
+    readers = [Reader(path, table) for path in inputs]
+    columns = list(TABLES[table])
+    try:
+        total = sum(reader.rows for reader in readers)
+        pieces = max(1, min(-(-total // CHUNK), len(names)))
+        edges = np.linspace(0, len(names), pieces + 1).round().astype(int)
+
+        def chunks() -> Iterator[Rows]:
+            for low, high in zip(edges[:-1], edges[1:], strict=True):
+                if not go_on():
+                    raise InterruptedError
+                found = [
+                    _between(rows, low, high) for reader in readers for rows in reader.read(columns, _touching(low, high))
+                ]
+                if any(len(rows["step"]) for rows in found):
+                    yield {name: np.concatenate([rows[name] for rows in found]) for name in columns}
+
+        write(output, table, key, names, chunks())
+        return True
+    except InterruptedError:
+        return False
+    finally:
+        for reader in readers:
+            reader.close()
+
+
+def _touching(low: int, high: int) -> Callable[[str, int, int], bool]:
+    return lambda column, least, most: column != "entry" or (least < high and most >= low)
+
+
+def _between(rows: Rows, low: int, high: int) -> Rows:
+    kept = (rows["entry"] >= low) & (rows["entry"] < high)
+    return rows if kept.all() else {name: values[kept] for name, values in rows.items()}

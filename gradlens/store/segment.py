@@ -1,0 +1,182 @@
+"""What is known of a segment as a whole: its settings, and what the numbers in its rows refer to. A small JSON file.
+
+Files of others are not trusted: their size is bounded, and each value is checked.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gradlens.errors import CorruptRunError, RunDirectoryError
+from gradlens.records import PARTIAL, Finding, Severity
+from gradlens.store.tables import FORMAT, SCHEMA, Key
+
+MAX_BYTES = 64 << 20  #: 10,000 parameters take 1 MB
+MAX_SCALARS = 1000  #: names of observed scalars that a segment keeps apart
+
+#: name, shape, dtype, piece of a parameter
+Entry = tuple[str, tuple[int, ...], str, str]
+
+_PIECE = re.compile(r"\d{1,18}:\d{1,18}(,\d{1,18}:\d{1,18})*")
+
+
+@dataclass
+class Segment:
+    """What one lens wrote on one rank."""
+
+    key: Key
+    settings: Mapping[str, Any]
+    versions: Mapping[str, str]
+    started: float
+    first_step: int | None = None  #: of what was recorded; None: nothing yet
+    parameters: list[Entry] = field(default_factory=list)
+    scalars: list[str] = field(default_factory=list)
+
+    def write(self, folder: Path) -> None:
+        """Replace the segment's file."""
+        content = {name: getattr(self, name) for name in _CONTENT} | {"segment": self.key.segment, "rank": self.key.rank}
+        replace(folder / f"{self.key}.json", {"schema": SCHEMA, **content})
+
+
+_CONTENT = ("settings", "versions", "started", "first_step", "parameters", "scalars")
+_FILE = re.compile(r"(\d{4,9})-rank(\d{1,9})\.json")
+
+
+def replace(path: Path, content: Any) -> None:
+    """Write JSON whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            json.dump(content, file, default=str)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def mark(run: Path, content: Mapping[str, Any]) -> None:
+    """Write `run.json`, which says that the directory is a run."""
+    replace(run / "run.json", {"format": FORMAT, "schema": SCHEMA, **content})
+
+
+def marked(run: Path) -> dict[str, Any]:
+    """`run.json`.
+
+    Raises:
+        RunDirectoryError: There is none, or a newer gradlens has written it.
+        CorruptRunError: It does not read.
+    """
+    path = run / "run.json"
+    if not path.is_file():
+        what = "is not there" if not run.exists() else "is no directory" if not run.is_dir() else "has no run.json"
+        raise RunDirectoryError(f"{run} is not a run of gradlens: it {what}. A run is what watch(run=...) was given")
+    content = load(path)
+    if content.get("format") != FORMAT or not isinstance(content.get("schema"), int):
+        raise CorruptRunError(f"{path} is not that of a run of gradlens")
+    if content["schema"] > SCHEMA:
+        raise RunDirectoryError(
+            f"{run} was written by a newer gradlens (schema {content['schema']}); update gradlens to read it"
+        )
+    return content
+
+
+def load(path: Path) -> dict[str, Any]:
+    """A JSON object from a file that nobody vouches for."""
+    try:
+        with open(path, "rb") as file:
+            data = file.read(MAX_BYTES + 1)
+        if len(data) > MAX_BYTES:
+            raise ValueError(f"it is larger than {MAX_BYTES >> 20} MB")
+        content = json.loads(data)
+        if not isinstance(content, dict):
+            raise ValueError("it is no JSON object")
+    except FileNotFoundError:
+        raise
+    except (ValueError, RecursionError, MemoryError) as error:
+        raise CorruptRunError(f"{path} does not read: {error}") from None
+    return content
+
+
+def segments(run: Path) -> list[Segment]:
+    """All segments, oldest first."""
+    folder = run / "segments"
+    found = []
+    for path in folder.iterdir() if folder.is_dir() else ():
+        match = _FILE.fullmatch(path.name)
+        if match:
+            found.append(_segment(path, Key(int(match[1]), int(match[2]))))
+    return sorted(found, key=lambda segment: segment.key)
+
+
+def _segment(path: Path, key: Key) -> Segment:
+    content = load(path)
+    try:
+        parameters = [_entry(*entry) for entry in content["parameters"]]
+        first = content["first_step"]
+        settings, versions = content["settings"], content["versions"]
+        scalars = [_text(name) for name in content["scalars"]]
+        if not (isinstance(settings, dict) and isinstance(versions, dict) and (first is None or type(first) is int)):
+            raise ValueError("settings, versions or first_step are not what they should be")
+        return Segment(key, settings, versions, float(content["started"]), first, parameters, scalars)
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
+        raise CorruptRunError(f"{path} does not describe a segment: {type(error).__name__}: {error}") from None
+
+
+def _entry(name: object, shape: object, dtype: object, piece: object) -> Entry:
+    if not isinstance(shape, list) or len(shape) > 64 or not all(type(n) is int and 0 <= n < 1 << 62 for n in shape):
+        raise ValueError(f"{shape!r:.80} is no shape")
+    if piece not in ("", PARTIAL) and not (isinstance(piece, str) and _PIECE.fullmatch(piece)):
+        raise ValueError(f"{piece!r:.80} is no piece")
+    return _text(name), tuple(shape), _text(dtype), _text(piece)
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{value!r:.80} is no text")
+    return value
+
+
+# --- findings -------------------------------------------------------------------------------------------------------
+
+_FINDING = ("rule", "step", "severity", "seen", "parameter", "causes", "remedy", "stage", "value", "parameters")
+
+
+def finding_line(finding: Finding) -> str:
+    """A finding as one line of JSON. What is not finite is null: not every reader knows NaN."""
+    content = {name: getattr(finding, name) for name in _FINDING}
+    if content["value"] is not None and not math.isfinite(content["value"]):
+        content["value"] = None
+    return json.dumps(content, default=str) + "\n"
+
+
+def findings(path: Path) -> tuple[list[Finding], int]:
+    """The findings of a file, and how many bytes of a torn line follow them."""
+    try:
+        with open(path, "rb") as file:
+            data = file.read(MAX_BYTES)
+    except FileNotFoundError:
+        return [], 0
+    whole, _, torn = data.rpartition(b"\n")
+    return [_finding(path, line) for line in whole.splitlines()], len(torn)
+
+
+def _finding(path: Path, line: bytes) -> Finding:
+    try:
+        content = json.loads(line)
+        value, step = content["value"], content["step"]
+        if type(step) is not int or not (value is None or isinstance(value, int | float)):
+            raise ValueError("step or value is no number")
+        optional = {name: None if content[name] is None else _text(content[name]) for name in ("parameter", "stage")}
+        several = {name: tuple(map(_text, content[name])) for name in ("causes", "parameters")}
+        texts = {name: _text(content[name]) for name in ("rule", "seen", "remedy")}
+        return Finding(step=step, severity=Severity(content["severity"]), value=value, **texts, **several, **optional)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CorruptRunError(f"{path} has a line that is no finding: {error}") from None

@@ -1,0 +1,388 @@
+"""The writer of a run directory. Rows are collected in memory and, each `interval` seconds, written as one frame a table.
+
+    write(record) -> memory        a copy of nothing: arrays are kept until the next flush
+    pulse thread  -> flush()       also when no more records come
+    keeper thread -> full tails become Parquet parts, eight parts become one
+
+So a killed process loses what came since the last flush, and the number of files grows with the logarithm of the run's
+length up to parts of `LARGEST` rows. History has every row. Histograms and the most sensitive weights of a step are kept when
+the run has grown by a tenth since the last that were, and at the end.
+
+What fails switches the store off: the error is raised to whoever calls next, and nothing is written from then on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import platform
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from gradlens.errors import CorruptRunError, RunDirectoryError
+from gradlens.records import Finding, Parameters, Record, Severity, Snapshot
+from gradlens.store import parts, segment, tables, tail
+from gradlens.store.lock import Lock
+from gradlens.store.tables import STAGES, STATUSES, TABLES, Key, Part
+from gradlens.store.tail import Rows, Tail
+
+INTERVAL = 1.0  #: seconds between flushes
+ROLL = 100_000  #: rows of a tail that make it a part: 35 MB that become 12
+FRAMES = 4096  #: frames of a tail that make it a part
+FAN_IN = 8  #: parts of a size that become one
+LARGEST = 64_000_000  #: rows beyond which parts are left alone
+WAITING = 8  #: full tails that may wait for the keeper; then write() waits, and records are thinned upstream
+GROWTH = 1.1  #: of the run, between two steps whose histograms and weights are kept
+
+
+class Store:
+    """Writes snapshots and findings to `run`, which is made if missing and continued if it is there.
+
+    Args:
+        run: The directory.
+        settings: What the lens was told; kept as JSON. `rank` says which rank's segment this is (0 without it).
+        interval: Seconds after which a record is on disk, at most.
+
+    Raises:
+        RunDirectoryError: It cannot be made or written, is no run, or another lens writes to it.
+    """
+
+    def __init__(
+        self, run: str | os.PathLike[str], settings: Mapping[str, Any], *, interval: float = INTERVAL, roll: int = ROLL
+    ) -> None:
+        self._run, self._interval, self._roll = Path(run), interval, roll
+        rank = int(settings.get("rank", 0))
+        try:
+            self._lock = self._open(rank)
+            try:
+                known = segment.segments(self._run)
+                number = 1 + max((s.key.segment for s in known if s.key.rank == rank), default=-1)
+                self._segment = segment.Segment(Key(number, rank), dict(settings), _versions(settings), time.time())
+                self._segment.write(self._run / "segments")
+                self._findings = open(self._run / "findings" / f"{self._segment.key}.jsonl", "a", encoding="utf-8")  # noqa: SIM115
+            except BaseException:
+                self._lock.release()
+                raise
+        except RunDirectoryError:
+            raise
+        except OSError as error:
+            raise RunDirectoryError(
+                f"no records can be written to {os.fspath(run)!r} ({error}); give a directory that can be written"
+            ) from error
+        self._pending: dict[str, list[Rows]] = {table: [] for table in TABLES}
+        self._lines: list[str] = []
+        self._tails: dict[str, Tail] = {}
+        self._number = dict.fromkeys(TABLES, 0)  # of the next tail
+        self._snapshots = 0
+        self._entries: dict[segment.Entry, int] = {}
+        self._lately: dict[int, tuple[Parameters, np.ndarray]] = {}  # rows' entries, by the identity of their parameters
+        self._stale = False  # whether the segment's file lacks something
+        self._kept = _Kept()
+        self._error: Exception | None = None
+        self._closed = False
+        self._guard = threading.RLock()
+        self._wake, self._stop = threading.Event(), threading.Event()
+        self._sealed: list[tuple[str, Path]] = []  # tails that wait for the keeper
+        self._recover(known)
+        self._threads = [
+            threading.Thread(target=call, name=name, daemon=True)
+            for call, name in ((self._beat, "gradlens-store"), (self._keep, "gradlens-store-keeper"))
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def _open(self, rank: int) -> Lock:
+        self._run.mkdir(parents=True, exist_ok=True)
+        there = (self._run / "run.json").exists()
+        if there:
+            segment.marked(self._run)
+        for name in ("segments", "findings", *TABLES):
+            (self._run / name).mkdir(exist_ok=True)
+        lock = Lock(self._run, rank)
+        if not there:
+            segment.mark(self._run, {"created": time.time()})
+        return lock
+
+    def _recover(self, known: Sequence[segment.Segment]) -> None:
+        """Say what a crash has torn, and have the tails that it left made into parts."""
+        self._older = {s.key: s for s in known}
+        for table in TABLES:
+            for part in tables.parts(self._run / table):
+                if part.tail and part.key.rank == self._segment.key.rank:
+                    with contextlib.suppress(CorruptRunError, OSError):
+                        _, torn = tail.read(part.path)
+                        if torn:
+                            self._lines.append(segment.finding_line(_torn(part, torn, self._segment.settings)))
+                        self._sealed.append((table, part.path))
+
+    # --- the writer's three calls -------------------------------------------------------------------------------------
+
+    def write(self, record: Record) -> None:
+        """Take a record. It is on disk within `interval` seconds."""
+        with self._guard:
+            self._check()
+            if isinstance(record, Finding):
+                self._lines.append(segment.finding_line(record))
+                return
+            self._take(record)
+        while len(self._sealed) > WAITING and self._error is None and not self._stop.is_set():
+            time.sleep(0.01)
+
+    def flush(self) -> None:
+        """What was taken is in the files."""
+        with self._guard:
+            self._check()
+            try:
+                self._flush()
+            except Exception as error:
+                self._error = error
+                raise
+
+    def close(self) -> None:
+        """Flush, make parts of the tails, let go of the directory."""
+        with self._guard:
+            if self._closed:
+                return
+            self._closed = True
+        self._stop.set()
+        self._wake.set()
+        for thread in self._threads:
+            thread.join()
+        try:
+            if self._error is None:
+                self._finish()
+        finally:
+            for each in self._tails.values():
+                each.close()
+            with contextlib.suppress(OSError):
+                self._findings.close()
+            self._lock.release()
+
+    def _check(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    # --- records to rows ----------------------------------------------------------------------------------------------
+
+    def _take(self, snapshot: Snapshot) -> None:
+        entries = self._entries_of(snapshot.parameters)
+        if self._segment.first_step is None:
+            self._segment.first_step, self._stale = snapshot.step, True
+        keys = {
+            "snapshot": self._snapshots,
+            "step": snapshot.step,
+            "backward": snapshot.backward,
+            "stage": STAGES.index(snapshot.stage),
+            "time": round(snapshot.time * 1e6) if math.isfinite(snapshot.time) else 0,
+        }
+        self._snapshots += 1
+        status = np.array([STATUSES.index(word) for word in snapshot.status], np.int8)
+        history = {"entry": entries, "status": status, "scale": snapshot.scale}
+        for name in TABLES["history"]:
+            if name not in keys and name not in history:
+                history[name] = snapshot.column(name)
+        self._put("history", keys, history)
+        self._put_scalars(keys, snapshot.scalars)
+        for old_keys, old_entries, old in self._kept.due(keys, entries, snapshot):
+            self._put_detail(old_keys, old_entries, old)
+
+    def _entries_of(self, parameters: Parameters) -> np.ndarray:
+        known = self._lately.get(id(parameters))
+        if known is not None and known[0] is parameters:
+            return known[1]
+        rows = np.empty(len(parameters), np.int32)
+        for row, (name, shape, dtype) in enumerate(zip(parameters.names, parameters.shapes, parameters.dtypes, strict=True)):
+            entry = (name, tuple(int(n) for n in shape), dtype, parameters.piece(row))
+            if entry not in self._entries:
+                self._entries[entry] = len(self._segment.parameters)
+                self._segment.parameters.append(entry)
+                self._stale = True
+            rows[row] = self._entries[entry]
+        if len(self._lately) >= 8:
+            self._lately.clear()
+        self._lately[id(parameters)] = parameters, rows
+        return rows
+
+    def _put_scalars(self, keys: Mapping[str, int], scalars: Mapping[str, float]) -> None:
+        names = self._segment.scalars
+        for name in scalars:
+            if name not in names and len(names) < segment.MAX_SCALARS:
+                names.append(name)
+                self._stale = True
+        at = {name: i for i, name in enumerate(names)} if scalars else {}
+        there = [(at[name], value) for name, value in scalars.items() if name in at]
+        if there:
+            entries, values = zip(*there, strict=True)
+            self._put("scalars", keys, {"entry": np.array(entries, np.int32), "value": np.array(values, np.float64)})
+
+    def _put_detail(self, keys: Mapping[str, int], entries: np.ndarray, snapshot: Snapshot) -> None:
+        if snapshot.histogram is not None:
+            row, bucket = np.nonzero(snapshot.histogram)
+            counts = snapshot.histogram[row, bucket]
+            self._put("histograms", keys, {"entry": entries[row], "bucket": bucket, "count": counts})
+        if snapshot.top is not None:
+            row, column = np.nonzero(snapshot.top.index >= 0)
+            numbers = {name: getattr(snapshot.top, name)[row, column] for name in ("index", "partial", "value")}
+            self._put("weights", keys, {"entry": entries[row], **numbers})
+
+    def _put(self, table: str, keys: Mapping[str, int], columns: Mapping[str, np.ndarray]) -> None:
+        count = len(columns["entry"])
+        rows = {}
+        for name, dtype in TABLES[table].items():
+            rows[name] = np.full(count, keys[name], dtype) if name in keys else np.asarray(columns[name]).astype(dtype)
+        if count:
+            self._pending[table].append(rows)
+
+    # --- rows to files ------------------------------------------------------------------------------------------------
+
+    def _flush(self) -> None:
+        if self._stale:  # before the rows that refer to it
+            self._segment.write(self._run / "segments")
+            self._stale = False
+        for table, batches in self._pending.items():
+            if batches:
+                self._append(table, batches)
+                self._pending[table] = []
+        if self._lines:
+            self._findings.write("".join(self._lines))
+            self._lines = []
+            self._findings.flush()
+        if not (self._run / "segments" / f"{self._segment.key}.json").exists():
+            raise RunDirectoryError(f"{self._run} was removed while it was written")
+
+    def _append(self, table: str, batches: list[Rows]) -> None:
+        current = self._tails.get(table)
+        if current is None:
+            path = tables.part(self._run / table, self._segment.key, self._number[table])
+            current = self._tails[table] = Tail(path, TABLES[table])
+            self._number[table] += 1
+        current.append(batches)
+        if current.rows >= self._roll or current.frames >= FRAMES:
+            self._seal(table)
+
+    def _seal(self, table: str) -> None:
+        full = self._tails.pop(table)
+        full.close()
+        self._sealed.append((table, full.path))
+        self._wake.set()
+
+    def _finish(self) -> None:
+        for keys, entries, snapshot in self._kept.rest():
+            self._put_detail(keys, entries, snapshot)
+        self._flush()
+        for table in list(self._tails):
+            self._seal(table)
+        self._roll_sealed()
+
+    # --- threads ------------------------------------------------------------------------------------------------------
+
+    def _beat(self) -> None:
+        while not self._stop.wait(self._interval):
+            with self._guard, contextlib.suppress(Exception):  # kept, and raised to the next caller
+                self.flush()
+
+    def _keep(self) -> None:
+        while not self._stop.is_set():
+            self._wake.wait()
+            self._wake.clear()
+            try:
+                self._roll_sealed()
+                for table in TABLES:
+                    self._compact(table)
+            except Exception as error:  # noqa: BLE001 - raised to the next caller
+                self._error = self._error or error
+                return
+
+    def _roll_sealed(self) -> None:
+        while self._sealed:
+            table, path = self._sealed[0]
+            self._to_part(table, path)
+            self._sealed.pop(0)
+
+    def _to_part(self, table: str, path: Path) -> None:
+        rows, _ = tail.read(path)
+        (part,) = (p for p in tables.parts(path.parent) if p.path == path) if rows else (None,)
+        if part is not None and len(rows["step"]):
+            names = self._names(table, part.key)
+            parts.write(tables.part(path.parent, part.key, part.first, part.first), table, part.key, names, [rows])
+        path.unlink(missing_ok=True)
+
+    def _names(self, table: str, key: Key) -> list[str]:
+        owner = self._segment if key == self._segment.key else self._older[key]
+        return list(owner.scalars) if table == "scalars" else [name for name, *_ in owner.parameters]
+
+    def _compact(self, table: str) -> None:
+        """Eight parts of a size, the newest part left out, become one: the newest rows stay in a small file."""
+        while not self._stop.is_set():
+            own = [p for p in tables.parts(self._run / table) if p.key == self._segment.key and not p.tail]
+            run = _mergeable(own[:-1])
+            if not run:
+                return
+            output = tables.part(self._run / table, self._segment.key, run[0].first, run[-1].last)
+            paths = [p.path for p in run]
+            names = self._names(table, self._segment.key)
+            if not parts.merge(paths, output, table, self._segment.key, names, lambda: not self._stop.is_set()):
+                return
+            for path in paths:
+                path.unlink()
+
+
+def _mergeable(own: Sequence[Part]) -> list[Part]:
+    """The last `FAN_IN` neighbours that hold the same number of tails."""
+    size = [p.last - p.first + 1 for p in own]
+    for end in range(len(own), FAN_IN - 1, -1):
+        group = slice(end - FAN_IN, end)
+        if len(set(size[group])) == 1 and size[end - 1] * FAN_IN * ROLL <= LARGEST:
+            return list(own[group])
+    return []
+
+
+class _Kept:
+    """Which steps' histograms and weights are kept: each at first, then when their count has grown; and the last."""
+
+    def __init__(self) -> None:
+        self._count, self._next, self._step, self._due = 0, 1, -1, False
+        self._last: list[tuple[Mapping[str, int], np.ndarray, Snapshot]] = []
+
+    def due(
+        self, keys: Mapping[str, int], entries: np.ndarray, snapshot: Snapshot
+    ) -> list[tuple[Mapping[str, int], np.ndarray, Snapshot]]:
+        """What is to be kept now that this snapshot has come."""
+        if snapshot.step != self._step:
+            self._step, self._count, self._last = snapshot.step, self._count + 1, []
+            self._due = self._count >= self._next
+            if self._due:
+                self._next = max(self._count + 1, math.ceil(self._count * GROWTH))
+        if self._due:
+            return [(keys, entries, snapshot)]
+        self._last.append((keys, entries, snapshot))
+        del self._last[:-8]
+        return []
+
+    def rest(self) -> list[tuple[Mapping[str, int], np.ndarray, Snapshot]]:
+        """The last step's, if they were not kept."""
+        last, self._last = self._last, []
+        return last
+
+
+def _versions(settings: Mapping[str, Any]) -> dict[str, str]:
+    torch = {"torch": str(settings["torch"])} if "torch" in settings else {}
+    return {"python": platform.python_version(), "numpy": np.__version__, "pyarrow": pa.__version__, **torch}
+
+
+def _torn(part: Part, torn: int, settings: Mapping[str, Any]) -> Finding:
+    return Finding(
+        rule="records-torn",
+        step=int(settings.get("first_step", 0)),
+        severity=Severity.INFO,
+        seen=f"the last writer of {part.path.name} was stopped in the middle of a record: {torn:,} bytes at its end were dropped",
+        causes=("the process was killed", "the disk was full"),
+        remedy="nothing: all whole records before it are there",
+    )

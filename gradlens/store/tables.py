@@ -1,0 +1,93 @@
+"""What a run directory holds, and how its files are called.
+
+    run.json                                marks the directory: format, schema, when it was made
+    segments/0000-rank0.json                one for each lens and rank: settings, versions, parameters with shape, dtype, piece
+    history/0000-rank0-000000-000007.parquet    rolled tails 0 to 7 of that segment, sorted by parameter
+    history/0000-rank0-000008.tail              the newest rows, in frames with a checksum
+    histograms/, weights/, scalars/             the same
+    findings/0000-rank0.jsonl                   one finding a line
+
+A *segment* is what one lens wrote on one rank; resuming begins the next. Within it snapshots are numbered. Rows refer to
+parameters by `entry`, their place in the segment's list; Parquet files spell the name too, as a dictionary column.
+
+In tails every column is a number of fixed width, so that their length follows from the number of rows alone.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from gradlens import fields
+from gradlens.records import Stage, Status
+
+FORMAT, SCHEMA = "gradlens-run", 1
+STAGES = [stage.value for stage in Stage]
+STATUSES = [status.value for status in Status]
+
+_KEYS = {"snapshot": "int64", "step": "int64", "backward": "int32", "stage": "int8", "time": "int64"}
+_ROW = {**_KEYS, "entry": "int32"}
+
+#: The numbers of each table, by name. `time` is in microseconds since the epoch.
+TABLES: dict[str, dict[str, str]] = {
+    "history": {
+        **_ROW,
+        "status": "int8",
+        "scale": "float64",
+        **{field.name: field.dtype for field in fields.SCALARS},
+        **dict.fromkeys(fields.QUANTILES, "float64"),
+    },
+    "histograms": {**_ROW, "bucket": "int16", "count": "int64"},
+    "weights": {**_ROW, "index": "int64", "partial": "float64", "value": "float64"},
+    "scalars": {**_KEYS, "entry": "int32", "value": "float64"},  # entry: into the segment's names of scalars
+}
+
+_NAME = re.compile(r"(\d{4,9})-rank(\d{1,9})-(\d{6,12})(?:-(\d{6,12}))?\.(parquet|tail)")
+
+
+@dataclass(frozen=True, order=True)
+class Key:
+    """A segment: the n-th lens of a rank."""
+
+    segment: int
+    rank: int
+
+    def __str__(self) -> str:
+        return f"{self.segment:04d}-rank{self.rank}"
+
+
+@dataclass(frozen=True)
+class Part:
+    """A file of rows: tails `first` to `last` of a segment, rolled (`parquet`) or not (`tail`)."""
+
+    path: Path
+    key: Key
+    first: int
+    last: int
+
+    @property
+    def tail(self) -> bool:
+        """Whether it is still in frames."""
+        return self.path.suffix == ".tail"
+
+
+def part(folder: Path, key: Key, first: int, last: int | None = None) -> Path:
+    """The path of a part; without `last`, of a tail."""
+    return folder / (f"{key}-{first:06d}.tail" if last is None else f"{key}-{first:06d}-{last:06d}.parquet")
+
+
+def parts(folder: Path) -> list[Part]:
+    """The files of a table that count, oldest first: without those whose rows a merged file has too."""
+    found = []
+    for path in folder.iterdir() if folder.is_dir() else ():
+        match = _NAME.fullmatch(path.name)
+        if match:
+            segment, rank, first, last, _ = match.groups()
+            found.append(Part(path, Key(int(segment), int(rank)), int(first), int(last or first)))
+    found.sort(key=lambda p: (p.key, p.first, -p.last, p.tail))
+    result: list[Part] = []
+    for each in found:
+        if not (result and result[-1].key == each.key and each.last <= result[-1].last):
+            result.append(each)
+    return result
