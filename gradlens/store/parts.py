@@ -1,4 +1,4 @@
-"""Parquet parts: written whole, under another name, then renamed; sorted by parameter, so that one parameter's rows lie together.
+"""Parquet parts: written whole, under another name, then renamed; sorted by parameter, so that its rows lie together.
 
 Strings are dictionary columns. Floats are split by byte and integers stored as differences, which is what compresses them.
 Each row group says which entries and steps it has; what a question does not ask for is not read.
@@ -6,6 +6,7 @@ Each row group says which entries and steps it has; what a question does not ask
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -156,10 +157,10 @@ class Reader:
             raise ValueError(f"the column {name} has holes")
         if name in _WORDS:
             codes = {word: code for code, word in enumerate(_WORDS[name])}
-            coded = (
-                column.combine_chunks().dictionary_encode() if pa.types.is_string(column.type) else column.combine_chunks()
-            )
-            coded = coded.chunk(0) if isinstance(coded, pa.ChunkedArray) else coded
+            coded = column.unify_dictionaries() if pa.types.is_dictionary(column.type) else column.dictionary_encode()
+            if not coded.num_chunks:
+                return np.empty(0, np.int8)
+            coded = pa.concat_arrays(coded.unify_dictionaries().chunks)
             known = np.array([codes.get(word, -1) for word in coded.dictionary.to_pylist()], np.int8)
             values = known[coded.indices.to_numpy()]
             if (values < 0).any():
@@ -210,12 +211,11 @@ def merge(
         edges = np.linspace(0, len(names), pieces + 1).round().astype(int)
 
         def chunks() -> Iterator[Rows]:
-            for low, high in zip(edges[:-1], edges[1:], strict=True):
+            for low, high in itertools.pairwise(edges):
                 if not go_on():
                     raise InterruptedError
-                found = [
-                    _between(rows, low, high) for reader in readers for rows in reader.read(columns, _touching(low, high))
-                ]
+                there = (rows for reader in readers for rows in reader.read(columns, _touching(low, high)))
+                found = [_between(rows, low, high) for rows in there]
                 if any(len(rows["step"]) for rows in found):
                     yield {name: np.concatenate([rows[name] for rows in found]) for name in columns}
 

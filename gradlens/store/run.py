@@ -5,9 +5,9 @@
 Nothing is kept between questions: each sees the run as it then is. Row groups that cannot hold what is asked for are not
 read, nor columns that no answer needs; derived columns are computed here.
 
-A segment that resumed at step s replaces what earlier ones say of s and later steps. Their rows stay in the files; `history(
-superseded=True)` shows them. Where ranks hold disjoint pieces of a parameter, their rows merge as `fields` says (quantiles are
-empty then); of copies the lowest rank's row is taken.
+A segment that resumed at step s replaces what earlier ones say of s and later steps. Their rows stay in the files, and
+`history(superseded=True)` shows them. Where ranks hold disjoint pieces of a parameter, their rows merge as `fields` says
+(quantiles are empty then); of copies the lowest rank's row is taken.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def _again(question: Callable[..., _T]) -> Callable[..., _T]:
             try:
                 return question(self, *args, **kwargs)
             except FileNotFoundError as error:
-                last = error
+                last: Exception = error
         raise RunDirectoryError(f"{self.path} changes faster than it can be read, or was removed: {last}")
 
     return asked
@@ -78,8 +78,8 @@ def _again(question: Callable[..., _T]) -> Callable[..., _T]:
 class Run:
     """What was recorded. Questions are those of a lens, with filters that are applied while reading.
 
-    `parameters` are names or glob patterns, `columns` names of `gradlens.fields.FRAME`, `steps` a number, several, or a range
-    (a slice includes neither end beyond its stop, as in Python).
+    `parameters` are names or glob patterns, `columns` names of `gradlens.fields.FRAME`, `steps` a number, several,
+    a range, or a slice, which ends before its stop.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -171,7 +171,8 @@ class Run:
 
     @_again
     def histograms(self, *, parameters: Names = None, steps: Steps = None, stage: str | None = None) -> pd.DataFrame:
-        """Long: `step, backward, stage, parameter, bucket, count`, of the steps of which they were kept; empty buckets have no row.
+        """Long: `step, backward, stage, parameter, bucket, count`, where they were kept; empty buckets
+        have no row.
 
         Buckets are numbered as in `gradlens.fields.HISTOGRAM`.
         """
@@ -183,7 +184,7 @@ class Run:
         result.insert(2, "stage", pd.Series(rows.words("stage", STAGES), dtype="str"))
         result.insert(3, "parameter", pd.Series(rows.names(), dtype="str"))
         order = [*names[:2], "stage", "parameter", "bucket"]
-        return result.groupby(order, sort=False, as_index=False)["count"].sum()
+        return result.groupby(order, sort=False)["count"].sum().reset_index()
 
     @_again
     def snapshots(
@@ -230,8 +231,8 @@ class Run:
                     _, torn = tail.read(part.path)
                     if torn:
                         notes.append(
-                            f"{part.path} ends in the middle of a record, as after a crash: {torn:,} bytes were left out; all "
-                            "before them reads"
+                            f"{part.path} ends in the middle of a record, as after a crash: {torn:,} bytes were left out; "
+                            "all before them reads"
                         )
         return notes
 
@@ -285,7 +286,7 @@ class Run:
             return ArgumentError(f"there are no records in {self.path} yet")
         near = min(steps, key=lambda s: abs(s - step))
         return ArgumentError(
-            f"there is nothing on step {step}: {len(steps)} steps are recorded, from {steps[0]} to {steps[-1]}; nearest: {near}"
+            f"there is nothing on step {step}: there are {len(steps)}, from {steps[0]} to {steps[-1]}; the nearest is {near}"
         )
 
 
@@ -341,7 +342,7 @@ def _check(part: Part, rows: Rows, owner: Segment, table: str) -> None:
         values = rows.get(name)
         if values is not None and len(values) and not (values.min() >= 0 and values.max() < limit):
             raise CorruptRunError(
-                f"{part.path} has the {name} {int(values.max())}; there are {limit}. Move it away to read the rest"
+                f"{part.path} has the {name} {int(values.max())} of {limit}. Move it away to read the rest"
             )
 
 
@@ -367,7 +368,7 @@ def _steps(given: Steps) -> np.ndarray | tuple[int, int] | None:
         if given.step not in (None, 1):
             raise ArgumentError("steps as a slice takes a start and a stop; for each n-th give range(start, stop, n)")
         return (given.start or 0, (1 << 62) if given.stop is None else given.stop - 1)
-    if isinstance(given, int | np.integer) and not isinstance(given, bool):
+    if isinstance(given, int | np.integer):
         return (int(given), int(given))
     try:
         return np.unique(np.asarray(list(given), np.int64))

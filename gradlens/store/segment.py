@@ -174,9 +174,11 @@ def _finding(path: Path, line: bytes) -> Finding:
         value, step = content["value"], content["step"]
         if type(step) is not int or not (value is None or isinstance(value, int | float)):
             raise ValueError("step or value is no number")
-        optional = {name: None if content[name] is None else _text(content[name]) for name in ("parameter", "stage")}
-        several = {name: tuple(map(_text, content[name])) for name in ("causes", "parameters")}
-        texts = {name: _text(content[name]) for name in ("rule", "seen", "remedy")}
+        optional: dict[str, Any] = {
+            name: None if content[name] is None else _text(content[name]) for name in ("parameter", "stage")
+        }
+        several: dict[str, Any] = {name: tuple(map(_text, content[name])) for name in ("causes", "parameters")}
+        texts: dict[str, Any] = {name: _text(content[name]) for name in ("rule", "seen", "remedy")}
         return Finding(step=step, severity=Severity(content["severity"]), value=value, **texts, **several, **optional)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CorruptRunError(f"{path} has a line that is no finding: {error}") from None

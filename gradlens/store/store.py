@@ -5,8 +5,8 @@
     keeper thread -> full tails become Parquet parts, eight parts become one
 
 So a killed process loses what came since the last flush, and the number of files grows with the logarithm of the run's
-length up to parts of `LARGEST` rows. History has every row. Histograms and the most sensitive weights of a step are kept when
-the run has grown by a tenth since the last that were, and at the end.
+length, up to parts of `LARGEST` rows. History has every row. Histograms and the most sensitive weights of a step are kept
+when the run has grown by a tenth since the last that were, and at the end.
 
 What fails switches the store off: the error is raised to whoever calls next, and nothing is written from then on.
 """
@@ -91,6 +91,8 @@ class Store:
         self._wake, self._stop = threading.Event(), threading.Event()
         self._sealed: list[tuple[str, Path]] = []  # tails that wait for the keeper
         self._recover(known)
+        if self._sealed:
+            self._wake.set()
         self._threads = [
             threading.Thread(target=call, name=name, daemon=True)
             for call, name in ((self._beat, "gradlens-store"), (self._keep, "gradlens-store-keeper"))
@@ -382,7 +384,7 @@ def _torn(part: Part, torn: int, settings: Mapping[str, Any]) -> Finding:
         rule="records-torn",
         step=int(settings.get("first_step", 0)),
         severity=Severity.INFO,
-        seen=f"the last writer of {part.path.name} was stopped in the middle of a record: {torn:,} bytes at its end were dropped",
+        seen=f"the last writer of {part.path.name} stopped within a record: {torn:,} bytes at its end were dropped",
         causes=("the process was killed", "the disk was full"),
         remedy="nothing: all whole records before it are there",
     )

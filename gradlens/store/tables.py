@@ -1,11 +1,11 @@
 """What a run directory holds, and how its files are called.
 
-    run.json                                marks the directory: format, schema, when it was made
-    segments/0000-rank0.json                one for each lens and rank: settings, versions, parameters with shape, dtype, piece
-    history/0000-rank0-000000-000007.parquet    rolled tails 0 to 7 of that segment, sorted by parameter
-    history/0000-rank0-000008.tail              the newest rows, in frames with a checksum
-    histograms/, weights/, scalars/             the same
-    findings/0000-rank0.jsonl                   one finding a line
+    run.json                                     marks the directory: format, schema, when it was made
+    segments/0000-rank0.json                     of each lens and rank: settings, versions, parameters and their shapes
+    history/0000-rank0-000000-000007.parquet     tails 0 to 7 of that segment, sorted by parameter
+    history/0000-rank0-000008.tail               the newest rows, in frames with a checksum
+    histograms/, weights/, scalars/              the same
+    findings/0000-rank0.jsonl                    one finding a line
 
 A *segment* is what one lens wrote on one rank; resuming begins the next. Within it snapshots are numbered. Rows refer to
 parameters by `entry`, their place in the segment's list; Parquet files spell the name too, as a dictionary column.
