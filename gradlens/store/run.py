@@ -157,10 +157,11 @@ class Run:
         """What the rules found, in the order of steps; those that a resumed run has replaced are left out."""
         segments = segment.segments(self.path)
         until = _until(segments)
-        found = []
+        found: list[Finding] = []
         for each in segments:
             listed, _ = segment.findings(self.path / "findings" / f"{each.key}.jsonl")
-            found += [finding for finding in listed if until[each.key] is None or finding.step < until[each.key]]
+            stop = until[each.key]
+            found += [finding for finding in listed if stop is None or finding.step < stop]
         return sorted(found, key=lambda finding: finding.step)
 
     @_again

@@ -84,7 +84,7 @@ def read(path: Path) -> tuple[Rows, int]:
         start, stop = at + _FRAME.size, at + _FRAME.size + count * width
         if mark == _MARK and stop > len(data):
             break
-        if mark != _MARK or zlib.crc32(memoryview(data[start:stop])) != checksum:
+        if mark != _MARK or zlib.crc32(data[start:stop].data) != checksum:
             if stop == len(data) and mark == _MARK:
                 break  # the last one, of which not every page came to the disk
             raise CorruptRunError(f"{path} is damaged at byte {at}: move it away to read the rest of the run")
