@@ -75,7 +75,7 @@ def main():
     with torch.no_grad():
         accuracy = (model(test_x).argmax(1) == test_y).float().mean()
     print(f"\n{accuracy:.1%} of {len(test_y)} unseen digits are recognised.\n")
-    print(lens.report())
+    print(lens.report() + "\n")
     weight = lens.weights(top=1).iloc[0]
     print(lens.explain(weight["parameter"], weight["index"]))
 

@@ -180,6 +180,7 @@ class TensorBoard:
             if last or (self._rested(self._drawn_at) and self._pictures.due(self._count)):
                 self._drawn_at = self._open.time
                 self._add_pictures(event)
+            self._news |= last and self._told_at == -math.inf  # a healthy run says so at its end
         self._add_page(event, at_once=last)
         self._write(event)
 
