@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from gradlens import testing
     from gradlens.analysis import rules
     from gradlens.lens import Lens, watch
+    from gradlens.probes.curvature import curvature, hessian_product
     from gradlens.probes.finite_difference import check_partials
     from gradlens.probes.mixed_partials import check_symmetry, mixed_partials
     from gradlens.probes.nudge import nudge
@@ -38,6 +39,8 @@ __all__ = [
     "check_symmetry",
     "survey",
     "nudge",
+    "curvature",
+    "hessian_product",
     # what was recorded
     "open_run",
     "Run",
@@ -72,6 +75,8 @@ _LAZY: dict[str, tuple[str, str | None]] = {
     "check_partials": ("gradlens.probes.finite_difference", "check_partials"),
     "survey": ("gradlens.probes.survey", "survey"),
     "nudge": ("gradlens.probes.nudge", "nudge"),
+    "curvature": ("gradlens.probes.curvature", "curvature"),
+    "hessian_product": ("gradlens.probes.curvature", "hessian_product"),
     "open_run": ("gradlens.store.run", "open_run"),
     "Run": ("gradlens.store.run", "Run"),
     "rules": ("gradlens.analysis.rules", None),

@@ -14,6 +14,12 @@ def test_everything_listed_is_there():
         assert getattr(gradlens, name) is not None
 
 
+def test_what_is_loaded_late_is_listed():
+    """No public name is left out of the table of contents, and none is in it twice."""
+    assert set(gradlens._LAZY) <= set(gradlens.__all__)
+    assert len(set(gradlens.__all__)) == len(gradlens.__all__)
+
+
 def test_a_wrong_name_suggests_the_right_one():
     """A typing error names its neighbour."""
     with pytest.raises(AttributeError, match="watch"):
