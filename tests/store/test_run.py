@@ -22,8 +22,7 @@ def watched(run, steps=6, case=None, **options):
     with gradlens.watch(case.model, case.optimizer, run=run, **options) as lens:
         for step in range(steps):
             lens.observe(loss=sum(case.train(1, first=step)))
-        answers = lens.history(), lens.table(), lens.findings(), lens.weights(top=10_000)
-    return answers
+        return lens.history(), lens.table(), lens.findings(), lens.weights(top=10_000)
 
 
 def test_history_and_table_are_those_of_the_lens(tmp_path):
