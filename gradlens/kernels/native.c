@@ -1,0 +1,938 @@
+/* The native kernel: every number of `fields.py` about a list of CPU tensors, in one pass over their bytes.
+ *
+ * A tensor is read in blocks that stay in the first-level cache. A block is brought into the form float[] or double[] (for most
+ * tensors it is there already), then two or three short loops run over it, which the compiler turns into vector code:
+ *
+ *     look     integer work on the bits: largest, smallest, zeros, flips, and the sign and exponent of each entry as a key
+ *     add      the sums, in double
+ *     count    the keys, into a table: the histogram, and with it how many are positive, negative and not finite
+ *
+ * That is the fast way, for float blocks in which everything is finite. Blocks with a NaN or an infinity, and float64 tensors, go
+ * the careful way, which asks of each entry whether it counts. `reference.py` says what the numbers mean.
+ *
+ * No header of Python or torch is used: pointers come in, doubles go out (see native.py). Plain C99; with GCC or Clang on
+ * x86-64 the inner function is compiled three times and picked by what the processor has. Threads are plain POSIX threads.
+ */
+
+#include <float.h>
+#include <math.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#if defined(_WIN32)
+#define EXPORT __declspec(dllexport)
+#else
+#define EXPORT __attribute__((visibility("default")))
+#define HAVE_THREADS 1
+#include <pthread.h>
+#endif
+
+#if defined(__GNUC__)
+#define INLINE static inline __attribute__((always_inline))
+#else
+#define INLINE static inline
+#endif
+
+#if defined(__GNUC__) && defined(__x86_64__)
+#define HAVE_VARIANTS 1
+#include <xmmintrin.h>
+#endif
+
+/* --- what Python and C agree on ------------------------------------------------------------------------------------------- */
+
+enum { EXPONENT_MIN = -96, EXPONENT_MAX = 31, BUCKETS = EXPONENT_MAX - EXPONENT_MIN + 1, TOP = 16, SAMPLES = 16 };
+
+enum summary {
+    NUMEL, POSITIVE, NEGATIVE, ZERO, NAN_, INF, SUM, ABS_SUM, SQUARE_SUM, MIN, MAX, ABS_MAX, ABS_MIN_NONZERO,
+    WEIGHT_SQUARE_SUM, WEIGHT_ABS_MAX, DOT,
+    FLIP_COMPARED, FLIP_MOVING, FLIP_COUNT, FLIP_DOT, FLIP_SQUARE_SUM, FLIP_PREVIOUS_SQUARE_SUM,
+    HISTOGRAM, TOP_PARTIAL = HISTOGRAM + 2 * BUCKETS, TOP_INDEX = TOP_PARTIAL + TOP, TOP_VALUE = TOP_INDEX + TOP,
+    WIDTH = TOP_VALUE + TOP
+};
+
+enum update {
+    UPDATE_NUMEL, UPDATE_SQUARE_SUM, UPDATE_BEFORE_SQUARE_SUM, UPDATE_USED_SQUARE_SUM, UPDATE_DOT, UPDATE_MOVING,
+    UPDATE_AGAINST, UPDATE_STUCK, UPDATE_LOSS_DOT, UPDATE_LOSS_EXACT, UPDATES
+};
+
+/* Python refuses a library whose text differs from what it makes of `fields.py`. */
+EXPORT const char *gradlens_columns(void) {
+    return "numel positive negative zero nan inf sum abs_sum square_sum min max abs_max abs_min_nonzero "
+           "weight_square_sum weight_abs_max dot "
+           "flip_compared flip_moving flip_count flip_dot flip_square_sum flip_previous_square_sum "
+           "histogram -96 31 top 16 | "
+           "update_numel update_square_sum update_before_square_sum update_used_square_sum update_dot update_moving "
+           "update_against update_stuck update_loss_dot update_loss_exact";
+}
+
+enum { FLOAT32, FLOAT64, BFLOAT16, FLOAT16 };
+static const int SIZE[] = {4, 8, 2, 2};
+
+enum { OPERANDS = 4 };
+enum { G, W, PREVIOUS, KEEP };           /* of summarize and, the first alone, of sample */
+enum { USED, BEFORE, AFTER, LOSS };      /* of compare */
+
+/* One tensor and what belongs to it. `layout` is where in `layouts` its axes stand: their number, their lengths, and for each
+ * operand its strides in entries. -1: all are contiguous. */
+typedef struct {
+    int64_t pointer[OPERANDS];
+    int64_t types; /* four bits each */
+    int64_t count;
+    int64_t layout;
+} task;
+
+/* --- reading ---------------------------------------------------------------------------------------------------------------- */
+
+enum { BLOCK = 1024, AXES = 8 };
+
+/* An operand as a walk through memory in logical order, or, when `axes` is 0, one straight line. */
+typedef struct {
+    char *base;
+    int type, size, axes;
+    int64_t length[AXES], stride[AXES]; /* in bytes, innermost last */
+} walk;
+
+/* Room for one block. */
+typedef struct {
+    float narrow[3][BLOCK];
+    double wide[OPERANDS][BLOCK];
+    uint64_t raw[OPERANDS][BLOCK];
+    uint16_t keys[BLOCK];
+} room;
+
+static walk walk_of(const task *t, const int64_t *layouts, int operand) {
+    walk w = {.base = (char *)(intptr_t)t->pointer[operand], .type = (int)(t->types >> (4 * operand)) & 15};
+    w.size = SIZE[w.type];
+    if (t->layout < 0)
+        return w;
+    const int64_t *layout = layouts + t->layout;
+    int axes = (int)layout[0];
+    const int64_t *length = layout + 1, *stride = length + axes * (1 + operand);
+    for (int axis = 0; axis < axes; axis++) {
+        if (length[axis] == 1)
+            continue;
+        int64_t bytes = stride[axis] * w.size;
+        if (w.axes && w.stride[w.axes - 1] == bytes * length[axis]) { /* goes on where the axis before it ends */
+            w.length[w.axes - 1] *= length[axis];
+            w.stride[w.axes - 1] = bytes;
+        } else {
+            w.length[w.axes] = length[axis];
+            w.stride[w.axes++] = bytes;
+        }
+    }
+    if (w.axes == 1 && w.stride[0] == w.size)
+        w.axes = 0;
+    return w;
+}
+
+INLINE void move_run(char *memory, int64_t stride, char *line, int64_t n, int size, int out) {
+    for (int64_t i = 0; i < n; i++) {
+        if (out)
+            memcpy(memory + i * stride, line + i * size, (size_t)size);
+        else
+            memcpy(line + i * size, memory + i * stride, (size_t)size);
+    }
+}
+
+/* Entries [start, start + n) in logical order from memory into a line, or out of the line into memory. */
+static void move(const walk *w, int64_t start, int64_t n, char *line, int out) {
+    int64_t at[AXES], rest = start;
+    char *memory = w->base;
+    for (int axis = w->axes - 1; axis >= 0; axis--) {
+        at[axis] = rest % w->length[axis];
+        rest /= w->length[axis];
+        memory += at[axis] * w->stride[axis];
+    }
+    int last = w->axes - 1;
+    while (n > 0) {
+        int64_t run = w->length[last] - at[last];
+        run = run < n ? run : n;
+        switch (w->size) {
+        case 2: move_run(memory, w->stride[last], line, run, 2, out); break;
+        case 4: move_run(memory, w->stride[last], line, run, 4, out); break;
+        default: move_run(memory, w->stride[last], line, run, 8, out);
+        }
+        n -= run;
+        line += run * w->size;
+        memory -= at[last] * w->stride[last];
+        at[last] = 0;
+        for (int axis = last - 1; axis >= 0; axis--) {
+            memory += w->stride[axis];
+            if (++at[axis] < w->length[axis])
+                break;
+            memory -= w->length[axis] * w->stride[axis];
+            at[axis] = 0;
+        }
+    }
+}
+
+INLINE float from_bits(uint32_t bits) {
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
+INLINE uint32_t bits_of(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    return bits;
+}
+
+INLINE uint64_t bits_of_double(double value) {
+    uint64_t bits;
+    memcpy(&bits, &value, 8);
+    return bits;
+}
+
+INLINE float half(uint16_t h) {
+    uint32_t magnitude = (uint32_t)(h & 0x7fff) << 13;
+    uint32_t bits = bits_of(from_bits(magnitude) * 0x1p112f); /* moves the exponent's zero from 15 to 127, denormals too */
+    bits = (h & 0x7c00) == 0x7c00 ? magnitude | 0x7f800000u : bits;
+    return from_bits(bits | (uint32_t)(h & 0x8000) << 16);
+}
+
+/* The line of a walk's entries [start, start + n), as they are; in place where memory is that line. */
+INLINE const void *line_of(const walk *w, int64_t start, int n, void *raw) {
+    char *memory = w->base + start * w->size;
+    if (w->axes == 0 && (uintptr_t)memory % (unsigned)w->size == 0)
+        return memory;
+    if (w->axes == 0)
+        memcpy(raw, memory, (size_t)n * (size_t)w->size);
+    else
+        move(w, start, n, raw, 0);
+    return raw;
+}
+
+INLINE const float *narrow(const void *line, int type, int n, float *out) {
+    if (type == FLOAT32)
+        return line;
+    const uint16_t *in = line;
+    if (type == BFLOAT16)
+        for (int i = 0; i < n; i++)
+            out[i] = from_bits((uint32_t)in[i] << 16);
+    else
+        for (int i = 0; i < n; i++)
+            out[i] = half(in[i]);
+    return out;
+}
+
+INLINE const double *wide(const void *line, int type, int n, float *between, double *out) {
+    if (type == FLOAT64)
+        return line;
+    const float *in = narrow(line, type, n, between);
+    for (int i = 0; i < n; i++)
+        out[i] = in[i];
+    return out;
+}
+
+/* --- what is known of a tensor ---------------------------------------------------------------------------------------------- */
+
+/* A key is sign and biased float exponent: 9 bits, 0 for a zero of either sign. Several tables, since counting the same key twice
+ * in a row would wait for memory. */
+enum { KEYS = 512, TABLES = 4, NEGATIVE_KEYS = 256, NOT_FINITE = 255, BIAS = 127 };
+
+typedef struct {
+    int count;
+    double magnitude[TOP], partial[TOP], value[TOP];
+    int64_t index[TOP];
+} largest;
+
+typedef struct {
+    int64_t zero, nan, compared, moving, flipped;
+    double sum, abs_sum, square_sum, weight_square_sum, dot, flip_dot, flip_square_sum, flip_previous_square_sum;
+    double low, high, abs_max, abs_min, weight_abs_max; /* infinite while there is nothing */
+    double update[UPDATES];
+    largest top;
+    int tables;
+    uint64_t keys[TABLES][KEYS];
+} state;
+
+static void begin(state *s, int64_t count) {
+    memset(s, 0, offsetof(state, keys));
+    s->tables = count < 4 * BLOCK ? 1 : TABLES;
+    memset(s->keys, 0, sizeof s->keys[0] * (size_t)s->tables);
+    s->low = s->abs_min = INFINITY;
+    s->high = s->abs_max = s->weight_abs_max = -INFINITY;
+}
+
+INLINE double lesser(double a, double b) { return b < a ? b : a; }
+INLINE double greater(double a, double b) { return b > a ? b : a; }
+
+static void insert(largest *top, double magnitude, double partial, int64_t index, double value) {
+    int at = top->count < TOP ? top->count++ : TOP - 1;
+    while (at > 0 && (top->magnitude[at - 1] < magnitude ||
+                      (top->magnitude[at - 1] == magnitude && top->index[at - 1] > index))) {
+        top->magnitude[at] = top->magnitude[at - 1];
+        top->partial[at] = top->partial[at - 1];
+        top->index[at] = top->index[at - 1];
+        top->value[at] = top->value[at - 1];
+        at--;
+    }
+    top->magnitude[at] = magnitude;
+    top->partial[at] = partial;
+    top->index[at] = index;
+    top->value[at] = value;
+}
+
+INLINE int belongs(const largest *top, double magnitude, int64_t index) {
+    return top->count < TOP || magnitude > top->magnitude[TOP - 1] ||
+           (magnitude == top->magnitude[TOP - 1] && index < top->index[TOP - 1]);
+}
+
+static void merge(state *into, const state *s) {
+    into->zero += s->zero;
+    into->nan += s->nan;
+    into->compared += s->compared;
+    into->moving += s->moving;
+    into->flipped += s->flipped;
+    into->sum += s->sum;
+    into->abs_sum += s->abs_sum;
+    into->square_sum += s->square_sum;
+    into->weight_square_sum += s->weight_square_sum;
+    into->dot += s->dot;
+    into->flip_dot += s->flip_dot;
+    into->flip_square_sum += s->flip_square_sum;
+    into->flip_previous_square_sum += s->flip_previous_square_sum;
+    into->low = lesser(into->low, s->low);
+    into->abs_min = lesser(into->abs_min, s->abs_min);
+    into->high = greater(into->high, s->high);
+    into->abs_max = greater(into->abs_max, s->abs_max);
+    into->weight_abs_max = greater(into->weight_abs_max, s->weight_abs_max);
+    for (int i = 0; i < UPDATES; i++)
+        into->update[i] += s->update[i];
+    for (int i = 0; i < s->top.count; i++)
+        if (belongs(&into->top, s->top.magnitude[i], s->top.index[i]))
+            insert(&into->top, s->top.magnitude[i], s->top.partial[i], s->top.index[i], s->top.value[i]);
+    for (int table = 0; table < s->tables; table++)
+        for (int key = 0; key < KEYS; key++)
+            into->keys[0][key] += s->keys[table][key];
+}
+
+/* --- the fast way: float, all finite ---------------------------------------------------------------------------------------- */
+
+#define INFINITE_BITS 0x7f800000u
+
+INLINE void count_keys(state *s, const uint16_t *keys, int n) {
+    int i = 0;
+    if (s->tables == TABLES)
+        for (; i + TABLES <= n; i += TABLES)
+            for (int table = 0; table < TABLES; table++)
+                s->keys[table][keys[i + table]]++;
+    for (; i < n; i++)
+        s->keys[0][keys[i]]++;
+}
+
+INLINE void add_fast(state *s, const float *g, const float *w, const float *p, int n, const int has_w, const int has_p) {
+    double sum = 0, abs_sum = 0, square_sum = 0, w_square = 0, dot = 0, p_square = 0, p_dot = 0;
+#pragma omp simd reduction(+ : sum, abs_sum, square_sum, w_square, dot, p_square, p_dot)
+    for (int i = 0; i < n; i++) {
+        double x = g[i];
+        sum += x;
+        abs_sum += fabs(x);
+        square_sum += x * x;
+        if (has_w) {
+            double y = w[i];
+            w_square += y * y;
+            dot += x * y;
+        }
+        if (has_p) {
+            double z = p[i];
+            p_square += z * z;
+            p_dot += x * z;
+        }
+    }
+    s->sum += sum;
+    s->abs_sum += abs_sum;
+    s->square_sum += square_sum;
+    s->weight_square_sum += w_square;
+    s->dot += dot;
+    if (has_p) {
+        s->flip_dot += p_dot;
+        s->flip_square_sum += square_sum;
+        s->flip_previous_square_sum += p_square;
+    }
+}
+
+INLINE uint32_t largest_bits(const float *x, int n) {
+    uint32_t top = 0;
+#pragma omp simd reduction(max : top)
+    for (int i = 0; i < n; i++) {
+        uint32_t a = bits_of(x[i]) & 0x7fffffffu;
+        top = a > top ? a : top;
+    }
+    return top;
+}
+
+/* Whether the block was all finite and is done; `*above` is then its largest magnitude. */
+INLINE int fast(state *s, const float *g, const float *w, const float *p, int n, uint16_t *keys, double *above) {
+    uint32_t top = 0, below = UINT32_MAX, zero = 0;
+    float low = INFINITY, high = -INFINITY;
+#pragma omp simd reduction(max : top, high) reduction(min : below, low) reduction(+ : zero)
+    for (int i = 0; i < n; i++) {
+        uint32_t bits = bits_of(g[i]), a = bits & 0x7fffffffu;
+        top = a > top ? a : top;
+        below = a - 1 < below ? a - 1 : below; /* a zero becomes the largest */
+        zero += a == 0;
+        low = g[i] < low ? g[i] : low;
+        high = g[i] > high ? g[i] : high;
+        keys[i] = (uint16_t)(a ? bits >> 23 : 0);
+    }
+    uint32_t w_top = w ? largest_bits(w, n) : 0, p_top = p ? largest_bits(p, n) : 0;
+    if (top >= INFINITE_BITS || w_top >= INFINITE_BITS || p_top >= INFINITE_BITS)
+        return 0;
+    if (p) {
+        uint32_t moving = 0, flipped = 0;
+#pragma omp simd reduction(+ : moving, flipped)
+        for (int i = 0; i < n; i++) {
+            uint32_t a = bits_of(g[i]), b = bits_of(p[i]);
+            uint32_t both = (a << 1 != 0) & (b << 1 != 0);
+            moving += both;
+            flipped += both & ((a ^ b) >> 31);
+        }
+        s->compared += n;
+        s->moving += moving;
+        s->flipped += flipped;
+    }
+    s->zero += zero;
+    s->low = lesser(s->low, low);
+    s->high = greater(s->high, high);
+    *above = from_bits(top);
+    s->abs_max = greater(s->abs_max, *above);
+    if (below < UINT32_MAX)
+        s->abs_min = lesser(s->abs_min, from_bits(below + 1));
+    if (w)
+        s->weight_abs_max = greater(s->weight_abs_max, from_bits(w_top));
+    if (w && p)
+        add_fast(s, g, w, p, n, 1, 1);
+    else if (w)
+        add_fast(s, g, w, p, n, 1, 0);
+    else if (p)
+        add_fast(s, g, w, p, n, 0, 1);
+    else
+        add_fast(s, g, w, p, n, 0, 0);
+    return 1;
+}
+
+/* --- the careful way: each entry is asked whether it is finite ---------------------------------------------------------------- */
+
+INLINE int64_t is_finite(double x) { return fabs(x) <= DBL_MAX; }
+
+INLINE void careful(state *s, const double *g, const double *w, const double *p, int n, uint16_t *keys, double *above) {
+    double sum = 0, abs_sum = 0, square_sum = 0, low = INFINITY, high = -INFINITY, top = -INFINITY, least = INFINITY;
+    int64_t zero = 0, nan = 0;
+#pragma omp simd reduction(+ : sum, abs_sum, square_sum, zero, nan) reduction(max : high, top) reduction(min : low, least)
+    for (int i = 0; i < n; i++) {
+        int64_t fine = is_finite(g[i]);
+        double x = fine ? g[i] : 0, a = fabs(x), from = fine ? x : INFINITY, to = fine ? x : -INFINITY;
+        double size = fine ? a : -INFINITY, moved = a > 0 ? a : INFINITY;
+        sum += x;
+        abs_sum += a;
+        square_sum += x * x;
+        low = from < low ? from : low;
+        high = to > high ? to : high;
+        top = size > top ? size : top;
+        least = moved < least ? moved : least;
+        zero += g[i] == 0;
+        nan += g[i] != g[i];
+    }
+    for (int i = 0; i < n; i++) {
+        uint64_t bits = bits_of_double(g[i]);
+        int64_t exponent = (int64_t)(bits >> 52 & 0x7ff);
+        int64_t key = exponent - (1023 - BIAS);
+        key = key < 0 ? 0 : key;
+        key = key > NOT_FINITE - 1 ? NOT_FINITE - 1 : key;
+        key = exponent == 0x7ff ? NOT_FINITE : key;
+        key += bits >> 63 ? NEGATIVE_KEYS : 0;
+        keys[i] = (uint16_t)(bits << 1 ? key : 0);
+    }
+    s->sum += sum;
+    s->abs_sum += abs_sum;
+    s->square_sum += square_sum;
+    s->zero += zero;
+    s->nan += nan;
+    s->low = lesser(s->low, low);
+    s->high = greater(s->high, high);
+    s->abs_max = greater(s->abs_max, top);
+    s->abs_min = lesser(s->abs_min, least);
+    *above = top;
+    if (w) {
+        double w_square = 0, dot = 0, w_top = -INFINITY;
+#pragma omp simd reduction(+ : w_square, dot) reduction(max : w_top)
+        for (int i = 0; i < n; i++) {
+            int64_t fine = is_finite(w[i]);
+            double x = is_finite(g[i]) ? g[i] : 0, y = fine ? w[i] : 0, size = fine ? fabs(y) : -INFINITY;
+            w_square += y * y;
+            dot += x * y;
+            w_top = size > w_top ? size : w_top;
+        }
+        s->weight_square_sum += w_square;
+        s->dot += dot;
+        s->weight_abs_max = greater(s->weight_abs_max, w_top);
+    }
+    if (p) {
+        double p_dot = 0, x_square = 0, p_square = 0;
+        int64_t compared = 0, moving = 0, flipped = 0;
+#pragma omp simd reduction(+ : p_dot, x_square, p_square, compared, moving, flipped)
+        for (int i = 0; i < n; i++) {
+            int64_t both = is_finite(g[i]) & is_finite(p[i]);
+            double x = both ? g[i] : 0, z = both ? p[i] : 0;
+            int64_t moved = (x != 0) & (z != 0);
+            compared += both;
+            moving += moved;
+            flipped += moved & ((x < 0) != (z < 0));
+            p_dot += x * z;
+            x_square += x * x;
+            p_square += z * z;
+        }
+        s->compared += compared;
+        s->moving += moving;
+        s->flipped += flipped;
+        s->flip_dot += p_dot;
+        s->flip_square_sum += x_square;
+        s->flip_previous_square_sum += p_square;
+    }
+}
+
+/* --- summarize ---------------------------------------------------------------------------------------------------------------- */
+
+/* All operands share one permuted but gapless layout: then memory order serves everything but the indices. */
+typedef struct {
+    int axes;
+    int64_t length[AXES], memory[AXES], logical[AXES]; /* strides in entries, by falling memory stride */
+} order;
+
+static int shared_order(const task *t, const int64_t *layouts, order *o) {
+    const int64_t *layout = layouts + t->layout;
+    int axes = (int)layout[0];
+    const int64_t *length = layout + 1, *stride = length + axes;
+    int64_t logical = 1;
+    o->axes = 0;
+    for (int axis = axes - 1; axis >= 0; axis--) {
+        if (length[axis] == 1)
+            continue;
+        for (int operand = 1; operand < OPERANDS; operand++)
+            if (t->pointer[operand] && stride[axes * operand + axis] != stride[axis])
+                return 0;
+        int at = o->axes++;
+        for (; at > 0 && o->memory[at - 1] < stride[axis]; at--) {
+            o->length[at] = o->length[at - 1];
+            o->memory[at] = o->memory[at - 1];
+            o->logical[at] = o->logical[at - 1];
+        }
+        o->length[at] = length[axis];
+        o->memory[at] = stride[axis];
+        o->logical[at] = logical;
+        logical *= length[axis];
+    }
+    int64_t expected = 1;
+    for (int at = o->axes - 1; at >= 0; at--) {
+        if (o->memory[at] != expected)
+            return 0;
+        expected *= o->length[at];
+    }
+    return 1;
+}
+
+static int64_t logical_index(const order *o, int64_t memory) {
+    int64_t index = 0;
+    for (int at = 0; at < o->axes; at++) {
+        index += memory / o->memory[at] * o->logical[at];
+        memory %= o->memory[at];
+    }
+    return index;
+}
+
+/* The block's entries that are among the largest. `o` is NULL where memory order is logical order. */
+#define FIND(name, real)                                                                                                          \
+    INLINE void name(largest *top, const real *g, const real *w, int n, int64_t start, const order *o) {                         \
+        for (int i = 0; i < n; i++) {                                                                                             \
+            double magnitude = fabs((double)g[i]);                                                                                \
+            if (!(magnitude <= DBL_MAX) || (top->count == TOP && magnitude < top->magnitude[TOP - 1]))                            \
+                continue;                                                                                                         \
+            int64_t index = o ? logical_index(o, start + i) : start + i;                                                          \
+            if (belongs(top, magnitude, index))                                                                                   \
+                insert(top, magnitude, (double)g[i] + 0.0, index, w ? (double)w[i] : NAN);                                        \
+        }                                                                                                                         \
+    }
+FIND(find_float, float)
+FIND(find_double, double)
+
+/* Entries [start, stop) of a tensor. */
+INLINE void summarize_piece(const task *t, const int64_t *layouts, int64_t start, int64_t stop, state *s, room *r) {
+    order shared, *o = NULL;
+    task straight = *t;
+    if (t->layout >= 0 && shared_order(t, layouts, &shared)) {
+        o = &shared;
+        straight.layout = -1;
+    }
+    walk walks[OPERANDS];
+    int is_wide = 0;
+    for (int operand = 0; operand < OPERANDS; operand++)
+        if (t->pointer[operand]) {
+            walks[operand] = walk_of(&straight, layouts, operand);
+            is_wide |= walks[operand].type == FLOAT64;
+        }
+    for (int64_t at = start; at < stop; at += BLOCK) {
+        int n = (int)(stop - at < BLOCK ? stop - at : BLOCK);
+        const void *lines[3] = {NULL, NULL, NULL};
+        for (int operand = 0; operand < 3; operand++)
+            if (t->pointer[operand])
+                lines[operand] = line_of(&walks[operand], at, n, r->raw[operand]);
+        const float *x[3] = {NULL, NULL, NULL};
+        double above = 0;
+        int done = 0;
+        if (!is_wide) {
+            for (int operand = 0; operand < 3; operand++)
+                if (lines[operand])
+                    x[operand] = narrow(lines[operand], walks[operand].type, n, r->narrow[operand]);
+            done = fast(s, x[G], x[W], x[PREVIOUS], n, r->keys, &above);
+        }
+        const double *y[3] = {NULL, NULL, NULL};
+        if (!done) {
+            for (int operand = 0; operand < 3; operand++)
+                if (lines[operand])
+                    y[operand] = wide(lines[operand], walks[operand].type, n, r->narrow[operand], r->wide[operand]);
+            careful(s, y[G], y[W], y[PREVIOUS], n, r->keys, &above);
+        }
+        count_keys(s, r->keys, n);
+        if (s->top.count < TOP || above > s->top.magnitude[TOP - 1] || (o && above == s->top.magnitude[TOP - 1])) {
+            if (done)
+                find_float(&s->top, x[G], x[W], n, at, o);
+            else
+                find_double(&s->top, y[G], y[W], n, at, o);
+        }
+        if (t->pointer[KEEP]) {
+            if (walks[KEEP].axes)
+                move(&walks[KEEP], at, n, (char *)(intptr_t)lines[G], 1);
+            else
+                memmove(walks[KEEP].base + at * walks[KEEP].size, lines[G], (size_t)n * (size_t)walks[KEEP].size);
+        }
+    }
+}
+
+static double or_nothing(double extreme) { return extreme > -INFINITY && extreme < INFINITY ? extreme + 0.0 : NAN; }
+
+/* Counts by bucket, from counts by key; returns how many there are. `zero` entries of key 0 are not among them. */
+static double write_buckets(double *row, const uint64_t *keys, int64_t zero) {
+    double counts[NOT_FINITE], total = 0;
+    memset(row, 0, sizeof(double) * BUCKETS);
+    for (int key = 0; key < NOT_FINITE; key++)
+        counts[key] = (double)keys[key];
+    counts[0] -= (double)zero;
+    for (int key = 0; key < NOT_FINITE; key++) {
+        int exponent = key - BIAS;
+        exponent = exponent < EXPONENT_MIN ? EXPONENT_MIN : exponent > EXPONENT_MAX ? EXPONENT_MAX : exponent;
+        row[exponent - EXPONENT_MIN] += counts[key];
+        total += counts[key];
+    }
+    return total;
+}
+
+static void write_summary(const task *t, state *s, double *row) {
+    for (int table = 1; table < s->tables; table++)
+        for (int key = 0; key < KEYS; key++)
+            s->keys[0][key] += s->keys[table][key];
+    const uint64_t *keys = s->keys[0];
+    row[NUMEL] = (double)t->count;
+    row[NEGATIVE] = write_buckets(row + HISTOGRAM, keys + NEGATIVE_KEYS, 0);
+    row[POSITIVE] = write_buckets(row + HISTOGRAM + BUCKETS, keys, s->zero);
+    row[ZERO] = (double)s->zero;
+    row[NAN_] = (double)s->nan;
+    row[INF] = (double)(keys[NOT_FINITE] + keys[NEGATIVE_KEYS + NOT_FINITE]) - (double)s->nan;
+    row[SUM] = s->sum;
+    row[ABS_SUM] = s->abs_sum;
+    row[SQUARE_SUM] = s->square_sum;
+    row[MIN] = or_nothing(s->low);
+    row[MAX] = or_nothing(s->high);
+    row[ABS_MAX] = or_nothing(s->abs_max);
+    row[ABS_MIN_NONZERO] = or_nothing(s->abs_min);
+    row[WEIGHT_SQUARE_SUM] = t->pointer[W] ? s->weight_square_sum : NAN;
+    row[WEIGHT_ABS_MAX] = t->pointer[W] ? or_nothing(s->weight_abs_max) : NAN;
+    row[DOT] = t->pointer[W] ? s->dot : NAN;
+    row[FLIP_COMPARED] = (double)s->compared;
+    row[FLIP_MOVING] = (double)s->moving;
+    row[FLIP_COUNT] = (double)s->flipped;
+    row[FLIP_DOT] = t->pointer[PREVIOUS] ? s->flip_dot : NAN;
+    row[FLIP_SQUARE_SUM] = t->pointer[PREVIOUS] ? s->flip_square_sum : NAN;
+    row[FLIP_PREVIOUS_SQUARE_SUM] = t->pointer[PREVIOUS] ? s->flip_previous_square_sum : NAN;
+    for (int i = 0; i < TOP; i++) {
+        int there = i < s->top.count;
+        row[TOP_PARTIAL + i] = there ? s->top.partial[i] : NAN;
+        row[TOP_INDEX + i] = there ? (double)s->top.index[i] : -1;
+        row[TOP_VALUE + i] = there ? s->top.value[i] : NAN;
+    }
+}
+
+/* --- compare ------------------------------------------------------------------------------------------------------------------ */
+
+INLINE void compare_piece(const task *t, const int64_t *layouts, int64_t start, int64_t stop, state *s, room *r) {
+    walk walks[OPERANDS];
+    for (int operand = 0; operand < OPERANDS; operand++)
+        if (t->pointer[operand])
+            walks[operand] = walk_of(t, layouts, operand);
+    double *u = s->update;
+    for (int64_t at = start; at < stop; at += BLOCK) {
+        int n = (int)(stop - at < BLOCK ? stop - at : BLOCK);
+        const double *x[OPERANDS] = {NULL, NULL, NULL, NULL};
+        for (int operand = 0; operand < OPERANDS; operand++)
+            if (t->pointer[operand])
+                x[operand] = wide(line_of(&walks[operand], at, n, r->raw[operand]), walks[operand].type, n, r->narrow[0],
+                                  r->wide[operand]);
+        const double *before = x[BEFORE], *after = x[AFTER], *used = x[USED], *loss = x[LOSS];
+        double squares = 0, before_squares = 0;
+#pragma omp simd reduction(+ : squares, before_squares)
+        for (int i = 0; i < n; i++) {
+            double dw = after[i] - before[i];
+            int64_t fine = is_finite(dw);
+            double d = fine ? dw : 0, b = fine ? before[i] : 0;
+            squares += d * d;
+            before_squares += b * b;
+        }
+        u[UPDATE_SQUARE_SUM] += squares;
+        u[UPDATE_BEFORE_SQUARE_SUM] += before_squares;
+        if (used) {
+            double used_squares = 0, dot = 0;
+            int64_t moving = 0, against = 0, stuck = 0;
+#pragma omp simd reduction(+ : used_squares, dot, moving, against, stuck)
+            for (int i = 0; i < n; i++) {
+                double dw = after[i] - before[i];
+                int64_t fine = is_finite(dw) & is_finite(used[i]);
+                double d = fine ? dw : 0, g = fine ? used[i] : 0;
+                int64_t asked = g != 0, moved = d != 0;
+                used_squares += g * g;
+                dot += g * d;
+                moving += asked & moved;
+                against += asked & moved & ((g > 0) == (d > 0));
+                stuck += asked & !moved;
+            }
+            u[UPDATE_USED_SQUARE_SUM] += used_squares;
+            u[UPDATE_DOT] += dot;
+            u[UPDATE_MOVING] += (double)moving;
+            u[UPDATE_AGAINST] += (double)against;
+            u[UPDATE_STUCK] += (double)stuck;
+        }
+        if (loss) {
+            double dot = 0;
+#pragma omp simd reduction(+ : dot)
+            for (int i = 0; i < n; i++) {
+                double dw = after[i] - before[i];
+                int64_t fine = is_finite(dw) & is_finite(loss[i]);
+                double d = fine ? dw : 0, g = fine ? loss[i] : 0;
+                dot += g * d;
+            }
+            u[UPDATE_LOSS_DOT] += dot;
+        }
+    }
+}
+
+static void write_update(const task *t, state *s, double *row) {
+    memcpy(row, s->update, sizeof s->update);
+    row[UPDATE_NUMEL] = (double)t->count;
+    if (!t->pointer[USED])
+        row[UPDATE_USED_SQUARE_SUM] = row[UPDATE_DOT] = NAN;
+    if (!t->pointer[LOSS])
+        row[UPDATE_LOSS_DOT] = NAN;
+    row[UPDATE_LOSS_EXACT] = t->pointer[LOSS] ? 1 : NAN;
+}
+
+/* --- the same code for each kind of processor ----------------------------------------------------------------------------------- */
+
+typedef void (*piece)(const task *, const int64_t *, int64_t, int64_t, state *, room *);
+
+#define VARIANT(name, attributes)                                                                                                 \
+    attributes static void summarize_##name(const task *t, const int64_t *l, int64_t a, int64_t b, state *s, room *r) {          \
+        summarize_piece(t, l, a, b, s, r);                                                                                        \
+    }                                                                                                                             \
+    attributes static void compare_##name(const task *t, const int64_t *l, int64_t a, int64_t b, state *s, room *r) {            \
+        compare_piece(t, l, a, b, s, r);                                                                                          \
+    }
+
+VARIANT(plain, )
+#ifdef HAVE_VARIANTS
+VARIANT(avx2, __attribute__((target("avx2,fma,bmi,bmi2"))))
+VARIANT(avx512, __attribute__((target("avx2,fma,bmi,bmi2,avx512f,avx512bw,avx512dq,avx512vl"))))
+#endif
+
+static const piece SUMMARIZE[] = {
+    summarize_plain,
+#ifdef HAVE_VARIANTS
+    summarize_avx2,
+    summarize_avx512,
+#endif
+};
+static const piece COMPARE[] = {
+    compare_plain,
+#ifdef HAVE_VARIANTS
+    compare_avx2,
+    compare_avx512,
+#endif
+};
+
+/* The best variant that this processor runs: 0 plain (on ARM that is NEON), 1 AVX2, 2 AVX-512. */
+EXPORT int gradlens_variant(void) {
+#ifdef HAVE_VARIANTS
+    __builtin_cpu_init();
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("bmi2"))
+        return 0;
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                   __builtin_cpu_supports("avx512vl")
+               ? 2
+               : 1;
+#else
+    return 0;
+#endif
+}
+
+/* --- sharing the work ------------------------------------------------------------------------------------------------------------ */
+
+typedef struct {
+    int64_t task, entry;
+} cut;
+
+/* One thread's stretch of all entries. A tensor that it shares with others is left as a part, at most one at each end. */
+typedef struct {
+    const task *tasks;
+    const int64_t *layouts;
+    double *rows;
+    int64_t width;
+    piece work;
+    void (*write)(const task *, state *, double *);
+    cut from, to;
+    int parts;
+    int64_t part_task[2];
+    state part[2];
+} job;
+
+static void run(job *j) {
+    room r;
+    state whole;
+    j->parts = 0;
+    for (int64_t i = j->from.task; i <= j->to.task; i++) {
+        int64_t start = i == j->from.task ? j->from.entry : 0;
+        if (i == j->to.task && j->to.entry == 0)
+            break;
+        const task *t = j->tasks + i;
+        int64_t stop = i == j->to.task ? j->to.entry : t->count;
+        int all = start == 0 && stop == t->count;
+        state *s = all ? &whole : &j->part[j->parts];
+        begin(s, stop - start);
+        j->work(t, j->layouts, start, stop, s, &r);
+        if (all)
+            j->write(t, s, j->rows + i * j->width);
+        else
+            j->part_task[j->parts++] = i;
+    }
+}
+
+/* Subnormal numbers count as what they are, whatever torch.set_flush_denormal says. */
+static void *run_exactly(void *argument) {
+#ifdef HAVE_VARIANTS
+    unsigned mode = _mm_getcsr();
+    _mm_setcsr(mode & ~0x8040u);
+    run(argument);
+    _mm_setcsr(mode);
+#else
+    run(argument);
+#endif
+    return NULL;
+}
+
+enum { THREADS = 64 };
+
+static void write_parts(job *jobs, int threads) {
+    job *owner = NULL; /* whose first or last part collects */
+    int at = 0;
+    for (int i = 0; i < threads; i++)
+        for (int part = 0; part < jobs[i].parts; part++) {
+            if (owner && owner->part_task[at] == jobs[i].part_task[part]) {
+                merge(&owner->part[at], &jobs[i].part[part]);
+                continue;
+            }
+            if (owner)
+                owner->write(owner->tasks + owner->part_task[at], &owner->part[at], owner->rows + owner->part_task[at] * owner->width);
+            owner = &jobs[i];
+            at = part;
+        }
+    if (owner)
+        owner->write(owner->tasks + owner->part_task[at], &owner->part[at], owner->rows + owner->part_task[at] * owner->width);
+}
+
+/* Where each thread begins: entries shared evenly, tensors cut between blocks. */
+static void share(const task *tasks, int64_t n, cut *cuts, int threads) {
+    int64_t total = 0, passed = 0, i = 0;
+    for (int64_t k = 0; k < n; k++)
+        total += tasks[k].count;
+    cuts[0] = (cut){0, 0};
+    for (int k = 1; k < threads; k++) {
+        int64_t wanted = total / threads * k;
+        while (i < n && passed + tasks[i].count <= wanted)
+            passed += tasks[i++].count;
+        cuts[k] = (cut){i, i < n ? (wanted - passed) / BLOCK * BLOCK : 0};
+    }
+    cuts[threads] = (cut){n, 0};
+}
+
+static void run_all(const job *model, int64_t n, int threads) {
+    job alone, *jobs = &alone;
+    cut cuts[THREADS + 1];
+    threads = threads < 1 ? 1 : threads > THREADS ? THREADS : threads;
+#ifdef HAVE_THREADS
+    if (threads > 1 && !(jobs = malloc(sizeof(job) * (size_t)threads)))
+        jobs = &alone;
+#endif
+    if (jobs == &alone)
+        threads = 1;
+    share(model->tasks, n, cuts, threads);
+    for (int k = 0; k < threads; k++) {
+        memcpy(&jobs[k], model, offsetof(job, part));
+        jobs[k].from = cuts[k];
+        jobs[k].to = cuts[k + 1];
+    }
+#ifdef HAVE_THREADS
+    pthread_t handles[THREADS];
+    int started[THREADS] = {0};
+    for (int k = 1; k < threads; k++)
+        started[k] = pthread_create(&handles[k], NULL, run_exactly, &jobs[k]) == 0;
+    run_exactly(&jobs[0]);
+    for (int k = 1; k < threads; k++)
+        if (started[k])
+            pthread_join(handles[k], NULL);
+        else
+            run_exactly(&jobs[k]);
+#else
+    run_exactly(&jobs[0]);
+#endif
+    write_parts(jobs, threads);
+    if (jobs != &alone)
+        free(jobs);
+}
+
+EXPORT void gradlens_summarize(const task *tasks, int64_t n, const int64_t *layouts, double *rows, int threads, int variant) {
+    job model = {.tasks = tasks, .layouts = layouts, .rows = rows, .width = WIDTH, .work = SUMMARIZE[variant], .write = write_summary};
+    run_all(&model, n, threads);
+}
+
+EXPORT void gradlens_compare(const task *tasks, int64_t n, const int64_t *layouts, double *rows, int threads, int variant) {
+    job model = {.tasks = tasks, .layouts = layouts, .rows = rows, .width = UPDATES, .work = COMPARE[variant], .write = write_update};
+    run_all(&model, n, threads);
+}
+
+EXPORT void gradlens_sample(const task *tasks, int64_t n, const int64_t *layouts, double *rows, int threads, int variant) {
+    (void)threads, (void)variant;
+    for (int64_t i = 0; i < n; i++) {
+        walk w = walk_of(&tasks[i], layouts, G);
+        int64_t count = tasks[i].count;
+        for (int k = 0; k < SAMPLES; k++) {
+            uint64_t raw;
+            float between;
+            double value = 0;
+            if (k < count) {
+                int64_t at = count > SAMPLES ? k * (count - 1) / (SAMPLES - 1) : k;
+                value = *wide(line_of(&w, at, 1, &raw), w.type, 1, &between, &value);
+            }
+            rows[i * SAMPLES + k] = value;
+        }
+    }
+}
