@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 
 .PHONY: demo test lint clean
 
-$(INSTALLED): pyproject.toml constraints.txt $(wildcard setup.py)
+$(INSTALLED): pyproject.toml constraints.txt setup.py gradlens/kernels/native.c
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "gradlens needs Python 3.11 or newer: make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'

@@ -75,7 +75,11 @@ class Native:
     variant: int
 
     def summarize(
-        self, gradients: Sequence[Tensor], weights: Holes | None = None, previous: Holes | None = None, keep: Holes | None = None
+        self,
+        gradients: Sequence[Tensor],
+        weights: Holes | None = None,
+        previous: Holes | None = None,
+        keep: Holes | None = None,
     ) -> Tensor:
         """As `reference.summarize`."""
         columns = [gradients, weights, previous, keep]
@@ -157,7 +161,10 @@ class _Work:
             tensor = local().detach()
             self._local.append(tensor)
         fits = (
-            type(tensor) in _PLAIN and tensor.layout == torch.strided and tensor.is_cpu and tensor.dtype in _TYPES
+            type(tensor) in _PLAIN
+            and tensor.layout == torch.strided
+            and tensor.is_cpu
+            and tensor.dtype in _TYPES
             and not (tensor.is_conj() or tensor.is_neg() or tensor._is_zerotensor() or tensor.is_inference())
             and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
         )
