@@ -58,7 +58,8 @@ def load(path: Path = LIBRARY) -> Native:
         raise UnavailableError("the native kernel was built for other columns; install gradlens again")
     arguments = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_int]
     for call in (library.gradlens_summarize, library.gradlens_compare, library.gradlens_sample):
-        call.argtypes, call.restype = arguments, None
+        call.argtypes = tuple(arguments)
+        call.restype = None
     return Native(library, library.gradlens_variant())
 
 
@@ -182,7 +183,7 @@ def _end(tensor: Tensor) -> int:
     if not tensor.numel():
         return 0
     last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return (tensor.storage_offset() + last + 1) * tensor.element_size()
+    return int(tensor.storage_offset() + last + 1) * tensor.element_size()
 
 
 def _may_keep(keep: Tensor, operands: Sequence[Tensor | None]) -> bool:
