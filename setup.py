@@ -11,7 +11,7 @@ from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
-FLAGS = ["-std=gnu99", "-O3", "-fopenmp-simd", "-ffp-contract=off", "-fvisibility=hidden", "-pthread"]
+FLAGS = ["-std=gnu99", "-O3", "-g0", "-fopenmp-simd", "-ffp-contract=off", "-fvisibility=hidden", "-pthread"]
 
 
 class BuildLibrary(build_ext):

@@ -1,21 +1,59 @@
 """Lists of tensors in, rows of numbers out: the one place where gradients are read.
 
 `reference` is the definition in plain torch; the other backends equal it and are faster. The backend is picked here, by
-device and by what a tensor is. All tensors of a call live on one device; the rows are float64 there, and nothing waits for
-the device. Gradients may be of any floating or complex type, strided or sparse.
+device: `native` on the CPU where it was built, the reference elsewhere. What a backend cannot read goes to the reference,
+tensor by tensor. All tensors of a call live on one device; the rows are float64 there, and nothing waits for the device.
+Gradients may be of any floating or complex type, strided or sparse.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import warnings
 from collections.abc import Sequence
+from typing import Protocol
 
+import torch
 from torch import Tensor
 
-from gradlens.kernels import reference
+from gradlens.errors import GradlensWarning
+from gradlens.kernels import native, reference
 
 __all__ = ["summarize", "compare", "sample"]
 
 Holes = Sequence[Tensor | None]  #: one entry a tensor, None where there is none
+
+
+class Backend(Protocol):
+    """One way to read tensors: what this package offers."""
+
+    def summarize(
+        self, gradients: Sequence[Tensor], weights: Holes | None, previous: Holes | None, keep: Holes | None, /
+    ) -> Tensor: ...
+
+    def compare(self, used: Holes, before: Sequence[Tensor], after: Sequence[Tensor], loss: Holes | None, /) -> Tensor: ...
+
+    def sample(self, tensors: Sequence[Tensor], /) -> Tensor: ...
+
+
+def _backend(tensors: Sequence[Tensor]) -> Backend:
+    """What reads tensors of their device."""
+    with torch._C.DisableTorchFunctionSubclass():
+        kind = tensors[0].device.type if tensors else "cpu"
+    return (_native() if kind == "cpu" else None) or reference
+
+
+@functools.cache
+def _native() -> Backend | None:
+    """The native kernel; or none, and a note, once, on how to get it."""
+    try:
+        return native.load()
+    except native.UnavailableError as error:
+        text = f"{error}; torch operations stand in for it, many times slower"
+        with contextlib.suppress(Exception):  # warnings may be turned into errors; not in a training step
+            warnings.warn(GradlensWarning(text), stacklevel=2)
+        return None
 
 
 def summarize(
@@ -35,7 +73,7 @@ def summarize(
     Raises:
         ArgumentError: Sequences or tensors whose sizes do not match.
     """
-    return reference.summarize(gradients, weights, previous, keep)
+    return _backend(gradients).summarize(gradients, weights, previous, keep)
 
 
 def compare(used: Holes, before: Sequence[Tensor], after: Sequence[Tensor], loss: Holes | None = None) -> Tensor:
@@ -49,7 +87,7 @@ def compare(used: Holes, before: Sequence[Tensor], after: Sequence[Tensor], loss
     Raises:
         ArgumentError: Sequences or tensors whose sizes do not match.
     """
-    return reference.compare(used, before, after, loss)
+    return _backend(before).compare(used, before, after, loss)
 
 
 def sample(tensors: Sequence[Tensor]) -> Tensor:
@@ -57,4 +95,4 @@ def sample(tensors: Sequence[Tensor]) -> Tensor:
 
     Two tensors of one size whose samples are bit-equal are taken to be unchanged.
     """
-    return reference.sample(tensors)
+    return _backend(tensors).sample(tensors)

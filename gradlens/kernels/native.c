@@ -827,15 +827,28 @@ static void run(job *j) {
 }
 
 /* Subnormal numbers count as what they are, whatever torch.set_flush_denormal says. */
-static void *run_exactly(void *argument) {
-#ifdef HAVE_VARIANTS
+static unsigned keep_subnormals(void) {
+#if defined(HAVE_VARIANTS)
     unsigned mode = _mm_getcsr();
     _mm_setcsr(mode & ~0x8040u);
-    run(argument);
+    return mode;
+#else
+    return 0;
+#endif
+}
+
+static void restore(unsigned mode) {
+#if defined(HAVE_VARIANTS)
     _mm_setcsr(mode);
 #else
-    run(argument);
+    (void)mode;
 #endif
+}
+
+static void *run_exactly(void *argument) {
+    unsigned mode = keep_subnormals();
+    run(argument);
+    restore(mode);
     return NULL;
 }
 
@@ -919,11 +932,10 @@ EXPORT void gradlens_compare(const task *tasks, int64_t n, const int64_t *layout
     run_all(&model, n, threads);
 }
 
-EXPORT void gradlens_sample(const task *tasks, int64_t n, const int64_t *layouts, double *rows, int threads, int variant) {
-    (void)threads, (void)variant;
+static void sample(const job *j, int64_t n) {
     for (int64_t i = 0; i < n; i++) {
-        walk w = walk_of(&tasks[i], layouts, G);
-        int64_t count = tasks[i].count;
+        walk w = walk_of(&j->tasks[i], j->layouts, G);
+        int64_t count = j->tasks[i].count;
         for (int k = 0; k < SAMPLES; k++) {
             uint64_t raw;
             float between;
@@ -932,7 +944,15 @@ EXPORT void gradlens_sample(const task *tasks, int64_t n, const int64_t *layouts
                 int64_t at = count > SAMPLES ? k * (count - 1) / (SAMPLES - 1) : k;
                 value = *wide(line_of(&w, at, 1, &raw), w.type, 1, &between, &value);
             }
-            rows[i * SAMPLES + k] = value;
+            j->rows[i * SAMPLES + k] = value;
         }
     }
+}
+
+EXPORT void gradlens_sample(const task *tasks, int64_t n, const int64_t *layouts, double *rows, int threads, int variant) {
+    job model = {.tasks = tasks, .layouts = layouts, .rows = rows};
+    (void)threads, (void)variant;
+    unsigned mode = keep_subnormals();
+    sample(&model, n);
+    restore(mode);
 }

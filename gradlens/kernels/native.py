@@ -47,7 +47,7 @@ def load(path: Path = LIBRARY) -> Native:
         UnavailableError: It was not built, does not load, or was built for other columns.
     """
     if not path.exists():
-        raise UnavailableError("the native kernel was not built: no C compiler was found when gradlens was installed")
+        raise UnavailableError("the native kernel was not built; with a C compiler there, install gradlens again")
     try:
         library = ctypes.CDLL(str(path))
         library.gradlens_columns.restype = ctypes.c_char_p
@@ -56,9 +56,9 @@ def load(path: Path = LIBRARY) -> Native:
         raise UnavailableError(f"the native kernel does not load: {error}") from error
     if built_for != _columns():
         raise UnavailableError("the native kernel was built for other columns; install gradlens again")
-    arguments = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_int]
+    arguments = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_int)
     for call in (library.gradlens_summarize, library.gradlens_compare, library.gradlens_sample):
-        call.argtypes = tuple(arguments)
+        call.argtypes = arguments
         call.restype = None
     return Native(library, library.gradlens_variant())
 
@@ -166,7 +166,7 @@ class _Work:
             and tensor.layout == torch.strided
             and tensor.is_cpu
             and tensor.dtype in _TYPES
-            and not (tensor.is_conj() or tensor.is_neg() or tensor._is_zerotensor() or tensor.is_inference())
+            and not (tensor.is_conj() or tensor.is_neg() or tensor._is_zerotensor())
             and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
         )
         if not fits or tensor.untyped_storage().nbytes() < _end(tensor):

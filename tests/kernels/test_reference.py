@@ -254,7 +254,7 @@ def test_tensor_classes_are_read_as_tensors():
         def __torch_function__(cls, func, types, args=(), kwargs=None):
             raise AssertionError("asked")
 
-    plain = torch.randn(9)
+    plain = torch.arange(9.0)
     rows = kernels.summarize([plain.as_subclass(Loud), plain], [plain.as_subclass(Loud), plain])
     assert type(rows) is torch.Tensor
     assert torch.equal(rows[0].nan_to_num(7), rows[1].nan_to_num(7))
