@@ -49,14 +49,27 @@ def weights(name: str, shape: tuple[int, ...], index: np.ndarray, value: np.ndar
 
     `index` is flat. A complex parameter has two weights an entry: `shape` then ends with an axis of 2, real and imaginary.
     """
+    return weights_of([(name, shape, index, value, partial)])
+
+
+def weights_of(
+    parameters: Sequence[tuple[str, tuple[int, ...], np.ndarray, np.ndarray, np.ndarray]],
+) -> pd.DataFrame:
+    """`weights` of several parameters, one after the other."""
     import pandas as pd
 
-    at = np.unravel_index(np.asarray(index, np.int64), shape) if shape else ()
-    tuples = list(zip(*(axis.tolist() for axis in at), strict=True)) if shape else [()] * len(index)
-    partial, value = np.asarray(partial, np.float64), np.asarray(value, np.float64)
+    names: list[str] = []
+    tuples: list[tuple[int, ...]] = []
+    for name, shape, index, _, _ in parameters:
+        names += [name] * len(index)
+        at = np.unravel_index(np.asarray(index, np.int64), shape) if shape else ()
+        tuples += zip(*(axis.tolist() for axis in at), strict=True) if shape else [()] * len(index)
+    value, partial = (
+        np.concatenate([np.empty(0), *(np.asarray(each[i], np.float64) for each in parameters)]) for i in (3, 4)
+    )
     return pd.DataFrame(
         {
-            "parameter": pd.Series([name] * len(index), dtype="str"),
+            "parameter": pd.Series(names, dtype="str"),
             "index": pd.Series(tuples, dtype=object),
             "value": value,
             "partial": partial,

@@ -21,7 +21,7 @@ from gradlens.errors import ArgumentError
 from gradlens.records import Parameters, Snapshot, Status, Top
 
 #: Of several pieces' statuses the first of these holds for the whole.
-_PRECEDENCE = [
+PRECEDENCE = (
     Status.NONFINITE,
     Status.UNCAPTURED,
     Status.OK,
@@ -30,7 +30,7 @@ _PRECEDENCE = [
     Status.EXCLUDED,
     Status.ABSENT,
     Status.FROZEN,
-]
+)
 
 
 def pool(snapshots: Sequence[Snapshot]) -> Snapshot:
@@ -113,7 +113,7 @@ def _spread(values: np.ndarray, rows: np.ndarray, n: int, fill: object) -> np.nd
 
 def _status(parts: Sequence[np.ndarray]) -> np.ndarray:
     result = np.full(len(parts[0]), Status.FROZEN.value, dtype=object)
-    for word in reversed(_PRECEDENCE):
+    for word in reversed(PRECEDENCE):
         result[np.any([part == word.value for part in parts], axis=0)] = word.value
     return result
 

@@ -1,6 +1,7 @@
 """One writer for each rank of a run directory.
 
-The lock is the operating system's: it ends with the process, however that ends.
+The lock is the operating system's: it ends with the process, however that ends. Forked children, such as the workers of a
+data loader, let go of it at once: they may outlive the process that writes.
 """
 
 from __future__ import annotations
@@ -8,9 +9,12 @@ from __future__ import annotations
 import fcntl
 import os
 import time
+import weakref
 from pathlib import Path
 
 from gradlens.errors import RunDirectoryError
+
+_held: weakref.WeakSet[Lock] = weakref.WeakSet()
 
 
 class Lock:
@@ -25,6 +29,7 @@ class Lock:
         for patience in (0.05, 0.2, 0.5, None):  # a reader that asks whether it is held holds it for a moment
             try:
                 fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _held.add(self)
                 return
             except BlockingIOError:
                 if patience is not None:
@@ -58,3 +63,11 @@ def held(run: Path, rank: int) -> bool:
 
 def _path(run: Path, rank: int) -> Path:
     return run / "segments" / f".rank{rank}.lock"
+
+
+def _let_go() -> None:
+    for each in list(_held):
+        each.release()  # closes a copy of the descriptor: the parent's keeps the lock
+
+
+os.register_at_fork(after_in_child=_let_go)

@@ -9,16 +9,19 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from gradlens import fields
 from gradlens.errors import CorruptRunError, RunDirectoryError
 from gradlens.records import PARTIAL, Finding, Severity
-from gradlens.store.tables import FORMAT, SCHEMA, Key
+from gradlens.store.tables import FORMAT, SCHEMA, STAGES, STATUSES, Key, files
 
-MAX_BYTES = 64 << 20  #: 10,000 parameters take 1 MB
+MAX_BYTES = 32 << 20  #: 10,000 parameters take 1 MB
 MAX_SCALARS = 1000  #: names of observed scalars that a segment keeps apart
 
 #: name, shape, dtype, piece of a parameter
@@ -38,6 +41,30 @@ class Segment:
     first_step: int | None = None  #: of what was recorded; None: nothing yet
     parameters: list[Entry] = field(default_factory=list)
     scalars: list[str] = field(default_factory=list)
+
+    @property
+    def ranks(self) -> int | None:
+        """How many ranks there were, where that is known."""
+        ranks = self.settings.get("ranks")
+        return ranks if type(ranks) is int and ranks > 0 else None
+
+    def check(self, path: Path, table: str, rows: Mapping[str, np.ndarray]) -> None:
+        """What rows refer to has to be there.
+
+        Raises:
+            CorruptRunError: It is not.
+        """
+        limits = {
+            "entry": len(self.scalars if table == "scalars" else self.parameters),
+            "stage": len(STAGES),
+            "status": len(STATUSES),
+            "bucket": 2 * fields.BUCKETS,
+        }
+        for name in limits.keys() & rows.keys():
+            low, high = (rows[name].min(), rows[name].max()) if len(rows[name]) else (0, -1)
+            if low < 0 or high >= limits[name]:
+                worst = int(low if low < 0 else high)
+                raise CorruptRunError(f"{path} has the {name} {worst} of {limits[name]}. Move it away to read the rest")
 
     def write(self, folder: Path) -> None:
         """Replace the segment's file."""
@@ -107,9 +134,8 @@ def load(path: Path) -> dict[str, Any]:
 
 def segments(run: Path) -> list[Segment]:
     """All segments, oldest first."""
-    folder = run / "segments"
     found = []
-    for path in folder.iterdir() if folder.is_dir() else ():
+    for path in files(run / "segments"):
         match = _FILE.fullmatch(path.name)
         if match:
             found.append(_segment(path, Key(int(match[1]), int(match[2]))))
@@ -131,11 +157,18 @@ def _segment(path: Path, key: Key) -> Segment:
 
 
 def _entry(name: object, shape: object, dtype: object, piece: object) -> Entry:
-    if not isinstance(shape, list) or len(shape) > 64 or not all(type(n) is int and 0 <= n < 1 << 62 for n in shape):
+    if not isinstance(shape, list) or len(shape) > 31 or not all(type(n) is int and 0 <= n < 1 << 62 for n in shape):
         raise ValueError(f"{shape!r:.80} is no shape")
-    if piece not in ("", PARTIAL) and not (isinstance(piece, str) and _PIECE.fullmatch(piece)):
-        raise ValueError(f"{piece!r:.80} is no piece")
+    if math.prod(max(n, 1) for n in shape) >= 1 << 62:
+        raise ValueError(f"no tensor has the shape {shape!r:.80}")
+    if piece not in ("", PARTIAL) and not (isinstance(piece, str) and _PIECE.fullmatch(piece) and _within(piece, shape)):
+        raise ValueError(f"{piece!r:.80} is no piece of {shape!r:.80}")
     return _text(name), tuple(shape), _text(dtype), _text(piece)
+
+
+def _within(piece: str, shape: Sequence[int]) -> bool:
+    bounds = [tuple(map(int, part.split(":"))) for part in piece.split(",")]
+    return len(bounds) == len(shape) and all(a <= b <= n for (a, b), n in zip(bounds, shape, strict=True))
 
 
 def _text(value: object) -> str:
@@ -159,11 +192,10 @@ def finding_line(finding: Finding) -> str:
 
 def findings(path: Path) -> tuple[list[Finding], int]:
     """The findings of a file, and how many bytes of a torn line follow them."""
-    try:
-        with open(path, "rb") as file:
-            data = file.read(MAX_BYTES)
-    except FileNotFoundError:
+    if not path.is_file():
         return [], 0
+    with open(path, "rb") as file:
+        data = file.read(MAX_BYTES)
     whole, _, torn = data.rpartition(b"\n")
     return [_finding(path, line) for line in whole.splitlines()], len(torn)
 

@@ -77,6 +77,7 @@ class Store:
                 f"no records can be written to {os.fspath(run)!r} ({error}); give a directory that can be written"
             ) from error
         self._pending: dict[str, list[Rows]] = {table: [] for table in TABLES}
+        self._waiting = 0  # rows among them
         self._lines: list[str] = []
         self._tails: dict[str, Tail] = {}
         self._number = dict.fromkeys(TABLES, 0)  # of the next tail
@@ -113,16 +114,30 @@ class Store:
         return lock
 
     def _recover(self, known: Sequence[segment.Segment]) -> None:
-        """Say what a crash has torn, and have the tails that it left made into parts."""
+        """Clear away what a crash has left, say what it has torn, and have its tails made into parts."""
+        rank = self._segment.key.rank
         self._older = {s.key: s for s in known}
+        for folder in (self._run / name for name in ("segments", *TABLES)):
+            for path in tables.leftovers(folder, rank):
+                path.unlink(missing_ok=True)
         for table in TABLES:
             for part in tables.parts(self._run / table):
-                if part.tail and part.key.rank == self._segment.key.rank:
-                    with contextlib.suppress(CorruptRunError, OSError):
-                        _, torn = tail.read(part.path)
-                        if torn:
-                            self._lines.append(segment.finding_line(_torn(part, torn, self._segment.settings)))
-                        self._sealed.append((table, part.path))
+                if part.tail and part.key.rank == rank:
+                    self._recover_tail(table, part)
+
+    def _recover_tail(self, table: str, part: Part) -> None:
+        step = int(self._segment.settings.get("first_step", 0))
+        try:
+            rows, torn = tail.read(part.path, TABLES[table])
+            if part.key not in self._older:
+                raise CorruptRunError(f"{part.path} belongs to a segment of which there is no {part.key}.json")
+            self._older[part.key].check(part.path, table, rows)
+        except (CorruptRunError, OSError) as error:
+            self._lines.append(segment.finding_line(_damaged(str(error), step)))
+            return
+        if torn:
+            self._lines.append(segment.finding_line(_torn(part, torn, step)))
+        self._sealed.append((table, part.path))
 
     # --- the writer's three calls -------------------------------------------------------------------------------------
 
@@ -134,6 +149,8 @@ class Store:
                 self._lines.append(segment.finding_line(record))
                 return
             self._take(record)
+            if self._waiting >= self._roll:
+                self.flush()
         while len(self._sealed) > WAITING and self._error is None and not self._stop.is_set():
             time.sleep(0.01)
 
@@ -241,6 +258,7 @@ class Store:
             rows[name] = np.full(count, keys[name], dtype) if name in keys else np.asarray(columns[name]).astype(dtype)
         if count:
             self._pending[table].append(rows)
+            self._waiting += count
 
     # --- rows to files ------------------------------------------------------------------------------------------------
 
@@ -252,6 +270,7 @@ class Store:
             if batches:
                 self._append(table, batches)
                 self._pending[table] = []
+        self._waiting = 0
         if self._lines:
             self._findings.write("".join(self._lines))
             self._lines = []
@@ -309,12 +328,12 @@ class Store:
             self._sealed.pop(0)
 
     def _to_part(self, table: str, path: Path) -> None:
-        rows, _ = tail.read(path)
-        (part,) = (p for p in tables.parts(path.parent) if p.path == path) if rows else (None,)
-        if part is not None and len(rows["step"]):
+        rows, _ = tail.read(path, TABLES[table])
+        (part,) = (p for p in tables.parts(path.parent) if p.path == path)
+        if len(rows["step"]):
             names = self._names(table, part.key)
             parts.write(tables.part(path.parent, part.key, part.first, part.first), table, part.key, names, [rows])
-        path.unlink(missing_ok=True)
+        path.unlink()
 
     def _names(self, table: str, key: Key) -> list[str]:
         owner = self._segment if key == self._segment.key else self._older[key]
@@ -379,12 +398,23 @@ def _versions(settings: Mapping[str, Any]) -> dict[str, str]:
     return {"python": platform.python_version(), "numpy": np.__version__, "pyarrow": pa.__version__, **torch}
 
 
-def _torn(part: Part, torn: int, settings: Mapping[str, Any]) -> Finding:
+def _torn(part: Part, torn: int, step: int) -> Finding:
     return Finding(
         rule="records-torn",
-        step=int(settings.get("first_step", 0)),
+        step=step,
         severity=Severity.INFO,
         seen=f"the last writer of {part.path.name} stopped within a record: {torn:,} bytes at its end were dropped",
         causes=("the process was killed", "the disk was full"),
         remedy="nothing: all whole records before it are there",
+    )
+
+
+def _damaged(error: str, step: int) -> Finding:
+    return Finding(
+        rule="records-damaged",
+        step=step,
+        severity=Severity.WARNING,
+        seen=f"a file of an earlier writer was left as it is: {error}",
+        causes=("a faulty disk", "another program wrote to it"),
+        remedy="move it away; the rest of the run reads then",
     )

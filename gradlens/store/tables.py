@@ -3,18 +3,20 @@
     run.json                                     marks the directory: format, schema, when it was made
     segments/0000-rank0.json                     of each lens and rank: settings, versions, parameters and their shapes
     history/0000-rank0-000000-000007.parquet     tails 0 to 7 of that segment, sorted by parameter
-    history/0000-rank0-000008.tail               the newest rows, in frames with a checksum
+    history/_0000-rank0-000008.tail              the newest rows, in frames with a checksum
     histograms/, weights/, scalars/              the same
     findings/0000-rank0.jsonl                    one finding a line
 
 A *segment* is what one lens wrote on one rank; resuming begins the next. Within it snapshots are numbered. Rows refer to
 parameters by `entry`, their place in the segment's list; Parquet files spell the name too, as a dictionary column.
 
-In tails every column is a number of fixed width, so that their length follows from the number of rows alone.
+In tails every column is a number of fixed width, so that their length follows from the number of rows alone. Readers of
+Parquet pass over names that begin with `_` or `.`, so each folder is a data set to them while it is written.
 """
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +45,7 @@ TABLES: dict[str, dict[str, str]] = {
     "scalars": {**_KEYS, "entry": "int32", "value": "float64"},  # entry: into the segment's names of scalars
 }
 
-_NAME = re.compile(r"(\d{4,9})-rank(\d{1,9})-(\d{6,12})(?:-(\d{6,12}))?\.(parquet|tail)")
+_NAME = re.compile(r"_?(\d{4,9})-rank(\d{1,9})-(\d{6,12})(?:-(\d{6,12}))?\.(parquet|tail)")
 
 
 @dataclass(frozen=True, order=True)
@@ -74,20 +76,49 @@ class Part:
 
 def part(folder: Path, key: Key, first: int, last: int | None = None) -> Path:
     """The path of a part; without `last`, of a tail."""
-    return folder / (f"{key}-{first:06d}.tail" if last is None else f"{key}-{first:06d}-{last:06d}.parquet")
+    return folder / (f"_{key}-{first:06d}.tail" if last is None else f"{key}-{first:06d}-{last:06d}.parquet")
 
 
 def parts(folder: Path) -> list[Part]:
     """The files of a table that count, oldest first: without those whose rows a merged file has too."""
+    return _divided(folder)[0]
+
+
+def leftovers(folder: Path, rank: int) -> list[Path]:
+    """What a killed writer of this rank has left behind: files that do not count, and half-written ones."""
+    half = [
+        path for path in files(folder) if path.name.startswith(".") and path.suffix == ".tmp" and f"-rank{rank}" in path.name
+    ]
+    return [each.path for each in _divided(folder)[1] if each.key.rank == rank] + half
+
+
+def _divided(folder: Path) -> tuple[list[Part], list[Part]]:
+    """The files that count and those that do not, listed until they stand still: a listing is no single moment, and files
+    are merged meanwhile."""
+    found, before = _listed(folder), None
+    while found != before:
+        found, before = _listed(folder), found
+    result: list[Part] = []
+    covered: list[Part] = []
+    for each in found:
+        inside = result and result[-1].key == each.key and each.last <= result[-1].last
+        (covered if inside else result).append(each)
+    return result, covered
+
+
+def _listed(folder: Path) -> list[Part]:
     found = []
-    for path in folder.iterdir() if folder.is_dir() else ():
+    for path in files(folder):
         match = _NAME.fullmatch(path.name)
         if match:
             segment, rank, first, last, _ = match.groups()
             found.append(Part(path, Key(int(segment), int(rank)), int(first), int(last or first)))
-    found.sort(key=lambda p: (p.key, p.first, -p.last, p.tail))
-    result: list[Part] = []
-    for each in found:
-        if not (result and result[-1].key == each.key and each.last <= result[-1].last):
-            result.append(each)
-    return result
+    return sorted(found, key=lambda p: (p.key, p.first, -p.last, p.tail))
+
+
+def files(folder: Path) -> list[Path]:
+    """Regular files alone: to open a pipe would wait for ever."""
+    if not folder.is_dir():
+        return []
+    with os.scandir(folder) as entries:
+        return [folder / entry.name for entry in entries if entry.is_file()]

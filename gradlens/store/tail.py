@@ -1,9 +1,9 @@
 """The newest rows of a table, durable at once: a file of frames.
 
-    magic, header (JSON: the columns), frame, frame, ...        frame = number of rows, checksum, the columns' bytes
+    magic, header (JSON: the columns), frame, frame, ...    frame = number of rows, two checksums, the columns' bytes
 
-A frame is written with one call, so a killed process leaves whole frames and at most one torn one, at the end. Its length
-follows from the number of rows, and is checked against the file's before anything is read.
+A frame is written with one call, so a killed process leaves whole frames and at most the beginning of one more. Its length
+follows from the number of rows, which has a checksum of its own: a damaged number is not taken for a torn end.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ import numpy as np
 from gradlens.errors import CorruptRunError
 
 MAGIC = b"GRADLENS"
-_FRAME = struct.Struct("<4sII")
+_FRAME = struct.Struct("<4sIII")  #: mark, rows, checksum of the columns, checksum of these three
 _MARK = b"ROWS"
 _HEADER = 1 << 16  #: a header is no longer
+MAX_BYTES = 1 << 30  #: a tail is some 35 MB
 DTYPES = {"int8", "int16", "int32", "int64", "float64"}
 
 Rows = dict[str, np.ndarray]
@@ -36,7 +37,11 @@ class Tail:
         self.rows = self.frames = 0
         self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         header = json.dumps({"columns": self.columns}).encode()
-        self._end = self._write(MAGIC + struct.pack("<I", len(header)) + header, 0)
+        try:
+            self._end = self._write(MAGIC + struct.pack("<I", len(header)) + header, 0)
+        except OSError:
+            self.close()
+            raise
 
     def append(self, batches: Sequence[Rows]) -> None:
         """One frame with the rows of all batches; in the file when this returns."""
@@ -45,7 +50,7 @@ class Tail:
             for name, dtype in self.columns.items()
         )
         count = sum(len(batch["step"]) for batch in batches)
-        self._end = self._write(_FRAME.pack(_MARK, count, zlib.crc32(body)) + body, self._end)
+        self._end = self._write(_frame(count, zlib.crc32(body)) + body, self._end)
         self.rows, self.frames = self.rows + count, self.frames + 1
 
     def _write(self, data: bytes, at: int) -> int:
@@ -65,50 +70,66 @@ class Tail:
             self._fd = -1
 
 
-def read(path: Path) -> tuple[Rows, int]:
-    """The rows of all whole frames, and how many bytes of a torn one follow them.
+def _frame(count: int, checksum: int) -> bytes:
+    head = _FRAME.pack(_MARK, count, checksum, 0)[:-4]
+    return head + struct.pack("<I", zlib.crc32(head))
+
+
+def read(path: Path, columns: Mapping[str, str]) -> tuple[Rows, int]:
+    """These columns of all whole frames, and how many bytes of a torn one follow them.
 
     Raises:
-        CorruptRunError: What is there is no tail, or a frame before the end is damaged.
+        CorruptRunError: What is there is no tail with such columns, or it is damaged before its end.
     """
-    data = np.memmap(path, np.uint8, "r") if path.stat().st_size else np.empty(0, np.uint8)
-    if len(data) < len(MAGIC) + 4:
-        return {}, len(data)
-    columns, at = _columns(path, data)
-    if not columns:
-        return {}, len(data)
-    width = sum(np.dtype(dtype).itemsize for dtype in columns.values())
-    frames: list[Rows] = []
-    while at + _FRAME.size <= len(data):
-        mark, count, checksum = _FRAME.unpack(data[at : at + _FRAME.size].tobytes())
+    with open(path, "rb") as file:
+        data = file.read(MAX_BYTES + 1)
+    if len(data) > MAX_BYTES:
+        raise CorruptRunError(f"{path} is larger than {MAX_BYTES >> 20} MB, which no tail is")
+    there, at = _columns(path, data, columns)
+    width = sum(np.dtype(dtype).itemsize for dtype in there.values())
+    found: dict[str, list[np.ndarray]] = {name: [np.empty(0, dtype)] for name, dtype in columns.items()}
+    while there and at + _FRAME.size <= len(data):
+        _, count, checksum, _ = _FRAME.unpack_from(data, at)
         start, stop = at + _FRAME.size, at + _FRAME.size + count * width
-        if mark == _MARK and stop > len(data):
+        if data[at:start] != _frame(count, checksum) or not count:
+            if not data[at:].strip(b"\0"):
+                break  # the machine stopped: the file had grown, and nothing of it had come to the disk
+            raise _damaged(path, at)
+        if stop > len(data):
             break
-        if mark != _MARK or zlib.crc32(data[start:stop].data) != checksum:
-            if stop == len(data) and mark == _MARK:
-                break  # the last one, of which not every page came to the disk
-            raise CorruptRunError(f"{path} is damaged at byte {at}: move it away to read the rest of the run")
-        frame, at = {}, start
-        for name, dtype in columns.items():
-            size = count * np.dtype(dtype).itemsize
-            frame[name] = data[at : at + size].view(f"<{np.dtype(dtype).str[1:]}")
-            at += size
-        frames.append(frame)
-    joined = {name: np.concatenate([f[name] for f in frames]) if frames else np.empty(0, d) for name, d in columns.items()}
-    return joined, len(data) - at
+        if zlib.crc32(memoryview(data)[start:stop]) != checksum:
+            if stop == len(data):
+                break  # the machine stopped, and not every page had come to the disk
+            raise _damaged(path, at)
+        for name, dtype in there.items():
+            if name in found:
+                found[name].append(np.frombuffer(data, f"<{np.dtype(dtype).str[1:]}", count, start))
+            start += count * np.dtype(dtype).itemsize
+        at = stop
+    return {name: np.concatenate(values) for name, values in found.items()}, len(data) - at
 
 
-def _columns(path: Path, data: np.ndarray) -> tuple[dict[str, str], int]:
+def _damaged(path: Path, at: int) -> CorruptRunError:
+    return CorruptRunError(f"{path} is damaged at byte {at}: move it away to read the rest of the run")
+
+
+def _columns(path: Path, data: bytes, expected: Mapping[str, str]) -> tuple[dict[str, str], int]:
+    """The columns, and where frames begin; none of a header that is torn."""
     start = len(MAGIC) + 4
-    (size,) = struct.unpack("<I", data[len(MAGIC) : start].tobytes())
-    if data[: len(MAGIC)].tobytes() != MAGIC or size > _HEADER:
+    if data[: len(MAGIC)] != MAGIC[: len(data)]:
         raise CorruptRunError(f"{path} does not begin as a tail of gradlens does")
-    if len(data) < start + size:
-        return {}, start
+    size = struct.unpack_from("<I", data, len(MAGIC))[0] if len(data) >= start else 0
+    if size > _HEADER:
+        raise CorruptRunError(f"the header of {path} is damaged: it claims {size:,} bytes")
+    if len(data) < max(start, start + size):
+        return {}, 0
     try:
-        columns = json.loads(data[start : start + size].tobytes())["columns"]
-        if not all(isinstance(name, str) and dtype in DTYPES for name, dtype in columns.items()) or "step" not in columns:
+        columns = json.loads(data[start : start + size])["columns"]
+        if not all(isinstance(name, str) and dtype in DTYPES for name, dtype in columns.items()) or not columns:
             raise ValueError("unknown columns")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        for name, dtype in expected.items():
+            if columns.get(name) != dtype:
+                raise ValueError(f"the column {name} is not there as {dtype}")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CorruptRunError(f"the header of {path} is damaged: {error}") from None
     return columns, start + size

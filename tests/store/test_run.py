@@ -1,11 +1,14 @@
 """What is read is what was written; what is not asked for is not read."""
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 
 import gradlens
+from gradlens import fields, frames
 from gradlens.store.run import open_run
+from tests.store import made
 
 
 def same(read, expected):
@@ -88,3 +91,31 @@ def test_weights_are_those_of_the_lens_once_gradients_are_gone(tmp_path):
         same(read, live)
         assert read.attrs == live.attrs == {"step": 2, "stage": "used"}
     assert run.weights()["parameter"].unique().tolist() == run.names()
+
+
+def test_snapshots_are_the_records_that_were_written(tmp_path):
+    """Every number of every record, hostile ones too; histograms and weights where they were kept."""
+    written = made.training(3)
+    made.write(tmp_path, written)
+    read = open_run(tmp_path).snapshots()
+    assert len(read) == len(written)
+    for a, b in zip(read, written, strict=True):
+        assert (a.step, a.backward, a.stage, a.time, a.rank, a.scalars) == (
+            b.step,
+            b.backward,
+            b.stage,
+            b.time,
+            b.rank,
+            b.scalars,
+        )
+        assert a.parameters == b.parameters
+        assert a.status.tolist() == b.status.tolist()
+        for name in [*fields.BY_NAME, *fields.QUANTILES]:
+            np.testing.assert_array_equal(a.columns[name], b.columns[name], err_msg=name)
+            assert a.columns[name].dtype == b.columns[name].dtype
+        np.testing.assert_array_equal(a.scale, b.scale)
+        np.testing.assert_array_equal(a.histogram, b.histogram)
+        for name in ("index", "partial", "value"):
+            np.testing.assert_array_equal(getattr(a.top, name), getattr(b.top, name), err_msg=name)
+    same(frames.frame(read), frames.frame(written))
+    same(open_run(tmp_path).history(), frames.frame(written))

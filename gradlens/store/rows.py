@@ -1,0 +1,210 @@
+"""The rows that a question needs, from the files of all segments.
+
+    files -> those rows that meet the filter -> without what a resumed run has replaced -> in order of moment and model
+
+Row groups that cannot hold what is asked for are not read, nor columns that no answer needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gradlens.errors import ArgumentError, CorruptRunError
+from gradlens.store import segment, tables, tail
+from gradlens.store.filters import Condition, Filter
+from gradlens.store.parts import Reader
+from gradlens.store.segment import Segment
+from gradlens.store.tables import TABLES, Key, Part
+from gradlens.store.tail import Rows
+
+MAX_BYTES = 2 << 30  #: of an answer's numbers: 5 million rows of all columns
+
+#: What every question reads.
+_KEYS = ("snapshot", "step", "backward", "stage", "entry", "status", "scale")
+
+
+class Found:
+    """Rows of several segments. `columns` are numbers by name; `owner` says whose: a place in `segments`."""
+
+    def __init__(self, columns: dict[str, np.ndarray], segments: Sequence[Segment]) -> None:
+        self.columns, self.segments = columns, list(segments)
+
+    def __len__(self) -> int:
+        return len(self.columns["step"])
+
+    def take(self, rows: np.ndarray) -> Found:
+        """The given rows, in that order."""
+        return Found({name: values[rows] for name, values in self.columns.items()}, self.segments)
+
+    def words(self, column: str, words: Sequence[str]) -> np.ndarray:
+        """Codes as words."""
+        return np.asarray(words, dtype=object)[self.columns[column]]
+
+    def entries(self) -> tuple[list[segment.Entry], np.ndarray]:
+        """The parameters that occur (each piece of one apart), by segment and place in the model, and each row's place
+        among them."""
+        starts = np.cumsum([0, *(len(each.parameters) for each in self.segments)])
+        codes = starts[self.columns["owner"]] + self.columns["entry"]
+        occurring = np.zeros(starts[-1], bool)
+        occurring[codes] = True
+        places = np.zeros(starts[-1], np.int64)
+        known: dict[segment.Entry, int] = {}
+        everyone = [entry for each in self.segments for entry in each.parameters]
+        for code in np.flatnonzero(occurring):
+            places[code] = known.setdefault(everyone[code], len(known))
+        return list(known), places[codes]
+
+    def names(self) -> tuple[list[str], np.ndarray]:
+        """The names that occur, and each row's place among them."""
+        entries, at = self.entries()
+        known: dict[str, int] = {}
+        places = np.array([known.setdefault(name, len(known)) for name, *_ in entries], np.int64)
+        return list(known), places[at]
+
+
+def find(run: Path, table: str, values: Sequence[str], asked: Filter) -> Found:
+    """The rows of a table that a filter lets through, with these columns and the keys.
+
+    Raises:
+        CorruptRunError: A file is damaged, or refers to what is not there.
+        ArgumentError: No parameter is called so, or the answer is too large.
+    """
+    files = tables.parts(run / table)  # before the segments: what rows refer to is written first
+    segments = segment.segments(run)
+    asked.check(segments)
+    at = {each.key: i for i, each in enumerate(segments)}
+    until = replaced(segments)
+    dtypes = {name: TABLES[table][name] for name in (*_KEYS, *values) if name in TABLES[table]}
+    found: dict[str, list[np.ndarray]] = {name: [] for name in (*dtypes, "owner")}
+    room = MAX_BYTES
+    for part in files:
+        owner = _owner(part, segments, at)
+        if asked.rank in (None, part.key.rank):
+            condition = asked.within(owner, until[part.key])
+            for rows in read(part, owner, table, list(dtypes), condition):
+                kept = condition.of(rows)
+                room -= sum(array.nbytes for array in kept.values())
+                if room < 0:
+                    raise _too_much(run, table)
+                for name, array in kept.items():
+                    found[name].append(array)
+                found["owner"].append(np.full(len(kept["step"]), at[part.key], np.int32))
+    return _ordered(
+        {name: np.concatenate([np.empty(0, dtypes.get(name, "int32")), *arrays]) for name, arrays in found.items()},
+        segments,
+        until,
+    )
+
+
+def _ordered(columns: dict[str, Any], segments: Sequence[Segment], until: dict[Key, int | None]) -> Found:
+    owner = columns["owner"]
+
+    def of_owner(values: list[int]) -> np.ndarray:
+        return np.array(values, np.int64)[owner] if len(values) else np.empty(0, np.int64)
+
+    columns["segment"] = of_owner([each.key.segment for each in segments])
+    columns["rank"] = of_owner([each.key.rank for each in segments])
+    last = [until[each.key] for each in segments]
+    columns["superseded"] = columns["step"] >= of_owner([1 << 62 if stop is None else stop for stop in last])
+    keys = [columns[name] for name in ("bucket", "entry", "rank", "snapshot", "segment") if name in columns]
+    order = np.lexsort(keys)
+    found = Found(columns, segments)
+    return found if (order[1:] > order[:-1]).all() else found.take(order)
+
+
+def read(part: Part, owner: Segment, table: str, columns: Sequence[str], condition: Condition) -> Iterator[Rows]:
+    """These columns of a file, without rows whose group cannot meet the condition."""
+    if part.tail:
+        rows, _ = tail.read(part.path, {name: TABLES[table][name] for name in columns})
+        owner.check(part.path, table, rows)
+        yield rows
+        return
+    reader = Reader(part.path, table)
+    try:
+        for rows in reader.read(columns, condition.touches):
+            owner.check(part.path, table, rows)
+            yield rows
+    finally:
+        reader.close()
+
+
+def last_step(run: Path, table: str, stage: str | None = None) -> int | None:
+    """The last step of a table; None of an empty one. Looked for in the newest files first."""
+    asked = Filter(stage=stage)
+    files = tables.parts(run / table)
+    segments = segment.segments(run)
+    at = {each.key: i for i, each in enumerate(segments)}
+    until = replaced(segments)
+    last = -1
+    for part in reversed(files):
+        owner = _owner(part, segments, at)
+        last = max(last, _highest(part, owner, table, asked.within(owner, until[part.key]), last))
+    return None if last < 0 else last
+
+
+def steps(run: Path, table: str, stage: str | None = None) -> list[int]:
+    """The steps of which a table has rows, rising."""
+    asked = Filter(stage=stage)
+    files = tables.parts(run / table)
+    segments = segment.segments(run)
+    at = {each.key: i for i, each in enumerate(segments)}
+    until = replaced(segments)
+    found: set[int] = set()
+    for part in files:
+        owner = _owner(part, segments, at)
+        condition = asked.within(owner, until[part.key])
+        for rows in read(part, owner, table, ["step", "stage"], condition):
+            found.update(np.unique(condition.of(rows)["step"]).tolist())
+    return sorted(found)
+
+
+def _highest(part: Part, owner: Segment, table: str, condition: Condition, known: int) -> int:
+    """The last step of a file, or `known` where it has none after that."""
+    if not part.tail:
+        reader = Reader(part.path, table)
+        bounds = reader.bounds("step")
+        reader.close()
+        stop = condition.stop
+        if bounds is not None and (bounds[1] if stop is None else min(bounds[1], stop - 1)) <= known:
+            return known
+    columns = ["step", "stage", "entry"]
+    steps = [condition.of(rows)["step"] for rows in read(part, owner, table, columns, condition)]
+    return max((int(each.max()) for each in steps if len(each)), default=known)
+
+
+def replaced(segments: Sequence[Segment]) -> dict[Key, int | None]:
+    """The step from which on a later segment has replaced a segment's rows; None: none has.
+
+    A later segment of the same rank does, and of other ranks one that knows of so few that this one's is not among them.
+    """
+    result: dict[Key, int | None] = {}
+    of_rank: dict[int, int] = {}
+    for each in reversed(segments):  # by number: clocks may go back
+        result[each.key] = of_rank.get(each.key.rank)
+        if each.first_step is not None:
+            of_rank[each.key.rank] = min(each.first_step, of_rank.get(each.key.rank, each.first_step))
+    of_size: dict[int, int] = {}
+    for each in sorted(segments, key=lambda each: each.started, reverse=True):
+        steps = [step for ranks, step in of_size.items() if each.key.rank >= ranks]
+        known = result[each.key]
+        result[each.key] = min([*steps, *([] if known is None else [known])], default=None)
+        if each.first_step is not None and each.ranks is not None:
+            of_size[each.ranks] = min(each.first_step, of_size.get(each.ranks, each.first_step))
+    return result
+
+
+def _owner(part: Part, segments: Sequence[Segment], at: dict[Key, int]) -> Segment:
+    if part.key not in at:
+        raise CorruptRunError(f"{part.path} belongs to a segment of which there is no {part.key}.json in segments/")
+    return segments[at[part.key]]
+
+
+def _too_much(run: Path, table: str) -> ArgumentError:
+    return ArgumentError(
+        f"the rows asked for take more than {MAX_BYTES >> 30} GB; ask for less with columns=, parameters= or steps=, or "
+        f"have DuckDB or polars read {run / table}/*.parquet"
+    )
