@@ -128,10 +128,10 @@ def scalars(found: Found) -> pd.DataFrame:
 
     names = _scalar_names(found)
     long = pd.DataFrame({"step": found.columns["step"], "name": names, "value": found.columns["value"]})
-    long = long.iloc[np.argsort(-found.columns["rank"], kind="stable")].drop_duplicates(["step", "name"], keep="last")
-    wide = long.pivot(index="step", columns="name", values="value").reindex(columns=list(dict.fromkeys(names)))
+    last = long.iloc[np.argsort(-found.columns["rank"], kind="stable")].drop_duplicates(["step", "name"], keep="last")
+    wide = last.pivot(index="step", columns="name", values="value")
     wide.columns.name = None
-    return wide.reset_index()
+    return wide[[name for name in dict.fromkeys(names) if name != "step"]].reset_index()
 
 
 def _scalar_names(found: Found) -> list[str]:

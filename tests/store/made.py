@@ -29,8 +29,8 @@ def snapshot(step, stage="backward", backward=0, *, of=PARAMETERS, seed=0, rank=
         columns[field.name] = draw.integers(0, 1 << 40, n) if field.dtype == "int64" else draw.standard_normal(n)
         if field.dtype == "float64":
             columns[field.name][draw.integers(n)] = draw.choice(HOSTILE)
-    columns |= {name: draw.standard_normal(n) for name in fields.QUANTILES}
     histogram = draw.integers(0, 5, (n, 2 * fields.BUCKETS)) * (draw.random((n, 2 * fields.BUCKETS)) < 0.05)
+    columns |= fields.quantiles(histogram, columns)
     return Snapshot(
         step=step,
         backward=backward,
