@@ -495,7 +495,7 @@ def test_pyarrow_and_others_read_by_glob(long):
     files = sorted(map(str, (long / "history").glob("*.parquet")))
     expected = open_run(long).history(parameters="head.bias", columns=["step", "sum"])["sum"]
     table = pyarrow.dataset.dataset(files).to_table(filter=pyarrow.dataset.field("parameter") == "head.bias")
-    assert sorted(table["sum"].to_numpy().tolist(), key=repr) == sorted(expected.tolist(), key=repr)
+    np.testing.assert_array_equal(np.sort(table["sum"].to_numpy()), np.sort(expected))
 
 
 def test_polars_reads_by_glob(long):
