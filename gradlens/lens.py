@@ -394,7 +394,8 @@ class Lens:
                 frame.attrs.update(backwards=followed.backwards, false_discovery_rate=Q)
 
     def _stamped(self, frame: pd.DataFrame, before: bool) -> pd.DataFrame:
-        stage = Stage.USED if not before else Stage.REDUCED if _ranks() > 1 else Stage.ACCUMULATED
+        averaged = _ranks() > 1 and self._capture.gradients.averaged
+        stage = Stage.USED if not before else Stage.REDUCED if averaged else Stage.ACCUMULATED
         frame.attrs.update(step=self._clock.step if before else self._clock.step - 1, stage=stage.value)
         return frame
 

@@ -217,6 +217,10 @@ class Pipeline:
         """Sample `.grad` as a backward pass left it, to tell later what was done to it."""
         self._do("gradient samples", self._sample_end, rows, gradients)
 
+    def tell(self, finding: Finding) -> None:
+        """Hand a finding on, with what is sent next."""
+        self.faults.findings.append(finding)
+
     def step_closed(self, step: int, scalars: Mapping[str, Any]) -> None:
         """Send what the step gave."""
         self.meter.step_ended(observed=self.count > self._counted)

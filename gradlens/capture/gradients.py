@@ -16,11 +16,12 @@ is still going on: a pass that failed is known by that, and what was read of it 
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,6 +95,11 @@ def _accumulates(parameter: Tensor) -> bool:
         return False
 
 
+def _state(gradient: Tensor) -> tuple[int, int]:
+    """Changes when the gradient is written."""
+    return id(gradient), gradient._version
+
+
 class Pass:
     """One backward pass of one thread: an outermost engine run and those nested in it."""
 
@@ -115,6 +121,7 @@ class Pass:
         self.undefined: set[Slot] = set()
         self.silent: set[Slot] = set()  # already read inside a hook
         self.late: set[Slot] = set()  # got their hooks when this pass had begun
+        self.last: tuple[Slot, tuple[int, int]] | None = None  # what was accumulated last, over ranks
         self.bytes = 0
         self.scale = scale
 
@@ -137,6 +144,10 @@ class Pass:
     def reached(self, slot: Slot) -> bool:
         """Whether the slot's parameter got a gradient in this pass."""
         return slot in self.fresh or slot in self.read or slot in self.summed or slot in self.silent
+
+    def reached_slots(self) -> Iterator[Slot]:
+        """All of those."""
+        return itertools.chain(self.fresh, self.read, self.summed, self.silent)
 
 
 class Gradients:
@@ -169,6 +180,8 @@ class Gradients:
         self.undefined: set[Slot] = set()
         self.excluded: set[Slot] = set()
         self.fresh = True  # every pass of the step so far wrote fresh gradients
+        self.averaged = False  # over ranks: `.grad` is of all of them, as far as is known
+        self.given: set[Slot] = set()  # of these, those that this rank has given nothing to
         self._marks: dict[Slot, tuple[int, int]] = {}
         self._ends: dict[Slot, tuple[int, int]] = {}
         self.scale: float | Tensor = 1.0
@@ -232,7 +245,11 @@ class Gradients:
 
     def _on_accumulated(self, slot: Slot, parameter: Tensor) -> None:
         current = self._current(slot)
-        if current is None or slot in current.undefined or slot in current.silent or slot in current.summed:
+        if current is None:
+            return
+        if self.local and parameter.grad is not None:
+            current.last = slot, _state(parameter.grad)
+        if slot in current.undefined or slot in current.silent or slot in current.summed:
             return
         held = current.held.pop(slot, None)
         if held is None:
@@ -434,13 +451,34 @@ class Gradients:
                 self._read_backward(current)
             elif current.read:
                 self.fresh = False
-            for stage in (Stage.ACCUMULATED, Stage.REDUCED):
-                if stage in self._stages:
-                    self._read_accumulated(stage, current)
+            if Stage.ACCUMULATED in self._stages:
+                self._read_accumulated(Stage.ACCUMULATED, current)
+            if self._was_averaged(current) and Stage.REDUCED in self._stages:
+                self._read_accumulated(Stage.REDUCED, current)
             self.scale = current.scale
             self._clock.end()
             self._mark_end(current)
             self._after_pass()
+
+    def _was_averaged(self, current: Pass) -> bool:
+        """Whether `.grad` is now what all ranks have given to; in one process it always is.
+
+        DDP writes it after the pass has accumulated the last gradient, and does not under `no_sync`; the gradients of
+        distributed tensors come averaged. What is averaged by hand, after the pass, is seen as used.
+        """
+        if not self.local or any(hasattr(slot.tensor(), "placements") for slot in current.reached_slots()):
+            self.averaged = True
+            return True
+        missed = [slot for slot in self._quiet(current) if not current.reached(slot)]
+        others = [slot for slot in missed if (p := slot.tensor()) is not None and self.changed(slot, p)]
+        written = bool(others)
+        if current.last is not None:
+            slot, state = current.last
+            written = (p := slot.tensor()) is not None and p.grad is not None and _state(p.grad) != state
+        if written:
+            self.given.update(others)
+        self.averaged |= written or current.last is None
+        return written
 
     def _note(self, current: Pass) -> None:
         self.fired.update(current.fresh, current.read, current.summed, current.silent)
@@ -510,13 +548,12 @@ class Gradients:
 
     def changed(self, slot: Slot, parameter: Tensor) -> bool:
         """Whether `.grad` was written since the last step closed."""
-        return parameter.grad is not None and self._marks.get(slot) != (id(parameter.grad), parameter.grad._version)
+        return parameter.grad is not None and self._marks.get(slot) != _state(parameter.grad)
 
     def unchanged_since_end(self, slots: Sequence[Slot]) -> bool:
         """Whether `.grad` of these is what it was when the step's last pass ended."""
         return all(
-            (p := slot.tensor()) is not None
-            and self._ends.get(slot) == (None if p.grad is None else (id(p.grad), p.grad._version))
+            (p := slot.tensor()) is not None and self._ends.get(slot) == (None if p.grad is None else _state(p.grad))
             for slot in slots
         )
 
@@ -529,9 +566,7 @@ class Gradients:
         return slots if len(self._threads) < 2 else [slot for slot in slots if current.reached(slot)]
 
     def _now(self, slots: Sequence[Slot]) -> dict[Slot, tuple[int, int]]:
-        return {
-            slot: (id(g), g._version) for slot in slots if (p := slot.tensor()) is not None and (g := p.grad) is not None
-        }
+        return {slot: _state(g) for slot in slots if (p := slot.tensor()) is not None and (g := p.grad) is not None}
 
     def _mark_end(self, current: Pass) -> None:
         """Remember the gradients as this pass left them."""
@@ -544,5 +579,5 @@ class Gradients:
     def step_closed(self) -> None:
         """Forget the step."""
         self._marks = self._now(self._attachment.slots)
-        self.fired, self.undefined, self.excluded = set(), set(), set()
-        self.fresh = True
+        self.fired, self.undefined, self.excluded, self.given = set(), set(), set(), set()
+        self.fresh, self.averaged = True, False

@@ -20,6 +20,7 @@ from gradlens.capture.gradients import Gradients, running
 from gradlens.capture.readings import Sink
 from gradlens.capture.scaling import Scaling
 from gradlens.capture.updates import Updates
+from gradlens.records import Finding, Severity, Stage
 
 #: Steps between full scans of the module tree. What registers a parameter in the usual way is seen at once; this finds
 #: writes past torch's own registration, and costs about 2 us a parameter when it happens.
@@ -69,6 +70,7 @@ class Capture:
         )
         self._handles: list[Any] = []
         self._dirty = False
+        self._reduced, self._told = "reduced" in stages, False
         self._pid = os.getpid()
 
     # --- life -------------------------------------------------------------------------------------------------------
@@ -192,6 +194,8 @@ class Capture:
         try:
             if not self.updates.roles and self.clock.observed and self.clock.backward:
                 self.updates.manual_step_ends()
+            if self._reduced and self.clock.observed and self.clock.backward and not self.gradients.averaged:
+                self._tell_not_averaged()
             self.clock.close()
             self.updates.step_closed()
             self._rescan()
@@ -200,6 +204,11 @@ class Capture:
         except Exception as error:  # noqa: BLE001 - nothing of ours is raised in a training step
             self._fault("end of a step", error)
         self._sink.step_closed(step, scalars)
+
+    def _tell_not_averaged(self) -> None:
+        if not self._told:
+            self._told = True
+            self._sink.tell(_not_averaged(self.clock.step))
 
     def explicit_step(self) -> None:
         """`lens.step()`."""
@@ -215,3 +224,20 @@ class Capture:
             if slot in self.updates.slots(role):
                 return 1.0 if role.stepped or self.scaling.unscaled(role.ref()) else self.gradients.scale
         return self.gradients.scale
+
+
+def _not_averaged(step: int) -> Finding:
+    return Finding(
+        rule="not-averaged",
+        step=step,
+        severity=Severity.INFO,
+        stage=Stage.REDUCED.value,
+        seen="no backward of this step ended with gradients that were averaged over ranks, so there is nothing to read as "
+        "`reduced`; this is said once",
+        causes=(
+            "gradients are averaged by hand between backward() and the optimizer's step",
+            "the model is under neither DistributedDataParallel nor fully_shard",
+            "the optimizer's step came after no_sync() alone",
+        ),
+        remedy="read the stage `used`: what the optimizer consumed, however it was averaged",
+    )

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from gradlens.records import Parameters
+from gradlens.records import Finding, Parameters
 
 Key = tuple[int, int, str]  #: step, backward, stage
 
@@ -68,6 +68,9 @@ class Sink(Protocol):
 
     def ended(self, rows: Sequence[int], gradients: Sequence[Tensor]) -> None:
         """A backward pass left these in `.grad`."""
+
+    def tell(self, finding: Finding) -> None:
+        """Something that the user asked for cannot be had here, or not as elsewhere."""
 
     def step_closed(self, step: int, scalars: Mapping[str, Any]) -> None:
         """Nothing more comes of this step; `scalars` are what the user observed in it."""

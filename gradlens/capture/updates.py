@@ -243,6 +243,8 @@ class Updates:
             return Status.FROZEN
         if slot in gradients.fired:
             return None
+        if slot in gradients.given:
+            return "stale"
         if slot in gradients.undefined:
             return Status.UNDEFINED
         if gradients.changed(slot, parameter):

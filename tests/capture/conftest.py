@@ -60,6 +60,9 @@ class RecordingSink:
     def ended(self, rows, gradients):
         pass
 
+    def tell(self, finding):
+        self.events.append(finding)
+
     def step_closed(self, step, scalars):
         self.closed.append((step, dict(scalars)))
         self.events.append((step, "closed"))

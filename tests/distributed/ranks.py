@@ -1,7 +1,13 @@
-"""Real processes in a gloo group: started together, given a time limit, none left behind."""
+"""Real processes in a gloo group: started together, given a time limit, none left behind.
 
+One process imports torch and the test module, then forks the ranks, so that starting four costs about as much as one.
+"""
+
+import contextlib
+import fcntl
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import tempfile
@@ -11,49 +17,90 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent.parent
 
 _MAIN = """
-import pickle, sys, torch, torch.distributed as dist
-module, function, rank, ranks, folder = sys.argv[1:]
+import os, pickle, sys, traceback
+import torch, torch.distributed as dist, torch.distributed.fsdp, torch.distributed.tensor
+
+module, function, ranks, folder = sys.argv[1:]
+call = getattr(__import__(module, fromlist=["_"]), function)
 torch.set_num_threads(1)
-dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=int(rank), world_size=int(ranks))
-result = getattr(__import__(module, fromlist=["_"]), function)()
-pickle.dump(result, open(f"{folder}/{rank}", "wb"))
-dist.barrier()
-dist.destroy_process_group()
+
+
+def work(rank):
+    output = os.open(f"{folder}/log{rank}", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=int(ranks))
+    result = call()
+    with open(f"{folder}/{rank}", "wb") as file:
+        pickle.dump(result, file)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+children = []
+for rank in range(int(ranks)):
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            work(rank)
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    children.append(child)
+for _ in children:  # one that fails ends all: whoever started this kills the group
+    _, status = os.wait()
+    if status:
+        sys.exit(1)
 """
 
 
-def launch(function, ranks=2, seconds=90):
+def launch(function, ranks=2, seconds=120):
     """What the function of a test module returns in each rank; an error if one fails or the time is up."""
     with tempfile.TemporaryDirectory() as folder:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-        arguments = [[function.__module__, function.__name__, str(rank), str(ranks), folder] for rank in range(ranks)]
-        processes, logs = [], []
+        process = subprocess.Popen(
+            [sys.executable, "-c", _MAIN, function.__module__, function.__name__, str(ranks), folder],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+            start_new_session=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        end = time.monotonic() + seconds
         try:
-            for rank, given in enumerate(arguments):
-                logs.append(open(f"{folder}/log{rank}", "w+"))  # noqa: SIM115 - closed below, with the others
-                processes.append(
-                    subprocess.Popen(
-                        [sys.executable, "-c", _MAIN, *given],
-                        cwd=ROOT,
-                        env=environment,
-                        stdout=logs[-1],
-                        stderr=subprocess.STDOUT,
-                    )
-                )
-            end = time.monotonic() + seconds
-            while any(p.poll() is None for p in processes) and time.monotonic() < end:
-                if any(p.poll() for p in processes):
-                    break
+            while process.poll() is None and time.monotonic() < end:
                 time.sleep(0.05)
-            codes = [p.poll() for p in processes]
+            code = process.poll()
         finally:
-            for process in processes:
-                process.kill()
-                process.wait()
-            texts = []
-            for log in logs:
-                log.seek(0)
-                texts.append(log.read()[-3000:])
-                log.close()
-        assert codes == [0] * ranks, "\n".join([f"exit codes {codes}", *texts])
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # the ranks too
+            said = process.communicate()[0].decode(errors="replace")
+        texts = [f"rank {rank}: {_end(Path(f'{folder}/log{rank}'))}" for rank in range(ranks)]
+        what = "the time is up" if code is None else f"exit code {code}"
+        assert code == 0, "\n".join([what, said[-3000:], *texts])
         return [pickle.loads(Path(f"{folder}/{rank}").read_bytes()) for rank in range(ranks)]
+
+
+def once(folder, function, ranks=2):
+    """The same, run once for all tests that share the folder, in whatever process they run."""
+    path = folder / f"{function.__module__}.{function.__name__}.{ranks}"
+    with open(f"{path}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            try:
+                result = launch(function, ranks)
+            except AssertionError as error:
+                result = error
+            path.write_bytes(pickle.dumps(result))
+        result = pickle.loads(path.read_bytes())
+    if isinstance(result, AssertionError):
+        raise result
+    return result
+
+
+def _end(log):
+    return log.read_text(errors="replace")[-3000:] if log.exists() else ""

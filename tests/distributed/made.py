@@ -1,0 +1,127 @@
+"""What the ranks train, and how rows are compared."""
+
+import numpy as np
+import torch
+from torch import distributed, nn
+
+import gradlens
+from gradlens import fields, kernels
+
+
+class Keep:
+    """A writer that keeps what it gets."""
+
+    def __init__(self):
+        self.records = []
+
+    def write(self, record):
+        self.records.append(record)
+
+    def flush(self):
+        pass
+
+    close = flush
+
+    @property
+    def snapshots(self):
+        return [record for record in self.records if isinstance(record, gradlens.Snapshot)]
+
+    @property
+    def findings(self):
+        return [record for record in self.records if isinstance(record, gradlens.Finding)]
+
+    def at(self, stage):
+        """The snapshots of a stage, by step and backward."""
+        return {(s.step, s.backward): s for s in self.snapshots if s.stage == stage}
+
+
+def model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+
+
+def batches():
+    torch.manual_seed(1)
+    return torch.randn(3, 8, 6)
+
+
+def mine(data):
+    """This rank's share of each batch."""
+    return data.chunk(distributed.get_world_size(), dim=1)[distributed.get_rank()]
+
+
+def loss(net, x):
+    return net(x).square().mean()
+
+
+def local(tensor):
+    """What this rank holds of a tensor."""
+    return getattr(tensor, "_local_tensor", tensor).detach()
+
+
+def weights(net):
+    """This rank's weights, as arrays."""
+    return [local(p).numpy().copy() for p in net.parameters()]
+
+
+def train(net, data, stage, watched=True, **arguments):
+    """Three steps; the records, and the final local weights."""
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+    keep = Keep()
+    lens = gradlens.watch(net, optimizer, stage=stage, writers=[keep], rules=(), **arguments) if watched else None
+    for x in data:
+        optimizer.zero_grad()
+        loss(net, x).backward()
+        optimizer.step()
+    if lens is not None:
+        lens.close()
+    return keep, weights(net)
+
+
+def bits_equal(a, b):
+    assert len(a) == len(b)
+    assert all(np.array_equal(x, y, equal_nan=True) for x, y in zip(a, b, strict=True))
+
+
+def numbers(snapshot):
+    """Counts, moments, histogram and top partials of each row."""
+    columns = [snapshot.columns[field.name] for field in fields.COUNTS + fields.MOMENTS]
+    return {
+        name: np.concatenate([[c[i] for c in columns], snapshot.histogram[i], snapshot.top.partial[i]])
+        for i, name in enumerate(snapshot.names)
+    }
+
+
+def expected(tensors):
+    """The same, of tensors by name."""
+    parts = [slice(len(fields.COUNTS + fields.MOMENTS)), fields.HISTOGRAM, fields.TOP_PARTIAL]
+    rows = kernels.summarize([local(t) for t in tensors.values()]).numpy()
+    return {name: np.concatenate([row[part] for part in parts]) for name, row in zip(tensors, rows, strict=True)}
+
+
+def same(seen, wanted, **tolerance):
+    """Rows by name are equal, exactly unless a tolerance is given."""
+    assert set(seen) == set(wanted)
+    for name in wanted:
+        if tolerance:
+            np.testing.assert_allclose(seen[name], wanted[name], err_msg=name, **tolerance)
+        else:
+            np.testing.assert_array_equal(seen[name], wanted[name], err_msg=name)
+
+
+def gradients(net, x, k=1.0):
+    """The partials of one backward at the weights as they are, by name, of this rank alone; no hook sees it."""
+    params = {name: p.detach().clone().requires_grad_() for name, p in net.named_parameters()}
+    out = torch.func.functional_call(net, params, (x,)).square().mean() * k
+    given = torch.autograd.grad(out, list(params.values()), allow_unused=True)
+    return {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(params.items(), given, strict=True)}
+
+
+def averaged(tensors):
+    """Their mean over the ranks."""
+    result = {}
+    for name, tensor in tensors.items():
+        result[name] = tensor.clone()
+        distributed.all_reduce(result[name])
+        result[name] /= distributed.get_world_size()
+    return result
