@@ -3,6 +3,7 @@
 import numpy as np
 
 from gradlens import fields
+from gradlens.analysis.history import History
 from gradlens.records import Parameters, Snapshot, Stage, Top
 
 
@@ -39,3 +40,22 @@ def snapshot(
 def _top(n):
     partial = 0.1 / (1 + np.arange(fields.TOP)[None, :] + np.arange(n)[:, None])
     return Top(np.tile(np.arange(fields.TOP), (n, 1)), partial, np.full((n, fields.TOP), 0.5))
+
+
+def asked(rule, *snapshots, **options):
+    """What a rule says right after each snapshot: a list of findings for each, of a history that grows."""
+    history, said = History(**options), []
+    for one in snapshots:
+        history.append(one)
+        said.append(list(rule(history) or ()))
+    return said
+
+
+def last(rule, *snapshots, **options):
+    """What a rule says after the last snapshot."""
+    return asked(rule, *snapshots, **options)[-1]
+
+
+def parameters_of(findings):
+    """The parameters that findings name, in order."""
+    return [finding.parameter for finding in findings]

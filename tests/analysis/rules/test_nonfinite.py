@@ -1,0 +1,74 @@
+"""NaN and infinite partials."""
+
+import math
+
+import pytest
+
+from gradlens.analysis.rules import NonFinite
+from gradlens.records import Severity, Stage
+from tests.analysis.made import last, parameters_of, snapshot
+
+NAMES = ("a.weight", "b.weight", "c.weight")
+
+
+def bad(step, nan=(0, 0, 0), inf=(0, 0, 0), **options):
+    return snapshot(step, NAMES, nan=list(nan), inf=list(inf), **options)
+
+
+def test_one_nan_is_an_error_at_once():
+    """The first bad partial is named with its count, and where to look."""
+    (finding,) = last(NonFinite(), bad(7, nan=(0, 1, 0)))
+    assert (finding.parameter, finding.severity, finding.step, finding.value) == ("b.weight", Severity.ERROR, 7, 1.0)
+    assert finding.seen == "1 NaN of 100 partials"
+    assert "right behind 'b.weight'" in finding.remedy
+    assert "does not exist" in finding.causes[0]
+
+
+def test_nan_and_infinite_are_counted_apart():
+    """Both kinds stand in the text."""
+    (finding,) = last(NonFinite(), bad(0, nan=(2, 0, 0), inf=(3, 0, 0)))
+    assert finding.seen == "2 NaN and 3 infinite of 100 partials"
+    assert finding.value == 5
+
+
+def test_finite_gradients_are_silent():
+    """However large."""
+    assert last(NonFinite(), bad(0, abs_max=1e300)) == []
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_points_at_the_forward_pass(loss):
+    """Then the derivative is not to blame."""
+    (finding,) = last(NonFinite(), bad(0, nan=(0, 0, 1), loss=loss))
+    assert "forward pass" in finding.causes[0]
+    assert "right behind" not in finding.remedy
+
+
+def test_when_every_parameter_has_them_the_forward_pass_is_to_blame():
+    """Backward cannot spoil the last layer's gradient by itself."""
+    findings = last(NonFinite(), bad(0, nan=(1, 1, 1), loss=1.5))
+    assert parameters_of(findings) == list(NAMES)
+    assert all("forward pass" in finding.causes[0] and "the loss is 1.5" in finding.seen for finding in findings)
+
+
+def test_the_step_before_is_the_cause_where_it_had_them_already():
+    """Weights that a non-finite step was written into make everything non-finite."""
+    findings = last(NonFinite(), bad(4, nan=(0, 9, 0)), bad(5, nan=(1, 1, 1)))
+    assert all("step 4 wrote non-finite partials (of b.weight)" in finding.causes[0] for finding in findings)
+
+
+@pytest.mark.parametrize(("scale", "found"), [(65536.0, False), (1.0, True), (math.nan, True)])
+def test_under_a_known_scale_they_are_the_scalers_business(scale, found):
+    """A scaler that gradlens knows skips the step; a scale that is unknown excuses nothing."""
+    assert bool(last(NonFinite(), bad(0, inf=(1, 0, 0), scale=scale))) is found
+
+
+@pytest.mark.parametrize("status", ["frozen", "absent", "uncaptured"])
+def test_rows_without_a_gradient_of_their_own_are_silent(status):
+    """What is left in `.grad` of such a parameter is not this step's."""
+    assert last(NonFinite(), bad(0, nan=(1, 0, 0), status=[status, "ok", "ok"])) == []
+
+
+def test_used_gradients_are_judged_too():
+    """What the optimizer consumes may become non-finite by clipping."""
+    assert last(NonFinite(), bad(0), bad(0, nan=(0, 0, 1), stage=Stage.USED))
