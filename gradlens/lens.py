@@ -35,6 +35,7 @@ from gradlens.errors import (
     nearest,
 )
 from gradlens.meter import Overhead, Pace
+from gradlens.noise import DECAY, NoiseScale, measured
 from gradlens.pipeline import Faults, Pipeline, plain, shielded
 from gradlens.records import Finding, Severity, Snapshot, Stage
 from gradlens.schedules import Schedule, as_schedule
@@ -217,6 +218,15 @@ class Lens:
             evidence=evidence,
         )
 
+    def noise_scale(self, *, decay: float = DECAY) -> NoiseScale:
+        """How noisy the gradient of one micro-batch is: the batch size above which larger ones bring little.
+
+        From the micro-batches of each step in memory, no gradient stored; in examples after `observe(batch_size=)`. A step's
+        weight falls by `decay` with each one after it. Where nothing is known the result says why.
+        """
+        self._catch_up()
+        return measured(self._pipeline.history, decay=decay)
+
     def report(self) -> str:
         """The page that a person reads in a minute."""
         self._catch_up()
@@ -237,7 +247,10 @@ class Lens:
     # --- steps and life ---------------------------------------------------------------------------------------------
 
     def observe(self, loss: Any = None, *, batch_size: int | None = None, **scalars: Any) -> None:
-        """Attach values to the open step, or to the next where none is open. Tensors are taken without a device sync."""
+        """Attach values to the open step, or to the next where none is open. Tensors are taken without a device sync.
+
+        `batch_size`: the examples of one backward, which makes examples the unit of the noise scale.
+        """
         self._require_open("observe()")
         given = {"loss": loss, "batch_size": batch_size, **scalars}
         self._clock.observe({name: _scalar(name, value) for name, value in given.items() if value is not None})

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent / "gradlens"
-BOTTOM = {"errors", "fields", "records", "frames", "pooling", "schedules", "selection"}
+BOTTOM = {"errors", "fields", "records", "frames", "noise", "pooling", "schedules", "selection"}
 LIVE = BOTTOM | {"meter", "kernels", "statistics", "capture", "analysis", "store", "writers", "native"}
 
 #: module -> the modules of gradlens it may import. A package may always import itself.
@@ -17,6 +17,7 @@ ALLOWED = {
     "fields": {"errors"},
     "records": {"errors", "fields"},
     "frames": {"errors", "fields", "records"},
+    "noise": {"errors", "records"},
     "pooling": {"errors", "fields", "records"},
     "schedules": {"errors"},
     "selection": {"errors"},
@@ -67,7 +68,7 @@ def test_imports_go_one_way(path):
     assert not unexpected, f"{module} may not import {sorted(unexpected)}"
 
 
-@pytest.mark.parametrize("module", ["fields", "records", "frames", "pooling", "analysis", "store", "writers"])
+@pytest.mark.parametrize("module", ["fields", "records", "frames", "noise", "pooling", "analysis", "store", "writers"])
 def test_the_offline_half_imports_no_torch(module):
     """The offline half starts without torch, so that the command line and the tab start at once."""
     code = (

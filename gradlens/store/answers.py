@@ -173,7 +173,7 @@ def snapshots(history: Found, observed: Found, histograms: Found, tops: Found) -
                 parameters=parameters,
                 status=history.words("status", STATUSES)[rows],
                 scale=c["scale"][rows],
-                columns={name: c[name][rows] for name in STORED},
+                columns={name: c[name][rows] for name in STORED if name in c},
                 histogram=_histogram(histograms, kept_histograms.get(moment), c["entry"][rows]),
                 top=_top(tops, kept_tops.get(moment), c["entry"][rows]),
                 scalars=kept_scalars.get(moment, {}),

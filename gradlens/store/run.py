@@ -20,6 +20,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from gradlens import noise
 from gradlens.errors import (
     ArgumentError,
     GradlensError,
@@ -28,6 +29,7 @@ from gradlens.errors import (
     RunDirectoryError,
     choice,
 )
+from gradlens.noise import DECAY, NoiseScale
 from gradlens.pooling import pool
 from gradlens.records import Finding, Snapshot
 from gradlens.store import answers, lock, rows, segment, tables, tail
@@ -164,6 +166,23 @@ class Run:
     def scalars(self, *, steps: Steps = None) -> pd.DataFrame:
         """Observed numbers: one row a step, one column a name (`loss`, ...)."""
         return answers.scalars(self._find("scalars", ["value"], Filter(steps=steps)))
+
+    @_again
+    def noise_scale(self, *, steps: Steps = None, decay: float = DECAY) -> NoiseScale:
+        """How noisy the gradient of one micro-batch is: the batch size above which larger ones bring little.
+
+        From the micro-batches of each step, of all ranks (whose stages have to be `backward` and `reduced`); in examples
+        where `batch_size` was observed. A step's weight falls by `decay` with each one after it.
+        """
+        asked, nothing = Filter(steps=steps), Filter(steps=())
+        found = answers.snapshots(
+            self._find("history", [*noise.COLUMNS, "time"], asked),
+            self._find("scalars", ["value"], asked),
+            self._find("histograms", [], nothing),
+            self._find("weights", [], nothing),
+        )
+        found.sort(key=lambda snapshot: snapshot.step)
+        return noise.measured(found, decay=decay, ranks=int(self.settings.get("ranks", 1)))
 
     @_again
     def histograms(self, *, parameters: Names = None, steps: Steps = None, stage: str | None = None) -> pd.DataFrame:

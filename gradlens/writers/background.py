@@ -71,8 +71,11 @@ class Background:
         return True
 
     def flush(self) -> None:
-        """Wait until everything queued so far was written, then flush the writer."""
-        if self._closed or os.getpid() != self._pid:
+        """Wait until everything queued so far was written, then flush the writer; while it closes, until it is closed."""
+        if os.getpid() != self._pid:
+            return
+        if self._closed:
+            self._end()
             return
         done = threading.Event()
         self._put(done)
@@ -87,6 +90,9 @@ class Background:
             self._put(_gap(self._gap))
         self._closed = True
         self._put(None)
+        self._end()
+
+    def _end(self) -> None:
         if threading.current_thread() is not self._thread:
             self._thread.join()
 

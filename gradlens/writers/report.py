@@ -5,6 +5,7 @@
     DIRECTIONS       which parameters want to move where, and how far the optimizer moved them
     MOST SENSITIVE   the ten weights to which the loss answers most
     UPDATES          what the steps were like
+    NOISE            how noisy a micro-batch's gradient is, where gradients were accumulated
     COST             what looking at all this took
 
 Lines are at most `WIDTH` wide and are ASCII, but for names. A model of many parameters shows the most telling ones: those
@@ -22,6 +23,7 @@ import numpy as np
 from gradlens import fields
 from gradlens.analysis.history import History
 from gradlens.analysis.rules.base import layout, number
+from gradlens.noise import measured
 from gradlens.records import COMPLEX, Finding, Parameters, Severity, Snapshot, Stage, Status, directions, total
 
 WIDTH = 100
@@ -45,6 +47,7 @@ def text(history: History, found: Sequence[Finding], *, overhead: str = "", titl
         _directions(now, used, found),
         _sensitive(history),
         [] if used is None else _updates(now, used),
+        _noise(history),
         ["COST", *_wrapped(overhead)] if overhead else [],
     ]
     return "\n\n".join("\n".join(block) for block in blocks if block)
@@ -332,6 +335,14 @@ def _ratios(used: Snapshot) -> list[str]:
         f"|dw|/|w|: {number(float(np.median(ratios[rows])))} in the median of the weights, from {number(ratios[low])} "
         f"({_cut(used.names[low], NAME)}) to {number(ratios[high])} ({_cut(used.names[high], NAME)}); {USUAL}"
     )
+
+
+# --- noise ----------------------------------------------------------------------------------------------------------
+
+
+def _noise(history: History) -> list[str]:
+    found = measured(history)
+    return ["NOISE", *_wrapped(str(found))] if found.rows else []
 
 
 # --- one weight -----------------------------------------------------------------------------------------------------

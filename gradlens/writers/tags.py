@@ -44,6 +44,12 @@ MODEL: dict[str, str] = {
     "went uphill.",
 }
 
+#: Those that only some runs have.
+SOMETIMES: dict[str, str] = {
+    f"{HEALTH}/noise_scale": "The batch size above which larger batches bring little, smoothed: in examples where "
+    "`observe(batch_size=...)` says how many a backward has, else in micro-batches. Only with gradient accumulation.",
+}
+
 IMAGES: dict[str, str] = {
     f"{LAYERS}/gradient_rms": "Size of the partials (root mean square), a layer a row in model order, steps to the right. "
     "Dark at one end of the model: the gradient vanishes there. Yellow: it explodes. Red names: see the findings on "
@@ -62,7 +68,7 @@ GROUPS: dict[str, str] = {
 
 def about(tag: str) -> str:
     """What a tag shows, in Markdown."""
-    return MODEL.get(tag) or IMAGES.get(tag) or GROUPS.get(tag.partition("/")[0], "")
+    return MODEL.get(tag) or SOMETIMES.get(tag) or IMAGES.get(tag) or GROUPS.get(tag.partition("/")[0], "")
 
 
 def numbered(row: int, name: str) -> str:
@@ -84,7 +90,8 @@ def page() -> str:
     """The tags in a few lines of Markdown."""
     lines = ["Start with the two pictures (Time Series or Images page), then read the findings.", ""]
     group = ""
-    for tag, text in [*IMAGES.items(), *MODEL.items(), *((f"{group}/...", text) for group, text in GROUPS.items())]:
+    numbers = sorted((MODEL | SOMETIMES).items(), key=lambda item: item[0].partition("/")[0])
+    for tag, text in [*IMAGES.items(), *numbers, *((f"{group}/...", text) for group, text in GROUPS.items())]:
         if tag.partition("/")[0] != group:
             group = tag.partition("/")[0]
             lines += ["", f"**{group}**", ""]

@@ -28,6 +28,7 @@ from gradlens import fields
 from gradlens.analysis.history import History
 from gradlens.analysis.rules.base import judged, layout
 from gradlens.errors import ArgumentError, RunDirectoryError
+from gradlens.noise import Gauge
 from gradlens.records import Finding, Severity, Snapshot, Stage, Status
 from gradlens.writers import events, heatmap, markdown, tags
 from gradlens.writers.events import EventFile
@@ -120,6 +121,7 @@ class TensorBoard:
         self._open = _Step(-1, due=False)
         self._count = 0  # steps that were observed, the open one included
         self._grid = Grid()
+        self._gauge = Gauge()
         self._found: dict[tuple[object, ...], Finding] = {}
         self._news = False  # findings that no page has shown
         self._chosen: dict[str, str] = {}  # names, and what they are in tags
@@ -142,6 +144,7 @@ class TensorBoard:
                 self._count += 1
                 self._open = _Step(record.step, due=self._numbers.due(self._count))
             self._open.take(record)
+            self._gauge.take(record)
 
     def flush(self) -> None:
         """Write the open step's numbers, and the findings. What the step gets later is written later."""
@@ -170,11 +173,11 @@ class TensorBoard:
 
     def _finish(self, last: bool = False) -> None:
         event = self._event()
-        gradient = self._open.gradient()
+        gradient, noise = self._open.gradient(), self._gauge.end()
         if gradient is not None:
             self._grid.add(gradient)
             self._add_help(event)
-            self._add_numbers(event)
+            self._add_numbers(event, math.nan if noise is None else noise.noise_scale)
             if self._histograms.due(self._count) or last:
                 self._add_histograms(event, gradient)
             if last or (self._rested(self._drawn_at) and self._pictures.due(self._count)):
@@ -213,11 +216,12 @@ class TensorBoard:
 
     # --- numbers ----------------------------------------------------------------------------------------------------
 
-    def _add_numbers(self, event: Event) -> None:
+    def _add_numbers(self, event: Event, noise_scale: float = math.nan) -> None:
         gradient, used = self._open.gradient(), self._open.of(Stage.USED)
         if gradient is None or not (self._open.due or self._news):
             return
         numbers = {**_of_model(gradient), **_of_update(used), **self._of_chosen(gradient, used), **_observed(gradient, used)}
+        numbers[f"{tags.HEALTH}/noise_scale"] = noise_scale
         for tag, value in numbers.items():
             if not math.isnan(value) and tag not in self._open.written:
                 self._open.written.add(tag)

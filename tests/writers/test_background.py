@@ -2,6 +2,7 @@
 
 import os
 import threading
+import time
 from dataclasses import dataclass
 
 import pytest
@@ -58,6 +59,23 @@ def test_everything_is_written_in_order():
     background.close()
     assert slow.closed == 1
     assert not background._thread.is_alive()
+
+
+def test_a_question_asked_while_it_closes_waits():
+    """flush() from another thread, while close() waits for the queue, returns when all is written."""
+    slow = Slow()
+    background = Background(slow)
+    for i in range(3):
+        background.write(Item(i))
+    closing = threading.Thread(target=background.close)
+    closing.start()
+    while not background._closed:
+        time.sleep(0.001)
+    threading.Timer(0.05, slow.gate.set).start()
+    background.flush()
+    assert len(slow.seen) == 3
+    assert slow.closed == 1
+    closing.join()
 
 
 def test_a_full_queue_leaves_out_whole_steps_and_says_which():
