@@ -57,9 +57,9 @@ enum update {
     UPDATE_AGAINST, UPDATE_STUCK, UPDATE_LOSS_DOT, UPDATE_LOSS_EXACT, UPDATES
 };
 
-/* Python refuses a library whose text differs from what it makes of `fields.py`. */
+/* Python refuses a library whose text differs from what it makes of `fields.py`. The number is that of the calls' form. */
 EXPORT const char *gradlens_columns(void) {
-    return "numel positive negative zero nan inf sum abs_sum square_sum min max abs_max abs_min_nonzero "
+    return "2 | numel positive negative zero nan inf sum abs_sum square_sum min max abs_max abs_min_nonzero "
            "weight_square_sum weight_abs_max dot "
            "flip_compared flip_moving flip_count flip_dot flip_square_sum flip_previous_square_sum "
            "histogram -96 31 top 16 | "
@@ -74,11 +74,11 @@ enum { OPERANDS = 4 };
 enum { G, W, PREVIOUS, KEEP };           /* of summarize and, the first alone, of sample */
 enum { USED, BEFORE, AFTER, LOSS };      /* of compare */
 
-/* One tensor and what belongs to it. `layout` is where in `layouts` its axes stand: their number, their lengths, and for each
- * operand its strides in entries. -1: all are contiguous. */
+/* One tensor and what belongs to it; a pointer of 0 where there is none. `layout` is where in `layouts` its axes stand: their
+ * number, their lengths, and for each operand its strides in entries. 0: all are contiguous. */
 typedef struct {
     int64_t pointer[OPERANDS];
-    int64_t types; /* four bits each */
+    int64_t type[OPERANDS];
     int64_t count;
     int64_t layout;
 } task;
@@ -103,9 +103,9 @@ typedef struct {
 } room;
 
 static walk walk_of(const task *t, const int64_t *layouts, int operand) {
-    walk w = {.base = (char *)(intptr_t)t->pointer[operand], .type = (int)(t->types >> (4 * operand)) & 15};
+    walk w = {.base = (char *)(intptr_t)t->pointer[operand], .type = (int)t->type[operand]};
     w.size = SIZE[w.type];
-    if (t->layout < 0)
+    if (t->layout == 0)
         return w;
     const int64_t *layout = layouts + t->layout;
     int axes = (int)layout[0];
@@ -563,9 +563,9 @@ FIND(find_double, double)
 INLINE void summarize_piece(const task *t, const int64_t *layouts, int64_t start, int64_t stop, state *s, room *r) {
     order shared, *o = NULL;
     task straight = *t;
-    if (t->layout >= 0 && shared_order(t, layouts, &shared)) {
+    if (t->layout > 0 && shared_order(t, layouts, &shared)) {
         o = &shared;
-        straight.layout = -1;
+        straight.layout = 0;
     }
     walk walks[OPERANDS];
     int is_wide = 0;
@@ -616,18 +616,19 @@ static double or_nothing(double extreme) { return extreme > -INFINITY && extreme
 
 /* Counts by bucket, from counts by key; returns how many there are. `zero` entries of key 0 are not among them. */
 static double write_buckets(double *row, const uint64_t *keys, int64_t zero) {
-    double counts[NOT_FINITE], total = 0;
-    memset(row, 0, sizeof(double) * BUCKETS);
-    for (int key = 0; key < NOT_FINITE; key++)
-        counts[key] = (double)keys[key];
-    counts[0] -= (double)zero;
-    for (int key = 0; key < NOT_FINITE; key++) {
-        int exponent = key - BIAS;
-        exponent = exponent < EXPONENT_MIN ? EXPONENT_MIN : exponent > EXPONENT_MAX ? EXPONENT_MAX : exponent;
-        row[exponent - EXPONENT_MIN] += counts[key];
-        total += counts[key];
+    enum { FIRST = EXPONENT_MIN + BIAS, LAST = EXPONENT_MAX + BIAS }; /* keys beyond them go into the outermost buckets */
+    uint64_t below = -(uint64_t)zero, above = 0, total = 0;
+    for (int key = 0; key < FIRST; key++)
+        below += keys[key];
+    for (int key = LAST + 1; key < NOT_FINITE; key++)
+        above += keys[key];
+    for (int key = FIRST; key <= LAST; key++) {
+        total += keys[key];
+        row[key - FIRST] = (double)(int64_t)keys[key];
     }
-    return total;
+    row[0] += (double)(int64_t)below;
+    row[BUCKETS - 1] += (double)(int64_t)above;
+    return (double)(int64_t)(below + total + above);
 }
 
 static void write_summary(const task *t, state *s, double *row) {
@@ -922,14 +923,122 @@ static void run_all(const job *model, int64_t n, int threads) {
         free(jobs);
 }
 
-EXPORT void gradlens_summarize(const task *tasks, int64_t n, const int64_t *layouts, double *rows, int threads, int variant) {
-    job model = {.tasks = tasks, .layouts = layouts, .rows = rows, .width = WIDTH, .work = SUMMARIZE[variant], .write = write_summary};
-    run_all(&model, n, threads);
+/* --- what may be overwritten ----------------------------------------------------------------------------------------------------- */
+
+typedef struct {
+    int64_t first, end, row;
+} stretch;
+
+/* The memory between an operand's first entry and the end of its last. */
+static stretch stretch_of(const task *t, const int64_t *layouts, int operand, int64_t row) {
+    walk w = walk_of(t, layouts, operand);
+    stretch s = {t->pointer[operand], t->pointer[operand] + (w.axes ? w.size : t->count * w.size), row};
+    for (int axis = 0; axis < w.axes; axis++)
+        s.end += (w.length[axis] - 1) * w.stride[axis];
+    return s;
 }
 
-EXPORT void gradlens_compare(const task *tasks, int64_t n, const int64_t *layouts, double *rows, int threads, int variant) {
+static int by_first(const void *a, const void *b) {
+    int64_t left = ((const stretch *)a)->first, right = ((const stretch *)b)->first;
+    return (left > right) - (left < right);
+}
+
+/* Whether PREVIOUS and KEEP are one and the same: each block is then read before it is overwritten. */
+static int in_place(const task *t, const int64_t *layouts) {
+    if (t->pointer[PREVIOUS] != t->pointer[KEEP] || t->type[PREVIOUS] != t->type[KEEP])
+        return 0;
+    if (t->layout == 0)
+        return 1;
+    const int64_t axes = layouts[t->layout], *strides = layouts + t->layout + 1 + axes;
+    return memcmp(strides + axes * PREVIOUS, strides + axes * KEEP, sizeof(int64_t) * (size_t)axes) == 0;
+}
+
+/* Whether an operand of some row, other than what it is compared with in place, overlaps one of the sorted stretches. */
+static int overlaps(const task *tasks, int64_t n, const int64_t *layouts, const stretch *kept, int64_t count) {
+    for (int64_t i = 0; i < n; i++)
+        for (int operand = 0; operand < KEEP; operand++) {
+            if (!tasks[i].pointer[operand] || !tasks[i].count)
+                continue;
+            stretch s = stretch_of(&tasks[i], layouts, operand, i);
+            int64_t low = 0, high = count; /* the first stretch that ends after this one begins */
+            while (low < high) {
+                int64_t middle = low + (high - low) / 2;
+                if (kept[middle].end <= s.first)
+                    low = middle + 1;
+                else
+                    high = middle;
+            }
+            if (low == count || kept[low].first >= s.end)
+                continue;
+            if (operand != PREVIOUS || kept[low].row != i || !in_place(&tasks[i], layouts))
+                return 1;
+        }
+    return 0;
+}
+
+/* Whether a walk may meet an entry twice: unless, by rising stride, each axis steps over all that the ones before it span. */
+static int may_repeat(const walk *w) {
+    int64_t span = w->size, least = 0;
+    for (int done = 0; done < w->axes; done++) {
+        int next = -1;
+        for (int axis = 0; axis < w->axes; axis++)
+            if (w->stride[axis] > least && (next < 0 || w->stride[axis] < w->stride[next]))
+                next = axis;
+        if (next < 0 || w->stride[next] < span)
+            return 1; /* two of one stride, or one of 0, leave too few */
+        least = w->stride[next];
+        span += (w->length[next] - 1) * least;
+    }
+    return 0;
+}
+
+/* Whether each KEEP takes the gradient's bits as they are, and may be written while the rows are read in any order. */
+static int may_keep(const task *tasks, int64_t n, const int64_t *layouts) {
+    int64_t count = 0;
+    for (int64_t i = 0; i < n; i++)
+        count += tasks[i].pointer[KEEP] && tasks[i].count;
+    if (count == 0)
+        return 1;
+    stretch *kept = malloc(sizeof(stretch) * (size_t)count);
+    if (!kept)
+        return 0;
+    int sorted = 1;
+    for (int64_t i = 0, at = 0; i < n; i++)
+        if (tasks[i].pointer[KEEP] && tasks[i].count) {
+            walk w = walk_of(&tasks[i], layouts, KEEP);
+            if (may_repeat(&w) || tasks[i].type[KEEP] != tasks[i].type[G]) {
+                free(kept);
+                return 0;
+            }
+            kept[at] = stretch_of(&tasks[i], layouts, KEEP, i);
+            sorted &= at == 0 || kept[at - 1].first <= kept[at].first;
+            at++;
+        }
+    if (!sorted)
+        qsort(kept, (size_t)count, sizeof(stretch), by_first);
+    int apart = 1;
+    for (int64_t at = 1; at < count; at++)
+        apart &= kept[at - 1].end <= kept[at].first;
+    apart = apart && !overlaps(tasks, n, layouts, kept, count);
+    free(kept);
+    return apart;
+}
+
+/* --- the calls --------------------------------------------------------------------------------------------------------------------- */
+
+/* 0, with nothing done, where a tensor that is to be overwritten shares memory with another that is read. */
+EXPORT int gradlens_summarize(const task *tasks, int64_t n, const int64_t *layouts, double *rows, int threads, int variant) {
+    if (!may_keep(tasks, n, layouts))
+        return 0;
+    job model = {.tasks = tasks, .layouts = layouts, .rows = rows, .width = WIDTH, .work = SUMMARIZE[variant], .write = write_summary};
+    run_all(&model, n, threads);
+    return 1;
+}
+
+EXPORT int gradlens_compare(const task *tasks, int64_t n, const int64_t *layouts, double *rows, int threads, int variant) {
     job model = {.tasks = tasks, .layouts = layouts, .rows = rows, .width = UPDATES, .work = COMPARE[variant], .write = write_update};
     run_all(&model, n, threads);
+    return 1;
 }
 
 static void sample(const job *j, int64_t n) {
@@ -949,10 +1058,11 @@ static void sample(const job *j, int64_t n) {
     }
 }
 
-EXPORT void gradlens_sample(const task *tasks, int64_t n, const int64_t *layouts, double *rows, int threads, int variant) {
+EXPORT int gradlens_sample(const task *tasks, int64_t n, const int64_t *layouts, double *rows, int threads, int variant) {
     job model = {.tasks = tasks, .layouts = layouts, .rows = rows};
     (void)threads, (void)variant;
     unsigned mode = keep_subnormals();
     sample(&model, n);
     restore(mode);
+    return 1;
 }
