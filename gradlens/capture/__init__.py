@@ -8,4 +8,5 @@ is read goes to a `sink` as a `Reading`, one way. Nothing here computes a statis
 - `updates`: the optimizer's step, from hook to reading.
 - `clock`: where a step opens and closes, and whether it is looked at.
 - `scaling`: the gradient scaler, asked without a device sync.
+- `compiling`: how torch.compile is kept from compiling us.
 """

@@ -34,6 +34,7 @@ from torch.utils.hooks import unserializable_hook
 
 from gradlens.capture.attachment import Attachment, Slot
 from gradlens.capture.clock import Clock
+from gradlens.capture.compiling import eagerly
 from gradlens.capture.readings import Reading, Sink
 from gradlens.capture.scaling import Scaling
 from gradlens.records import Stage, Status
@@ -275,6 +276,7 @@ class Gradients:
             with self.lock:
                 return self._by_task[task] if task in self._by_task else self._enter(slot, task)
 
+    @eagerly
     def _enter(self, slot: Slot, task: int) -> Pass | None:
         run, thread = _engine_run(), threading.get_ident()
         accumulates = run.accumulates
@@ -341,6 +343,7 @@ class Gradients:
         current.ends.append(weakref.ref(first))
         _queue_callback(first)
 
+    @eagerly
     def _task_ended(self, current: Pass, task: int) -> None:
         if current not in self._passes:
             return
@@ -404,6 +407,7 @@ class Gradients:
         current.read.clear()
         current.bytes = 0
 
+    @eagerly
     def _emit(
         self,
         stage: Stage,

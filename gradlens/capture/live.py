@@ -14,6 +14,7 @@ from torch.nn.modules.module import (
 )
 from torch.optim import Optimizer
 
+from gradlens.capture import compiling
 from gradlens.capture.attachment import Attachment, Slot
 from gradlens.capture.clock import Clock
 from gradlens.capture.gradients import Gradients, running
@@ -77,6 +78,7 @@ class Capture:
 
     def attach(self) -> None:
         """Start watching."""
+        compiling.leave_to_python()
         self.updates.attach()
         self._listen()
         self._follow_schedule()

@@ -20,6 +20,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from gradlens.capture.attachment import Attachment, Slot
 from gradlens.capture.clock import Clock
+from gradlens.capture.compiling import eagerly
 from gradlens.capture.gradients import Gradients, running
 from gradlens.capture.readings import Reading, Sink, Update
 from gradlens.records import Stage, Status
@@ -79,18 +80,19 @@ class Updates:
         """Listen to every optimizer's step; those that are not ours pass by."""
         this = weakref.ref(self)
 
+        @eagerly
         def pre(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
             tool = this()
             if tool is not None:
                 tool._guarded("before the optimizer's step", tool._before, optimizer, args, kwargs)
 
+        @eagerly
         def post(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
             tool = this()
             if tool is not None:
                 tool._guarded("after the optimizer's step", tool._after, optimizer, args, kwargs)
                 tool._ended(optimizer)
 
-        pre._torchdynamo_disable = post._torchdynamo_disable = True  # type: ignore[attr-defined]
         self._handles = [register_optimizer_step_pre_hook(pre), register_optimizer_step_post_hook(post)]
 
     def detach(self) -> None:
