@@ -223,11 +223,14 @@ class Pipeline:
 
     def step_closed(self, step: int, scalars: Mapping[str, Any]) -> None:
         """Send what the step gave."""
-        self.meter.step_ended(observed=self.count > self._counted)
-        self._counted = self.count
+        observed, self._counted = self.count > self._counted, self.count
+        self._do("the meter", self.meter.step_ended, observed)
         if self.evidence is not None:
             self._do("evidence", self._fold, self.evidence, step)
         self._do("end of a step", self._release, step, scalars)
+        self._open = {key: table for key, table in self._open.items() if table.step > step}
+        if self.faults.findings:
+            self._do("findings", self._send, [], {})  # what could not be sent with the step
         self._last, self._ended, self._consumed = None, {}, {}
 
     def interrupt(self) -> None:
@@ -432,21 +435,21 @@ class Pipeline:
 
     def _release(self, step: int, scalars: Mapping[str, Any]) -> None:
         self._send([t for t in self._open.values() if t.step <= step and t.complete], scalars)
-        self._open = {key: t for key, t in self._open.items() if t.step > step}
 
     def release_open(self, scalars: Mapping[str, Any]) -> None:
         """Send what is complete of the open step, for a question asked in the middle of it."""
-        with shielded():
-            self._send([t for t in self._open.values() if t.complete and t.stage != Stage.USED], scalars)
+        tables = [t for t in self._open.values() if t.complete and t.stage != Stage.USED]
+        self._do("a question in the middle of a step", self._send, tables, scalars)
 
     def _send(self, tables: list[Table], scalars: Mapping[str, Any]) -> None:
-        findings, self.faults.findings = self.faults.findings, []
+        findings = list(self.faults.findings)
         if not tables and not findings:
             return
         observed = {name: value.detach() for name, value in scalars.items() if isinstance(value, Tensor)}
         transfer = Transfer([tensor for table in tables for tensor in table.pack()] + list(observed.values()))
         step = tables[-1].step if tables else self.faults.step()
         self._background.write(Parcel(step, tables, transfer, dict(scalars), list(observed), findings))
+        del self.faults.findings[: len(findings)]
         for table in tables:
             self._open.pop((table.step, table.backward, table.stage), None)
 

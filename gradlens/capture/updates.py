@@ -132,16 +132,21 @@ class Updates:
             self.read_used(role)
 
     def _after(self, role: Role, optimizer: Optimizer, closure: Any) -> None:
-        if closure is not None and not running():
-            self._settle()
-        role.stepped = self._clock.moving = True
-        if self._clock.observed:
-            skipped = _skipped(optimizer)
-            if not role.read:
-                self.read_used(role, skipped=skipped, late=True)
-            if self._weights:
-                self._read_update(role, optimizer, skipped)
-        role.closes = role.clock
+        try:
+            if closure is not None and not running():
+                self._settle()
+            if self._clock.observed:
+                self._read_after(role, optimizer)
+        finally:
+            role.stepped = self._clock.moving = True
+            role.closes = role.clock  # the step is over, whatever of ours failed
+
+    def _read_after(self, role: Role, optimizer: Optimizer) -> None:
+        skipped = _skipped(optimizer)
+        if not role.read:
+            self.read_used(role, skipped=skipped, late=True)
+        if self._weights:
+            self._read_update(role, optimizer, skipped)
 
     def _ended(self, optimizer: Optimizer) -> None:
         """Outside the guard: closing a step is where `on_finding="raise"` raises."""

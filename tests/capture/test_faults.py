@@ -1,0 +1,272 @@
+"""Faults, ours and the user's: training goes on, bit for bit."""
+
+import contextlib
+import functools
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import gradlens
+from gradlens import kernels
+from gradlens.capture.attachment import Attachment
+from gradlens.capture.clock import Clock
+from gradlens.capture.gradients import Gradients
+from gradlens.capture.live import Capture
+from gradlens.capture.scaling import Scaling
+from gradlens.capture.updates import Updates
+from gradlens.errors import GradlensWarning
+from gradlens.meter import Meter
+from gradlens.pipeline import Pipeline
+from gradlens.statistics.buffers import Buffer
+from gradlens.statistics.table import Table
+
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.2), nn.Tanh(), nn.Linear(8, 3))
+
+
+def data(step):
+    return torch.randn(6, 4, generator=torch.Generator().manual_seed(step))
+
+
+def iterate(model, optimizer, steps, *, first=0, accumulate=2):
+    """Losses of some steps with clipping."""
+    losses = []
+    for step in range(first, first + steps):
+        optimizer.zero_grad()
+        for k in range(accumulate):
+            loss = model(data(2 * step + k)).pow(2).sum()
+            loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def bits(model, optimizer):
+    state = [t for s in optimizer.state.values() for t in s.values() if isinstance(t, torch.Tensor)]
+    return [t.detach().clone() for t in (*model.state_dict().values(), *state, torch.get_rng_state())]
+
+
+def same_bits(a, b):
+    assert len(a) == len(b)
+    assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def training():
+    model = net()
+    return model, torch.optim.AdamW(model.parameters(), 0.01)
+
+
+@functools.cache
+def never_watched(steps):
+    model, optimizer = training()
+    losses = iterate(model, optimizer, steps)
+    return losses, bits(model, optimizer)
+
+
+@contextlib.contextmanager
+def faults_allowed():
+    """Our warning that something of ours failed is expected."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", GradlensWarning)
+        yield
+
+
+#: What may fail: every function of ours that something in a training step calls.
+OURS = {
+    "tensor hook": (Gradients, "_on_gradient"),
+    "post hook": (Gradients, "_on_accumulated"),
+    "a pass begins": (Gradients, "_enter"),
+    "a pass begins, model": (Capture, "_before_pass"),
+    "callbacks are queued": (Gradients, "_queue_end"),
+    "end callback": (Gradients, "_task_ended"),
+    "a pass ends": (Gradients, "_finish"),
+    "a pass ends, optimizer": (Capture, "_after_pass"),
+    "a pass is left": (Gradients, "_drop"),
+    "hooks are put on": (Attachment, "arm"),
+    "the model is scanned": (Attachment, "rescan"),
+    "names are read": (Attachment, "refresh"),
+    "scale": (Scaling, "scale"),
+    "before the step": (Updates, "_before"),
+    "after the step": (Updates, "_read_after"),
+    "the used gradients": (Updates, "read_used"),
+    "settle": (Capture, "settle"),
+    "the step closes": (Gradients, "step_closed"),
+    "the schedule is followed": (Capture, "_follow_schedule"),
+    "the clock begins": (Clock, "begin"),
+    "the clock counts": (Clock, "end"),
+    "the meter": (Meter, "step_ended"),
+    "the sink": (Pipeline, "_read"),
+    "updates": (Pipeline, "_update"),
+    "samples": (Pipeline, "_sample_end"),
+    "a step is sent": (Pipeline, "_release"),
+    "weights are kept": (Buffer, "keep"),
+    "statistics": (kernels, "summarize"),
+    "a table is packed": (Table, "pack"),
+}
+
+
+@pytest.mark.trap(14)
+@pytest.mark.situation(
+    "an error inside our own hooks",
+    stages={
+        "backward": "marked: a warning and a finding name it, once",
+        "used": "marked: a warning and a finding name it, once",
+    },
+    note="training has the same bits, and what fails again and again is left out",
+)
+@pytest.mark.parametrize("when", ["once", "always"])
+@pytest.mark.parametrize("where", OURS)
+def test_whatever_of_ours_fails_training_has_the_same_bits(monkeypatch, where, when):
+    """Each function of ours that runs in a step is made to raise: losses, weights, optimizer state and RNG are as without."""
+    losses, expected = never_watched(6)
+    model, optimizer = training()
+    owner, name = OURS[where]
+    real, calls, broken = getattr(owner, name), [0], [False]
+
+    def fails(*args, **kwargs):
+        calls[0] += broken[0]
+        if broken[0] and (when == "always" or calls[0] == 3):
+            raise RuntimeError("made to fail")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, fails)
+    monkeypatch.setattr("gradlens.capture.live.SCAN_EVERY", 2)
+    lens = gradlens.watch(model, optimizer)
+    with faults_allowed():
+        broken[0] = True
+        seen = iterate(model, optimizer, 4)
+        broken[0] = False
+        seen += iterate(model, optimizer, 2, first=4)
+        assert calls[0] > 0, "this test does not reach what it makes fail"
+        lens.close()
+    same_bits(bits(model, optimizer), expected)
+    assert seen == losses
+    assert "gradlens-fault" in [f.rule for f in lens.findings()] or when == "once"
+    assert all(p._backward_hooks is None and p._post_accumulate_grad_hooks is None for p in model.parameters())
+    if when == "once":
+        assert set(lens.table()["step"]) == {5}
+
+
+def test_a_warning_that_is_made_an_error_does_not_reach_training(monkeypatch):
+    """Under `-W error` our own warning of a fault would raise in a hook: it does not."""
+    _, expected = never_watched(3)
+    model, optimizer = training()
+    monkeypatch.setattr(kernels, "summarize", lambda *a, **k: 1 / 0)
+    lens = gradlens.watch(model, optimizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        iterate(model, optimizer, 3)
+        lens.close()
+    same_bits(bits(model, optimizer), expected)
+    assert [f.rule for f in lens.findings()] == ["gradlens-fault"]
+
+
+class Interrupted(nn.Module):
+    """The identity; its backward raises when it is told to, between one layer's gradient and the next one's."""
+
+    def __init__(self):
+        super().__init__()
+        self.error = None
+
+    def forward(self, x):
+        if x.requires_grad:
+            x.register_hook(self._hook)
+        return x
+
+    def _hook(self, g):
+        error, self.error = self.error, None
+        if error is not None:
+            raise error
+
+
+def interrupted():
+    torch.manual_seed(0)
+    stop = Interrupted()
+    model = nn.Sequential(nn.Linear(4, 8), stop, nn.Dropout(0.2), nn.Tanh(), nn.Linear(8, 3))
+    return stop, model, torch.optim.AdamW(model.parameters(), 0.01)
+
+
+def fail_now_and_then(kind, watched, accumulate):
+    """Six steps; steps 2 and 4 fail in the last of their backwards, are caught, and are made again."""
+    stop, model, optimizer = interrupted()
+    lens = gradlens.watch(model, optimizer) if watched else None
+    losses = []
+    for step in range(6):
+        if step in (2, 4):
+            optimizer.zero_grad()
+            for k in range(accumulate):
+                stop.error = kind("the user's") if k == accumulate - 1 else None
+                with contextlib.suppress(kind):
+                    model(data(step)).pow(2).sum().backward()
+        losses += iterate(model, optimizer, 1, first=step, accumulate=accumulate)
+    if lens is not None:
+        lens.close()
+    return losses, bits(model, optimizer), lens
+
+
+@pytest.mark.trap(15, 44)
+@pytest.mark.situation(
+    "a user's hook that raises, KeyboardInterrupt in backward, then a good step",
+    stages={"backward": "yes", "used": "yes"},
+)
+@pytest.mark.parametrize("kind", [ValueError, KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_what_the_user_raises_comes_through_and_the_next_step_is_right(kind, accumulate):
+    """The user's exception arrives as it was raised; training has the same bits, and each good step its own rows."""
+    losses, expected, _ = fail_now_and_then(kind, False, accumulate)
+    seen, state, lens = fail_now_and_then(kind, True, accumulate)
+    assert seen == losses
+    same_bits(state, expected)
+    history = lens.history()
+    assert sorted(history["step"].unique()) == list(range(6))
+    used = history[history["stage"] == "used"]
+    assert len(used) == 6 * 4
+    assert set(used["status"]) == {"ok"}
+    assert lens.findings() == []
+
+
+class Broken:
+    """A writer whose disk is full."""
+
+    def write(self, record):
+        raise OSError("no space left on device")
+
+    def flush(self):
+        raise OSError("no space left on device")
+
+    def close(self):
+        raise OSError("no space left on device")
+
+
+def raising(*args):
+    raise ValueError("the user's")
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"writers": [Broken()]},
+        {"rules": [raising]},
+        {"on_finding": raising, "rules": [lambda history: [gradlens.Finding("mine", 0, gradlens.Severity.INFO, "always")]]},
+        {"schedule": lambda step: raising() if step == 1 else True},
+    ],
+    ids=["writer", "rule", "on_finding", "schedule"],
+)
+def test_what_the_user_gave_us_may_fail(given):
+    """A writer, rule, callback or schedule of the user that raises is named once; training has the same bits."""
+    losses, expected = never_watched(4)
+    model, optimizer = training()
+    lens = gradlens.watch(model, optimizer, **given)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        seen = iterate(model, optimizer, 4)
+        lens.close()
+    assert seen == losses
+    same_bits(bits(model, optimizer), expected)
+    assert len([w for w in caught if issubclass(w.category, GradlensWarning)]) == 1, [str(w.message) for w in caught]
+    assert set(lens.table()["step"]) == {3}
