@@ -1,6 +1,7 @@
 """The newest rows of a table, durable at once: a file of frames.
 
-    magic, header (JSON: the columns), frame, frame, ...    frame = number of rows, two checksums, the columns' bytes
+    header = magic, checksum, JSON that names the columns, spaces up to 4,096 bytes
+    frame = mark, number of rows, checksum of the columns, checksum of these three, the columns' bytes
 
 A frame is written with one call, so a killed process leaves whole frames and at most the beginning of one more. Its length
 follows from the number of rows, which has a checksum of its own: a damaged number is not taken for a torn end.
@@ -20,9 +21,9 @@ import numpy as np
 from gradlens.errors import CorruptRunError
 
 MAGIC = b"GRADLENS"
-_FRAME = struct.Struct("<4sIII")  #: mark, rows, checksum of the columns, checksum of these three
+_FRAME = struct.Struct("<4sIII")
 _MARK = b"ROWS"
-_HEADER = 1 << 16  #: a header is no longer
+HEADER = 4096  #: bytes
 MAX_BYTES = 1 << 30  #: a tail is some 35 MB
 DTYPES = {"int8", "int16", "int32", "int64", "float64"}
 
@@ -35,10 +36,9 @@ class Tail:
     def __init__(self, path: Path, columns: Mapping[str, str]) -> None:
         self.path, self.columns = path, dict(columns)
         self.rows = self.frames = 0
-        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        header = json.dumps({"columns": self.columns}).encode()
+        self._fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         try:
-            self._end = self._write(MAGIC + struct.pack("<I", len(header)) + header, 0)
+            self._end = self._write(header({"columns": self.columns}), 0)
         except OSError:
             self.close()
             raise
@@ -68,6 +68,14 @@ class Tail:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+
+def header(content: object) -> bytes:
+    """What a tail begins with."""
+    size = HEADER - len(MAGIC) - 4
+    text = json.dumps(content).encode().ljust(size)
+    assert len(text) == size
+    return MAGIC + struct.pack("<I", zlib.crc32(text)) + text
 
 
 def _frame(count: int, checksum: int) -> bytes:
@@ -115,16 +123,15 @@ def _damaged(path: Path, at: int) -> CorruptRunError:
 
 def _columns(path: Path, data: bytes, expected: Mapping[str, str]) -> tuple[dict[str, str], int]:
     """The columns, and where frames begin; none of a header that is torn."""
-    start = len(MAGIC) + 4
-    if data[: len(MAGIC)] != MAGIC[: len(data)]:
+    if data[: len(MAGIC)] != MAGIC[: len(data)] and data.strip(b"\0"):
         raise CorruptRunError(f"{path} does not begin as a tail of gradlens does")
-    size = struct.unpack_from("<I", data, len(MAGIC))[0] if len(data) >= start else 0
-    if size > _HEADER:
-        raise CorruptRunError(f"the header of {path} is damaged: it claims {size:,} bytes")
-    if len(data) < max(start, start + size):
+    if len(data) < HEADER or not data.strip(b"\0"):
         return {}, 0
+    text = data[len(MAGIC) + 4 : HEADER]
     try:
-        columns = json.loads(data[start : start + size])["columns"]
+        if struct.pack("<I", zlib.crc32(text)) != data[len(MAGIC) : len(MAGIC) + 4]:
+            raise ValueError("its checksum is another")
+        columns = json.loads(text)["columns"]
         if not all(isinstance(name, str) and dtype in DTYPES for name, dtype in columns.items()) or not columns:
             raise ValueError("unknown columns")
         for name, dtype in expected.items():
@@ -132,4 +139,4 @@ def _columns(path: Path, data: bytes, expected: Mapping[str, str]) -> tuple[dict
                 raise ValueError(f"the column {name} is not there as {dtype}")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CorruptRunError(f"the header of {path} is damaged: {error}") from None
-    return columns, start + size
+    return columns, HEADER
