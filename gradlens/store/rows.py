@@ -7,13 +7,13 @@ Row groups that cannot hold what is asked for are not read, nor columns that no 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 
-from gradlens.errors import ArgumentError, CorruptRunError
+from gradlens.errors import ArgumentError, CorruptRunError, RunDirectoryError
 from gradlens.store import segment, tables, tail
 from gradlens.store.filters import Condition, Filter
 from gradlens.store.parts import Reader
@@ -22,6 +22,9 @@ from gradlens.store.tables import TABLES, Key, Part
 from gradlens.store.tail import Rows
 
 MAX_BYTES = 2 << 30  #: of an answer's numbers: 5 million rows of all columns
+ATTEMPTS = 20  #: a file that a writer has merged meanwhile is looked for again, so often
+
+_T = TypeVar("_T")
 
 #: What every question reads.
 _KEYS = ("snapshot", "step", "backward", "stage", "entry", "status", "scale")
@@ -73,38 +76,67 @@ def find(run: Path, table: str, values: Sequence[str], asked: Filter) -> Found:
         CorruptRunError: A file is damaged, or refers to what is not there.
         ArgumentError: No parameter is called so, or the answer is too large.
     """
-    files = tables.parts(run / table)  # before the segments: what rows refer to is written first
-    segments = segment.segments(run)
+    dtypes = {name: TABLES[table][name] for name in (*_KEYS, *values) if name in TABLES[table]}
+    room = MAX_BYTES
+
+    def ask(part: Part, owner: Segment, stop: int | None) -> list[Rows]:
+        nonlocal room
+        if asked.rank not in (None, part.key.rank):
+            return []
+        condition, kept = asked.within(owner, stop), []
+        for rows in read(part, owner, table, list(dtypes), condition):
+            kept.append(condition.of(rows))
+            room -= sum(array.nbytes for array in kept[-1].values())
+            if room < 0:
+                raise _too_much(run, table)
+        return kept
+
+    answers, segments = _over(run, table, ask)
     asked.check(segments)
     at = {each.key: i for i, each in enumerate(segments)}
-    until = replaced(segments)
-    dtypes = {name: TABLES[table][name] for name in (*_KEYS, *values) if name in TABLES[table]}
-    found: dict[str, list[np.ndarray]] = {name: [] for name in (*dtypes, "owner")}
-    room = MAX_BYTES
-    for part in files:
-        owner = _owner(part, segments, at)
-        if asked.rank in (None, part.key.rank):
-            condition = asked.within(owner, until[part.key])
-            for rows in read(part, owner, table, list(dtypes), condition):
-                kept = condition.of(rows)
-                room -= sum(array.nbytes for array in kept.values())
-                if room < 0:
-                    raise _too_much(run, table)
-                for name, array in kept.items():
-                    found[name].append(array)
-                found["owner"].append(np.full(len(kept["step"]), at[part.key], np.int32))
-    return _ordered(
-        {name: np.concatenate([np.empty(0, dtypes.get(name, "int32")), *arrays]) for name, arrays in found.items()},
-        segments,
-        until,
-    )
+    groups = [(at[part.key], rows) for part, kept in answers for rows in kept]
+    columns = {
+        name: np.concatenate([np.empty(0, dtype), *(rows[name] for _, rows in groups)]) for name, dtype in dtypes.items()
+    }
+    columns["owner"] = np.repeat([place for place, _ in groups], [len(rows["step"]) for _, rows in groups]).astype(np.int64)
+    return _ordered(columns, segments, replaced(segments))
 
 
-def _ordered(columns: dict[str, Any], segments: Sequence[Segment], until: dict[Key, int | None]) -> Found:
+def _over(
+    run: Path, table: str, ask: Callable[[Part, Segment, int | None], _T]
+) -> tuple[list[tuple[Part, _T]], list[Segment]]:
+    """What `ask(part, segment, stop)` gives for each file of a table, the newest asked first; and the segments.
+
+    A writer may merge files meanwhile. Then those that are new are asked, and tails once more: they have grown.
+    """
+    known: dict[Part, _T] = {}
+    until: dict[Key, int | None] = {}
+    error: Exception | None = None
+    for _ in range(ATTEMPTS):
+        files = tables.parts(run / table)
+        segments = segment.segments(run)  # after the files: what rows refer to is written first
+        owners = {each.key: each for each in segments}
+        before, until = until, replaced(segments)
+        known = {part: answer for part, answer in known.items() if not part.tail and until == before}
+        try:
+            for part in reversed(files):
+                if part.key not in owners:
+                    raise CorruptRunError(
+                        f"{part.path} belongs to a segment of which there is no {part.key}.json in segments/"
+                    )
+                if part not in known:
+                    known[part] = ask(part, owners[part.key], until[part.key])
+            return [(part, known[part]) for part in files], segments
+        except FileNotFoundError as gone:
+            error = gone
+    raise RunDirectoryError(f"{run} changes faster than it can be read: {error}")
+
+
+def _ordered(columns: dict[str, np.ndarray], segments: Sequence[Segment], until: dict[Key, int | None]) -> Found:
     owner = columns["owner"]
 
     def of_owner(values: list[int]) -> np.ndarray:
-        return np.array(values, np.int64)[owner] if len(values) else np.empty(0, np.int64)
+        return np.array(values, np.int64)[owner]
 
     columns["segment"] = of_owner([each.key.segment for each in segments])
     columns["rank"] = of_owner([each.key.rank for each in segments])
@@ -133,33 +165,28 @@ def read(part: Part, owner: Segment, table: str, columns: Sequence[str], conditi
 
 
 def last_step(run: Path, table: str, stage: str | None = None) -> int | None:
-    """The last step of a table; None of an empty one. Looked for in the newest files first."""
-    asked = Filter(stage=stage)
-    files = tables.parts(run / table)
-    segments = segment.segments(run)
-    at = {each.key: i for i, each in enumerate(segments)}
-    until = replaced(segments)
-    last = -1
-    for part in reversed(files):
-        owner = _owner(part, segments, at)
-        last = max(last, _highest(part, owner, table, asked.within(owner, until[part.key]), last))
+    """The last step of a table; None of an empty one. Older files show by their bounds that they have no later one."""
+    asked, last = Filter(stage=stage), -1
+
+    def ask(part: Part, owner: Segment, stop: int | None) -> None:
+        nonlocal last
+        last = max(last, _highest(part, owner, table, asked.within(owner, stop), last))
+
+    _over(run, table, ask)
     return None if last < 0 else last
 
 
 def steps(run: Path, table: str, stage: str | None = None) -> list[int]:
     """The steps of which a table has rows, rising."""
     asked = Filter(stage=stage)
-    files = tables.parts(run / table)
-    segments = segment.segments(run)
-    at = {each.key: i for i, each in enumerate(segments)}
-    until = replaced(segments)
-    found: set[int] = set()
-    for part in files:
-        owner = _owner(part, segments, at)
-        condition = asked.within(owner, until[part.key])
-        for rows in read(part, owner, table, ["step", "stage"], condition):
-            found.update(np.unique(condition.of(rows)["step"]).tolist())
-    return sorted(found)
+
+    def ask(part: Part, owner: Segment, stop: int | None) -> set[int]:
+        condition = asked.within(owner, stop)
+        found = read(part, owner, table, ["step", "stage"], condition)
+        return {step for rows in found for step in np.unique(condition.of(rows)["step"]).tolist()}
+
+    answers, _ = _over(run, table, ask)
+    return sorted(set().union(*(found for _, found in answers)))
 
 
 def _highest(part: Part, owner: Segment, table: str, condition: Condition, known: int) -> int:
@@ -195,12 +222,6 @@ def replaced(segments: Sequence[Segment]) -> dict[Key, int | None]:
         if each.first_step is not None and each.ranks is not None:
             of_size[each.ranks] = min(each.first_step, of_size.get(each.ranks, each.first_step))
     return result
-
-
-def _owner(part: Part, segments: Sequence[Segment], at: dict[Key, int]) -> Segment:
-    if part.key not in at:
-        raise CorruptRunError(f"{part.path} belongs to a segment of which there is no {part.key}.json in segments/")
-    return segments[at[part.key]]
 
 
 def _too_much(run: Path, table: str) -> ArgumentError:

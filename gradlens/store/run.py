@@ -12,13 +12,13 @@ A segment that resumed at step s replaces what earlier ones say of s and later s
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import os
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from gradlens import noise
 from gradlens.errors import (
@@ -26,7 +26,6 @@ from gradlens.errors import (
     GradlensError,
     GradlensWarning,
     NothingCapturedError,
-    RunDirectoryError,
     choice,
 )
 from gradlens.noise import DECAY, NoiseScale
@@ -43,10 +42,7 @@ from gradlens.store.tables import STAGES, TABLES
 if TYPE_CHECKING:
     import pandas as pd
 
-ATTEMPTS = 20  #: a file that a writer has merged meanwhile is looked for again, so often
 ORDERS = ("sensitivity", "saliency", "value", "partial")
-
-_T = TypeVar("_T")
 
 
 def open_run(path: str | os.PathLike[str]) -> Run:
@@ -57,21 +53,6 @@ def open_run(path: str | os.PathLike[str]) -> Run:
         CorruptRunError: Its files are damaged.
     """
     return Run(path)
-
-
-def _again(question: Callable[..., _T]) -> Callable[..., _T]:
-    """Ask again where a file was merged into another between being listed and being read."""
-
-    @functools.wraps(question)
-    def asked(self: Run, *args: Any, **kwargs: Any) -> _T:
-        for _ in range(ATTEMPTS):
-            try:
-                return question(self, *args, **kwargs)
-            except FileNotFoundError as error:
-                last: Exception = error
-        raise RunDirectoryError(f"{self.path} changes faster than it can be read, or was removed: {last}")
-
-    return asked
 
 
 class Run:
@@ -93,7 +74,6 @@ class Run:
 
     # --- questions ----------------------------------------------------------------------------------------------------
 
-    @_again
     def history(
         self,
         *,
@@ -118,7 +98,6 @@ class Run:
             result["segment"], result["superseded"] = found.columns["segment"], found.columns["superseded"]
         return result
 
-    @_again
     def table(
         self,
         step: int | None = None,
@@ -135,7 +114,6 @@ class Run:
             raise self._no_step(wanted, stage)
         return asked.frame(answers.latest(merged(found, asked.stored)))
 
-    @_again
     def weights(
         self, name: str | None = None, *, top: int | None = None, by: str = "sensitivity", step: int | None = None
     ) -> pd.DataFrame:
@@ -150,7 +128,6 @@ class Run:
         wanted = self._last_step("weights") if step is None else step
         return answers.weights(self._find("weights", ["index", "partial", "value"], Filter(name, wanted)), top, by)
 
-    @_again
     def findings(self) -> list[Finding]:
         """What the rules found, in the order of steps; those that a resumed run has replaced are left out."""
         segments = segment.segments(self.path)
@@ -162,12 +139,10 @@ class Run:
             found += [finding for finding in listed if stop is None or finding.step < stop]
         return sorted(found, key=lambda finding: finding.step)
 
-    @_again
     def scalars(self, *, steps: Steps = None) -> pd.DataFrame:
         """Observed numbers: one row a step, one column a name (`loss`, ...)."""
         return answers.scalars(self._find("scalars", ["value"], Filter(steps=steps)))
 
-    @_again
     def noise_scale(self, *, steps: Steps = None, decay: float = DECAY) -> NoiseScale:
         """How noisy the gradient of one micro-batch is: the batch size above which larger ones bring little.
 
@@ -182,9 +157,8 @@ class Run:
             self._find("weights", [], nothing),
         )
         found.sort(key=lambda snapshot: snapshot.step)
-        return noise.measured(found, decay=decay, ranks=int(self.settings.get("ranks", 1)))
+        return noise.measured(found, decay=decay, ranks=max((each.ranks or 1 for each in self._segments()), default=1))
 
-    @_again
     def histograms(self, *, parameters: Names = None, steps: Steps = None, stage: str | None = None) -> pd.DataFrame:
         """Long: `step, backward, stage, parameter, bucket, count`, where they were kept; empty buckets have no row.
 
@@ -205,7 +179,6 @@ class Run:
         }
         return pd.DataFrame(long).groupby(list(long)[:-1], sort=False)["count"].sum().reset_index()
 
-    @_again
     def snapshots(
         self, *, steps: Steps = None, parameters: Names = None, stage: str | None = None, rank: int | None = None
     ) -> list[Snapshot]:
@@ -224,7 +197,6 @@ class Run:
         found.sort(key=_moment)
         return [pool(list(group)) for _, group in groupby(found, key=_moment)]
 
-    @_again
     def steps(self, stage: str | None = None) -> list[int]:
         """The steps of which there are rows, rising."""
         return rows.steps(self.path, "history", stage)
@@ -245,16 +217,14 @@ class Run:
 
     # --- reading ------------------------------------------------------------------------------------------------------
 
-    @_again
     def _segments(self) -> list[Segment]:
         return segment.segments(self.path)
 
-    @_again
     def _torn(self) -> list[str]:
         notes = []
-        for table in TABLES:
-            for part in tables.parts(self.path / table):
-                if part.tail and not lock.held(self.path, part.key.rank):
+        for part in (part for table in TABLES for part in tables.parts(self.path / table)):
+            if part.tail and not lock.held(self.path, part.key.rank):
+                with contextlib.suppress(FileNotFoundError):  # a new writer has just made a part of it
                     _, torn = tail.read(part.path, {})
                     if torn:
                         notes.append(

@@ -133,7 +133,14 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def segments(run: Path) -> list[Segment]:
-    """All segments, oldest first."""
+    """All segments, oldest first.
+
+    Raises:
+        RunDirectoryError: The run was removed.
+        CorruptRunError: One does not read.
+    """
+    if not (run / "segments").is_dir():
+        raise RunDirectoryError(f"{run} has no segments/: the run was removed, or is not one")
     found = []
     for path in files(run / "segments"):
         match = _FILE.fullmatch(path.name)

@@ -109,8 +109,12 @@ class Store:
         for name in ("segments", "findings", *TABLES):
             (self._run / name).mkdir(exist_ok=True)
         lock = Lock(self._run, rank)
-        if not there:
-            segment.mark(self._run, {"created": time.time()})
+        try:
+            if not there:
+                segment.mark(self._run, {"created": time.time()})
+        except BaseException:
+            lock.release()
+            raise
         return lock
 
     def _recover(self, known: Sequence[segment.Segment]) -> None:
@@ -300,7 +304,8 @@ class Store:
         self._flush()
         for table in list(self._tails):
             self._seal(table)
-        self._roll_sealed()
+        while self._sealed:
+            self._roll_one()
 
     # --- threads ------------------------------------------------------------------------------------------------------
 
@@ -314,18 +319,18 @@ class Store:
             self._wake.wait()
             self._wake.clear()
             try:
-                self._roll_sealed()
-                for table in TABLES:
-                    self._compact(table)
+                while self._sealed and not self._stop.is_set():
+                    self._compact(self._roll_one())
             except Exception as error:  # noqa: BLE001 - raised to the next caller
                 self._error = self._error or error
                 return
 
-    def _roll_sealed(self) -> None:
-        while self._sealed:
-            table, path = self._sealed[0]
-            self._to_part(table, path)
-            self._sealed.pop(0)
+    def _roll_one(self) -> str:
+        """The oldest full tail becomes a part: of which table?"""
+        table, path = self._sealed[0]
+        self._to_part(table, path)
+        self._sealed.pop(0)
+        return table
 
     def _to_part(self, table: str, path: Path) -> None:
         rows, _ = tail.read(path, TABLES[table])
