@@ -122,7 +122,7 @@ OURS = {
 @pytest.mark.parametrize("when", ["once", "always"])
 @pytest.mark.parametrize("where", OURS)
 def test_whatever_of_ours_fails_training_has_the_same_bits(monkeypatch, where, when):
-    """Each function of ours that runs in a step is made to raise: losses, weights, optimizer state and RNG are as without."""
+    """Each function of ours that runs in a step is made to raise: losses, weights, optimizer state, RNG are as without."""
     losses, expected = never_watched(6)
     model, optimizer = training()
     owner, name = OURS[where]
