@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from gradlens.analysis import rules
     from gradlens.lens import Lens, watch
     from gradlens.probes.curvature import curvature, hessian_product
+    from gradlens.probes.dissect import dissect
     from gradlens.probes.finite_difference import check_partials
     from gradlens.probes.mixed_partials import check_symmetry, mixed_partials
     from gradlens.probes.nudge import nudge
@@ -41,6 +42,7 @@ __all__ = [
     "nudge",
     "curvature",
     "hessian_product",
+    "dissect",
     # what was recorded
     "open_run",
     "Run",
@@ -77,6 +79,7 @@ _LAZY: dict[str, tuple[str, str | None]] = {
     "nudge": ("gradlens.probes.nudge", "nudge"),
     "curvature": ("gradlens.probes.curvature", "curvature"),
     "hessian_product": ("gradlens.probes.curvature", "hessian_product"),
+    "dissect": ("gradlens.probes.dissect", "dissect"),
     "open_run": ("gradlens.store.run", "open_run"),
     "Run": ("gradlens.store.run", "Run"),
     "rules": ("gradlens.analysis.rules", None),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gradlens.errors import ArgumentError, nearest
+from gradlens.errors import ArgumentError, ArgumentTypeError, nearest
 from gradlens.records import Parameters
 
 if TYPE_CHECKING:
@@ -117,3 +118,22 @@ def as_objects(items: list[tuple[int, ...]]) -> np.ndarray:
     result = np.empty(len(items), object)
     result[:] = items
     return result
+
+
+def sampled(numel: Sequence[int], sample: int | float | None) -> list[np.ndarray | None]:
+    """Sorted flat indices for each parameter, one drawn from each of equal strata, by a fixed seed; None for all."""
+    total = sum(numel)
+    if sample is None or sample == total:
+        return [None] * len(numel)
+    if isinstance(sample, bool) or not isinstance(sample, int | float | np.integer | np.floating):
+        raise ArgumentTypeError(f"sample is a number of weights (int) or a share of them (float), not {sample!r}")
+    share = float(sample) if isinstance(sample, float | np.floating) else sample / max(total, 1)
+    if share <= 0 or (share > 1 and isinstance(sample, float | np.floating)):
+        raise ArgumentError(f"sample is a number of weights from 1 up, or a share in (0, 1], not {sample!r}")
+    random = np.random.default_rng(0)
+    return [None if share >= 1 else _strata(n, min(n, max(1, round(share * n))), random) for n in numel]
+
+
+def _strata(numel: int, n: int, random: np.random.Generator) -> np.ndarray:
+    edges = np.arange(n + 1, dtype=np.int64) * numel // max(n, 1)
+    return edges[:-1] + (random.random(n) * np.diff(edges)).astype(np.int64)

@@ -109,6 +109,14 @@ class Shelter:
             found = list(torch.autograd.grad(output, self.weights, seed, keep, create_graph, allow_unused=True))
         return [g.to_dense() if g is not None and g.is_sparse else g for g in found]
 
+    def tensors(self) -> list[Tensor]:
+        """The model's own parameters, in the order of `weights`."""
+        return [self._named[raw][1] for raw in self._chosen]
+
+    def live(self) -> list[Tensor]:
+        """Their values: `weights` are copies of these."""
+        return [_real(tensor.detach()) for tensor in self.tensors()]
+
     def owners(self) -> list[nn.Module | None]:
         """The module that owns each of `weights`; None for a plain tensor."""
         plain = self._loss.plain

@@ -23,8 +23,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradlens.errors import ArgumentError, ArgumentTypeError, GradlensWarning, ProbeError
+from gradlens.errors import ArgumentError, GradlensWarning, ProbeError
 from gradlens.probes.loss import Target
+from gradlens.probes.per_weight import sampled
 from gradlens.probes.progress import tracked
 from gradlens.probes.shelter import Shelter
 from gradlens.probes.verdicts import Survey
@@ -65,7 +66,7 @@ def survey(
     check_level(q, method)
     shelter = Shelter(model, loss_fn, select=select, batched=True)
     numel = [int(np.prod(shape, dtype=np.int64)) for shape in shelter.parameters.shapes]
-    index = _sample(numel, sample)
+    index = sampled(numel, sample)
     surveyed = sum(n if at is None else len(at) for n, at in zip(numel, index, strict=True))
     _refuse_too_large(surveyed)
     with shelter, kept_generators(batches):
@@ -183,25 +184,6 @@ def _warn_few(k: int, q: float) -> None:
         GradlensWarning,
         stacklevel=3,
     )
-
-
-def _sample(numel: Sequence[int], sample: int | float | None) -> list[np.ndarray | None]:
-    """Sorted flat indices for each parameter, one drawn from each of equal strata, by a fixed seed; None for all."""
-    total = sum(numel)
-    if sample is None or sample == total:
-        return [None] * len(numel)
-    if isinstance(sample, bool) or not isinstance(sample, int | float | np.integer | np.floating):
-        raise ArgumentTypeError(f"sample is a number of weights (int) or a share of them (float), not {sample!r}")
-    share = float(sample) if isinstance(sample, float | np.floating) else sample / max(total, 1)
-    if share <= 0 or (share > 1 and isinstance(sample, float | np.floating)):
-        raise ArgumentError(f"sample is a number of weights from 1 up, or a share in (0, 1], not {sample!r}")
-    random = np.random.default_rng(0)
-    return [None if share >= 1 else _strata(n, min(n, max(1, round(share * n))), random) for n in numel]
-
-
-def _strata(numel: int, n: int, random: np.random.Generator) -> np.ndarray:
-    edges = np.arange(n + 1, dtype=np.int64) * numel // max(n, 1)
-    return edges[:-1] + (random.random(n) * np.diff(edges)).astype(np.int64)
 
 
 def _refuse_too_large(surveyed: int) -> None:

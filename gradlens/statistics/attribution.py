@@ -51,7 +51,6 @@ def kind_of(optimizer: torch.optim.Optimizer) -> str:
     return KINDS.get(type(optimizer), "unknown")
 
 
-@torch.no_grad()
 def attribute(
     kind: str,
     used: Tensor,
@@ -67,7 +66,11 @@ def attribute(
     group. `state`: the optimizer's state of this parameter *before* the step (empty at its first). `loss`: the unclipped
     gradient, if clipping is to be told apart. Any shape; chosen weights are judged by passing those entries of all tensors.
     """
-    blame, moving, error = causes(kind, used, before, after, hyperparameters, state, loss)
+    return summed(*causes(kind, used, before, after, hyperparameters, state, loss))
+
+
+def summed(blame: Mapping[str, Tensor], moving: Tensor, error: float) -> Attribution:
+    """What `causes` found, over all weights."""
     n = int(moving.sum())
     shares = {cause: float(blame[cause].sum()) / n if n else float("nan") for cause in CAUSES}
     against = float((blame_total(blame) > 0).sum()) / n if n else float("nan")
@@ -79,6 +82,7 @@ def blame_total(blame: Mapping[str, Tensor]) -> Tensor:
     return torch.stack(list(blame.values())).sum(0)
 
 
+@torch.no_grad()
 def causes(
     kind: str,
     used: Tensor,

@@ -45,9 +45,9 @@ def test_probes_agree_with_the_cpu():
 
 
 def survey_places(whole, n):
-    from gradlens.probes.survey import _sample
+    from gradlens.probes.per_weight import sampled
 
-    index = _sample([int(np.prod(shape)) for shape in whole.parameters.shapes], n)
+    index = sampled([int(np.prod(shape)) for shape in whole.parameters.shapes], n)
     return np.concatenate([whole.bounds[i][0] + at for i, at in enumerate(index)])
 
 

@@ -16,3 +16,9 @@ def test_the_code_on_the_page_runs(capsys):
     assert "mixed partials are equal" in printed
     assert printed.count("moved") == 2
     assert names["survey"].coverage > 0.2
+    assert "noise scale: " in printed
+    assert names["lens"].noise_scale().unit == "examples"
+    assert "2 / lr = 20 at lr = 0.1" in printed
+    step = names["step"]
+    assert step.causes["momentum"] > step.against / 2
+    assert abs(step.path.missing) < 0.01 * abs(step.actual)
