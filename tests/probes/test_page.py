@@ -14,7 +14,7 @@ def test_the_code_on_the_page_runs(capsys):
     assert "12.0  decrease" in printed
     assert "partials are right: 32 of 32" in printed
     assert "mixed partials are equal" in printed
-    assert printed.count("moved") == 2
+    assert printed.count("predicted change") == 2
     assert names["survey"].coverage > 0.2
     assert "noise scale: " in printed
     assert names["lens"].noise_scale().unit == "examples"
