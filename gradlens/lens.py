@@ -34,7 +34,7 @@ from gradlens.errors import (
     choice,
     nearest,
 )
-from gradlens.meter import Overhead, Pace
+from gradlens.meter import Meter, Overhead, Pace, Stopwatch
 from gradlens.noise import DECAY, NoiseScale, measured
 from gradlens.pipeline import Faults, Pipeline, plain, shielded
 from gradlens.records import Finding, Severity, Snapshot, Stage
@@ -90,6 +90,7 @@ class Lens:
         self._plan = _plan(attachment, features, stages, memory)
         settings = _settings(attachment, stages, features, self._plan, schedule, first_step)
         own = [] if run is None else _run_writers(run, settings, first_step)
+        timed = Stopwatch()
         try:
             self._pipeline = Pipeline(
                 plan=self._plan,
@@ -98,8 +99,11 @@ class Lens:
                 writers=[*own, *writers],
                 on_finding=on_finding,
                 faults=self._faults,
+                timed=timed,
             )
-            self._clock = Clock(Pace(schedule, budget, self._pipeline.meter), first_step, fault=self._faults)
+            self._meter, self._budget = Meter(timed, self._pipeline.busy), budget
+            pace = Pace(schedule, budget, self._meter, tell=self._floor_above_budget)
+            self._clock = Clock(pace, first_step, fault=self._faults)
             self._faults.step = lambda: self._clock.step
             self._capture = Capture(
                 attachment,
@@ -111,6 +115,7 @@ class Lens:
                 updates="updates" in features,
                 local=local,
                 fault=self._faults,
+                timed=timed,
             )
             self._closed = False
             self._closing = threading.Lock()
@@ -233,8 +238,8 @@ class Lens:
         return page.text(self._pipeline.history, self._pipeline.found, overhead=str(self.overhead()), title=self._title())
 
     def overhead(self) -> Overhead:
-        """What gradlens cost the training thread so far, measured."""
-        return self._pipeline.meter.overhead()
+        """What gradlens cost the training so far, measured."""
+        return self._meter.overhead(self._budget)
 
     def __str__(self) -> str:
         self._catch_up()
@@ -295,6 +300,23 @@ class Lens:
         self.close()
 
     # --- details ----------------------------------------------------------------------------------------------------
+
+    def _floor_above_budget(self, share: float) -> None:
+        seen = (
+            f"a step that is not observed costs {share:.1%} of its time already, and the budget is {self._budget:.1%}: it "
+            "cannot be kept by looking less often"
+        )
+        self._faults.findings.append(
+            Finding(
+                rule="budget",
+                step=self._clock.step,
+                severity=Severity.INFO,
+                seen=seen,
+                causes=("very short steps: the optimizer's hooks cost some microseconds, whatever is observed",),
+                remedy=f"a budget above {share:.1%}, or longer steps; lens.overhead() says what is spent on what",
+                value=share,
+            )
+        )
 
     def _catch_up(self) -> None:
         if not self._closed:

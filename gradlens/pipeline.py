@@ -26,7 +26,7 @@ from gradlens.analysis.history import History
 from gradlens.capture.readings import Key, Reading, Update
 from gradlens.capture.sharding import summand
 from gradlens.errors import FindingError, GradlensWarning
-from gradlens.meter import Meter
+from gradlens.meter import Stopwatch
 from gradlens.records import PARTIAL, Finding, Parameters, Severity, Stage
 from gradlens.statistics.buffers import Buffer, keepable, summarize
 from gradlens.statistics.memory import Plan
@@ -169,6 +169,7 @@ class Pipeline:
         writers: Sequence[Writer],
         on_finding: str | Callable[[Finding], None],
         faults: Faults,
+        timed: Stopwatch,
     ) -> None:
         self.history = History()
         self.found: list[Finding] = []
@@ -189,9 +190,8 @@ class Pipeline:
         self._marked: tuple[Parameters, frozenset[int], Parameters] | None = None
         self._told: set[str] = set()  # parameters whose gradients were found to be summands
         self._left_out = False  # said that evidence does without some backwards
-        self.spent = 0.0  # seconds on the training thread
-        self.meter = Meter(lambda: self.spent)
-        self.count = self._counted = 0  # tables that were made, and up to the last step
+        self._timed = timed
+        self.count = 0  # tables that were made
 
     # --- capture's sink ---------------------------------------------------------------------------------------------
 
@@ -223,8 +223,6 @@ class Pipeline:
 
     def step_closed(self, step: int, scalars: Mapping[str, Any]) -> None:
         """Send what the step gave."""
-        observed, self._counted = self.count > self._counted, self.count
-        self._do("the meter", self.meter.step_ended, observed)
         if self.evidence is not None:
             self._do("evidence", self._fold, self.evidence, step)
         self._do("end of a step", self._release, step, scalars)
@@ -241,14 +239,12 @@ class Pipeline:
     def _do(self, where: str, call: Callable, *args: Any) -> None:
         if self.faults.off(where):
             return
-        start = time.perf_counter()
-        try:
-            with shielded():
-                call(*args)
-        except Exception as error:  # noqa: BLE001 - nothing of ours is raised in a training step
-            self.faults(where, error)
-        finally:
-            self.spent += time.perf_counter() - start
+        with self._timed:
+            try:
+                with shielded():
+                    call(*args)
+            except Exception as error:  # noqa: BLE001 - nothing of ours is raised in a training step
+                self.faults(where, error)
 
     def _fold(self, evidence: Streaming, step: int) -> None:
         evidence.step_done()
@@ -466,6 +462,10 @@ class Pipeline:
             warnings.warn(GradlensWarning(str(finding)), stacklevel=2)
         elif self._on_finding == "raise" and finding.severity != Severity.INFO:
             self._to_raise.append(finding)
+
+    def busy(self) -> bool:
+        """Whether something that was sent has not arrived yet."""
+        return self._background.busy
 
     def flush(self) -> None:
         """Everything that was sent is in history and with the writers."""

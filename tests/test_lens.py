@@ -634,8 +634,23 @@ def test_report_is_for_a_person():
         text, brief = lens.report(), str(lens)
     assert "0.weight" in text
     assert "increase" in text
-    assert "ms an observed step" in text
+    assert "5 steps, 5 of them observed" in text
+    assert "ms each, measured directly" in text
     assert 0 < len(brief) < len(text)
+
+
+def test_a_budget_that_cannot_be_kept_is_said():
+    """The optimizer's hooks alone cost more than a millionth of a step: a finding says so once, and so does the report."""
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with gradlens.watch(model, optimizer, budget=1e-6) as lens:
+        train(model, optimizer, steps=60)
+        (finding,) = [finding for finding in lens.findings() if finding.rule == "budget"]
+        assert finding.value > 1e-6
+        assert "cannot be kept" in finding.seen
+        assert "cannot be kept" in lens.report().replace("\n  ", " ")
+        assert lens.overhead().observed < 60
+        assert lens.history()["step"].nunique() == lens.overhead().observed
 
 
 # --- what a user does wrong -----------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -166,11 +167,12 @@ class Gradients:
         before_pass: Callable[[], list[int]],
         after_pass: Callable[[], None],
         fault: Callable[[str, Exception], None],
+        timed: AbstractContextManager[None],
     ) -> None:
         self._attachment, self._clock, self._scaling, self._sink = attachment, clock, scaling, sink
         self._stages = stages
         self.local = local  # gradients are mixed with other ranks' before the pass ends: read them inside the hook
-        self._before_pass, self._after_pass, self._fault = before_pass, after_pass, fault
+        self._before_pass, self._after_pass, self._fault, self._timed = before_pass, after_pass, fault, timed
         self._threads: set[int] = set()  # that ran passes
         self._passes: list[Pass] = []  # those that are not over, one a thread but for what failed
         self._by_task: dict[int, Pass | None] = {}  # None: an autograd.grad, which is none of ours
@@ -273,7 +275,7 @@ class Gradients:
         except KeyError:
             if os.getpid() != self._pid:
                 return None  # before the lock, which the parent may have held at the fork
-            with self.lock:
+            with self._timed, self.lock:
                 return self._by_task[task] if task in self._by_task else self._enter(slot, task)
 
     @eagerly
@@ -332,7 +334,8 @@ class Gradients:
             tool = this()
             if tool is not None:
                 try:
-                    tool._task_ended(current, task)
+                    with tool._timed:
+                        tool._task_ended(current, task)
                 except Exception as error:  # noqa: BLE001
                     tool._fault("end of backward", error)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor, nn
@@ -43,6 +44,7 @@ class Capture:
         updates: bool,
         local: bool,
         fault: Callable[[str, Exception], None],
+        timed: AbstractContextManager[None],
     ) -> None:
         self.attachment, self.clock, self._sink, self._fault = attachment, clock, sink, fault
         self.scaling = Scaling(scaler)
@@ -56,6 +58,7 @@ class Capture:
             before_pass=self._before_pass,
             after_pass=self._after_pass,
             fault=fault,
+            timed=timed,
         )
         self.updates = Updates(
             optimizers,
@@ -68,6 +71,7 @@ class Capture:
             settle=self.settle,
             close=self.close_step,
             fault=fault,
+            timed=timed,
         )
         self._handles: list[Any] = []
         self._dirty = False

@@ -11,6 +11,7 @@ import os
 import sys
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -67,10 +68,11 @@ class Updates:
         settle: Callable[[], None],
         close: Callable[[], None],
         fault: Callable[[str, Exception], None],
+        timed: AbstractContextManager[None],
     ) -> None:
         self._attachment, self._clock, self._gradients, self._sink = attachment, clock, gradients, sink
         self._used, self._weights = used, weights
-        self._settle, self._close, self._fault = settle, close, fault
+        self._settle, self._close, self._fault, self._timed = settle, close, fault, timed
         self.roles = [Role(optimizer, clock=i == len(optimizers) - 1) for i, optimizer in enumerate(optimizers)]
         self._manual = Role(None, clock=True)  # stands in where the user moves the weights by hand
         self._handles: list[Any] = []
@@ -84,14 +86,16 @@ class Updates:
         def pre(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
             tool = this()
             if tool is not None:
-                tool._guarded("before the optimizer's step", tool._before, optimizer, args, kwargs)
+                with tool._timed:
+                    tool._guarded("before the optimizer's step", tool._before, optimizer, args, kwargs)
 
         @eagerly
         def post(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
             tool = this()
             if tool is not None:
-                tool._guarded("after the optimizer's step", tool._after, optimizer, args, kwargs)
-                tool._ended(optimizer)
+                with tool._timed:
+                    tool._guarded("after the optimizer's step", tool._after, optimizer, args, kwargs)
+                    tool._ended(optimizer)
 
         self._handles = [register_optimizer_step_pre_hook(pre), register_optimizer_step_post_hook(post)]
 

@@ -34,7 +34,8 @@ class Background:
         self._writer = writer
         self._queue: queue.Queue[Any] = queue.Queue(maxsize)
         self._pid = os.getpid()
-        self._max_bytes, self._put_bytes, self._done_bytes = max_bytes, 0, 0  # the two counts have one writing thread each
+        self._max_bytes, self._put_bytes, self._done_bytes = max_bytes, 0, 0  # each count has one writing thread
+        self._put_items = self._done_items = 0
         self._gap: list[int] = []  # steps that were left out since there was last room
         self._failed = False
         self._closed = False
@@ -55,6 +56,7 @@ class Background:
                 raise queue.Full
             self._queue.put_nowait(item)
             self._put_bytes += size
+            self._put_items += 1
         except queue.Full:
             self._miss(item.step)
 
@@ -65,10 +67,16 @@ class Background:
     def _tell_gap(self) -> bool:
         try:
             self._queue.put_nowait(_gap(self._gap))
+            self._put_items += 1
         except queue.Full:
             return False
         self._gap = []
         return True
+
+    @property
+    def busy(self) -> bool:
+        """Whether something is queued or being written."""
+        return self._done_items < self._put_items
 
     def flush(self) -> None:
         """Wait until everything queued so far was written, then flush the writer; while it closes, until it is closed."""
@@ -110,6 +118,7 @@ class Background:
             else:
                 self._try(self._writer.write, item)
                 self._done_bytes += getattr(item, "nbytes", 0)
+                self._done_items += 1
         self._try(self._writer.close)
 
     def _try(self, call: Any, *args: Any) -> None:

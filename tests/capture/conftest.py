@@ -1,5 +1,6 @@
 """A capture that hands its readings to a list."""
 
+import contextlib
 from dataclasses import dataclass, field
 
 import pytest
@@ -107,6 +108,7 @@ class Bench:
             updates=True,
             local=local,
             fault=fault,
+            timed=contextlib.nullcontext(),
         )
         self.capture.attach()
 
