@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import repeat
 
 import numpy as np
 
@@ -38,6 +39,9 @@ class Status(enum.StrEnum):
     NONFINITE = "nonfinite"
     ZERO = "zero"  #: in the graph, all partials 0
     OK = "ok"
+
+
+_CODES = {status.value: code for code, status in enumerate(Status)}
 
 
 class Direction(enum.StrEnum):
@@ -134,6 +138,14 @@ class Parameters:
     def __len__(self) -> int:
         return len(self.names)
 
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        """Taken once: of 10,000 parameters it takes a millisecond."""
+        return hash((self.names, self.shapes, self.dtypes, self.pieces))
+
     @cached_property
     def position(self) -> dict[str, int]:
         """The row of each name."""
@@ -200,6 +212,18 @@ class Snapshot:
     def loss(self) -> float:
         """The loss that was observed at this step, or NaN."""
         return self.scalars.get("loss", math.nan)
+
+    def has(self, *words: str) -> np.ndarray:
+        """`[n]` whether a row's status is one of these."""
+        result = np.zeros(len(self), bool)
+        for word in words:
+            result |= self._codes == _CODES[word]
+        return result
+
+    @cached_property
+    def _codes(self) -> np.ndarray:
+        """The status as numbers: comparing 10,000 words takes a hundred times as long."""
+        return np.fromiter(map(_CODES.get, self.status.tolist(), repeat(-1)), np.int8, len(self))
 
     def column(self, name: str) -> np.ndarray:
         """A stored or derived column, `[n]`."""

@@ -7,6 +7,8 @@ many.
 
 When one rule finds more than `FLOOD` parameters at once, they become one finding that says how many, and names the first in
 model order. A rule that raises is named once and asked no more.
+
+What is not handed on is not worded: of a model whose 2,000 parameters are ill at every step that would be most of the work.
 """
 
 from __future__ import annotations
@@ -16,9 +18,10 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 from gradlens.analysis.history import History
-from gradlens.analysis.rules.base import Rule
+from gradlens.analysis.rules.base import EachRow, Rule
 from gradlens.errors import GradlensWarning
 from gradlens.records import Finding, Severity, Snapshot
 
@@ -27,6 +30,15 @@ FLOOD = 8
 NAMED = 4  #: how many parameters a merged finding names
 
 Key = tuple[str, str | None]
+
+
+class _Said(NamedTuple):
+    """What a rule found, before it is worded: `word(of)` is the finding."""
+
+    key: Key
+    severity: Severity
+    word: Callable[[Any], Finding]
+    of: Any
 
 
 @dataclass(eq=False)
@@ -44,6 +56,15 @@ class _Illness:
     severity: Severity
     patience: int
     silence: dict[str, _Silence] = field(default_factory=dict)  #: by stage
+    turn: int = 0  #: when the rule last spoke
+
+    def spoken(self, newest: Snapshot, turn: int) -> None:
+        """Take note that the rule spoke at this snapshot."""
+        self.turn, silence = turn, self.silence.get(newest.stage)
+        if silence is None:
+            self.silence[newest.stage] = _Silence(newest.step)
+        else:
+            silence.step, silence.steps = newest.step, 0
 
     def over(self, newest: Snapshot) -> bool:
         """Take note that the rule kept silent at this snapshot."""
@@ -69,41 +90,39 @@ class Diagnosis:
     def __init__(self, rules: Iterable[Rule]) -> None:
         self._asked = [_Asked(rule) for rule in rules]
         self._times: dict[Key, int] = {}  # how often it was reported
+        self._turn = 0  # how often the rules were asked
 
     def __call__(self, history: History) -> list[Finding]:
         """The findings that are new with the newest snapshot, worst first."""
         newest = history.latest()
         if newest is None:
             return []
+        self._turn += 1
         new: list[Finding] = []
         for asked in list(self._asked):
             try:
-                found = _checked(asked.rule(history))
+                new += _merged(self._new(asked.ill, _said(asked.rule(history)), newest), newest)
             except Exception as error:  # noqa: BLE001 - a user's rule may raise anything; training and the other rules go on
                 self._asked.remove(asked)
                 new.append(_switched_off(asked.rule, error, newest))
-            else:
-                if found or asked.ill:
-                    new += _merged(self._new(asked.ill, found, newest), newest)
         return sorted(new, key=lambda finding: -finding.severity.rank)
 
-    def _new(self, ill: dict[Key, _Illness], found: Sequence[Finding], newest: Snapshot) -> list[Finding]:
-        new, spoken = [], set()
-        for finding in found:
-            key = (finding.rule, finding.parameter)
-            spoken.add(key)
+    def _new(self, ill: dict[Key, _Illness], found: Iterable[_Said], newest: Snapshot) -> list[_Said]:
+        new, turn = [], self._turn
+        for said in found:
+            key, severity, _, _ = said
             illness = ill.get(key)
             if illness is None:
                 times = self._times[key] = self._times.get(key, 0) + 1
-                illness = ill[key] = _Illness(finding.severity, HEALED * 2 ** (times - 1))
-                new.append(finding)
-            elif finding.severity.rank > illness.severity.rank:
-                illness.severity = finding.severity
-                new.append(finding)
-            illness.silence[newest.stage] = _Silence(newest.step)
-        for key in [key for key in ill if key not in spoken]:
+                illness = ill[key] = _Illness(severity, HEALED * 2 ** (times - 1))
+                new.append(said)
+            elif severity is not illness.severity and severity.rank > illness.severity.rank:
+                illness.severity = severity
+                new.append(said)
+            illness.spoken(newest, turn)
+        for key, illness in [(key, illness) for key, illness in ill.items() if illness.turn != turn]:
             there = key[1] is None or key[1] in newest.parameters.position
-            if there and ill[key].over(newest):
+            if there and illness.over(newest):
                 del ill[key]
         return new
 
@@ -134,41 +153,47 @@ def named(rule: Rule) -> str:
     return type(rule).__name__
 
 
-def _checked(found: Iterable[Finding] | None) -> list[Finding]:
-    """What a rule gave, as a list; a rule that finds nothing may return None."""
+def _said(found: Iterable[Finding] | None) -> list[_Said]:
+    """What a rule gave; a rule that finds nothing may return None."""
+    if isinstance(found, EachRow):
+        rule, severity, names, word = found.rule, found.severity, found.snapshot.names, found.finding
+        return [_Said((rule, names[row]), severity, word, row) for row in found.rows]
     if isinstance(found, Finding):
         raise TypeError("a rule yields findings, or returns a list of them, and not a single one")
-    result = [] if found is None else list(found)
-    for finding in result:
+    result = []
+    for finding in () if found is None else found:
         if not isinstance(finding, Finding):
             raise TypeError(f"a rule yields gradlens.Finding, not {type(finding).__name__}")
+        result.append(_Said((finding.rule, finding.parameter), finding.severity, _itself, finding))
     return result
 
 
-def _merged(new: Sequence[Finding], newest: Snapshot) -> list[Finding]:
-    """The same, with more than `FLOOD` parameters of one rule and severity as one finding."""
-    groups: dict[tuple[str, Severity, bool], list[Finding]] = {}
-    for finding in new:
-        groups.setdefault((finding.rule, finding.severity, finding.parameter is None), []).append(finding)
+def _itself(finding: Finding) -> Finding:
+    return finding
+
+
+def _merged(new: Sequence[_Said], newest: Snapshot) -> list[Finding]:
+    """Worded, with more than `FLOOD` parameters of one rule and severity as one finding."""
+    groups: dict[tuple[str, Severity, bool], list[_Said]] = {}
+    for said in new:
+        rule, parameter = said.key
+        groups.setdefault((rule, said.severity, parameter is None), []).append(said)
     result: list[Finding] = []
     for (_, _, whole), group in groups.items():
-        result += group if whole or len(group) <= FLOOD else [_together(group, newest)]
+        one = not whole and len(group) > FLOOD
+        result += [_together(group, newest)] if one else [said.word(said.of) for said in group]
     return result
 
 
-def _together(group: Sequence[Finding], newest: Snapshot) -> Finding:
-    order = _order(newest)
-    first, *_ = group = sorted(group, key=order)
-    names = ", ".join(str(finding.parameter) for finding in group[:NAMED])
+def _together(group: Sequence[_Said], newest: Snapshot) -> Finding:
+    position = newest.parameters.position
+    group = sorted(group, key=lambda said: position.get(str(said.key[1]), len(position)))
+    names, first = [str(said.key[1]) for said in group], group[0].word(group[0].of)
     return replace(
         first,
         parameter=None,
-        seen=f"{len(group)} of {len(newest)} parameters: {names} and {len(group) - NAMED} more; of the first: {first.seen}",
-        value=float(len(group)),
-        parameters=tuple(str(finding.parameter) for finding in group),
+        seen=f"{len(names)} of {len(newest)} parameters: {', '.join(names[:NAMED])} and {len(names) - NAMED} more; of the "
+        f"first: {first.seen}",
+        value=float(len(names)),
+        parameters=tuple(names),
     )
-
-
-def _order(newest: Snapshot) -> Callable[[Finding], int]:
-    position = newest.parameters.position
-    return lambda finding: position.get(str(finding.parameter), len(position))

@@ -6,6 +6,7 @@ import pytest
 
 from gradlens.analysis.diagnosis import FLOOD, HEALED, NAMED, Diagnosis, named
 from gradlens.analysis.history import History
+from gradlens.analysis.rules.base import EachRow
 from gradlens.errors import GradlensWarning
 from gradlens.records import Finding, Severity
 from tests.analysis.made import snapshot
@@ -163,6 +164,41 @@ def test_what_comes_after_a_flood_is_told_by_itself():
     """Those of the flood are known; one more is new."""
     found = diagnosed([told(lambda step: MANY[: 10 + (step >= 3)])], range(6))
     assert {step: [f.parameter for f in fs] for step, fs in found.items()} == {0: [None], 3: ["layer10.weight"]}
+
+
+def each(worded, count):
+    """A rule that finds so many parameters at every step, and notes which it had to word."""
+
+    def rule(history):
+        newest = history.latest()
+
+        def word(row):
+            worded.append((newest.step, row))
+            return Finding("each", newest.step, Severity.WARNING, "seen", newest.names[row])
+
+        return EachRow("each", Severity.WARNING, newest, range(count), word)
+
+    return rule
+
+
+@pytest.mark.parametrize("count", [FLOOD, FLOOD + 1])
+def test_only_what_is_handed_on_is_worded(count):
+    """Each finding once, and of a flood the first alone, though the rule repeats them a hundred times."""
+    worded = []
+    (found,) = diagnosed([each(worded, count)], range(100)).values()
+    assert worded == ([(0, row) for row in range(FLOOD)] if count == FLOOD else [(0, 0)])
+    assert [f.parameters or f.parameter for f in found] == (list(MANY[:FLOOD]) if count == FLOOD else [MANY[:count]])
+
+
+def test_wording_that_raises_switches_the_rule_off():
+    """As the rule itself would."""
+
+    def rule(history):
+        return EachRow("each", Severity.WARNING, history.latest(), [0], lambda row: 1 / 0)
+
+    with pytest.warns(GradlensWarning, match="ZeroDivisionError"):
+        (found,) = diagnosed([rule], range(3)).values()
+    assert found[0].rule == "rule"
 
 
 # --- rules that fail ------------------------------------------------------------------------------------------------

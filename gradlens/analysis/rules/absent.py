@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 
 from gradlens.analysis.history import History
-from gradlens.analysis.rules.base import check_steps, lasting, on_steps
+from gradlens.analysis.rules.base import EachRow, check_steps, lasting, on_steps, remembered
 from gradlens.records import Finding, Severity, Snapshot, Status
 
 
@@ -28,31 +28,34 @@ class Absent:
     def __post_init__(self) -> None:
         check_steps(self)
 
-    def __call__(self, history: History) -> Iterator[Finding]:
+    def __call__(self, history: History) -> Iterable[Finding]:
         newest = history.latest()
-        if newest is None:
-            return
-        for row in lasting(history, _absent, self.steps):
-            undefined = newest.status[row] == Status.UNDEFINED
-            yield Finding(
-                rule=self.name,
-                step=newest.step,
-                severity=Severity.WARNING,
-                parameter=newest.names[row],
-                stage=newest.stage,
-                seen=(
-                    f"its backward returned None {on_steps(self.steps)}"
-                    if undefined
-                    else f"the loss did not depend on it {on_steps(self.steps)}"
-                ),
-                causes=_UNDEFINED if undefined else _ABSENT,
-                remedy=(
-                    "return its gradient from the function's backward"
-                    if undefined
-                    else "use it in the forward pass, add its output to the loss, or freeze it with requires_grad_(False)"
-                ),
-                value=float(self.steps),
-            )
+        rows = lasting(history, _absent, self.steps)
+        if newest is None or not rows:
+            return ()
+        return EachRow(self.name, Severity.WARNING, newest, rows, lambda row: self._finding(newest, row))
+
+    def _finding(self, newest: Snapshot, row: int) -> Finding:
+        undefined = newest.status[row] == Status.UNDEFINED
+        return Finding(
+            rule=self.name,
+            step=newest.step,
+            severity=Severity.WARNING,
+            parameter=newest.names[row],
+            stage=newest.stage,
+            seen=(
+                f"its backward returned None {on_steps(self.steps)}"
+                if undefined
+                else f"the loss did not depend on it {on_steps(self.steps)}"
+            ),
+            causes=_UNDEFINED if undefined else _ABSENT,
+            remedy=(
+                "return its gradient from the function's backward"
+                if undefined
+                else "use it in the forward pass, add its output to the loss, or freeze it with requires_grad_(False)"
+            ),
+            value=float(self.steps),
+        )
 
 
 _ABSENT = (
@@ -63,8 +66,9 @@ _ABSENT = (
 _UNDEFINED = ("a custom autograd.Function whose backward returns None for this input",)
 
 
+@remembered
 def _absent(snapshot: Snapshot) -> np.ndarray:
-    return ((snapshot.status == Status.ABSENT) | (snapshot.status == Status.UNDEFINED)).astype(float)
+    return snapshot.has(Status.ABSENT, Status.UNDEFINED)
 
 
 @dataclass(frozen=True)
@@ -73,22 +77,25 @@ class Uncaptured:
 
     name: ClassVar[str] = "uncaptured"
 
-    def __call__(self, history: History) -> Iterator[Finding]:
+    def __call__(self, history: History) -> Iterable[Finding]:
         newest = history.latest()
         if newest is None:
-            return
-        for row in np.flatnonzero(newest.status == Status.UNCAPTURED):
-            yield Finding(
-                rule=self.name,
-                step=newest.step,
-                severity=Severity.WARNING,
-                parameter=newest.names[row],
-                stage=newest.stage,
-                seen="its .grad changed, but the hook that reads its partials did not fire: the row shows .grad itself",
-                causes=(
-                    "the parameter was replaced or swapped after watch(): model.to(), load_state_dict(assign=True)",
-                    "something writes .grad by hand, or shards the parameters (FSDP with original parameters)",
-                ),
-                remedy="nothing if it does not last: hooks are set again at the next step; else call gradlens.watch() after "
-                "the model has got its final parameters",
-            )
+            return ()
+        rows = np.flatnonzero(newest.has(Status.UNCAPTURED)).tolist()
+        return EachRow(self.name, Severity.WARNING, newest, rows, lambda row: self._finding(newest, row))
+
+    def _finding(self, newest: Snapshot, row: int) -> Finding:
+        return Finding(
+            rule=self.name,
+            step=newest.step,
+            severity=Severity.WARNING,
+            parameter=newest.names[row],
+            stage=newest.stage,
+            seen="its .grad changed, but the hook that reads its partials did not fire: the row shows .grad itself",
+            causes=(
+                "the parameter was replaced or swapped after watch(): model.to(), load_state_dict(assign=True)",
+                "something writes .grad by hand, or shards the parameters (FSDP with original parameters)",
+            ),
+            remedy="nothing if it does not last: hooks are set again at the next step; else call gradlens.watch() after "
+            "the model has got its final parameters",
+        )

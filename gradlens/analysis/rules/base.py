@@ -5,28 +5,62 @@ what lasts is looked up in the history. One step proves little, so most rules as
 *observed* steps, which `lasting` answers; it looks back only where the newest snapshot already shows the thing.
 
 Parameters that are frozen, left out, or that the loss does not depend on have no health: `judged` are the others.
+
+An illness lasts, and a rule repeats itself at each step; the diagnosis drops what it has heard. So what rules say of many
+parameters is worded late (`EachRow`), and what is looked back at again and again is kept (`remembered`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, wraps
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
 from gradlens.analysis.history import History
 from gradlens.errors import ArgumentError, ArgumentTypeError
-from gradlens.records import Finding, Parameters, Snapshot, Stage, Status
+from gradlens.records import Finding, Parameters, Severity, Snapshot, Stage, Status
 
 Rule = Callable[[History], Iterable[Finding] | None]
 
-#: Where a thing holds in a snapshot: 1 where it does, 0 where not, NaN where that cannot be said; `[n]`.
+#: Where a thing holds in a snapshot: 1 where it does, 0 where not, -1 where that cannot be said; `[n]`.
 Condition = Callable[[Snapshot], np.ndarray]
 
 _NARROW = ("bfloat16", "float16", "complex32")
 _SILENT = (Status.FROZEN, Status.UNCAPTURED, Status.ABSENT, Status.EXCLUDED, Status.UNDEFINED)
+
+
+@dataclass(frozen=True, eq=False)
+class EachRow:
+    """A finding for each of some rows of a snapshot, worded when somebody reads it."""
+
+    rule: str
+    severity: Severity
+    snapshot: Snapshot
+    rows: Sequence[int]
+    finding: Callable[[int], Finding]  #: of a row
+
+    def __iter__(self) -> Iterator[Finding]:
+        return map(self.finding, self.rows)
+
+
+def remembered(of: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
+    """The same function of a snapshot, or method of a rule, that remembers its answer for as long as the snapshot lives."""
+    answers: WeakKeyDictionary[Snapshot, dict[tuple[Any, ...], np.ndarray]] = WeakKeyDictionary()
+
+    @wraps(of)
+    def answer(*asked: Any) -> np.ndarray:
+        *rule, snapshot = asked
+        known, key = answers.setdefault(snapshot, {}), tuple(rule)
+        if key not in known:
+            known[key] = of(*asked)
+        return known[key]
+
+    return answer
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +72,8 @@ class Layout:
     layer: np.ndarray  #: [n] the number of the module that owns it
     front: np.ndarray  #: [layers] the row that stands for a layer: its first weight, or its first parameter
     weighty: np.ndarray  #: [layers] whether it has a weight: normalisations and lone scalars have not
+    order: np.ndarray  #: [n] the rows, layer by layer
+    start: np.ndarray  #: [layers] where a layer begins in `order`
 
 
 @lru_cache(maxsize=8)
@@ -48,25 +84,35 @@ def layout(parameters: Parameters) -> Layout:
     layer = np.asarray([numbers[owner] for owner in owners], np.int64)
     matrix = np.asarray([len(shape) >= 2 for shape in parameters.shapes], bool)
     order = np.lexsort((np.arange(len(layer)), ~matrix, layer))
-    front = order[np.searchsorted(layer[order], np.arange(len(numbers)))]
+    start = np.searchsorted(layer[order], np.arange(len(numbers)))
     narrow = np.asarray([dtype in _NARROW or dtype.startswith("float8") for dtype in parameters.dtypes], bool)
-    return Layout(matrix, matrix & narrow, layer, front, matrix[front])
+    front = order[start]
+    return Layout(matrix, matrix & narrow, layer, front, matrix[front], order, start)
 
 
 def judged(snapshot: Snapshot) -> np.ndarray:
     """`[n]` rows with a gradient of their own, zero and non-finite ones included."""
-    status = snapshot.status
-    silent = status == _SILENT[0]
-    for word in _SILENT[1:]:
-        silent |= status == word
-    return ~silent
+    return ~snapshot.has(*_SILENT)
 
 
 def by_layer(snapshot: Snapshot, values: np.ndarray) -> np.ndarray:
     """`[layers]` the largest of the values of each layer's parameters; -inf where it has none."""
     where = layout(snapshot.parameters)
-    result = np.full(len(where.front), -np.inf)
-    np.maximum.at(result, where.layer, np.where(np.isnan(values), -np.inf, values))
+    if not len(where.start):
+        return np.empty(0)
+    return np.maximum.reduceat(np.where(np.isnan(values), -np.inf, values)[where.order], where.start)
+
+
+def said(holds: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """A condition's answer, `[n]`: whether the thing holds, where that is known."""
+    return np.where(known, holds, -1).astype(np.int8)
+
+
+def said_of_all(snapshot: Snapshot, holds: bool | None) -> np.ndarray:
+    """A condition's answer on the whole model, which stands on the first row alone; None: that is not known."""
+    result = np.full(len(snapshot), -1, np.int8)
+    if holds is not None:
+        result[:1] = holds
     return result
 
 
@@ -79,30 +125,36 @@ def lasting(history: History, condition: Condition, steps: int) -> list[int]:
     if newest is None:
         return []
     held = condition(newest) == 1
-    if steps <= 1 or not held.any():
-        return [int(row) for row in np.flatnonzero(held)]
-    snapshots = history.recent(steps, newest.stage)
-    if len({snapshot.step for snapshot in snapshots}) < steps:
-        return []
-    said: dict[int, np.ndarray] = {}
+    if steps > 1 and held.any():
+        snapshots = history.recent(steps, newest.stage)
+        if len({snapshot.step for snapshot in snapshots}) < steps:
+            return []
+        held = _held(newest, snapshots, condition)
+    return np.flatnonzero(held).tolist()
+
+
+def _held(newest: Snapshot, snapshots: Sequence[Snapshot], condition: Condition) -> np.ndarray:
+    """`[n]` whether it held on each step, the newest looked at first; nothing more is looked at when it holds nowhere."""
+    held = np.ones(len(newest), bool)
+    at_step: dict[int, np.ndarray] = {}
     for snapshot in reversed(snapshots):
         there = condition(snapshot)
         if snapshot.parameters is not newest.parameters:
             there = _rows_of(newest, snapshot, there)
         held &= there != 0
         if not held.any():
-            return []
-        said[snapshot.step] = said.get(snapshot.step, False) | (there == 1)
-    held &= np.all(list(said.values()), axis=0)
-    return [int(row) for row in np.flatnonzero(held)]
+            return held
+        holds = there == 1
+        at_step[snapshot.step] = at_step[snapshot.step] | holds if snapshot.step in at_step else holds
+    return held & np.logical_and.reduce(list(at_step.values()))
 
 
 def _rows_of(newest: Snapshot, snapshot: Snapshot, values: np.ndarray) -> np.ndarray:
-    """The values of another snapshot in the rows of the newest; NaN for parameters that it does not have."""
+    """The values of another snapshot in the rows of the newest; -1 for parameters that it does not have."""
     if newest.names == snapshot.names:
         return values
     position = snapshot.parameters.position
-    return np.asarray([values[position[name]] if name in position else math.nan for name in newest.names])
+    return np.asarray([values[position[name]] if name in position else -1 for name in newest.names])
 
 
 def consumed(history: History) -> bool:
@@ -145,13 +197,14 @@ def on_steps(steps: int) -> str:
     return f"at each of the last {steps} observed steps" if steps > 1 else "at this step"
 
 
-def last_layer(snapshot: Snapshot, rows: Iterable[int]) -> str:
+def last_layer(snapshot: Snapshot, rows: Sequence[int]) -> str:
     """The module that owns the last of these rows, all of whose judged parameters are among them; '' if there is none."""
-    chosen = set(rows)
     where, known = layout(snapshot.parameters), judged(snapshot)
-    for front in where.front[::-1]:
-        own = np.flatnonzero((where.layer == where.layer[front]) & known)
-        if len(own) and chosen.issuperset(own.tolist()):
-            name = snapshot.names[front]
-            return name.rpartition(".")[0] or name
-    return ""
+    chosen = np.zeros(len(snapshot), bool)
+    chosen[np.asarray(rows, np.int64)] = True
+    own, theirs = (np.bincount(where.layer[mask], minlength=len(where.front)) for mask in (known, known & chosen))
+    whole = np.flatnonzero((own > 0) & (own == theirs))
+    if not len(whole):
+        return ""
+    name = snapshot.names[where.front[whole[-1]]]
+    return name.rpartition(".")[0] or name

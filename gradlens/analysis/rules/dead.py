@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 
 from gradlens.analysis.history import History
-from gradlens.analysis.rules.base import check_steps, judged, last_layer, lasting, on_steps
+from gradlens.analysis.rules.base import EachRow, check_steps, judged, last_layer, lasting, on_steps, remembered, said
 from gradlens.records import Finding, Severity, Snapshot, Status
 
 
@@ -28,31 +28,33 @@ class Dead:
     def __post_init__(self) -> None:
         check_steps(self)
 
-    def __call__(self, history: History) -> Iterator[Finding]:
+    def __call__(self, history: History) -> Iterable[Finding]:
         newest = history.latest()
-        if newest is None:
-            return
         rows = lasting(history, _zero, self.steps)
-        culprit = last_layer(newest, rows) if rows else ""
-        for row in rows:
-            yield Finding(
-                rule=self.name,
-                step=newest.step,
-                severity=Severity.WARNING,
-                parameter=newest.names[row],
-                stage=newest.stage,
-                seen=f"all {int(newest.column('numel')[row])} partials were exactly 0 {on_steps(self.steps)}",
-                causes=(
-                    "ReLUs that are shut for every input: a large negative bias after too large a step",
-                    "an output that is multiplied by 0: a closed gate, a mask, a zero-initialised layer behind it",
-                    "underflow of float16 gradients without a loss scaler",
-                ),
-                remedy=(f"look at {culprit!r} first: the last layer with no gradient at all; " if culprit else "")
-                + "lower the learning rate, use LeakyReLU or GELU, or initialise the layer again",
-                value=0.0,
-            )
+        if newest is None or not rows:
+            return ()
+        culprit = last_layer(newest, rows)
+        return EachRow(self.name, Severity.WARNING, newest, rows, lambda row: self._finding(newest, row, culprit))
+
+    def _finding(self, newest: Snapshot, row: int, culprit: str) -> Finding:
+        return Finding(
+            rule=self.name,
+            step=newest.step,
+            severity=Severity.WARNING,
+            parameter=newest.names[row],
+            stage=newest.stage,
+            seen=f"all {int(newest.column('numel')[row])} partials were exactly 0 {on_steps(self.steps)}",
+            causes=(
+                "ReLUs that are shut for every input: a large negative bias after too large a step",
+                "an output that is multiplied by 0: a closed gate, a mask, a zero-initialised layer behind it",
+                "underflow of float16 gradients without a loss scaler",
+            ),
+            remedy=(f"look at {culprit!r} first: the last layer with no gradient at all; " if culprit else "")
+            + "lower the learning rate, use LeakyReLU or GELU, or initialise the layer again",
+            value=0.0,
+        )
 
 
+@remembered
 def _zero(snapshot: Snapshot) -> np.ndarray:
-    zero = (snapshot.status == Status.ZERO) & (snapshot.columns["numel"] > 0)
-    return np.where(judged(snapshot), zero, np.nan)
+    return said(snapshot.has(Status.ZERO) & (snapshot.columns["numel"] > 0), judged(snapshot))

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 
 from gradlens.analysis.history import History
-from gradlens.analysis.rules.base import check_number, check_steps, consumed, judged, lasting, layout, number
+from gradlens.analysis.rules.base import (
+    EachRow,
+    check_number,
+    check_steps,
+    consumed,
+    judged,
+    lasting,
+    layout,
+    number,
+    remembered,
+    said,
+)
 from gradlens.records import Finding, Severity, Snapshot
 
 
@@ -34,34 +45,38 @@ class Exploding:
         check_number(self, "ratio")
         check_steps(self)
 
-    def __call__(self, history: History) -> Iterator[Finding]:
+    def __call__(self, history: History) -> Iterable[Finding]:
         newest = history.latest()
         if newest is None or not consumed(history):
-            return
-        for row in lasting(history, self._large, self.steps):
-            norm, weight = newest.column("l2")[row], newest.column("weight_l2")[row]
-            yield Finding(
-                rule=self.name,
-                step=newest.step,
-                severity=Severity.WARNING,
-                parameter=newest.names[row],
-                stage=newest.stage,
-                seen=f"the gradient's norm is {number(norm)}, {number(norm / weight)} times the norm of the weights "
-                f"({number(weight)})",
-                causes=(
-                    "weights that start too large, in a deep model without normalisation",
-                    "inputs or targets that are not normalised, or a loss that sums where it should average",
-                    "a learning rate that has already driven the model away",
-                ),
-                remedy="torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0) between backward() and step(); then "
-                "normalise inputs and targets, and initialise with kaiming_normal_",
-                value=float(norm),
-            )
+            return ()
+        rows = lasting(history, self._large, self.steps)
+        return EachRow(self.name, Severity.WARNING, newest, rows, lambda row: self._finding(newest, row))
 
+    def _finding(self, newest: Snapshot, row: int) -> Finding:
+        norm, weight = newest.column("l2")[row], newest.column("weight_l2")[row]
+        return Finding(
+            rule=self.name,
+            step=newest.step,
+            severity=Severity.WARNING,
+            parameter=newest.names[row],
+            stage=newest.stage,
+            seen=f"the gradient's norm is {number(norm)}, {number(norm / weight)} times the norm of the weights "
+            f"({number(weight)})",
+            causes=(
+                "weights that start too large, in a deep model without normalisation",
+                "inputs or targets that are not normalised, or a loss that sums where it should average",
+                "a learning rate that has already driven the model away",
+            ),
+            remedy="torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0) between backward() and step(); then "
+            "normalise inputs and targets, and initialise with kaiming_normal_",
+            value=float(norm),
+        )
+
+    @remembered
     def _large(self, snapshot: Snapshot) -> np.ndarray:
         norm, weight = snapshot.column("l2"), snapshot.column("weight_l2")
         known = judged(snapshot) & layout(snapshot.parameters).matrix & (weight > 0)
-        return np.where(known, (norm > self.norm) & (norm > self.ratio * weight), np.nan)
+        return said((norm > self.norm) & (norm > self.ratio * weight), known)
 
 
 @dataclass(frozen=True)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 
 from gradlens.analysis.history import History
-from gradlens.analysis.rules.base import judged
+from gradlens.analysis.rules.base import EachRow, judged
 from gradlens.records import Finding, Severity, Snapshot
 
 
@@ -23,31 +23,34 @@ class NonFinite:
 
     name: ClassVar[str] = "nonfinite"
 
-    def __call__(self, history: History) -> Iterator[Finding]:
+    def __call__(self, history: History) -> Iterable[Finding]:
         newest = history.latest()
         if newest is None:
-            return
+            return ()
         bad = newest.column("nan") + newest.column("inf")
         if not bad.any():
-            return
+            return ()
         unscaled = np.isnan(newest.scale) | (newest.scale == 1.0)
         known = judged(newest)
-        rows = np.flatnonzero((bad > 0) & unscaled & known)
+        rows = np.flatnonzero((bad > 0) & unscaled & known).tolist()
         forward = len(rows) == known.sum() or ("loss" in newest.scalars and not math.isfinite(newest.loss))
         causes = _poisoned(history, newest) + (_FORWARD if forward else _BACKWARD)
         remedy = _ANOMALY if forward or not len(rows) else _behind(newest.names[rows[-1]])
-        for row in rows:
-            yield Finding(
+
+        def finding(row: int) -> Finding:
+            return Finding(
                 rule=self.name,
                 step=newest.step,
                 severity=Severity.ERROR,
                 parameter=newest.names[row],
                 stage=newest.stage,
-                seen=_seen(newest, int(row)),
+                seen=_seen(newest, row),
                 causes=causes,
                 remedy=remedy,
                 value=float(bad[row]),
             )
+
+        return EachRow(self.name, Severity.ERROR, newest, rows, finding)
 
 
 def _seen(snapshot: Snapshot, row: int) -> str:

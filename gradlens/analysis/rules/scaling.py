@@ -59,7 +59,7 @@ def _power(backward: Snapshot, used: Snapshot) -> int:
         return 0
     if not (np.isnan(used.scale) | (used.scale == 1.0)).all():
         return 0
-    both = (backward.status == Status.OK) & (used.status == Status.OK)
+    both = backward.has(Status.OK) & used.has(Status.OK)
     a, b = backward.columns["square_sum"][both], used.columns["square_sum"][both]
     if not len(a) or (a <= 4 * b * (1 - 1e-3)).any() or (b <= 0).any():
         return 0
@@ -123,4 +123,4 @@ def _skipped(snapshot: Snapshot) -> bool:
     """Whether this is the record of a step that the scaler skipped."""
     rows = judged(snapshot)
     known = np.isfinite(snapshot.scale) & (snapshot.scale != 1.0)
-    return bool(rows.any() and (snapshot.status[rows] == Status.NONFINITE).all() and known[rows].all())
+    return bool(rows.any() and snapshot.has(Status.NONFINITE)[rows].all() and known[rows].all())

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 
 from gradlens.analysis.history import History
-from gradlens.analysis.rules.base import Condition, check_steps, judged, lasting, number
+from gradlens.analysis.rules.base import Condition, EachRow, check_steps, judged, lasting, number, said
 from gradlens.records import Finding, Severity, Snapshot, Stage, Status
 
 
@@ -29,17 +29,19 @@ class Stale:
     def __post_init__(self) -> None:
         check_steps(self)
 
-    def __call__(self, history: History) -> Iterator[Finding]:
+    def __call__(self, history: History) -> Iterable[Finding]:
         newest = history.latest()
         if newest is None or newest.stage != Stage.USED or newest.ranks > 1 or history.latest(Stage.REDUCED) is not None:
-            return
+            return ()
         backward = history.recent(self.steps, Stage.BACKWARD)
         if not backward:
-            return
-        more = _more_than(backward)
-        for row in lasting(history, more, self.steps):
-            used, own = newest.column("l2")[row], _lengths(backward, newest)[row]
-            yield Finding(
+            return ()
+        rows = lasting(history, _more_than(backward), self.steps)
+        lengths = _lengths(backward, newest)
+
+        def finding(row: int) -> Finding:
+            used, own = newest.column("l2")[row], lengths[row]
+            return Finding(
                 rule=self.name,
                 step=newest.step,
                 severity=Severity.WARNING,
@@ -55,12 +57,14 @@ class Stale:
                 value=float(used / own) if own > 0 else None,
             )
 
+        return EachRow(self.name, Severity.WARNING, newest, rows, finding)
+
 
 def _more_than(backward: list[Snapshot]) -> Condition:
     def more(used: Snapshot) -> np.ndarray:
         own = _lengths(backward, used)
-        known = judged(used) & (used.status != Status.NONFINITE) & ~np.isnan(own)
-        return np.where(known, used.column("l2") > 1.01 * own, np.nan)
+        known = judged(used) & ~used.has(Status.NONFINITE) & ~np.isnan(own)
+        return said(used.column("l2") > 1.01 * own, known)
 
     return more
 
@@ -71,7 +75,7 @@ def _lengths(backward: list[Snapshot], used: Snapshot) -> np.ndarray:
     for snapshot in backward:
         if snapshot.step != used.step:
             continue
-        length = np.where(snapshot.status == Status.NONFINITE, np.nan, snapshot.column("l2"))
+        length = np.where(snapshot.has(Status.NONFINITE), np.nan, snapshot.column("l2"))
         if snapshot.names == used.names:
             result = np.where(np.isnan(result), 0, result) + length
         else:

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 
 from gradlens.analysis.history import History
-from gradlens.analysis.rules.base import check_number, check_steps, judged, lasting, layout, number, on_steps
+from gradlens.analysis.rules.base import (
+    EachRow,
+    check_number,
+    check_steps,
+    judged,
+    lasting,
+    layout,
+    number,
+    on_steps,
+    remembered,
+    said,
+    said_of_all,
+)
 from gradlens.errors import ArgumentError
 from gradlens.records import Finding, Severity, Snapshot, Stage, Status
 
@@ -78,18 +90,15 @@ class UpdateRatio:
             value=ratio,
         )
 
+    @remembered
     def _still(self, snapshot: Snapshot) -> np.ndarray:
-        """On the first row alone."""
         fastest = np.fmax.reduce(_ratios(snapshot), initial=-np.inf)
-        result = np.full(len(snapshot), np.nan)
-        if fastest >= 0:
-            result[0] = fastest < self.smallest
-        return result
+        return said_of_all(snapshot, bool(fastest < self.smallest) if fastest >= 0 else None)
 
 
 def _ratios(snapshot: Snapshot) -> np.ndarray:
     """Update ratios of weights; NaN for other parameters, and where no gradient made the step."""
-    known = layout(snapshot.parameters).matrix & (snapshot.status == Status.OK)
+    known = layout(snapshot.parameters).matrix & snapshot.has(Status.OK)
     return np.where(known, snapshot.column("update_ratio"), np.nan)
 
 
@@ -126,29 +135,33 @@ class Swallowed:
         check_number(self, "share", most=1.0)
         check_steps(self)
 
-    def __call__(self, history: History) -> Iterator[Finding]:
+    def __call__(self, history: History) -> Iterable[Finding]:
         newest = history.latest()
         if newest is None or newest.stage != Stage.USED or not layout(newest.parameters).narrow.any():
-            return
-        for row in lasting(history, self._many, self.steps):
-            share = float(_swallowed(newest)[row])
-            yield Finding(
-                rule=self.name,
-                step=newest.step,
-                severity=Severity.WARNING,
-                parameter=newest.names[row],
-                stage=newest.stage,
-                seen=f"{share:.0%} of the weights with a partial did not move (more than {self.share:.0%} "
-                f"{on_steps(self.steps)}): the step is rounded away in {newest.parameters.dtypes[row]}",
-                causes=("16-bit weights with a small learning rate", "a learning rate schedule that has run out"),
-                remedy="keep the weights in float32 and compute in 16 bits with torch.autocast, or use an optimizer with "
-                "float32 master weights or stochastic rounding",
-                value=share,
-            )
+            return ()
+        rows = lasting(history, self._many, self.steps)
+        return EachRow(self.name, Severity.WARNING, newest, rows, lambda row: self._finding(newest, row))
 
+    def _finding(self, newest: Snapshot, row: int) -> Finding:
+        share = float(_swallowed(newest)[row])
+        return Finding(
+            rule=self.name,
+            step=newest.step,
+            severity=Severity.WARNING,
+            parameter=newest.names[row],
+            stage=newest.stage,
+            seen=f"{share:.0%} of the weights with a partial did not move (more than {self.share:.0%} "
+            f"{on_steps(self.steps)}): the step is rounded away in {newest.parameters.dtypes[row]}",
+            causes=("16-bit weights with a small learning rate", "a learning rate schedule that has run out"),
+            remedy="keep the weights in float32 and compute in 16 bits with torch.autocast, or use an optimizer with "
+            "float32 master weights or stochastic rounding",
+            value=share,
+        )
+
+    @remembered
     def _many(self, snapshot: Snapshot) -> np.ndarray:
         share = _swallowed(snapshot)
-        return np.where(np.isnan(share), np.nan, share > self.share)
+        return said(share > self.share, ~np.isnan(share))
 
 
 def _swallowed(snapshot: Snapshot) -> np.ndarray:

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 
 from gradlens.analysis.history import History
-from gradlens.analysis.rules.base import by_layer, check_number, check_steps, judged, lasting, layout, number, on_steps
+from gradlens.analysis.rules.base import (
+    EachRow,
+    by_layer,
+    check_number,
+    check_steps,
+    lasting,
+    layout,
+    number,
+    on_steps,
+    remembered,
+    said_of_all,
+)
 from gradlens.records import Finding, Severity, Snapshot, Status
 
 #: A layer stronger than this is no measure for the others: it may be the one that explodes.
@@ -48,41 +59,36 @@ class Vanishing:
         check_number(self, "floor")
         check_steps(self)
 
-    def __call__(self, history: History) -> Iterator[Finding]:
+    def __call__(self, history: History) -> Iterable[Finding]:
         newest = history.latest()
         if newest is None:
-            return
-        if not (self._whole(newest) == 1).any():
-            yield from self._layers(history, newest)
-        elif lasting(history, self._whole, self.steps):
-            yield self._everything(history, newest)
-
-    def _layers(self, history: History, newest: Snapshot) -> Iterator[Finding]:
+            return ()
+        if (self._whole(newest) == 1).any():
+            return [self._everything(history, newest)] if lasting(history, self._whole, self.steps) else ()
         rows = lasting(history, self._weak, self.steps)
-        if not rows:
-            return
-        strength = _strength(newest)
+        return EachRow(self.name, Severity.WARNING, newest, rows, lambda row: self._finding(newest, row))
+
+    def _finding(self, newest: Snapshot, row: int) -> Finding:
+        where, strength = layout(newest.parameters), _strength(newest)
         best = int(np.argmax(strength))
-        strongest = newest.names[layout(newest.parameters).front[best]]
-        for row in rows:
-            own = strength[layout(newest.parameters).layer[row]]
-            yield Finding(
-                rule=self.name,
-                step=newest.step,
-                severity=Severity.WARNING,
-                parameter=newest.names[row],
-                stage=newest.stage,
-                seen=f"the rms of its partials is {number(own)}, that of {strongest} is {number(strength[best])}; the ratio "
-                f"was below {number(self.ratio)} {on_steps(self.steps)}",
-                causes=(
-                    "saturating activations (sigmoid, tanh) in a deep stack",
-                    "weights that start too small",
-                    "a branch that is multiplied by almost 0 (a gate, a LayerScale), or a loss term with a tiny factor",
-                ),
-                remedy="use ReLU or GELU with the initialisation made for it (kaiming_normal_), normalisation layers, or "
-                "residual connections; `lens.table()` shows where along the model rms falls",
-                value=float(own / strength[best]),
-            )
+        own = strength[where.layer[row]]
+        return Finding(
+            rule=self.name,
+            step=newest.step,
+            severity=Severity.WARNING,
+            parameter=newest.names[row],
+            stage=newest.stage,
+            seen=f"the rms of its partials is {number(own)}, that of {newest.names[where.front[best]]} is "
+            f"{number(strength[best])}; the ratio was below {number(self.ratio)} {on_steps(self.steps)}",
+            causes=(
+                "saturating activations (sigmoid, tanh) in a deep stack",
+                "weights that start too small",
+                "a branch that is multiplied by almost 0 (a gate, a LayerScale), or a loss term with a tiny factor",
+            ),
+            remedy="use ReLU or GELU with the initialisation made for it (kaiming_normal_), normalisation layers, or "
+            "residual connections; `lens.table()` shows where along the model rms falls",
+            value=float(own / strength[best]),
+        )
 
     def _everything(self, history: History, newest: Snapshot) -> Finding:
         first = next(snapshot for snapshot in history if snapshot.stage == newest.stage)
@@ -106,10 +112,11 @@ class Vanishing:
             value=float(_strength(newest).max()),
         )
 
+    @remembered
     def _weak(self, snapshot: Snapshot) -> np.ndarray:
         """On the rows that stand for layers with weights."""
         where, strength = layout(snapshot.parameters), _strength(snapshot)
-        result = np.full(len(snapshot), np.nan)
+        result = np.full(len(snapshot), -1, np.int8)
         known = where.weighty & (strength > 0)
         if known.any():
             weak = strength[known] < self.ratio * min(strength.max(), STRONG)
@@ -117,13 +124,10 @@ class Vanishing:
             result[where.front[known]] = _in_a_row(weak, leading) if weak.any() else weak
         return result
 
+    @remembered
     def _whole(self, snapshot: Snapshot) -> np.ndarray:
-        """On the first row alone."""
-        strength = _strength(snapshot)
-        result = np.full(len(snapshot), np.nan)
-        if (strength > 0).any():
-            result[0] = strength.max() < self.floor
-        return result
+        strongest = _strength(snapshot).max(initial=-np.inf)
+        return said_of_all(snapshot, bool(strongest < self.floor) if strongest > 0 else None)
 
 
 def _in_a_row(weak: np.ndarray, leading: bool) -> np.ndarray:
@@ -135,8 +139,9 @@ def _in_a_row(weak: np.ndarray, leading: bool) -> np.ndarray:
     return result
 
 
+@remembered
 def _strength(snapshot: Snapshot) -> np.ndarray:
     """`[layers]` the largest rms of a layer's parameters, over the partials that are not 0; -inf where there are none."""
     moving = snapshot.columns["positive"] + snapshot.columns["negative"]
-    known = judged(snapshot) & (snapshot.status == Status.OK) & (moving > 0)
+    known = snapshot.has(Status.OK) & (moving > 0)
     return by_layer(snapshot, np.where(known, np.sqrt(snapshot.columns["square_sum"] / np.maximum(moving, 1)), np.nan))
