@@ -1,9 +1,9 @@
 """Lists of tensors in, rows of numbers out: the one place where gradients are read.
 
 `reference` is the definition in plain torch; the other backends equal it and are faster. The backend is picked here, by
-device: `native` on the CPU where it was built, the reference elsewhere. What a backend cannot read goes to the reference,
-tensor by tensor. All tensors of a call live on one device; the rows are float64 there, and nothing waits for the device.
-Gradients may be of any floating or complex type, strided or sparse.
+device: `native` on the CPU where it was built, `triton` on CUDA where it is installed and works, the reference elsewhere.
+What a backend cannot read goes to the reference, tensor by tensor. All tensors of a call live on one device; the rows are
+float64 there, and nothing waits for the device. Gradients may be of any floating or complex type, strided or sparse.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from gradlens.errors import GradlensWarning
+from gradlens.errors import ArgumentError, GradlensWarning
 from gradlens.kernels import native, reference
 
 __all__ = ["summarize", "compare", "sample"]
@@ -41,7 +41,58 @@ def _backend(tensors: Sequence[Tensor]) -> Backend:
     """What reads tensors of their device."""
     with torch._C.DisableTorchFunctionSubclass():
         kind = tensors[0].device.type if tensors else "cpu"
+    if kind == "cuda":
+        return _triton()
     return (_native() if kind == "cpu" else None) or reference
+
+
+def _note(text: str) -> None:
+    with contextlib.suppress(Exception):  # warnings may be turned into errors; not in a training step
+        warnings.warn(GradlensWarning(f"{text}; torch operations stand in for it, many times slower"), stacklevel=3)
+
+
+@functools.cache
+def _triton() -> Backend:
+    """The GPU kernels, or what stands in for them."""
+    try:
+        from gradlens.kernels import triton  # imports a compiler: only where there is a GPU
+    except ImportError as error:
+        _note(f"there is no GPU kernel without Triton ({error}): pip install 'torch-gradlens[triton]'")
+        return reference
+    return Standby(triton.Triton(), reference)
+
+
+class Standby:
+    """A backend, and another one from the first failure on: Triton wants a C compiler, and a GPU that it knows."""
+
+    def __init__(self, first: Backend, second: Backend) -> None:
+        self._first: Backend | None = first
+        self._second = second
+
+    def _call(self, name: str, *columns: Sequence[Tensor | None] | None) -> Tensor:
+        if self._first is not None:
+            try:
+                return getattr(self._first, name)(*columns)
+            except ArgumentError:
+                raise
+            except Exception as error:  # noqa: BLE001 - whatever it is, there is another way
+                self._first = None
+                _note(f"the GPU kernel does not run here ({type(error).__name__}: {str(error)[:200]})")
+        return getattr(self._second, name)(*columns)
+
+    def summarize(
+        self, gradients: Sequence[Tensor], weights: Holes | None, previous: Holes | None, keep: Holes | None, /
+    ) -> Tensor:
+        """As `kernels.summarize`."""
+        return self._call("summarize", gradients, weights, previous, keep)
+
+    def compare(self, used: Holes, before: Sequence[Tensor], after: Sequence[Tensor], loss: Holes | None, /) -> Tensor:
+        """As `kernels.compare`."""
+        return self._call("compare", used, before, after, loss)
+
+    def sample(self, tensors: Sequence[Tensor], /) -> Tensor:
+        """As `kernels.sample`."""
+        return self._call("sample", tensors)
 
 
 @functools.cache
@@ -50,9 +101,7 @@ def _native() -> Backend | None:
     try:
         return native.load()
     except native.UnavailableError as error:
-        text = f"{error}; torch operations stand in for it, many times slower"
-        with contextlib.suppress(Exception):  # warnings may be turned into errors; not in a training step
-            warnings.warn(GradlensWarning(text), stacklevel=2)
+        _note(str(error))
         return None
 
 

@@ -1,0 +1,223 @@
+"""The GPU kernels equal the reference in Triton's interpreter, compile for real GPUs, and on one make nobody wait.
+
+What needs a GPU is skipped without one.
+"""
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import gradlens
+from gradlens import fields, kernels
+from gradlens.errors import ArgumentError, GradlensWarning
+from gradlens.kernels import reference
+from tests.kernels.made import FLOATS, HOSTILE, check_identical
+
+ROOT = Path(__file__).parent.parent.parent
+needs_triton = pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="needs Triton")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+CASES = re.findall(r"^@case\ndef (\w+)", (Path(__file__).parent / "interpreted.py").read_text(), re.MULTILINE)
+
+
+@pytest.fixture(scope="module")
+def outcomes():
+    """What came of each case in the interpreter: its traceback, empty if it passed."""
+    surroundings = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.kernels.interpreted"]
+    done = subprocess.run(command, cwd=ROOT, env=surroundings, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_equals_the_reference_in_the_interpreter(outcomes, name):
+    """The programs give the reference's numbers: counts, extremes, histogram, order and samples exactly, sums to 1e-12."""
+    assert not outcomes[name], outcomes[name]
+
+
+# --- machine code -----------------------------------------------------------------------------------------------------
+
+
+def compiled(program, capability, warps=4, **constants):
+    """The machine code of a program, and what the assembler says it needs."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    types = {"table": "*i64", "owners": "*i64", "indices": "*i64", "length": "i32", "slots": "i32"}
+    names = program.arg_names
+    signature = {name: "constexpr" if name in constants else types.get(name, "*fp64") for name in names}
+    wide = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in signature and name != "slots"}
+    source = ASTSource(
+        program,
+        signature,
+        {(names.index(name),): value for name, value in constants.items()},
+        {at: hint for at, hint in wide.items() if names[at[0]] not in constants},
+    )
+    code = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    return code.asm["ptx"], code.asm["cubin"], tools / "cuobjdump"
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
+@pytest.mark.parametrize("capability", [80, 90])
+def test_compiles_for_real_gpus_without_spilling(capability, tmp_path, monkeypatch):
+    """Every program becomes machine code of an A100 and an H100 that keeps its values in registers and loads them wide."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    import triton.language as tl
+
+    from gradlens.kernels import programs
+    from gradlens.kernels.triton import Sizes
+
+    sizes, half, full = Sizes(), tl.bfloat16, tl.float32
+    layout = {"AXES": 0, "ALIGNED": True}
+    builds = [
+        (programs.scan, {"G": half, "W": half, "P": None, "KEEP": False, **layout, "TILE": sizes.tile}),
+        (programs.scan, {"G": full, "W": full, "P": full, "KEEP": True, **layout, "TILE": sizes.tile}),
+        (programs.scan, {"G": full, "W": full, "P": None, "KEEP": False, **layout, "AXES": 4, "TILE": sizes.tile}),
+        (programs.top, {"G": half, **layout, "PEAKS": sizes.peaks, "TILE": sizes.searched, "warps": 8}),
+        (programs.close, {"G": full, "W": full, "P": full, "AXES": 0, "MERGED": sizes.merged}),
+        (programs.move, {"U": full, "B": full, "A": full, "L": full, **layout, "TILE": sizes.tile}),
+        (programs.settle, {"U": full, "L": None, "AXES": 0, "MERGED": sizes.merged}),
+        (programs.pick, {"T": half, "AXES": 4}),
+    ]
+    for program, constants in builds:
+        ptx, binary, tool = compiled(program, capability, **constants)
+        path = tmp_path / "program.cubin"
+        path.write_bytes(binary)
+        usage = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True)
+        spilled = [int(n) for n in re.findall(r"STACK:(\d+)", usage.stdout + usage.stderr)]
+        assert spilled, usage
+        assert max(spilled) <= 16, (program, constants, spilled)
+        if program is programs.scan and constants["AXES"] == 0:
+            assert re.search(r"ld\.global\.v2\.b32" if constants["G"] is full else r"ld\.global\.b32", ptx)
+
+
+# --- the pick of a backend --------------------------------------------------------------------------------------------
+
+
+class Broken:
+    """A backend that fails."""
+
+    def __init__(self, error):
+        self.error, self.asked = error, 0
+
+    def summarize(self, *columns):
+        self.asked += 1
+        raise self.error
+
+
+def test_a_backend_that_fails_is_left_at_once():
+    """Its first failure is told, with what stands in now; the numbers come from there, and it is not asked again."""
+    broken, g = Broken(RuntimeError("no C compiler")), torch.randn(7)
+    backend = kernels.Standby(broken, reference)
+    with pytest.warns(GradlensWarning, match=r"no C compiler.*stand in"):
+        rows = backend.summarize([g], None, None, None)
+    assert torch.equal(rows.nan_to_num(7), reference.summarize([g]).nan_to_num(7))
+    backend.summarize([g], None, None, None)
+    assert broken.asked == 1
+
+
+def test_arguments_that_are_wrong_are_no_failure():
+    """An error of the caller goes to the caller, and the backend stays."""
+    broken = Broken(ArgumentError("give as many"))
+    backend = kernels.Standby(broken, reference)
+    for asked in (1, 2):
+        with pytest.raises(ArgumentError):
+            backend.summarize([torch.ones(1)], None, None, None)
+        assert broken.asked == asked
+
+
+# --- on a GPU ---------------------------------------------------------------------------------------------------------
+
+
+def on_gpu(tensors):
+    return [None if tensor is None else tensor.cuda() for tensor in tensors]
+
+
+@needs_gpu
+@needs_triton
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_equals_the_reference_on_a_gpu(dtype):
+    """Sizes from nothing to many chunks, hostile values, and layouts, against the reference on the CPU."""
+    from gradlens.kernels.triton import Triton
+
+    gradients = [torch.randn(n).to(dtype) for n in (0, 1, 255, 256, 257, 16384, 16385, 3_000_001)]
+    gradients += [torch.tensor(HOSTILE, dtype=torch.float64).to(dtype), torch.ones(100_000).to(dtype)]
+    gradients += [
+        torch.randn(64, 32, 3, 3).to(dtype).to(memory_format=torch.channels_last),
+        torch.randn(50, 70).to(dtype).t(),
+    ]
+    weights, previous = ([torch.randn_like(g, dtype=torch.float32).to(dtype) for g in gradients] for _ in range(2))
+    lists = gradients, weights, previous
+    there = [on_gpu(tensors) for tensors in lists]
+    kernel = Triton()
+    check_identical(kernel.summarize(*there).cpu(), reference.summarize(*lists), fields.SUMMARY)
+    check_identical(kernel.compare(*there).cpu(), reference.compare(*lists), fields.UPDATES)
+    torch.testing.assert_close(kernel.sample(there[0]).cpu(), reference.sample(gradients), rtol=0, atol=0, equal_nan=True)
+
+
+@needs_gpu
+def test_a_watched_step_waits_for_nothing():
+    """No call of a watched step makes the host wait for the device: CUDA would raise."""
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.BatchNorm1d(64), torch.nn.Linear(64, 8)).cuda()
+    optimizer = torch.optim.AdamW(model.parameters())
+    x = torch.randn(32, 64, device="cuda")
+    with gradlens.watch(model, optimizer) as lens:
+        for step in range(6):
+            if step == 2:  # the programs are compiled, the buffers made
+                torch.cuda.synchronize()
+                torch.cuda.set_sync_debug_mode("error")
+            try:
+                optimizer.zero_grad()
+                model(x).square().mean().backward()
+                optimizer.step()
+            finally:
+                if step == 5:
+                    torch.cuda.set_sync_debug_mode("default")
+        lens.flush()
+        assert [str(finding) for finding in lens.findings() if finding.rule == "gradlens-fault"] == []
+        assert lens.history()["step"].nunique() == 6
+
+
+@needs_gpu
+@needs_triton
+def test_a_billion_weights_in_bfloat16(record_property):
+    """Counts of 1e9 entries are exact, memory besides them stays under 64 MiB; the time against one read is recorded."""
+    from gradlens.kernels.triton import Triton
+
+    if torch.cuda.mem_get_info()[0] < 6e9:
+        pytest.skip("needs 6 GB of free GPU memory")
+    gradients = [torch.randn(10**8, device="cuda", dtype=torch.bfloat16) for _ in range(10)]
+    kernel = Triton()
+    kernel.summarize(gradients)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    rows = kernel.summarize(gradients)
+    assert torch.cuda.max_memory_allocated() - before < 64 * 2**20
+    numel, positive, negative, zero = (rows[:, fields.AT[name]] for name in ("numel", "positive", "negative", "zero"))
+    assert torch.equal(positive + negative + zero, numel)
+    assert torch.equal(positive, torch.stack([(g > 0).sum() for g in gradients]).double())
+
+    def seconds(call):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(5):
+            call()
+        torch.cuda.synchronize()
+        return (time.perf_counter() - start) / 5
+
+    read = seconds(lambda: [g.view(torch.int64).sum() for g in gradients])
+    record_property("times_of_one_read", seconds(lambda: kernel.summarize(gradients)) / read)
