@@ -53,9 +53,9 @@ class Server:
     def ask(self, route, **query):
         return fetch(f"{self.url}/data/{route}?{urllib.parse.urlencode(query)}")
 
-    def loaded(self, tag):
-        """Wait until a scalar is known."""
-        wait_for(lambda: any(tag in known for known in self.ask("plugin/scalars/tags").values()), tag)
+    def loaded(self, run, tag, step):
+        """Wait until a scalar is known up to this step: files are read piece by piece."""
+        wait_for(lambda: self.ask("plugin/scalars/scalars", run=run, tag=tag)[-1][1] == step, f"{tag} of step {step}")
         return self
 
     def close(self):

@@ -38,7 +38,7 @@ def logdir(tmp_path_factory):
 def either(request, logdir):
     """A server of either kind that has read the run."""
     server = Server(logdir, fast=request.param)
-    yield server.loaded(NORM)
+    yield server.loaded("ill", NORM, 390)
     server.close()
 
 
@@ -46,7 +46,7 @@ def either(request, logdir):
 def server(logdir):
     """The server as it is by default."""
     server = Server(logdir, fast=True)
-    yield server.loaded(NORM)
+    yield server.loaded("ill", NORM, 390)
     server.close()
 
 
