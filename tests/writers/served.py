@@ -31,7 +31,7 @@ def wait_for(ask, what, seconds=60):
     """The first true answer; errors of a server that is not yet there count as no answer."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        with contextlib.suppress(OSError, ValueError, KeyError):
+        with contextlib.suppress(OSError, ValueError, LookupError):
             if answer := ask():
                 return answer
         time.sleep(0.2)
