@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradlens import frames
+from gradlens import frames, ranks
 from gradlens.analysis import rules as default_rules
 from gradlens.capture.attachment import Attachment, Slot, Target
 from gradlens.capture.clock import Clock
@@ -44,7 +44,9 @@ from gradlens.statistics.evidence import Evidence
 from gradlens.statistics.memory import Plan, parse_bytes
 from gradlens.statistics.streaming import Followed, Q, describe
 from gradlens.writers import report as page
+from gradlens.writers.background import Background
 from gradlens.writers.base import Writer
+from gradlens.writers.exchange import PARTING, PATIENCE, Pooled, Sender
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -89,7 +91,7 @@ class Lens:
             features = features - {"evidence"}
         self._plan = _plan(attachment, features, stages, memory)
         settings = _settings(attachment, stages, features, self._plan, schedule, first_step)
-        own = [] if run is None else _run_writers(run, settings, first_step)
+        own = [] if run is None else _run_writers(run, settings, first_step, self._faults.findings.append)
         timed = Stopwatch()
         try:
             self._pipeline = Pipeline(
@@ -429,7 +431,7 @@ class Lens:
                 frame.attrs.update(backwards=followed.backwards, false_discovery_rate=Q)
 
     def _stamped(self, frame: pd.DataFrame, before: bool) -> pd.DataFrame:
-        averaged = _ranks() > 1 and self._capture.gradients.averaged
+        averaged = ranks.count() > 1 and self._capture.gradients.averaged
         stage = Stage.USED if not before else Stage.REDUCED if averaged else Stage.ACCUMULATED
         frame.attrs.update(step=self._clock.step if before else self._clock.step - 1, stage=stage.value)
         return frame
@@ -516,7 +518,7 @@ def watch(
         on_finding=on_finding,
         budget=budget,
         first_step=first_step,
-        local=_ranks() > 1,
+        local=ranks.count() > 1,
     )
     _announce(lens)
     return lens
@@ -531,15 +533,6 @@ def _announce(lens: Lens) -> None:
     )
 
 
-def _ranks() -> int:
-    distributed = torch.distributed
-    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
-
-
-def _rank() -> int:
-    return torch.distributed.get_rank() if _ranks() > 1 else 0
-
-
 def _check_stage(stage: str | None) -> None:
     if stage is not None and stage not in list(Stage):
         raise choice("stage", str(stage), list(Stage))
@@ -547,7 +540,7 @@ def _check_stage(stage: str | None) -> None:
 
 def _stages(given: str | Iterable[str] | None) -> frozenset[str]:
     if given is None:
-        return frozenset({"reduced", "used"} if _ranks() > 1 else {"backward", "used"})
+        return frozenset({"reduced", "used"} if ranks.count() > 1 else {"backward", "used"})
     return _words("stage", [given] if isinstance(given, str) else given, list(Stage), empty=False)
 
 
@@ -648,26 +641,44 @@ def _settings(
         "first_step": first_step,
         "sampled": plan.share,
         "torch": torch.__version__,
-        "rank": _rank(),
-        "ranks": _ranks(),
+        "rank": ranks.rank(),
+        "ranks": ranks.count(),
         "aliases": dict(attachment.aliases),
     }
 
 
-def _run_writers(run: Path, settings: dict[str, Any], first_step: int) -> list[Writer]:
-    """The durable store, and TensorBoard beside it."""
+def _run_writers(run: Path, settings: dict[str, Any], first_step: int, tell: Callable[[Finding], None]) -> list[Writer]:
+    """The durable store, and TensorBoard beside it, which the first rank draws for all."""
     from gradlens.store.store import Store
     from gradlens.writers.tensorboard import TensorBoard
 
     resumed = run.is_dir() and any(run.glob("events.out.tfevents.*"))
+    rank, together = settings["rank"], settings["ranks"]
+    shared = ranks.store(run.name) if together > 1 else None
     store = Store(run, settings)
-    if settings["rank"]:  # the first rank draws for all
-        return [store]
     try:
-        return [store, TensorBoard(run, purge_step=first_step if resumed else None)]
+        if rank:
+            return [store] if shared is None else [store, Background(Sender(shared, rank, together), patience=PARTING)]
+        board = TensorBoard(run, purge_step=first_step if resumed else None)
+        if shared is not None:
+            return [store, Background(Pooled(board, shared, together), patience=2 * PARTING + PATIENCE)]
+        if together > 1:
+            tell(_apart(first_step))
+        return [store, board]
     except BaseException:
         store.close()
         raise
+
+
+def _apart(step: int) -> Finding:
+    return Finding(
+        rule="ranks-apart",
+        step=step,
+        severity=Severity.INFO,
+        seen="the process group met in a file, which would grow with all that is sent through it: the dashboard shows the "
+        "first rank's own table",
+        remedy="meet at an address (torchrun does; init_method='env://' or 'tcp://...'); open_run() pools the records",
+    )
 
 
 # --- weights --------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from gradlens import kernels
+from gradlens import kernels, ranks
 from gradlens.analysis.diagnosis import Diagnosis
 from gradlens.analysis.history import History
 from gradlens.capture.readings import Key, Reading, Update
@@ -303,7 +303,7 @@ class Pipeline:
                 reading.parameters,
                 time.time(),
                 notes=["elsewhere"] * len(reading.parameters),
-                rank=_rank(),
+                rank=ranks.rank(),
             )
             self._open[reading.key] = table
             self.count += 1
@@ -495,11 +495,6 @@ def _partial(table: Table, names: Sequence[str]) -> Finding:
         parameter=names[0],
         parameters=tuple(names),
     )
-
-
-def _rank() -> int:
-    distributed = torch.distributed
-    return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
 
 
 _PLAIN = {Tensor, torch.nn.Parameter}

@@ -18,7 +18,7 @@ import numpy as np
 
 from gradlens import fields
 from gradlens.errors import ArgumentError
-from gradlens.records import Parameters, Snapshot, Status, Top
+from gradlens.records import PARTIAL, Parameters, Snapshot, Status, Top
 
 #: Of several pieces' statuses the first of these holds for the whole.
 PRECEDENCE = (
@@ -68,12 +68,14 @@ def pool(snapshots: Sequence[Snapshot]) -> Snapshot:
 
 def _whole(tables: Sequence[Snapshot]) -> Parameters:
     """Every parameter of any table, as wholes; a summand stays one."""
-    shapes: dict[str, tuple[tuple[int, ...], str]] = {}
+    rows: dict[str, tuple[tuple[int, ...], str, str]] = {}
     for table in tables:
         known = table.parameters
-        for name, shape, dtype in zip(known.names, known.shapes, known.dtypes, strict=True):
-            shapes.setdefault(name, (shape, dtype))
-    return Parameters(tuple(shapes), tuple(s for s, _ in shapes.values()), tuple(d for _, d in shapes.values()))
+        for row, (name, shape, dtype) in enumerate(zip(known.names, known.shapes, known.dtypes, strict=True)):
+            piece = PARTIAL if known.piece(row) == PARTIAL else ""
+            rows.setdefault(name, (shape, dtype, piece))
+    shapes, dtypes, pieces = zip(*rows.values(), strict=True) if rows else ((), (), ())
+    return Parameters(tuple(rows), tuple(shapes), tuple(dtypes), tuple(pieces) if any(pieces) else ())
 
 
 def _distinct(tables: Sequence[Snapshot]) -> list[Snapshot]:

@@ -86,11 +86,12 @@ def test_copies_count_once():
 
 
 def test_summands_are_not_pooled():
-    """Of a tensor that is a sum over ranks, the row of the lowest rank stays as it is."""
+    """Of a tensor that is a sum over ranks, the row of the lowest rank stays as it is, and stays marked."""
     tensors = {"w": torch.ones(3)}
     other = {"w": torch.full((3,), 5.0)}
     pooled = pool([snapshot(other, (PARTIAL,), 1), snapshot(tensors, (PARTIAL,), 0)])
     assert pooled.value("sum", "w") == 3
+    assert pooled.parameters.pieces == (PARTIAL,)
 
 
 def test_a_parameter_of_one_rank_has_its_row():

@@ -8,9 +8,11 @@ writer's business.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import queue
 import threading
+import time
 import warnings
 from typing import Any, Protocol
 
@@ -28,10 +30,14 @@ class Item(Protocol):
 
 
 class Background:
-    """Hands items to a writer on a daemon thread. `flush()` waits until all of them were handed on."""
+    """Hands items to a writer on a daemon thread. `flush()` waits until all of them were handed on.
 
-    def __init__(self, writer: Any, maxsize: int = MAXSIZE, max_bytes: int = MAX_BYTES) -> None:
-        self._writer = writer
+    With `patience`, `flush()` and `close()` wait no longer than so many seconds, and leave the thread to itself: for a
+    writer that may wait for another machine.
+    """
+
+    def __init__(self, writer: Any, maxsize: int = MAXSIZE, max_bytes: int = MAX_BYTES, patience: float = math.inf) -> None:
+        self._writer, self._patience = writer, patience
         self._queue: queue.Queue[Any] = queue.Queue(maxsize)
         self._pid = os.getpid()
         self._max_bytes, self._put_bytes, self._done_bytes = max_bytes, 0, 0  # each count has one writing thread
@@ -82,30 +88,35 @@ class Background:
         """Wait until everything queued so far was written, then flush the writer; while it closes, until it is closed."""
         if os.getpid() != self._pid:
             return
+        until = self._until()
         if self._closed:
-            self._end()
+            self._end(until)
             return
         done = threading.Event()
-        self._put(done)
-        while not done.wait(0.1) and self._thread.is_alive():
+        self._put(done, until)
+        while not done.wait(0.1) and self._thread.is_alive() and time.monotonic() < until:
             pass
 
     def close(self) -> None:
         """Write what is queued, close the writer, end the thread."""
         if self._closed or os.getpid() != self._pid:
             return
+        until = self._until()
         if self._gap:
-            self._put(_gap(self._gap))
+            self._put(_gap(self._gap), until)
         self._closed = True
-        self._put(None)
-        self._end()
+        self._put(None, until)
+        self._end(until)
 
-    def _end(self) -> None:
+    def _until(self) -> float:
+        return time.monotonic() + self._patience
+
+    def _end(self, until: float) -> None:
         if threading.current_thread() is not self._thread:
-            self._thread.join()
+            self._thread.join(None if math.isinf(until) else max(until - time.monotonic(), 0.0))
 
-    def _put(self, item: Any) -> None:
-        while self._thread.is_alive():
+    def _put(self, item: Any, until: float) -> None:
+        while self._thread.is_alive() and time.monotonic() < until:
             with contextlib.suppress(queue.Full):
                 self._queue.put(item, timeout=0.1)
                 return

@@ -221,7 +221,8 @@ class TensorBoard:
         if gradient is None or not (self._open.due or self._news):
             return
         numbers = {**_of_model(gradient), **_of_update(used), **self._of_chosen(gradient, used), **_observed(gradient, used)}
-        numbers[f"{tags.HEALTH}/noise_scale"] = noise_scale
+        if not math.isnan(noise_scale):
+            numbers[f"{tags.HEALTH}/noise_scale"] = noise_scale
         for tag, value in numbers.items():
             if not math.isnan(value) and tag not in self._open.written:
                 self._open.written.add(tag)
@@ -313,7 +314,8 @@ def _pooled(snapshot: Snapshot, *columns: str) -> dict[str, np.ndarray]:
 
 def _observed(gradient: Snapshot, used: Snapshot | None) -> dict[str, float]:
     scalars = {**gradient.scalars, **(used.scalars if used else {})}
-    result = {f"{tags.HEALTH}/loss": float(scalars.pop("loss", math.nan))}
+    # The noise scale is among them where several ranks have it together.
+    result = {f"{tags.HEALTH}/{name}": float(scalars.pop(name, math.nan)) for name in ("loss", "noise_scale")}
     for name in list(scalars)[:OBSERVED]:
         result[f"{tags.OBSERVED}/{tags.escape(name)}"] = float(scalars[name])
     return result

@@ -17,10 +17,10 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent.parent
 
 _MAIN = """
-import os, pickle, sys, traceback
+import os, pickle, sys, time, traceback
 import torch, torch.distributed as dist, torch.distributed.fsdp, torch.distributed.tensor
 
-module, function, ranks, folder = sys.argv[1:]
+module, function, ranks, folder, dying = sys.argv[1:]
 call = getattr(__import__(module, fromlist=["_"]), function)
 torch.set_num_threads(1)
 
@@ -29,15 +29,26 @@ def work(rank):
     output = os.open(f"{folder}/log{rank}", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=int(ranks))
+    if rank == 0:
+        store = dist.TCPStore("localhost", 0, int(ranks), True, wait_for_workers=False)
+        with open(f"{folder}/port.new", "w") as file:
+            file.write(str(store.port))
+        os.rename(f"{folder}/port.new", f"{folder}/port")
+    else:
+        while not os.path.exists(f"{folder}/port"):
+            time.sleep(0.01)
+        store = dist.TCPStore("localhost", int(open(f"{folder}/port").read()), int(ranks), False)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=int(ranks))
+    os.environ["GRADLENS_TEST_FOLDER"] = folder
     result = call()
     with open(f"{folder}/{rank}", "wb") as file:
         pickle.dump(result, file)
-    dist.barrier()
-    dist.destroy_process_group()
+    if not dying:
+        dist.barrier()
+        dist.destroy_process_group()
 
 
-children = []
+children = {}
 for rank in range(int(ranks)):
     child = os.fork()
     if child == 0:
@@ -51,19 +62,22 @@ for rank in range(int(ranks)):
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)
-    children.append(child)
-for _ in children:  # one that fails ends all: whoever started this kills the group
-    _, status = os.wait()
-    if status:
+    children[child] = rank
+for _ in range(len(children)):  # one that fails ends all: whoever started this kills the group
+    child, status = os.wait()
+    if status and str(children[child]) not in dying.split(","):
         sys.exit(1)
 """
 
 
-def launch(function, ranks=2, seconds=120):
-    """What the function of a test module returns in each rank; an error if one fails or the time is up."""
+def launch(function, ranks=2, seconds=120, dying=()):
+    """What the function of a test module returns in each rank; an error if one fails or the time is up.
+
+    The ranks that are `dying` may be killed, and have no result.
+    """
     with tempfile.TemporaryDirectory() as folder:
         process = subprocess.Popen(
-            [sys.executable, "-c", _MAIN, function.__module__, function.__name__, str(ranks), folder],
+            [sys.executable, "-c", _MAIN, function.__module__, function.__name__, str(ranks), folder, _listed(dying)],
             cwd=ROOT,
             env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
             start_new_session=True,
@@ -82,7 +96,8 @@ def launch(function, ranks=2, seconds=120):
         texts = [f"rank {rank}: {_end(Path(f'{folder}/log{rank}'))}" for rank in range(ranks)]
         what = "the time is up" if code is None else f"exit code {code}"
         assert code == 0, "\n".join([what, said[-3000:], *texts])
-        return [pickle.loads(Path(f"{folder}/{rank}").read_bytes()) for rank in range(ranks)]
+        alive = [rank for rank in range(ranks) if rank not in dying]
+        return [pickle.loads(Path(f"{folder}/{rank}").read_bytes()) for rank in alive]
 
 
 def once(folder, function, ranks=2):
@@ -100,6 +115,10 @@ def once(folder, function, ranks=2):
     if isinstance(result, AssertionError):
         raise result
     return result
+
+
+def _listed(numbers):
+    return ",".join(map(str, numbers))
 
 
 def _end(log):
