@@ -27,7 +27,7 @@ from gradlens.capture.readings import Key, Reading, Update
 from gradlens.capture.sharding import summand
 from gradlens.errors import FindingError, GradlensWarning
 from gradlens.meter import Stopwatch
-from gradlens.records import PARTIAL, Finding, Parameters, Severity, Stage
+from gradlens.records import PARTIAL, Finding, Parameters, Severity, Stage, Status
 from gradlens.statistics.buffers import Buffer, keepable, summarize
 from gradlens.statistics.memory import Plan
 from gradlens.statistics.streaming import Streaming
@@ -115,6 +115,9 @@ class Moved:
     after: Tensor
 
 
+#: Notes of rows whose partials a backward did not compute, or of which others are in `.grad` too.
+_NOT_COMPUTED = (Status.FROZEN, Status.EXCLUDED, Status.UNCAPTURED)
+
 #: Fixed samples of gradients, by device.
 Samples = dict[torch.device, Piece]
 
@@ -188,8 +191,7 @@ class Pipeline:
         self._ended: Samples = {}  # `.grad` as the last backward left it
         self._consumed: Samples = {}  # as the optimizer got it
         self._marked: tuple[Parameters, frozenset[int], Parameters] | None = None
-        self._told: set[str] = set()  # parameters whose gradients were found to be summands
-        self._left_out = False  # said that evidence does without some backwards
+        self._told: set[str] = set()  # parameters whose gradients were found to be summands, why evidence left something out
         self._timed = timed
         self.count = 0  # tables that were made
 
@@ -204,6 +206,8 @@ class Pipeline:
     def abandon(self, key: Key) -> None:
         """Forget what was read of a backward pass that failed."""
         self._open.pop(key, None)
+        if self.evidence is not None:
+            self.evidence.failed(key[1])
 
     def before(self, parameters: Parameters, rows: Sequence[int], weights: Sequence[Tensor]) -> None:
         """Keep the weights before the step."""
@@ -248,15 +252,14 @@ class Pipeline:
 
     def _fold(self, evidence: Streaming, step: int) -> None:
         evidence.step_done()
-        if evidence.left_out and not self._left_out:
-            self._left_out = True
+        if evidence.left_out and evidence.left_out not in self._told:
+            self._told.add(evidence.left_out)
             self.faults.findings.append(
                 Finding(
                     rule="evidence-left-out",
                     step=step,
                     severity=Severity.INFO,
-                    seen="backwards ran while the weights may move within the step; evidence does without them",
-                    causes=("an optimizer that takes a closure", "another optimizer's step between two backwards"),
+                    seen=f"evidence does without some gradients: {evidence.left_out}",
                     remedy="gradlens.survey() gives verdicts at fixed weights for any model",
                 )
             )
@@ -285,12 +288,12 @@ class Pipeline:
 
     def _gather(self, evidence: Streaming, reading: Reading) -> None:
         if reading.moving:
-            evidence.left_out = True
+            evidence.moving()
             return
         for rows, tensors, _ in _by_device(reading.rows, reading.tensors, reading.tensors):
             evidence.add(reading.parameters, reading.key[1], rows, tensors, reading.divisor)
         if reading.complete:
-            evidence.ended()
+            evidence.ended([row for row, note in enumerate(reading.notes) if note in _NOT_COMPUTED])
 
     def _table(self, reading: Reading) -> Table:
         table = self._open.get(reading.key)

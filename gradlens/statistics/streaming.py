@@ -4,13 +4,18 @@ Each backward's own partials go into `Evidence` as they are read: at the end of 
 time inside a hook. Where the allowance is too small for every weight, those of the `Plan`'s seeded sample are followed.
 Nothing here waits for the device until a question is asked.
 
-A backward that ran while the weights may move within the step (inside an optimizer's closure, or after another optimizer's
-step) is left out: its partials are of other weights.
+What is not a repeated measurement of the same partial is left out:
+
+- a backward that ran while the weights may move within the step (inside an optimizer's closure, or after another
+  optimizer's step): its partials are of other weights;
+- for that step, a parameter whose partials were not computed in one of its backwards (frozen meanwhile, or not among
+  `backward(inputs=...)`). One that the loss does not depend on has partials of 0, which count;
+- a step in which a backward failed after some of its partials were taken, or ran in one thread beside another's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -60,14 +65,16 @@ class Streaming:
         self._plan = plan
         self._parameters: Parameters | None = None
         self._forget()
-        self.left_out = False  # a backward was, since the weights may have moved
+        self.left_out = ""  #: why a backward or a step was, the last time
 
     def _forget(self) -> None:
         self._evidence = Evidence([])
         self._at: dict[int, int] = {}  # the place in `_evidence` of each row
         self._backward: int | None = None  # the one under way
         self._seen: set[int] = set()
-        self._spoiled = False  # a row came twice in one backward: a pass failed on its way, or was nested
+        self._over: set[int] = set()  # the backwards of the step that are over
+        self._missed: set[int] = set()  # rows that some backward of the step did not compute
+        self._spoiled = False
         self._judged: Judged | None = None
 
     def add(
@@ -79,10 +86,15 @@ class Streaming:
             self._parameters = parameters
         if backward != self._backward:
             self.ended()
+            if not self._over:
+                self._missed = set()  # the verdicts of the last step end here
+            if backward in self._over:
+                self._spoil("backwards ran beside each other, in several threads")
             self._evidence.begin()
             self._backward = backward
         self._judged = None
-        self._spoiled = self._spoiled or not self._seen.isdisjoint(rows)
+        if not self._seen.isdisjoint(rows):
+            self._spoil("a parameter's partials came twice in one backward")
         if self._spoiled:
             return
         views = {row: self._view(row, g) for row, g in zip(rows, tensors, strict=True)}
@@ -91,15 +103,38 @@ class Streaming:
             self._evidence.grow([_reals(views[row]) for row in new])
             first = len(self._at)
             self._at.update((row, first + i) for i, row in enumerate(new))
+            self._leave_out(self._missed.intersection(new))
         self._seen.update(rows)
         self._evidence.moments.add({self._at[row]: g for row, g in views.items()}, divisor)
 
-    def ended(self) -> None:
-        """The backward under way is over: what it did not reach had partials of 0."""
-        if self._backward is not None and not self._spoiled:
-            self._evidence.moments.add({at: None for row, at in self._at.items() if row not in self._seen})
+    def ended(self, missed: Collection[int] = ()) -> None:
+        """The backward under way is over: what it did not reach had partials of 0, but for what it did not compute."""
+        if self._backward is not None:
+            if not self._spoiled:
+                self._evidence.moments.add({at: None for row, at in self._at.items() if row not in self._seen})
+            self._leave_out(missed)
+            self._over.add(self._backward)
         self._backward = None
         self._seen = set()
+
+    def _leave_out(self, rows: Collection[int]) -> None:
+        self._missed.update(rows)
+        for row in rows:
+            if row in self._at:
+                self._evidence.moments.leave_out(self._at[row])
+
+    def failed(self, backward: int) -> None:
+        """This backward raised: what was taken of it counts for nothing, and cannot be taken back."""
+        if backward == self._backward:
+            self._spoil("a backward failed after some of its partials were taken")
+            self._backward, self._seen = None, set()
+
+    def _spoil(self, why: str) -> None:
+        self._spoiled, self.left_out = True, why
+
+    def moving(self) -> None:
+        """A backward ran while the weights may move: it is left out."""
+        self.left_out = "backwards ran while the weights may move within the step (a closure, another optimizer's step)"
 
     def step_done(self) -> None:
         """The step is over."""
@@ -107,6 +142,7 @@ class Streaming:
         if self._spoiled:
             self._evidence.clear()
         self._spoiled = False
+        self._over = set()
         self._evidence.step_done()
 
     def _view(self, row: int, g: Tensor) -> Tensor:
@@ -121,7 +157,7 @@ class Streaming:
         if at is None or row is None or self._parameters is None or self._spoiled:
             return None
         moments = self._evidence.moments
-        judged = self._judge()
+        judged = None if row in self._missed else self._judge()
         size, start = moments.sizes[at], sum(moments.sizes[:at])
         mine = slice(start, start + size)
         over = self._evidence.over_time(at)

@@ -1,13 +1,18 @@
 """Evidence gathered while training, through a real `watch`: the numbers are those of the stored gradients."""
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from scipy import stats
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import gradlens
+from gradlens.records import Parameters
 from gradlens.statistics.evidence import Evidence
+from gradlens.statistics.memory import Plan
+from gradlens.statistics.streaming import Streaming
 
 
 def make():
@@ -193,3 +198,133 @@ def test_complex_and_top_and_explain():
         assert lens.weights()["verdict"].tolist() == ["decrease", "increase"] * 2
         assert lens.weights(top=1)["q"].notna().all()
         assert "the verdict is increase" in lens.explain("z", (1, 1)).replace("\n", " ")
+
+
+@pytest.mark.parametrize("how", ["excluded", "frozen"])
+def test_what_a_backward_does_not_compute_is_left_out(how):
+    """A parameter that one micro-batch left out has no verdict for that step, and is not counted among the tests."""
+    a, b = (torch.tensor(1.0, requires_grad=True) for _ in range(2))
+    optimizer = torch.optim.SGD([a, b], lr=0.0)
+    random = np.random.default_rng(0)
+
+    def step(left_out):
+        values = random.normal(1, 1, (8, 2))
+        for k, (x, y) in enumerate(values):
+            b.requires_grad_(not (left_out and how == "frozen" and k == 0))
+            (a * x + b * y).backward(inputs=[a] if left_out and how == "excluded" and k == 0 else None)
+        optimizer.step()
+        return values
+
+    with gradlens.watch({"a": a, "b": b}, optimizer, features=("evidence",), rules=()) as lens:
+        for left_out in (False, True, False):
+            values = step(left_out)
+            frame = lens.weights()
+            expected = stats.ttest_1samp(values, 0.0)
+            tested = [0] if left_out else [0, 1]
+            np.testing.assert_allclose(frame["t"][tested], expected.statistic[tested], rtol=1e-6)
+            np.testing.assert_allclose(frame["q"][tested], stats.false_discovery_control(expected.pvalue[tested]), rtol=1e-6)
+            assert frame["verdict"].isna().tolist() == [False, left_out]
+            assert frame["q"].isna().tolist() == [False, left_out]
+        streaming = lens._pipeline.evidence
+        counted = [int(streaming._evidence._steps[0].steps[streaming._at[row]]) for row in range(2)]
+        assert counted == [3, 2]
+
+
+class Fails(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        raise RuntimeError("out of memory")
+
+
+def test_a_step_with_a_failed_backward_is_left_out_and_said():
+    """What hooks took before the failure cannot be taken back: no verdicts for the step, and the next one is as ever."""
+    model, optimizer, lens = watched(features=("evidence",), hook=True, rules=())
+    with lens:
+        train(model, optimizer, steps=2)
+        optimizer.zero_grad()
+        for k in range(4):
+            x, y = batch(k)
+            if k == 2:
+                with pytest.raises(RuntimeError, match="out of memory"):
+                    nn.functional.cross_entropy(model[2](Fails.apply(model[1](model[0](x)))), y).backward()
+            nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        assert lens.weights()["verdict"].isna().all()
+        assert lens.weights()["gsnr"].notna().all()
+        (finding,) = [f for f in lens.findings() if f.rule == "evidence-left-out"]
+        assert "failed" in finding.seen
+        stored = train(model, optimizer)[-1]
+        np.testing.assert_allclose(lens.weights()["t"], stats.ttest_1samp(stored, 0.0).statistic, rtol=1e-4)
+
+
+def test_a_failed_backward_whose_partials_were_not_taken_costs_nothing():
+    """Where gradients are read at the end of a pass, a pass that fails is as if it had not been."""
+    model, optimizer, lens = watched(features=("evidence",), rules=())
+    with lens:
+        stored = torch.stack([gradients(model, k) for k in range(4)]).numpy()
+        for k in range(4):
+            x, y = batch(k)
+            if k in (0, 2):
+                with pytest.raises(RuntimeError, match="out of memory"):
+                    nn.functional.cross_entropy(model[2](Fails.apply(model[1](model[0](x)))), y).backward()
+                for p in model.parameters() if k == 0 else ():
+                    p.grad = None
+            nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        frame = lens.weights()
+        assert frame.attrs["backwards"] == 4
+        np.testing.assert_allclose(frame["t"][:40], stats.ttest_1samp(stored, 0.0).statistic[:40], rtol=1e-4)
+        assert not [f for f in lens.findings() if f.rule == "evidence-left-out"]
+
+
+def test_backwards_beside_each_other_are_left_out():
+    """Parts of two passes in turn cannot be told apart afterwards: the step has no verdicts, and says so."""
+    plan = Plan([(3,)] * 2, [4] * 2, 1 << 20, 0, more=Evidence.BYTES)
+    streaming = Streaming(plan)
+    parameters = Parameters(("a", "b"), ((3,), (3,)), ("float32",) * 2)
+    for backward, row in ((0, 0), (1, 0), (0, 1), (1, 1)):
+        streaming.add(parameters, backward, [row], [torch.ones(3)], 1.0)
+    assert streaming.of("a") is None
+    streaming.step_done()
+    assert "beside each other" in streaming.left_out
+    assert pd.isna(streaming.of("a").verdict).all()
+    for backward in range(3):
+        streaming.add(parameters, backward, [0, 1], [torch.ones(3) * (backward + 1)] * 2, 1.0)
+    streaming.step_done()
+    np.testing.assert_allclose(streaming.of("b").t, stats.ttest_1samp([1, 2, 3], 0.0).statistic)
+
+
+class Largest(TorchDispatchMode):
+    """Bytes of the largest tensor that an operation made (views make none)."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        given = {
+            t.untyped_storage().data_ptr() for t in torch.utils._pytree.tree_leaves(args) if isinstance(t, torch.Tensor)
+        }
+        result = func(*args, **(kwargs or {}))
+        for t in torch.utils._pytree.tree_leaves(result):
+            if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in given:
+                self.bytes = max(self.bytes, t.untyped_storage().nbytes())
+        return result
+
+
+@pytest.mark.parametrize("reached", [True, False])
+def test_temporaries_do_not_grow_with_the_parameter(reached):
+    """What is made besides the buffers is of 1 MiB at most, however large a parameter is."""
+    n = 1_000_003
+    evidence = Evidence([torch.empty(n, dtype=torch.bfloat16)])
+    gradient = torch.ones(n, dtype=torch.bfloat16) if reached else None
+    with Largest() as largest:
+        for _ in range(2):
+            evidence.update([gradient])
+        evidence.step_done()
+    assert 0 < largest.bytes <= 1 << 20
+    assert evidence.moments.positive[0].unique().tolist() == [2 if reached else 0]
