@@ -14,7 +14,7 @@ from gradlens.analysis.rules.exploding import Exploding, Spike
 from gradlens.analysis.rules.nonfinite import NonFinite
 from gradlens.analysis.rules.scaling import LossScaled, Skipped
 from gradlens.analysis.rules.stale import Stale
-from gradlens.analysis.rules.updates import Swallowed, UpdateRatio
+from gradlens.analysis.rules.updates import Swallowed, Unmoved, UpdateRatio
 from gradlens.analysis.rules.vanishing import Vanishing
 
 DEFAULT: tuple[Rule, ...] = (
@@ -27,6 +27,7 @@ DEFAULT: tuple[Rule, ...] = (
     Uncaptured(),
     UpdateRatio(),
     Swallowed(),
+    Unmoved(),
     Stale(),
     LossScaled(),
     Skipped(),
@@ -47,6 +48,7 @@ __all__ = [
     # what the optimizer does with it
     "UpdateRatio",
     "Swallowed",
+    "Unmoved",
     "Stale",
     # loss scaling
     "LossScaled",

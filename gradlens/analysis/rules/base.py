@@ -95,6 +95,12 @@ def judged(snapshot: Snapshot) -> np.ndarray:
     return ~snapshot.has(*_SILENT)
 
 
+def unmoved(snapshot: Snapshot) -> np.ndarray:
+    """`[n]` rows whose parameters no optimizer has: of others the update was measured, and of these not."""
+    measured = snapshot.columns["update_numel"] > 0
+    return ~measured & (snapshot.columns["numel"] > 0) & measured.any()
+
+
 def by_layer(snapshot: Snapshot, values: np.ndarray) -> np.ndarray:
     """`[layers]` the largest of the values of each layer's parameters; -inf where it has none."""
     where = layout(snapshot.parameters)

@@ -11,14 +11,15 @@ import numpy as np
 
 from gradlens.analysis.history import History
 from gradlens.analysis.rules.base import EachRow, judged
-from gradlens.records import Finding, Severity, Snapshot
+from gradlens.records import Finding, Severity, Snapshot, Stage
 
 
 @dataclass(frozen=True)
 class NonFinite:
     """NaN or infinite partials, at once: one executed step with them makes the weights NaN, and then everything.
 
-    Under a known loss scale they are the scaler's business, which skips the step: `Skipped` counts that.
+    Under a known loss scale they are the scaler's business, which skips the step: `Skipped` counts that. A scaler that
+    gradlens was not told of looks for its scale in the same way, and is among the causes until the optimizer consumes them.
     """
 
     name: ClassVar[str] = "nonfinite"
@@ -35,6 +36,7 @@ class NonFinite:
         rows = np.flatnonzero((bad > 0) & unscaled & known).tolist()
         forward = len(rows) == known.sum() or ("loss" in newest.scalars and not math.isfinite(newest.loss))
         causes = _poisoned(history, newest) + (_FORWARD if forward else _BACKWARD)
+        causes += _SCALER if newest.stage != Stage.USED else ()
         remedy = _ANOMALY if forward or not len(rows) else _behind(newest.names[rows[-1]])
 
         def finding(row: int) -> Finding:
@@ -68,6 +70,7 @@ _BACKWARD = (
     "a derivative that does not exist at this point: sqrt or a norm at 0, log of 0, 0/0, the std of a constant",
     "overflow in float16 without a loss scaler",
 )
+_SCALER = ("a GradScaler that gradlens does not know: it skips such steps, as a rule at the start; pass scaler= to watch()",)
 _ANOMALY = (
     "look at this step's batch, and at the loss of the steps before; torch.autograd.set_detect_anomaly(True) names the "
     "operation"

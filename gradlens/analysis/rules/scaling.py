@@ -17,28 +17,26 @@ from gradlens.records import Finding, Severity, Snapshot, Stage, Status
 class LossScaled:
     """Backward's gradients are the same power of two larger than the used ones, on every parameter: they carry a loss scale.
 
-    A `GradScaler` scales by powers of two (Micikevicius et al. 2018). Clipping divides by any number, so the ratio must be a
-    power of two on each of the last `steps` steps.
+    A `GradScaler` scales by powers of two (Micikevicius et al. 2018). Clipping divides by any number, so the ratio must be
+    the same power of two on each of the last `steps` steps, one backward each. Who divides gradients by hand does it by 2, 4
+    or 8, the number of micro-batches or ranks: `least` is the smallest factor that counts.
     """
 
     steps: int = 3
+    least: float = 16.0
 
     name: ClassVar[str] = "loss_scaled"
 
     def __post_init__(self) -> None:
         check_steps(self)
+        check_number(self, "least", above=1.0)
 
     def __call__(self, history: History) -> Iterator[Finding]:
         newest = history.latest(Stage.USED)
         if newest is None or newest is not history.latest():
             return
-        backward = {s.step: s for s in history.recent(self.steps, Stage.BACKWARD)}
-        used = {s.step: s for s in history.recent(self.steps, Stage.USED)}
-        if len(used) < self.steps or newest.step not in backward:
-            return
-        powers = {_power(backward[step], used[step]) for step in sorted(used, reverse=True) if step in backward}
-        power = powers.pop()
-        if powers or not power:
+        power = self._power(history)
+        if not power or 2**power < self.least:
             return
         yield Finding(
             rule=self.name,
@@ -47,10 +45,23 @@ class LossScaled:
             stage=Stage.BACKWARD,
             seen=f"these gradients look loss-scaled: after backward() every parameter's are {2**power} (2**{power}) times "
             f"those that the optimizer used, at each of the last {self.steps} observed steps",
-            causes=("a GradScaler multiplies the loss, and gradlens does not know its scale",),
-            remedy="pass scaler= to gradlens.watch(): then every stage is in the loss's own units",
+            causes=(
+                "a GradScaler multiplies the loss, and gradlens does not know its scale",
+                "gradients are divided by hand between backward() and step(), by the number of micro-batches or ranks",
+            ),
+            remedy="pass scaler= to gradlens.watch(): all stages then have the loss's units; nothing if you divide by hand",
             value=float(2**power),
         )
+
+    def _power(self, history: History) -> int:
+        """The power of the last steps, the newest looked at first; 0 if they do not agree, or are too few."""
+        backward = {s.step: s for s in history.recent(self.steps, Stage.BACKWARD)}
+        used = {s.step: s for s in history.recent(self.steps, Stage.USED)}
+        if len(used) < self.steps or not used.keys() <= backward.keys():
+            return 0
+        steps = sorted(used, reverse=True)
+        power = _power(backward[steps[0]], used[steps[0]])
+        return power if power and all(_power(backward[step], used[step]) == power for step in steps[1:]) else 0
 
 
 def _power(backward: Snapshot, used: Snapshot) -> int:

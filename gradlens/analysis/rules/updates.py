@@ -21,6 +21,7 @@ from gradlens.analysis.rules.base import (
     remembered,
     said,
     said_of_all,
+    unmoved,
 )
 from gradlens.errors import ArgumentError
 from gradlens.records import Finding, Severity, Snapshot, Stage, Status
@@ -169,3 +170,46 @@ def _swallowed(snapshot: Snapshot) -> np.ndarray:
     moving = snapshot.columns["positive"] + snapshot.columns["negative"]
     known = judged(snapshot) & (snapshot.columns["update_numel"] > 0) & (moving > 0) & layout(snapshot.parameters).narrow
     return np.where(known, np.minimum(snapshot.column("swallowed") / np.maximum(moving, 1), 1.0), np.nan)
+
+
+@dataclass(frozen=True)
+class Unmoved:
+    """A parameter that has a gradient and that no watched optimizer has, beside others that one moves.
+
+    Asked where updates are measured: an optimizer's own parameters are, and only they.
+    """
+
+    steps: int = 3
+
+    name: ClassVar[str] = "unmoved"
+
+    def __post_init__(self) -> None:
+        check_steps(self)
+
+    def __call__(self, history: History) -> Iterable[Finding]:
+        newest = history.latest()
+        if newest is None or newest.stage != Stage.USED:
+            return ()
+        rows = lasting(history, _left_out, self.steps)
+        return EachRow(self.name, Severity.WARNING, newest, rows, lambda row: self._finding(newest, row))
+
+    def _finding(self, newest: Snapshot, row: int) -> Finding:
+        return Finding(
+            rule=self.name,
+            step=newest.step,
+            severity=Severity.WARNING,
+            parameter=newest.names[row],
+            stage=newest.stage,
+            seen=f"it had a gradient, and no optimizer that gradlens watches moved it, {on_steps(self.steps)}",
+            causes=(
+                "it was added, unfrozen or replaced after the optimizer was made, or is not among what the optimizer got",
+                "its optimizer was not given to gradlens.watch()",
+            ),
+            remedy="optimizer.add_param_group({'params': [...]}); or requires_grad_(False) if it is not to learn: backward "
+            "then leaves it out",
+        )
+
+
+@remembered
+def _left_out(snapshot: Snapshot) -> np.ndarray:
+    return said(unmoved(snapshot), snapshot.has(Status.OK))

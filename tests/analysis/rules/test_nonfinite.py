@@ -72,3 +72,11 @@ def test_rows_without_a_gradient_of_their_own_are_silent(status):
 def test_used_gradients_are_judged_too():
     """What the optimizer consumes may become non-finite by clipping."""
     assert last(NonFinite(), bad(0), bad(0, nan=(0, 0, 1), stage=Stage.USED))
+
+
+def test_a_scaler_that_is_not_known_is_among_the_causes_until_the_step():
+    """It skips such steps; what the optimizer consumes all the same was not skipped."""
+    (finding,) = last(NonFinite(), bad(0, inf=(1, 0, 0)))
+    assert "GradScaler" in finding.causes[-1]
+    (finding,) = last(NonFinite(), bad(0), bad(0, inf=(1, 0, 0), stage=Stage.USED))
+    assert not any("GradScaler" in cause for cause in finding.causes)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from gradlens.analysis.rules import Swallowed, UpdateRatio
+from gradlens.analysis.rules import Swallowed, Unmoved, UpdateRatio
 from gradlens.errors import ArgumentError
 from gradlens.records import Parameters, Stage
 from tests.analysis.made import asked, last, parameters_of, snapshot
@@ -116,3 +116,34 @@ def test_nothing_is_said_where_nothing_is_known():
 def test_every_narrow_type_is_asked(dtype):
     """All of sixteen bits or fewer."""
     assert last(Swallowed(steps=1), stuck(0, 100, dtype))
+
+
+# --- Unmoved --------------------------------------------------------------------------------------------------------
+
+
+def partly(step, measured, **options):
+    """A used gradient of two parameters, of which so many entries each were measured before and after the step."""
+    options.setdefault("stage", Stage.USED)
+    return snapshot(step, update_numel=measured, **options)
+
+
+def test_a_parameter_that_no_optimizer_has_is_named():
+    """On three steps with a gradient, beside one that is moved."""
+    said = asked(Unmoved(), *(partly(step, [100, 0]) for step in range(3)))
+    assert [parameters_of(findings) for findings in said] == [[], [], ["a.bias"]]
+    assert "no optimizer that gradlens watches moved it" in said[-1][0].seen
+    assert "add_param_group" in said[-1][0].remedy
+
+
+@pytest.mark.parametrize("status", ["absent", "frozen", "zero", "excluded"])
+def test_without_a_gradient_there_is_nothing_to_move(status):
+    """It has other rules, or none."""
+    assert last(Unmoved(), *(partly(step, [100, 0], status=["ok", status]) for step in range(3))) == []
+
+
+def test_where_updates_are_not_measured_nothing_is_known():
+    """Without the feature, or at a step that the scaler skipped, and of an empty shard."""
+    assert last(Unmoved(), *(partly(step, [0, 0]) for step in range(3))) == []
+    assert last(Unmoved(), partly(0, [100, 0]), partly(1, [0, 0]), partly(2, [100, 0])) == []
+    assert last(Unmoved(), *(partly(step, [100, 0], numel=[100, 0]) for step in range(3))) == []
+    assert last(Unmoved(), *(partly(step, [100, 0], stage="backward") for step in range(3))) == []

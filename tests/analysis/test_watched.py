@@ -1,0 +1,185 @@
+"""Rules under a real lens, in trainings with a mistake in the loop, where made snapshots would prove little."""
+
+import pytest
+import torch
+from torch import nn
+
+import gradlens
+from gradlens.records import Severity
+from gradlens.testing import batch, classify, healthy
+
+
+def findings_of(loop, *, steps=12, **options):
+    """What the rules find while `loop(model, optimizer, loss, step)` trains the healthy perceptron."""
+    case = healthy()
+    case.optimizer = torch.optim.SGD(case.model.parameters(), lr=0.01)
+    with gradlens.watch(case.model, case.optimizer, **options) as lens:
+        for step, data in enumerate(case.batches(steps)):
+            loop(case.model, case.optimizer, case.loss(case.model, data), step)
+    return lens.findings()
+
+
+def plain(model, optimizer, loss, step):
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+
+def test_the_plain_loop_is_well():
+    """What follows differs from this one in the mistake alone."""
+    assert findings_of(plain) == []
+
+
+# --- what is left in .grad ------------------------------------------------------------------------------------------
+
+
+def test_a_missing_zero_grad_is_named_for_certain():
+    """What came on top is what the step before used, to the last digits: no other cause is given."""
+
+    def forgetful(model, optimizer, loss, step):
+        loss.backward()
+        optimizer.step()
+
+    findings = findings_of(forgetful)
+    assert {f.rule for f in findings} == {"stale"}
+    assert {f.parameter for f in findings} == {f"{i}.{kind}" for i in (0, 2, 4) for kind in ("weight", "bias")}
+    assert all(f.severity == Severity.WARNING and "zero_grad() is missing" in f.causes[0] for f in findings)
+    assert all(len(f.causes) == 1 for f in findings)
+
+
+def test_a_missing_zero_grad_is_known_under_clipping_too():
+    """Clipping works on `.grad` itself, so what is left is what was used."""
+
+    def forgetful(model, optimizer, loss, step):
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 10.0)
+        optimizer.step()
+
+    findings = findings_of(forgetful)
+    assert findings
+    assert all(f.rule == "stale" and f.severity == Severity.WARNING and len(f.causes) == 1 for f in findings)
+
+
+def test_a_penalty_added_by_hand_is_an_info():
+    """Its gradient is not the step before's."""
+
+    def penalised(model, optimizer, loss, step):
+        optimizer.zero_grad()
+        loss.backward()
+        for p in model.parameters():
+            p.grad.add_(p.detach())
+        optimizer.step()
+
+    findings = findings_of(penalised)
+    assert findings
+    assert all((f.rule, f.severity) == ("stale", Severity.INFO) for f in findings)
+    assert all("by hand" in f.causes[0] and "if it is meant" in f.remedy for f in findings)
+
+
+# --- scales ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_scaler_that_was_not_given_is_found():
+    """And found no more once it is given."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+
+    def scaled(model, optimizer, loss, step):
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+
+    (finding,) = [f for f in findings_of(scaled) if f.rule == "loss_scaled"]
+    assert finding.value == 1024.0
+    assert findings_of(scaled, scaler=scaler) == []
+
+
+@pytest.mark.parametrize("divisor", [2, 4, 8])
+def test_dividing_by_hand_is_no_scale(divisor):
+    """As by the number of ranks."""
+
+    def divided(model, optimizer, loss, step):
+        optimizer.zero_grad()
+        loss.backward()
+        for p in model.parameters():
+            p.grad.div_(divisor)
+        optimizer.step()
+
+    assert findings_of(divided) == []
+
+
+def test_the_first_steps_of_an_unknown_scaler_name_it():
+    """They overflow on purpose: the error says that it may be that."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
+
+    def scaled(model, optimizer, loss, step):
+        optimizer.zero_grad()
+        scaler.scale(1000 * loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+
+    errors = [f for f in findings_of(scaled, steps=3) if f.rule == "nonfinite"]
+    assert errors
+    assert all("GradScaler" in f.causes[-1] for f in errors)
+
+
+# --- what the optimizer does ----------------------------------------------------------------------------------------
+
+
+def test_a_layer_that_no_optimizer_got_is_named():
+    """With a gradient at each step and no update; that zero_grad() passes it by is no illness of its own."""
+    model = healthy().model
+    optimizer = torch.optim.SGD([p for name, p in model.named_parameters() if not name.startswith("2.")], lr=0.01)
+    with gradlens.watch(model, optimizer) as lens:
+        for step in range(6):
+            plain(model, optimizer, classify(model, batch(step)), step)
+    findings = lens.findings()
+    assert [(f.rule, f.parameter, f.step) for f in findings] == [("unmoved", "2.weight", 2), ("unmoved", "2.bias", 2)]
+
+
+def test_two_optimizers_that_step_in_turn_leave_nothing_unmoved():
+    """Discriminator and generator: each has its own, though both have gradients at every backward."""
+    generator, critic = nn.Linear(4, 8), nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 1))
+    ours, theirs = (torch.optim.SGD(part.parameters(), lr=0.01) for part in (generator, critic))
+    with gradlens.watch({"G": generator, "D": critic}, [theirs, ours]) as lens:
+        for step in range(8):
+            noise = torch.randn(16, 4, generator=torch.Generator().manual_seed(step))
+            if step % 2 == 0:
+                theirs.zero_grad()
+                critic(generator(noise)).mean().backward()
+                theirs.step()
+            ours.zero_grad()
+            (-critic(generator(noise)).mean()).backward()
+            ours.step()
+    assert [f for f in lens.findings() if f.rule == "unmoved"] == []
+
+
+def test_sixteen_bits_that_swallow_the_step_are_named():
+    """A learning rate under which bfloat16 cannot move."""
+    case = healthy()
+    case.model.bfloat16()
+    optimizer = torch.optim.SGD(case.model.parameters(), lr=1e-4)
+    with gradlens.watch(case.model, optimizer) as lens:
+        for step in range(12):
+            x, y = batch(step)
+            plain(case.model, optimizer, nn.functional.cross_entropy(case.model(x.bfloat16()).float(), y), step)
+    swallowed = [f for f in lens.findings() if f.rule == "swallowed"]
+    assert {f.parameter for f in swallowed} == {"0.weight", "2.weight", "4.weight"}
+    assert all("bfloat16" in f.seen and f.value > 0.5 for f in swallowed)
+
+
+def test_a_learning_rate_that_is_too_small_or_too_large_is_named():
+    """By how far the weights move beside their own size."""
+
+    def at(rate):
+        case = healthy()
+        optimizer = torch.optim.Adam(case.model.parameters(), lr=rate)
+        with gradlens.watch(case.model, optimizer) as lens:
+            for step in range(24):
+                plain(case.model, optimizer, classify(case.model, batch(step)), step)
+        return [f for f in lens.findings() if f.rule == "update_ratio"]
+
+    (small,) = at(1e-8)
+    assert (small.parameter, small.step) == (None, 19)
+    assert {f.parameter for f in at(3.0)} == {"0.weight", "2.weight", "4.weight"}
+    assert at(1e-3) == []
