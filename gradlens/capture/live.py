@@ -70,6 +70,7 @@ class Capture:
             weights=updates and "used" in stages,
             settle=self.settle,
             close=self.close_step,
+            stranger=self._look_again,
             fault=fault,
             timed=timed,
         )
@@ -172,6 +173,17 @@ class Capture:
         self.gradients.settle()
         if self._dirty and not running():
             self._rescan()  # no hook may have fired at all, as where everything that trains is new
+
+    def _look_again(self) -> None:
+        """An optimizer stepped that is none of ours. Where its parameters replaced all of ours no hook would ever fire."""
+        try:
+            if not running() and os.getpid() == self._pid and self.attachment.unarmed():
+                with self.gradients.lock:
+                    self.attachment.rescan()
+                    self.attachment.refresh()
+                    self._follow_schedule()
+        except Exception as error:  # noqa: BLE001 - nothing of ours is raised in a training step
+            self._fault("a look at replaced parameters", error)
 
     def poll(self) -> None:
         """Close the step that the scaler skipped: no hook says so."""

@@ -67,12 +67,14 @@ class Updates:
         weights: bool,
         settle: Callable[[], None],
         close: Callable[[], None],
+        stranger: Callable[[], None],
         fault: Callable[[str, Exception], None],
         timed: AbstractContextManager[None],
     ) -> None:
         self._attachment, self._clock, self._gradients, self._sink = attachment, clock, gradients, sink
         self._used, self._weights = used, weights
         self._settle, self._close, self._fault, self._timed = settle, close, fault, timed
+        self._stranger = stranger  # an optimizer stepped, and the lens was given none
         self.roles = [Role(optimizer, clock=i == len(optimizers) - 1) for i, optimizer in enumerate(optimizers)]
         self._manual = Role(None, clock=True)  # stands in where the user moves the weights by hand
         self._handles: list[Any] = []
@@ -96,6 +98,8 @@ class Updates:
                 with tool._timed:
                     tool._guarded("after the optimizer's step", tool._after, optimizer, args, kwargs)
                     tool._ended(optimizer)
+                    if not tool.roles:
+                        tool._stranger()
 
         self._handles = [register_optimizer_step_pre_hook(pre), register_optimizer_step_post_hook(post)]
 

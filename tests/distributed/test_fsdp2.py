@@ -1,56 +1,317 @@
 """FSDP2 (`fully_shard`): each rank reads the shard that it holds of the averaged gradient."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
-from torch.distributed.fsdp import fully_shard
+import torch
+from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard
 
+import gradlens
 from gradlens import fields
 from gradlens.pooling import pool
-from tests.distributed.made import batches, bits_equal, mine, model, train
+from tests.distributed.made import Keep, batches, bits_equal, expected, loss, mine, model, numbers, same, train, weights
 
 pytestmark = pytest.mark.distributed
 
+READ = ("reduced", "used")
 
-def sharded():
-    """Watched and not; of four ranks the last has no entry of the last bias."""
-    result = {}
+
+def exact():
+    """In float64, so that the order in which ranks are added up does not show."""
+    return model().double()
+
+
+def even():
+    """A matrix whose dimensions divide by 2 and 4."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4)).double()
+
+
+def data():
+    return batches().double()
+
+
+def sharded(net, **arguments):
+    """The first layer, and the rest; of four ranks the last has no entry of either bias."""
+    fully_shard(net[0], **arguments)
+    return fully_shard(net, **arguments)
+
+
+def twice(shard=sharded, make=exact, steps=train, x=data):
+    """Watched and not: the records, and both runs' weights."""
+    (keep, watched), (_, bare) = (steps(shard(make()), mine(x()), READ, on) for on in (True, False))
+    return keep.records, watched, bare
+
+
+def plain():
+    return twice()
+
+
+def single():
+    """In float32, as people train."""
+    return twice(make=model, x=batches)
+
+
+def offloaded():
+    return twice(lambda net: sharded(net, offload_policy=CPUOffloadPolicy(pin_memory=False)))
+
+
+def hybrid():
+    """Sharded over one dimension of a mesh, copied over the other."""
+    mesh = init_device_mesh("cpu", (distributed.get_world_size() // 2, 2), mesh_dim_names=("copies", "shards"))
+    return twice(lambda net: sharded(net, mesh=mesh))
+
+
+def columns():
+    """Sharded along the second dimension where that divides by the number of ranks."""
+    ranks = distributed.get_world_size()
+    return twice(
+        lambda net: sharded(net, shard_placement_fn=lambda p: Shard(int(p.dim() > 1 and p.shape[1] % ranks == 0))), even
+    )
+
+
+def accumulate(net, batches, stages, watched):
+    """Each step has three micro-batches; the first two are not synchronised."""
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+    keep = Keep()
+    lens = gradlens.watch(net, optimizer, stage=stages, writers=[keep], rules=()) if watched else None
+    for _ in range(3):
+        optimizer.zero_grad()
+        for i, x in enumerate(batches):
+            if hasattr(net, "set_requires_gradient_sync"):
+                net.set_requires_gradient_sync(i == 2)
+            loss(net, x).backward()
+        optimizer.step()
+    if watched:
+        lens.close()
+    return keep, weights(net)
+
+
+def no_sync():
+    return twice(steps=accumulate)
+
+
+def mixed():
+    """Computed in bf16, averaged and kept in float32: the rows, and those of what FSDP2 left in `.grad`."""
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    after, seen, wanted = [], [], []
     for watched in (True, False):
-        net = model()
-        fully_shard(net[0])
-        fully_shard(net)
-        keep, after = train(net, mine(batches()), ("reduced", "used"), watched)
-        result[watched] = (keep.records, after)
-    return result
+        net = sharded(model(), mp_policy=policy)
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        keep = Keep()
+        lens = gradlens.watch(net, optimizer, stage=READ, writers=[keep], rules=()) if watched else None
+        for x in mine(batches()):
+            optimizer.zero_grad()
+            loss(net, x).backward()
+            wanted += [expected({name: p.grad for name, p in net.named_parameters()})] * watched
+            optimizer.step()
+        if watched:
+            lens.close()
+            seen = [(str(s.stage), s.step, numbers(s), s.parameters.dtypes) for s in keep.snapshots]
+        after.append(weights(net))
+    return seen, wanted, *after
+
+
+def before():
+    """Watched before it is sharded, which replaces every parameter: without an optimizer, since that is made later."""
+    net = exact()
+    keep = Keep()
+    lens = gradlens.watch(net, stage="reduced", writers=[keep], rules=())
+    sharded(net)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+    for x in mine(data()):
+        optimizer.zero_grad()
+        loss(net, x).backward()
+        optimizer.step()
+    lens.close()
+    return keep.records
+
+
+def rescanned():
+    """The model is looked at anew between forward and backward, while the modules show whole parameters."""
+    net = sharded(exact())
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+    keep, whole = Keep(), []
+    lens = gradlens.watch(net, optimizer, stage=READ, writers=[keep], rules=())
+    for step, x in enumerate(mine(data())):
+        optimizer.zero_grad()
+        out = loss(net, x)
+        whole.append(type(net[2].weight) is nn.Parameter)
+        net[1].register_module(f"extra{step}", nn.Identity())
+        lens.flush()
+        out.backward()
+        optimizer.step()
+        with torch.no_grad():
+            net(x)  # they are shown after this, too
+        lens.flush()
+    lens.close()
+    return keep.records, whole
+
+
+def collectives():
+    """How many the process group counts over three steps, watched with all we have and not."""
+    counts = []
+    group = distributed.group.WORLD
+    for watched in (True, False):
+        net = sharded(exact())
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        first = group._get_sequence_number_for_group()
+        lens = gradlens.watch(net, optimizer, stage=READ) if watched else None
+        for x in mine(data()):
+            optimizer.zero_grad()
+            loss(net, x).backward()
+            if watched:
+                lens.weights(top=3)
+            optimizer.step()
+            if watched:
+                lens.table(), lens.report()
+        if watched:
+            lens.close()
+        counts.append(group._get_sequence_number_for_group() - first)
+    return counts
 
 
 def group():
     """All scenarios."""
-    return {call.__name__: call() for call in (sharded,)}
+    calls = (plain, single, offloaded, hybrid, columns, no_sync, mixed, before, rescanned, collectives)
+    return {call.__name__: call() for call in calls}
 
 
-def same(pooled, whole, rtol):
-    assert pooled.names == whole.names
-    assert pooled.parameters.shapes == whole.parameters.shapes
-    for field in fields.COUNTS:
-        np.testing.assert_array_equal(pooled.columns[field.name], whole.columns[field.name], err_msg=field.name)
-    for name in ("square_sum", "abs_sum", "abs_max"):
-        np.testing.assert_allclose(pooled.columns[name], whole.columns[name], rtol=rtol, err_msg=name)
-    np.testing.assert_array_equal(pooled.top.index[:, :3], whole.top.index[:, :3])
+def reference(make=exact, x=data, steps=train):
+    """The same training in one process: its `used` tables by step."""
+    keep, _ = steps(make(), x(), ("backward", "used"), True)
+    return {s.step: s for s in keep.snapshots if s.stage == "used"}
 
 
-@pytest.mark.trap(20)
-@pytest.mark.parametrize("count", [2, 4])
-def test_shards_pool_to_the_table_of_one_process(launched, count):
-    """Shards' tables pool to the table of the whole, top weights by their global index; training is unchanged."""
-    ranks = launched(group, count)
-    whole, _ = train(model(), batches(), ("backward", "used"))
-    records = []
+def snapshots(records):
+    return [record for record in records if isinstance(record, gradlens.Snapshot)]
+
+
+def check(ranks, wanted, rtol, stages=READ, columns=fields.SUMMARY):
+    """The ranks' tables, pooled, are those of one process: all columns, and the places of the most sensitive weights."""
+    tables = [{(str(s.stage), s.step): s for s in snapshots(records)} for records in ranks]
+    assert set(tables[0]) == {(stage, step) for stage in stages for step in wanted}
+    for stage, step in tables[0]:
+        pooled, whole = pool([table[stage, step] for table in tables]), wanted[step]
+        assert pooled.ranks == len(ranks)
+        assert pooled.parameters == whole.parameters
+        assert pooled.status.tolist() == whole.status.tolist()
+        for field in fields.SCALARS if stage == "used" else columns:
+            seen, real = pooled.columns[field.name], whole.columns[field.name]
+            if field.dtype == "int64":
+                np.testing.assert_array_equal(seen, real, err_msg=field.name)
+            else:
+                np.testing.assert_allclose(seen, real, rtol=rtol, atol=1e-12, err_msg=field.name)
+        np.testing.assert_array_equal(pooled.histogram, whole.histogram)
+        np.testing.assert_array_equal(pooled.top.index, whole.top.index)
+        np.testing.assert_allclose(pooled.top.partial, whole.top.partial, rtol=10 * rtol, atol=1e-9)
+
+
+COUNTS = pytest.mark.parametrize("count", [2, 4])
+
+
+def records(ranks, name):
+    """The records of a scenario by rank; with us training was the same as without."""
     for result in ranks:
-        seen, after = result["sharded"][True]
-        bits_equal(after, result["sharded"][False][1])
-        records.append({(s.stage, s.step): s for s in seen})
-    assert sorted(records[0]) == sorted((stage, step) for stage in ("reduced", "used") for step in range(3))
-    for stage, step in records[0]:
-        pooled = pool([record[stage, step] for record in records])
-        assert pooled.ranks == count
-        same(pooled, whole.at("used")[step, 0], rtol=2e-5)
+        bits_equal(result[name][1], result[name][2])
+    return [result[name][0] for result in ranks]
+
+
+@COUNTS
+@pytest.mark.trap(20)
+@pytest.mark.parametrize("name", ["plain", "offloaded", "hybrid"])
+@pytest.mark.situation(
+    "sharded, empty shards, CPU offload, HSDP",
+    stages={
+        "backward": "no: FSDP2 calls hooks with the averaged shard only",
+        "reduced": "yes",
+        "used": "yes",
+        "updates": "yes",
+    },
+    note="of this rank's shard, with indices into the whole; pooled over ranks it is the table of one process",
+)
+def test_shards_pool_to_the_table_of_one_process(launched, count, name):
+    """Counts exactly and sums to 1e-9, with an empty shard, offloaded to the CPU, and with copies of shards."""
+    check(records(launched(group, count), name), reference(), rtol=1e-9)
+
+
+@COUNTS
+def test_float32_differs_by_the_order_of_addition_alone(launched, count):
+    """In float32 the averaging itself rounds by the order in which ranks add: the same counts, sums to 1e-6."""
+    ranks, whole = records(launched(group, count), "single"), reference(model, batches)
+    for stage in READ:
+        for step in whole:
+            tables = [next(s for s in snapshots(rank) if (s.stage, s.step) == (stage, step)) for rank in ranks]
+            pooled = pool(tables)
+            for field in fields.COUNTS:
+                np.testing.assert_array_equal(pooled.columns[field.name], whole[step].columns[field.name])
+            for name in ("abs_sum", "square_sum", "abs_max"):
+                np.testing.assert_allclose(pooled.columns[name], whole[step].columns[name], rtol=1e-6, err_msg=name)
+
+
+@COUNTS
+@pytest.mark.situation("sharded along another dimension", stages={"reduced": "yes", "used": "yes", "updates": "yes"})
+def test_columns_pool_to_the_table_of_one_process(launched, count):
+    """A shard that is not contiguous in the whole has the whole's indices, too."""
+    check(records(launched(group, count), "columns"), reference(even), rtol=1e-9)
+
+
+@COUNTS
+@pytest.mark.trap(20)
+@pytest.mark.situation(
+    "accumulation under `set_requires_gradient_sync(False)`",
+    stages={
+        "backward": "no: FSDP2 keeps the sums to itself",
+        "reduced": "yes: of the backward that synchronises",
+        "used": "yes",
+    },
+)
+def test_accumulation_is_read_when_it_is_averaged(launched, count):
+    """Of three micro-batches there is one `reduced` row, with all of them in it."""
+    check(records(launched(group, count), "no_sync"), reference(steps=accumulate), rtol=1e-9)
+
+
+@COUNTS
+@pytest.mark.situation("mixed precision", stages={"reduced": "yes: as averaged, in the parameters' dtype", "used": "yes"})
+def test_mixed_precision_is_read_as_it_is_averaged(launched, count):
+    """The rows are exactly those of what FSDP2 left in `.grad`; training is unchanged."""
+    for result in launched(group, count):
+        seen, wanted, watched, bare = result["mixed"]
+        bits_equal(watched, bare)
+        assert [key[:2] for key in seen] == [(stage, step) for step in range(3) for stage in READ]
+        for _, step, rows, dtypes in seen:
+            assert set(dtypes) == {"float32"}
+            same(rows, wanted[step])
+
+
+@COUNTS
+@pytest.mark.situation(
+    "watched before `fully_shard`, which replaces the parameters", stages={"reduced": "marked: from the second step"}
+)
+def test_watched_before_it_is_sharded(launched, count):
+    """Nothing says that the parameters were replaced; the first optimizer's step has us look again."""
+    whole = reference()
+    ranks = [[replace(r, step=r.step + 1) for r in result["before"]] for result in launched(group, count)]
+    check(ranks, {step: whole[step] for step in (1, 2)}, 1e-9, ("reduced",), fields.COUNTS + fields.MOMENTS + fields.WEIGHTS)
+
+
+@COUNTS
+@pytest.mark.trap(20)
+def test_a_scan_between_forward_and_backward(launched, count):
+    """The modules show whole parameters then; the shards are read all the same."""
+    ranks = launched(group, count)
+    for result in ranks:
+        assert result["rescanned"][1] == [True] * 3
+    check([result["rescanned"][0] for result in ranks], reference(), rtol=1e-9)
+
+
+@COUNTS
+def test_no_collective_is_ours(launched, count):
+    """The process group counts as many with us as without, whatever is asked of the lens."""
+    for result in launched(group, count):
+        watched, bare = result["collectives"]
+        assert watched == bare > 0
