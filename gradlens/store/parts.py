@@ -21,7 +21,7 @@ from gradlens.store.tail import Rows
 
 GROUP = 32_768  #: rows of a group
 CHUNK = 200_000  #: rows that merging holds in memory: about 70 MB
-MAX_GROUP, MAX_ROWS = 1 << 20, 1 << 28  #: what is larger was not written by gradlens
+MAX_GROUP, MAX_ROWS = 1 << 18, 1 << 28  #: what is larger was not written by gradlens
 
 _WORDS = {"stage": STAGES, "status": STATUSES}
 

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from gradlens import noise
 from gradlens.errors import (
     ArgumentError,
+    CorruptRunError,
     GradlensError,
     GradlensWarning,
     NothingCapturedError,
@@ -110,9 +111,11 @@ class Run:
         asked = Columns(columns)
         wanted = self._last_step("history", stage) if step is None else step
         found = self._find("history", asked.stored, Filter(parameters, wanted, stage))
-        if not len(found):
-            raise self._no_step(wanted, stage)
-        return asked.frame(answers.latest(merged(found, asked.stored)))
+        if len(found):
+            return asked.frame(answers.latest(merged(found, asked.stored)))
+        if step is None and wanted != self._last_step("history", stage):  # a resumed run has just replaced it
+            return self.table(stage=stage, columns=columns, parameters=parameters)
+        raise self._nothing_on(wanted, stage, invented=step is None and parameters is None)
 
     def weights(
         self, name: str | None = None, *, top: int | None = None, by: str = "sensitivity", step: int | None = None
@@ -242,14 +245,15 @@ class Run:
             raise NothingCapturedError(f"there is nothing in {self.path / table} yet")
         return last
 
-    def _no_step(self, step: int, stage: str | None) -> GradlensError:
+    def _nothing_on(self, step: int, stage: str | None, invented: bool) -> GradlensError:
+        if invented:
+            return CorruptRunError(f"a file in {self.path / 'history'} says that it has step {step}, and has not")
         steps = self.steps(stage)
         if not steps:
             return NothingCapturedError(f"there are no records in {self.path} yet")
         near = min(steps, key=lambda s: abs(s - step))
-        return ArgumentError(
-            f"there is nothing on step {step}: there are {len(steps)}, from {steps[0]} to {steps[-1]}; the nearest is {near}"
-        )
+        there = f": there are {len(steps)}, from {steps[0]} to {steps[-1]}; the nearest is {near}" if near != step else ""
+        return ArgumentError(f"there is nothing on step {step}{there}")
 
 
 def _moment(snapshot: Snapshot) -> tuple[int, int, int]:

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -68,12 +69,22 @@ class Segment:
 
     def write(self, folder: Path) -> None:
         """Replace the segment's file."""
-        content = {name: getattr(self, name) for name in _CONTENT} | {"segment": self.key.segment, "rank": self.key.rank}
-        replace(folder / f"{self.key}.json", {"schema": SCHEMA, **content})
+        content = {"schema": SCHEMA, "segment": self.key.segment, "rank": self.key.rank}
+        content |= {name: getattr(self, name) for name in _CONTENT}
+        replace(folder / f"{self.key}.json", {**content, "checksum": _checksum(content)})
 
 
 _CONTENT = ("settings", "versions", "started", "first_step", "parameters", "scalars")
 _FILE = re.compile(r"(\d{4,9})-rank(\d{1,9})\.json")
+
+
+def _checksum(content: Mapping[str, Any]) -> int:
+    """Of what a reader makes of it. A file that was edited by hand may do without."""
+    return zlib.crc32(json.dumps(json.loads(_text_of(content)), sort_keys=True).encode())
+
+
+def _text_of(content: Any) -> str:
+    return json.dumps(content, default=str)
 
 
 def replace(path: Path, content: Any) -> None:
@@ -81,7 +92,7 @@ def replace(path: Path, content: Any) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "w", encoding="utf-8") as file:
-            json.dump(content, file, default=str)
+            file.write(_text_of(content))
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -152,6 +163,8 @@ def segments(run: Path) -> list[Segment]:
 def _segment(path: Path, key: Key) -> Segment:
     content = load(path)
     try:
+        if "checksum" in content and content.pop("checksum") != _checksum(content):
+            raise ValueError("its checksum is another; without one it would be believed")
         parameters = [_entry(*entry) for entry in content["parameters"]]
         first = content["first_step"]
         settings, versions = content["settings"], content["versions"]
