@@ -1,9 +1,10 @@
 """Lists of tensors in, rows of numbers out: the one place where gradients are read.
 
 `reference` is the definition in plain torch; the other backends equal it and are faster. The backend is picked here, by
-device: `native` on the CPU where it was built, `triton` on CUDA where it is installed and works, the reference elsewhere.
-What a backend cannot read goes to the reference, tensor by tensor. All tensors of a call live on one device; the rows are
-float64 there, and nothing waits for the device. Gradients may be of any floating or complex type, strided or sparse.
+device: `native` on the CPU where it was built, `triton` on CUDA where it is installed and works, `batched`, in plain torch,
+elsewhere. What a backend cannot read goes to the reference, tensor by tensor. All tensors of a call live on one device; the
+rows are float64 there, and nothing waits for the device. Gradients may be of any floating or complex type, strided or
+sparse.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from gradlens.errors import ArgumentError, GradlensWarning
-from gradlens.kernels import native, reference
+from gradlens.kernels import batched, native
 
 __all__ = ["summarize", "compare", "sample"]
 
@@ -43,7 +44,7 @@ def _backend(tensors: Sequence[Tensor]) -> Backend:
         kind = tensors[0].device.type if tensors else "cpu"
     if kind == "cuda":
         return _triton()
-    return (_native() if kind == "cpu" else None) or reference
+    return (_native() if kind == "cpu" else None) or batched
 
 
 def _note(text: str) -> None:
@@ -58,8 +59,8 @@ def _triton() -> Backend:
         from gradlens.kernels import triton  # imports a compiler: only where there is a GPU
     except ImportError as error:
         _note(f"there is no GPU kernel without Triton ({error}): pip install 'torch-gradlens[triton]'")
-        return reference
-    return Standby(triton.Triton(), reference)
+        return batched
+    return Standby(triton.Triton(), batched)
 
 
 class Standby:

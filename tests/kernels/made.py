@@ -158,6 +158,18 @@ def check_identical(rows, reference, columns):
         assert all(map(same, row[len(columns) :], honest[len(columns) :]))
 
 
+def check_loss_dots(rows, reference, before, after, loss):
+    """Two backends agree on `update_loss_dot`, up to 1e-12 of the terms that it adds up."""
+    at = [field.name for field in fields.UPDATES].index("update_loss_dot")
+    for row, honest, *group in zip(rows, reference, before, after, loss, strict=True):
+        scale = 0.0
+        if group[2] is not None:
+            w, new, g = (reals(tensor) for tensor in group)
+            terms = [abs(x * (b - a)) for x, a, b in zip(g, w, new, strict=True)]
+            scale = total(term for term in terms if math.isfinite(term))
+        assert same(row[at].item(), honest[at].item(), scale), (row[at], honest[at], scale)
+
+
 def update_scales(row):
     root = {name: math.sqrt(max(row[name], 0.0)) if row[name] == row[name] else 0.0 for name in row}
     return {
