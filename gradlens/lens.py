@@ -43,6 +43,7 @@ from gradlens.selection import Select
 from gradlens.statistics.evidence import Evidence
 from gradlens.statistics.memory import Plan, parse_bytes
 from gradlens.statistics.streaming import Followed, Q, describe
+from gradlens.unavailable import unavailable
 from gradlens.writers import report as page
 from gradlens.writers.background import Background
 from gradlens.writers.base import Writer
@@ -86,10 +87,11 @@ class Lens:
         _warn_of_strangers(optimizers, attachment, target)
         self._run = run
         self._faults = Faults()
-        if "evidence" in features and Stage.BACKWARD not in stages:
-            self._faults.findings.append(_no_evidence(stages, first_step))
+        asked = features
+        if Stage.BACKWARD not in stages:
             features = features - {"evidence"}
         self._plan = _plan(attachment, features, stages, memory)
+        self._faults.findings += unavailable(stages, asked, self._plan, ranks.count(), first_step)
         settings = _settings(attachment, stages, features, self._plan, schedule, first_step)
         own = [] if run is None else _run_writers(run, settings, first_step, self._faults.findings.append)
         timed = Stopwatch()
@@ -619,16 +621,6 @@ def _plan(attachment: Attachment, features: frozenset[str], stages: frozenset[st
     named = [word for word in FEATURES if word in features and (word != "updates" or "used" in stages)]
     sizes = [0 if t is None else t.element_size() for t in tensors]
     return Plan(shapes, sizes, memory, buffers, more=more, what=" and ".join(named) or "nothing")
-
-
-def _no_evidence(stages: frozenset[str], step: int) -> Finding:
-    return Finding(
-        rule="evidence-unavailable",
-        step=step,
-        severity=Severity.WARNING,
-        seen=f"`evidence` rests on each backward's own partials; the stages read are {', '.join(sorted(stages))}",
-        remedy='add "backward" to stage=, or ask gradlens.survey()',
-    )
 
 
 def _settings(

@@ -98,6 +98,8 @@ class Plan:
         """One line for the start of a run."""
         if not self.needed:
             return "no buffers: memory is O(parameters)"
+        if not self.taken:
+            return f"memory= has no room for {self.what}: their columns are empty ({self.needed / 2**20:.1f} MiB hold all)"
         if self.share >= 1:
             return f"buffers for {self.what}: {self.taken / 2**20:.1f} MiB, every weight"
         return (

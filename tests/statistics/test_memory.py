@@ -78,5 +78,6 @@ def test_the_sample_is_the_same_each_time_and_seeded():
 def test_the_choice_is_described():
     """One line says how much memory, and what share of the weights it is for."""
     assert "every weight" in Plan([(10,)], [4], 2**20, 2).describe()
+    assert "no room for updates and flips" in Plan([(10,)], [4], 0, 2).describe()
     assert "no buffers" in Plan([(10,)], [4], 2**20, 0).describe()
     assert "%" in Plan([(1000, 1000)], [4], 40_000, 1).describe()
