@@ -557,6 +557,10 @@ class Gradients:
         """Whether `.grad` was written since the last step closed."""
         return parameter.grad is not None and self._marks.get(slot) != _state(parameter.grad)
 
+    def reached(self, slot: Slot) -> bool:
+        """Whether a pass of this step reached the slot's parameter: one that is over, or one that is still going on."""
+        return slot in self.fired or any(current.reached(slot) for current in self._passes)
+
     def unchanged_since_end(self, slots: Sequence[Slot]) -> bool:
         """Whether `.grad` of these is what it was when the step's last pass ended."""
         return all(

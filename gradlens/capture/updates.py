@@ -256,7 +256,7 @@ class Updates:
         parameter, gradients = slot.tensor(), self._gradients
         if parameter is None or not parameter.requires_grad:
             return Status.FROZEN
-        if slot in gradients.fired:
+        if gradients.reached(slot):
             return None
         if slot in gradients.given:
             return "stale"

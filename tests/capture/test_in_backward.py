@@ -1,0 +1,171 @@
+"""The optimizer's step inside backward: each gradient is used and freed before the next one is there."""
+
+import contextlib
+import weakref
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.optim import _apply_optimizer_in_backward
+from torch.profiler import ProfilerActivity, profile
+
+import gradlens
+from gradlens.kernels import native
+
+WIDTH, LAYERS = 256, 6
+GRADIENT = WIDTH * WIDTH * 4  # bytes
+
+
+def net():
+    torch.manual_seed(0)
+    layers = [nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(LAYERS)]
+    return nn.Sequential(*layers)
+
+
+def data(step):
+    return torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(step))
+
+
+def by_hand(model):
+    """A user's own hooks: step and free."""
+    optimizers = {p: torch.optim.AdamW([p], 0.001) for p in model.parameters()}
+
+    def step(p):
+        optimizers[p].step()
+        optimizers[p].zero_grad()
+
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(step)
+    return list(optimizers.values())
+
+
+def by_torch(model):
+    """What torch offers for it."""
+    _apply_optimizer_in_backward(torch.optim.AdamW, list(model.parameters()), {"lr": 0.001})
+    return [optimizer for p in model.parameters() for optimizer in p._in_backward_optimizers]
+
+
+WAYS = {"hooks": by_hand, "_apply_optimizer_in_backward": by_torch}
+
+
+def train(way, first, features=(), steps=3):
+    """The weights, the lens, and what each step's gradients were; `first`: who hooks first, "us", "user", "nobody"."""
+    model, lens, gradients = net(), None, []
+
+    def note(p):
+        gradients[-1].append(p.grad.double().norm().item())
+
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(note)
+    if first == "us":
+        optimizers = []
+        lens = gradlens.watch(model, features=features)
+        WAYS[way](model)
+    else:
+        optimizers = WAYS[way](model)
+        if first == "user":
+            lens = gradlens.watch(model, optimizers, features=features)
+    for step in range(steps):
+        gradients.append([])
+        model(data(step)).pow(2).sum().backward()
+        assert all(p.grad is None for p in model.parameters())
+    return model, lens, gradients
+
+
+@pytest.mark.trap(27, 34)
+@pytest.mark.situation(
+    "an optimizer inside backward",
+    stages={"backward": "yes", "used": "yes", "updates": "yes"},
+    note="put on before `watch()`",
+)
+@pytest.mark.parametrize("way", WAYS)
+def test_the_step_inside_backward_is_read_as_it_happens(way):
+    """Each pass is a step: its partials, the used ones, and the moves of the weights are exact; training has the same bits."""
+    plain, _, _ = train(way, "nobody")
+    model, lens, gradients = train(way, "user", features=("updates",))
+    with contextlib.closing(lens):
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), plain.parameters(), strict=True))
+        history = lens.history().set_index(["stage", "step", "parameter"])
+        assert len(history) == 2 * 3 * LAYERS
+        before = dict(net().named_parameters())
+        for step in range(3):
+            norms = dict(zip(reversed(lens.names()), gradients[step], strict=True))
+            for name, norm in norms.items():
+                assert history.loc[("backward", step, name), "l2"] == pytest.approx(norm, rel=1e-6)
+                assert history.loc[("used", step, name), "l2"] == pytest.approx(norm, rel=1e-6)
+                assert history.loc[("used", step, name), "status"] == "ok"
+        moved = history.loc["used"].groupby("parameter")["update_l2"].sum()
+        for name, p in model.named_parameters():
+            assert 0 < (p - before[name]).norm().item() <= moved[name] * (1 + 1e-5)
+        assert lens.findings() == []
+
+
+@pytest.mark.trap(27)
+@pytest.mark.situation(
+    "an optimizer inside backward, put on after `watch()`", stages={"backward": "yes"}, note="each backward is a step"
+)
+@pytest.mark.parametrize("way", WAYS)
+def test_an_optimizer_that_comes_after_us(way):
+    """A lens that knows of no optimizer has each pass's partials, also where later hooks use and free them."""
+    plain, _, _ = train(way, "nobody")
+    model, lens, gradients = train(way, "us")
+    with contextlib.closing(lens):
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), plain.parameters(), strict=True))
+        history = lens.history().set_index(["stage", "step", "parameter"])
+        for step in range(3):
+            for name, norm in zip(reversed(lens.names()), gradients[step], strict=True):
+                assert history.loc[("backward", step, name), "l2"] == pytest.approx(norm, rel=1e-6)
+
+
+def allocated(run):
+    """The bytes that the run has allocated at most, beyond what was there before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    now = peak = 0
+    for event in sorted(_events(profiler), key=lambda event: event.start_time_ns):
+        now += event.extra_fields.alloc_size
+        peak = max(peak, now)
+    return peak
+
+
+def _events(profiler):
+    waiting = list(profiler.profiler.kineto_results.experimental_event_tree())
+    while waiting:
+        event = waiting.pop()
+        waiting += event.children
+        if event.tag == torch._C._profiler._EventType.Allocation:
+            yield event
+
+
+@pytest.mark.trap(27)
+@pytest.mark.parametrize("way", WAYS)
+def test_the_peak_of_memory_is_not_raised(way):
+    """No gradient outlives its use: one is alive at a time, and a watched pass allocates less than one gradient more."""
+    peaks = {}  # bytes
+    for watched in (False, True):
+        model = net()
+        optimizers = WAYS[way](model)
+        alive, most = [], 0
+
+        def count(p):
+            nonlocal most
+            alive.append(weakref.ref(p.grad.untyped_storage()))
+            most = max(most, sum(ref() is not None for ref in alive))
+
+        lens = gradlens.watch(model, optimizers, features=(), rules=()) if watched else None
+        model(data(0)).pow(2).sum().backward()  # the optimizers make their state
+        for p in model.parameters():
+            p.register_post_accumulate_grad_hook(count)
+            hooks = p._post_accumulate_grad_hooks
+            first = list(hooks.items())[-1:] + list(hooks.items())[:-1]
+            hooks.clear()
+            hooks.update(first)
+        x = data(1)
+        peaks[watched] = allocated(lambda: model(x).pow(2).sum().backward())
+        assert len(alive) == LAYERS
+        assert most == 1
+        if lens is not None:
+            lens.close()
+    assert GRADIENT < peaks[False] < 4 * GRADIENT
+    if native.LIBRARY.exists():  # the reference, which stands in for it, makes copies of one parameter at a time
+        assert peaks[True] < peaks[False] + GRADIENT
