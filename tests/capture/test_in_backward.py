@@ -80,7 +80,7 @@ def train(way, first, features=(), steps=3):
 )
 @pytest.mark.parametrize("way", WAYS)
 def test_the_step_inside_backward_is_read_as_it_happens(way):
-    """Each pass is a step: its partials, the used ones, and the moves of the weights are exact; training has the same bits."""
+    """Each pass is a step: its partials, the used ones, and the weights' moves are exact; training has the same bits."""
     plain, _, _ = train(way, "nobody")
     model, lens, gradients = train(way, "user", features=("updates",))
     with contextlib.closing(lens):
@@ -137,35 +137,37 @@ def _events(profiler):
             yield event
 
 
+def peak_of(way, watched):
+    """Bytes that one pass allocates at most, and how many gradients were alive at once."""
+    model = net()
+    optimizers = WAYS[way](model)
+    gradients, alive = [], []
+
+    def count(p):
+        gradients.append(weakref.ref(p.grad.untyped_storage()))
+        alive.append(sum(ref() is not None for ref in gradients))
+
+    lens = gradlens.watch(model, optimizers, features=(), rules=()) if watched else None
+    model(data(0)).pow(2).sum().backward()  # the optimizers make their state
+    for p in model.parameters():
+        others = list(p._post_accumulate_grad_hooks.items())
+        p._post_accumulate_grad_hooks.clear()
+        p.register_post_accumulate_grad_hook(count)  # before the gradient is used
+        p._post_accumulate_grad_hooks.update(others)
+    x = data(1)
+    peak = allocated(lambda: model(x).pow(2).sum().backward())
+    if lens is not None:
+        lens.close()
+    assert len(gradients) == LAYERS
+    return peak, max(alive)
+
+
 @pytest.mark.trap(27)
 @pytest.mark.parametrize("way", WAYS)
 def test_the_peak_of_memory_is_not_raised(way):
     """No gradient outlives its use: one is alive at a time, and a watched pass allocates less than one gradient more."""
-    peaks = {}  # bytes
-    for watched in (False, True):
-        model = net()
-        optimizers = WAYS[way](model)
-        alive, most = [], 0
-
-        def count(p):
-            nonlocal most
-            alive.append(weakref.ref(p.grad.untyped_storage()))
-            most = max(most, sum(ref() is not None for ref in alive))
-
-        lens = gradlens.watch(model, optimizers, features=(), rules=()) if watched else None
-        model(data(0)).pow(2).sum().backward()  # the optimizers make their state
-        for p in model.parameters():
-            p.register_post_accumulate_grad_hook(count)
-            hooks = p._post_accumulate_grad_hooks
-            first = list(hooks.items())[-1:] + list(hooks.items())[:-1]
-            hooks.clear()
-            hooks.update(first)
-        x = data(1)
-        peaks[watched] = allocated(lambda: model(x).pow(2).sum().backward())
-        assert len(alive) == LAYERS
-        assert most == 1
-        if lens is not None:
-            lens.close()
-    assert GRADIENT < peaks[False] < 4 * GRADIENT
+    (plain, one), (watched, still_one) = peak_of(way, False), peak_of(way, True)
+    assert one == still_one == 1
+    assert GRADIENT < plain < 4 * GRADIENT
     if native.LIBRARY.exists():  # the reference, which stands in for it, makes copies of one parameter at a time
-        assert peaks[True] < peaks[False] + GRADIENT
+        assert watched < plain + GRADIENT
