@@ -284,7 +284,8 @@ class Pipeline:
         if reading.complete:
             self._complete(table, reading)
         if reading.gone and self._last is not None:
-            table.pieces, table.flips, table.divisor = self._last.pieces, self._last.flips, self._last.divisor
+            last = self._last
+            table.pieces, table.flips, table.divisor, table.notes = last.pieces, last.flips, last.divisor, last.notes
 
     def _gather(self, evidence: Streaming, reading: Reading) -> None:
         if reading.moving:

@@ -33,7 +33,7 @@ _WRAPPED = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
 class Slot:
     """Where one parameter lives, and the hooks that are on it."""
 
-    __slots__ = ("_hooks", "_leaf", "_owner", "_restore", "_shard", "_tensor", "armed", "handles", "name")
+    __slots__ = ("_hooks", "_leaf", "_owner", "_restore", "_shard", "_tensor", "armed", "fleeting", "handles", "name")
 
     def __init__(self, name: str, owner: nn.Module | None, leaf: str, tensor: Tensor) -> None:
         self.name = name
@@ -42,6 +42,7 @@ class Slot:
         self._tensor = weakref.ref(tensor) if owner is None else None
         self.handles: list[Any] = []
         self.armed = 0  # the id of the tensor that has our hooks, 0 for none
+        self.fleeting = False  # its gradient was gone by the end of a pass once: it is read inside the hook from then on
         self._restore: tuple[bool, bool] = (False, False)
         self._hooks: Callable[[], Any] = lambda: None  # the dictionary that has our hook, while its tensor lives
         self._shard: weakref.ref[Any] | None = None

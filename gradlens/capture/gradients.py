@@ -7,6 +7,7 @@ the only one that says whether g is undefined. The *post hook* runs after accumu
 - `.grad` exists: g is held until it is read, in batches of bounded size, since the sum hides it and a difference of two sums
   is not exact.
 - Somebody else hooked the parameter too, or another rank's gradient is about to be mixed in: g is read inside the hook.
+- An optimizer steps inside the pass: what it is about to use, and may free, is read before it does.
 
 The end of a pass is a callback that the engine runs, queued from a callback, since a plain one runs before DDP's own. A
 reentrant checkpoint runs a pass within the pass; they are one. `torch.autograd.grad` runs the tensor hooks too and leaves no
@@ -36,7 +37,7 @@ from torch.utils.hooks import unserializable_hook
 from gradlens.capture.attachment import Attachment, Slot
 from gradlens.capture.clock import Clock
 from gradlens.capture.compiling import eagerly
-from gradlens.capture.readings import Reading, Sink
+from gradlens.capture.readings import GONE, Reading, Sink
 from gradlens.capture.scaling import Scaling
 from gradlens.records import Stage, Status
 
@@ -229,7 +230,7 @@ class Gradients:
         parameter = slot.tensor()
         if parameter is None:
             return
-        if slot.shared(parameter) or (self.local and Stage.BACKWARD in self._stages):
+        if slot.fleeting or slot.shared(parameter) or (self.local and Stage.BACKWARD in self._stages):
             if current.nested and Stage.BACKWARD in self._stages:
                 self._sum_up(current, slot, parameter, g)
             else:
@@ -264,6 +265,19 @@ class Gradients:
         current.bytes += held.numel() * held.element_size()
         if current.bytes > HELD_BYTES and not current.nested:
             self._read_held(current, complete=False)
+
+    def used_within(self, parameters: set[int]) -> None:
+        """An optimizer is about to use these, by id, inside a backward, and may free them: they are read now."""
+        current = self._by_task.get(_current_task())
+        if current is None or Stage.BACKWARD not in self._stages:
+            return
+        with self.lock:
+            for slot in [slot for slot in current.fresh if slot.armed in parameters]:
+                parameter = slot.tensor()
+                if parameter is not None and parameter.grad is not None:
+                    del current.fresh[slot]
+                    current.silent.add(slot)
+                    self._emit(Stage.BACKWARD, [slot], [parameter.grad], current, complete=False)
 
     # --- passes -----------------------------------------------------------------------------------------------------
 
@@ -505,6 +519,8 @@ class Gradients:
             if gradient is not None:
                 slots.append(slot)
                 tensors.append(gradient)
+            else:
+                slot.fleeting = True
         self.fresh = self.fresh and not current.read
         for slot, g in (*current.read.items(), *current.summed.items()):
             slots.append(slot)
@@ -532,7 +548,7 @@ class Gradients:
     def _notes(self, current: Pass) -> list[str | None]:
         """Why a row of this pass has no tensor; empty where all have one."""
         slots = self._attachment.slots
-        missing = [i for i, slot in enumerate(slots) if not current.reached(slot)]
+        missing = [i for i, slot in enumerate(slots) if slot.fleeting or not current.reached(slot)]
         if not missing:
             return []
         inputs = {id(tensor) for tensor in current.inputs}
@@ -541,10 +557,12 @@ class Gradients:
             notes[i] = self._note_of(slots[i], current, inputs)
         return notes
 
-    def _note_of(self, slot: Slot, current: Pass, inputs: set[int]) -> str:
+    def _note_of(self, slot: Slot, current: Pass, inputs: set[int]) -> str | None:
         parameter = slot.tensor()
         if parameter is None or not parameter.requires_grad:
             return Status.FROZEN
+        if current.reached(slot):
+            return GONE if slot in current.fresh else None
         if (slot in current.late or not slot.arms(parameter)) and self.changed(slot, parameter):
             return Status.UNCAPTURED
         if inputs and id(parameter) not in inputs:

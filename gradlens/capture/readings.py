@@ -10,6 +10,8 @@ from torch import Tensor
 
 from gradlens.records import Finding, Parameters
 
+GONE = "gone"  #: the note of a gradient that somebody used and freed before it could be read
+
 Key = tuple[int, int, str]  #: step, backward, stage
 
 
@@ -26,7 +28,7 @@ class Reading:
     scale: float | Tensor = 1.0  #: the loss scale at backward time
     complete: bool = True
     #: By row, why it has no tensor or what is special about it: a word of `Status`, "stale" (left from an earlier step),
-    #: or "elsewhere" (another reading has it). Empty where every row has a tensor and nothing is special.
+    #: "elsewhere" (another reading has it), or `GONE`. Empty where every row has a tensor and nothing is special.
     notes: Sequence[str | None] = ()
     #: By identity and version these are the gradients that the step's one and only backward left.
     unchanged: bool = False

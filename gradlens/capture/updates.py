@@ -89,6 +89,7 @@ class Updates:
             tool = this()
             if tool is not None:
                 with tool._timed:
+                    tool._within(optimizer)
                     tool._guarded("before the optimizer's step", tool._before, optimizer, args, kwargs)
 
         @eagerly
@@ -108,6 +109,14 @@ class Updates:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+
+    def _within(self, optimizer: Optimizer) -> None:
+        """A step inside a backward, of whatever optimizer, uses gradients up that are still to be read."""
+        try:
+            if running() and os.getpid() == self._pid:
+                self._gradients.used_within({id(p) for group in optimizer.param_groups for p in group["params"]})
+        except Exception as error:  # noqa: BLE001 - nothing of ours is raised in a training step
+            self._fault("an optimizer inside backward", error)
 
     def _guarded(self, where: str, call: Callable, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
         try:

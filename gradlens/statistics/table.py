@@ -219,6 +219,8 @@ class _Assembly:
             elif note in ("stale", Status.UNCAPTURED):
                 untouched = c["zero"][i] == c["numel"][i]
                 status[i] = Status.ABSENT.value if untouched else str(note) if note == Status.UNCAPTURED else status[i]
+            elif note == "gone":
+                status[i] = Status.UNCAPTURED.value
         return status
 
 

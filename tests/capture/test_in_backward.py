@@ -48,17 +48,14 @@ def by_torch(model):
 WAYS = {"hooks": by_hand, "_apply_optimizer_in_backward": by_torch}
 
 
+def norms(gradient_of):
+    return {name: g.double().norm().item() for name, g in gradient_of.items()}
+
+
 def train(way, first, features=(), steps=3):
-    """The weights, the lens, and what each step's gradients were; `first`: who hooks first, "us", "user", "nobody"."""
+    """The weights, the lens, and the norms of each step's gradients; `first`: who hooks first, "us", "user", "nobody"."""
     model, lens, gradients = net(), None, []
-
-    def note(p):
-        gradients[-1].append(p.grad.double().norm().item())
-
-    for p in model.parameters():
-        p.register_post_accumulate_grad_hook(note)
     if first == "us":
-        optimizers = []
         lens = gradlens.watch(model, features=features)
         WAYS[way](model)
     else:
@@ -66,7 +63,10 @@ def train(way, first, features=(), steps=3):
         if first == "user":
             lens = gradlens.watch(model, optimizers, features=features)
     for step in range(steps):
-        gradients.append([])
+        twin = net()  # nobody's: no hook is on it
+        twin.load_state_dict(model.state_dict())
+        twin(data(step)).pow(2).sum().backward()
+        gradients.append(norms({name: p.grad for name, p in twin.named_parameters()}))
         model(data(step)).pow(2).sum().backward()
         assert all(p.grad is None for p in model.parameters())
     return model, lens, gradients
@@ -89,8 +89,7 @@ def test_the_step_inside_backward_is_read_as_it_happens(way):
         assert len(history) == 2 * 3 * LAYERS
         before = dict(net().named_parameters())
         for step in range(3):
-            norms = dict(zip(reversed(lens.names()), gradients[step], strict=True))
-            for name, norm in norms.items():
+            for name, norm in gradients[step].items():
                 assert history.loc[("backward", step, name), "l2"] == pytest.approx(norm, rel=1e-6)
                 assert history.loc[("used", step, name), "l2"] == pytest.approx(norm, rel=1e-6)
                 assert history.loc[("used", step, name), "status"] == "ok"
@@ -113,8 +112,44 @@ def test_an_optimizer_that_comes_after_us(way):
         assert all(torch.equal(a, b) for a, b in zip(model.parameters(), plain.parameters(), strict=True))
         history = lens.history().set_index(["stage", "step", "parameter"])
         for step in range(3):
-            for name, norm in zip(reversed(lens.names()), gradients[step], strict=True):
+            for name, norm in gradients[step].items():
                 assert history.loc[("backward", step, name), "l2"] == pytest.approx(norm, rel=1e-6)
+
+
+@pytest.mark.trap(27)
+@pytest.mark.situation(
+    "a hook on a gradient's node that uses and frees it, without an optimizer",
+    stages={"backward": "marked: `uncaptured` in its first backward; then yes"},
+)
+def test_a_gradient_that_is_freed_before_we_can_read_it():
+    """Nothing tells of it the first time, and the row says so, not 0; from then on it is read inside the hook."""
+    model, nodes = net(), []
+    lens = gradlens.watch(model)
+
+    def on(p):
+        def step(*_):
+            p.data.add_(p.grad, alpha=-1e-4)
+            p.grad = None
+
+        nodes.append(p.view_as(p).grad_fn.next_functions[0][0])
+        nodes[-1].register_hook(step)
+
+    on(model[1].weight)
+    with contextlib.closing(lens):
+        for step in range(2):
+            twin = net()
+            twin.load_state_dict(model.state_dict())
+            for m in (twin, model):
+                m(data(step)).pow(2).sum().backward()
+            model[0].weight.grad = None
+        history = lens.history().set_index(["stage", "step", "parameter"])
+        assert history.loc[("backward", 0, "1.weight"), "status"] == "uncaptured"
+        assert history.loc[("backward", 0, "0.weight"), "status"] == "ok"
+        row = history.loc[("backward", 1, "1.weight")]
+        assert row["status"] == "ok"
+        assert row["l2"] == pytest.approx(twin[1].weight.grad.double().norm().item(), rel=1e-6)
+        (finding,) = [f for f in lens.findings() if f.rule == "uncaptured"]
+        assert finding.parameter == "1.weight"
 
 
 def allocated(run):
@@ -147,11 +182,13 @@ def peak_of(way, watched):
         gradients.append(weakref.ref(p.grad.untyped_storage()))
         alive.append(sum(ref() is not None for ref in gradients))
 
+    count.gradlens = True  # as a lens' own hooks are: it is nobody who may change gradients
     lens = gradlens.watch(model, optimizers, features=(), rules=()) if watched else None
     model(data(0)).pow(2).sum().backward()  # the optimizers make their state
     for p in model.parameters():
-        others = list(p._post_accumulate_grad_hooks.items())
-        p._post_accumulate_grad_hooks.clear()
+        others = list((p._post_accumulate_grad_hooks or {}).items())
+        if others:
+            p._post_accumulate_grad_hooks.clear()
         p.register_post_accumulate_grad_hook(count)  # before the gradient is used
         p._post_accumulate_grad_hooks.update(others)
     x = data(1)

@@ -91,10 +91,12 @@ class Uncaptured:
             severity=Severity.WARNING,
             parameter=newest.names[row],
             stage=newest.stage,
-            seen="its .grad changed, but the hook that reads its partials did not fire: the row shows .grad itself",
+            seen="its .grad changed, but the hook that reads its partials did not fire, or not in time: the row shows what "
+            ".grad was then",
             causes=(
                 "the parameter was replaced or swapped after watch(): model.to(), load_state_dict(assign=True)",
                 "something writes .grad by hand, or shards the parameters (FSDP with original parameters)",
+                "a hook of somebody else's used .grad and freed it before backward was over",
             ),
             remedy="nothing if it does not last: hooks are set again at the next step; else call gradlens.watch() after "
             "the model has got its final parameters",
