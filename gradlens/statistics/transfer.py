@@ -1,4 +1,8 @@
-"""Device numbers to the host: one copy for many small tensors, and nothing that the training stream waits for."""
+"""Device numbers to the host: one copy for many small tensors, and nothing that the training stream waits for.
+
+On CUDA they are packed on the device and copied to pinned memory; an event tells the other thread when they have arrived.
+Tensors on the CPU are taken as they are, and must not change any more. A device that is neither is waited for.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+HERE = "cpu"  #: the kind of device whose numbers need no copy
+
 
 class Transfer:
     """A copy under way. `wait()`, on another thread, gives the tensors as numpy arrays, in the order given."""
@@ -15,11 +21,11 @@ class Transfer:
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self._shapes = [tuple(tensor.shape) for tensor in tensors]
         self._done: list[np.ndarray | None] = [None] * len(tensors)
-        self._moving: list[tuple[list[int], Tensor, torch.cuda.Event]] = []
+        self._moving: list[tuple[list[int], Tensor, torch.cuda.Event | None]] = []
         devices: dict[torch.device, list[int]] = {}
         for i, tensor in enumerate(tensors):
-            if tensor.device.type == "cpu":
-                self._done[i] = tensor.detach().numpy()
+            if tensor.device.type == HERE:
+                self._done[i] = _known(tensor.detach()).numpy()
             else:
                 devices.setdefault(tensor.device, []).append(i)
         for members in devices.values():
@@ -28,7 +34,8 @@ class Transfer:
     def wait(self) -> list[np.ndarray]:
         """The numbers, once they have arrived."""
         for members, buffer, event in self._moving:
-            event.synchronize()
+            if event is not None:
+                event.synchronize()
             pieces = np.split(buffer.numpy(), np.cumsum([_size(self._shapes[i]) for i in members])[:-1])
             for i, piece in zip(members, pieces, strict=True):
                 self._done[i] = piece.reshape(self._shapes[i])
@@ -40,10 +47,21 @@ def _size(shape: tuple[int, ...]) -> int:
     return int(np.prod(shape, dtype=np.int64))
 
 
-def _start(tensors: Sequence[Tensor]) -> tuple[Tensor, torch.cuda.Event]:
+def _known(tensor: Tensor) -> Tensor:
+    """Of a type that numpy has."""
+    return tensor if tensor.dtype in (torch.float64, torch.float32, torch.bool) else tensor.to(torch.float64)
+
+
+def _start(tensors: Sequence[Tensor]) -> tuple[Tensor, torch.cuda.Event | None]:
+    device = tensors[0].device
     packed = torch.cat([tensor.detach().reshape(-1).to(torch.float64) for tensor in tensors])
+    if device.type != "cuda":
+        return packed.cpu(), None
+    stream = torch.cuda.current_stream(device)
+    for tensor in tensors:  # made on another stream, perhaps: its memory is not to be used again before it is packed
+        tensor.record_stream(stream)
     buffer = torch.empty(packed.shape, dtype=torch.float64, pin_memory=True)
     buffer.copy_(packed, non_blocking=True)
     event = torch.cuda.Event()
-    event.record(torch.cuda.current_stream(packed.device))
+    event.record(stream)
     return buffer, event
