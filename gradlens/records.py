@@ -278,6 +278,9 @@ class Finding:
     value: float | None = None
     parameters: tuple[str, ...] = ()  #: all of them, where one finding stands for those of several
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "severity", Severity(self.severity))  # a rule may say "warning"
+
     def __str__(self) -> str:
         where = f" {self.parameter}" if self.parameter else ""
         lines = [f"[{self.severity}] {self.rule}{where} at step {self.step}: {self.seen}"]

@@ -23,42 +23,42 @@ def unavailable(stages: Collection[str], features: Collection[str], plan: Plan, 
     if "evidence" in features and Stage.BACKWARD not in stages:
         found.append(
             finding(
-                "evidence-unavailable",
-                Severity.WARNING,
-                f"`evidence` rests on each backward's own partials; the stages read are {read}",
-                "stage= leaves them out, or there are several ranks, where `backward` is on request",
-                'add "backward" to stage=, or ask gradlens.survey()',
+                rule="evidence-unavailable",
+                severity=Severity.WARNING,
+                seen=f"`evidence` rests on each backward's own partials; the stages read are {read}",
+                cause="stage= leaves them out, or there are several ranks, where `backward` is on request",
+                remedy='add "backward" to stage=, or ask gradlens.survey()',
             )
         )
     if "updates" in features and Stage.USED not in stages:
         found.append(
             finding(
-                "updates-unavailable",
-                Severity.INFO,
-                f"`updates` stand on the rows of stage `used`; the stages read are {read}, so those columns are empty",
-                "stage= leaves it out",
-                'add "used" to stage=',
+                rule="updates-unavailable",
+                severity=Severity.INFO,
+                seen=f"`updates` stand on the rows of stage `used`; the stages read are {read}, so those columns are empty",
+                cause="stage= leaves it out",
+                remedy='add "used" to stage=',
             )
         )
     if plan.needed and not plan.taken:
         found.append(
             finding(
-                "memory",
-                Severity.WARNING,
-                f"memory= has no room for even one weight of each parameter: the columns of {plan.what} are empty",
-                "memory= is 0, or very small",
-                f"give memory= more, up to {plan.needed:,} bytes, which hold every weight; or features=() to do without",
+                rule="memory",
+                severity=Severity.WARNING,
+                seen=f"memory= has no room for even one weight of each parameter: the columns of {plan.what} are empty",
+                cause="memory= is 0, or very small",
+                remedy=f"give memory= more, up to the {plan.needed:,} bytes of every weight; or features=() to do without",
             )
         )
     if Stage.REDUCED in stages and ranks == 1:
         found.append(
             finding(
-                "reduced-unavailable",
-                Severity.INFO,
-                "there is one process, and nothing to average over: `reduced` rows are this process's own `.grad`",
-                "torch.distributed is not initialised, or was not when watch() was called",
-                "read `accumulated`, which is the same here, or call watch() after init_process_group()",
-                Stage.REDUCED.value,
+                rule="reduced-unavailable",
+                severity=Severity.INFO,
+                seen="there is one process, and nothing to average over: `reduced` rows are this process's own `.grad`",
+                cause="torch.distributed is not initialised, or was not when watch() was called",
+                remedy="read `accumulated`, which is the same here, or call watch() after init_process_group()",
+                stage=Stage.REDUCED.value,
             )
         )
     return found

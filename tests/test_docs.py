@@ -1,6 +1,8 @@
 """The documentation says what the code does."""
 
+import ast
 import importlib.util
+import re
 import sys
 from pathlib import Path
 
@@ -9,25 +11,42 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
-def test_the_page_of_columns_is_up_to_date():
-    """docs/columns.md is what docs/columns.py writes."""
-    spec = importlib.util.spec_from_file_location("columns", ROOT / "docs" / "columns.py")
+def _writer(name):
+    """The module that writes a page."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    assert (ROOT / "docs" / "columns.md").read_text() == module.text()
-
-
-def _acceptance():
-    spec = importlib.util.spec_from_file_location("acceptance", ROOT / "docs" / "acceptance.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["acceptance"] = module  # dataclasses look their module up
+    sys.modules[name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
 
 
-def test_the_page_of_situations_is_up_to_date():
-    """docs/acceptance.md is what docs/acceptance.py reads from the tests' marks."""
-    assert (ROOT / "docs" / "acceptance.md").read_text() == _acceptance().text()
+@pytest.mark.parametrize("name", ["columns", "acceptance", "rules"])
+def test_a_page_that_is_written_by_code_is_up_to_date(name):
+    """docs/NAME.md is what docs/NAME.py writes: from the fields, from the tests' marks, from the rules."""
+    assert (ROOT / "docs" / f"{name}.md").read_text() == _writer(name).text()
+
+
+def test_the_page_of_rules_has_every_finding():
+    """Whatever gradlens may find is a default rule's or in the list of those that no rule makes."""
+    made = set()
+    for path in (ROOT / "gradlens").rglob("*.py"):
+        if "rules" not in path.parts and path.name != "testing.py":
+            calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+            words = [word.value for call in calls for word in call.keywords if word.arg == "rule"]
+            made |= {word.value for word in words if isinstance(word, ast.Constant)}
+    assert made == set(_writer("rules").OTHERS), "say in docs/rules.py what a new finding says, and write the page anew"
+
+
+def test_the_rule_on_the_page_of_rules_runs(capsys):
+    """It finds the layers that are shut, beside what the default rules find."""
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "rules.md").read_text(), re.DOTALL)
+    names = {}
+    exec(code, names)
+    printed = capsys.readouterr().out
+    names["lens"].close()
+    assert "[info] sleepy hidden.weight at step 4: 100% of its partials are 0" in printed
+    assert "[warning] dead hidden.weight at step 9" in printed
+    assert "switched off" not in printed
 
 
 @pytest.mark.parametrize(
@@ -45,5 +64,5 @@ def test_marks_that_cannot_be_meant_are_refused(tmp_path, mark, message):
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests" / "test_it.py").write_text(f"import pytest\n@pytest.mark.{mark}\ndef test_it(): pass\n")
     with pytest.raises(AssertionError, match=message) as caught:
-        _acceptance().text(tmp_path)
+        _writer("acceptance").text(tmp_path)
     assert "tests/test_it.py::test_it" in str(caught.value)

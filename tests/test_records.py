@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from gradlens.records import Parameters, Snapshot, Status
+from gradlens.records import Finding, Parameters, Severity, Snapshot, Status
 
 
 def snapshot(*status):
@@ -37,3 +37,10 @@ def test_parameters_are_equal_by_value():
     a, b = (Parameters(("x",), ((2,),), ("float32",)) for _ in range(2))
     assert (a, hash(a)) == (b, hash(b))
     assert a != Parameters(("x",), ((2,),), ("float32",), ("0:1",))
+
+
+def test_a_findings_severity_may_be_a_word():
+    """And one that is none is an error where the finding is made."""
+    assert Finding("r", 0, "warning", "").severity is Severity.WARNING
+    with pytest.raises(ValueError, match="loud"):
+        Finding("r", 0, "loud", "")

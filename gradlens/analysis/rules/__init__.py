@@ -8,7 +8,7 @@ A rule is any callable `history -> findings`: a frozen class as here, or a plain
 from __future__ import annotations
 
 from gradlens.analysis.rules.absent import Absent, Uncaptured
-from gradlens.analysis.rules.base import Rule
+from gradlens.analysis.rules.base import Rule, judged, lasting
 from gradlens.analysis.rules.dead import Dead
 from gradlens.analysis.rules.exploding import Exploding, Spike
 from gradlens.analysis.rules.nonfinite import NonFinite
@@ -53,4 +53,7 @@ __all__ = [
     # loss scaling
     "LossScaled",
     "Skipped",
+    # for rules of one's own
+    "lasting",
+    "judged",
 ]

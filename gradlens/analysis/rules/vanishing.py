@@ -37,12 +37,12 @@ class Vanishing:
     their strongest parameter and over the partials that are not 0: the bias before a normalisation has no gradient in a
     healthy model either, and an embedding only that of the words in the batch.
 
-    A gradient that vanishes does so along the depth, so the layer must be one of at least `RUN` weak ones in a row, or the
+    A gradient that vanishes does so along the depth, so the layer must be one of at least three weak ones in a row, or the
     weak ones must begin at the first layer. Queries and keys of a young transformer, whose attention is still uniform, are
     weak as well, and healthy: ratios down to 4e-7 were measured.
 
     A sigmoid passes on at most a quarter of the gradient (Bengio et al. 1994; Glorot and Bengio 2010): 12 layers make 1e-9
-    of it. What `tests/analysis` trains in health (perceptrons, a convnet, a recurrent net) stays above 1e-3.
+    of it.
 
     `floor`: if even the strongest layer is below it, the whole gradient has vanished. It is the epsilon of Adam, which does
     not make up for smaller gradients.
