@@ -47,7 +47,7 @@ _MOVE_ENTRIES, _MOVE_SQUARE, _BEFORE_SQUARE, _USED_SQUARE, _MOVE_DOT, _GOING, _A
     tl.constexpr(at) for at in range(len(fields.UPDATES))
 )
 _MOVED, _UPDATES, _SAMPLES = tl.constexpr(MOVED), tl.constexpr(len(fields.UPDATES)), tl.constexpr(reference.SAMPLES)
-_INF, _NAN = tl.constexpr(float("inf")), tl.constexpr(float("nan"))
+_INF = tl.constexpr(float("inf"))  # no NaN beside it: Triton refuses a global that differs from itself
 _LATE = tl.constexpr(2**62)  # an index after every real one
 
 
@@ -367,7 +367,7 @@ def close(
     if P is None:
         nothing = nothing | ((columns >= _P_DOT) & (columns <= _P_SQUARE))
         value = tl.where((columns >= _COMPARED) & (columns <= _FLIPPED), 0.0, value)
-    tl.store(row + columns, tl.where(nothing, _NAN, value), mask=columns < _SUMMARY)
+    tl.store(row + columns, tl.where(nothing, float("nan"), value), mask=columns < _SUMMARY)
     tl.store(row + _SUMMARY + bins, histogram)
 
     lanes = tl.arange(0, _TOP * _TOP)
@@ -381,14 +381,14 @@ def close(
     real = best >= 0
     gradient = _address(table, tensor, 0, G, AXES, False)
     g = tl.load(gradient + _place(table, tensor, 0, place, AXES), mask=real, other=0.0)
-    tl.store(row + _PARTIALS + rank, tl.where(real, _wide(g), _NAN))
+    tl.store(row + _PARTIALS + rank, tl.where(real, _wide(g), float("nan")))
     tl.store(row + _INDICES + rank, tl.where(real, place, -1).to(tl.float64))
     if W is not None:
         weight = _address(table, tensor, 1, W, AXES, False)
         w = tl.load(weight + _place(table, tensor, 1, place, AXES), mask=real, other=0.0)
-        tl.store(row + _VALUES + rank, tl.where(real, _wide(w), _NAN))
+        tl.store(row + _VALUES + rank, tl.where(real, _wide(w), float("nan")))
     else:
-        tl.store(row + _VALUES + rank, tl.full([_TOP], _NAN, tl.float64))
+        tl.store(row + _VALUES + rank, tl.full([_TOP], float("nan"), tl.float64))
 
 
 # --- updates and samples ----------------------------------------------------------------------------------------------
@@ -469,9 +469,9 @@ def settle(table, partials, rows, U: tl.constexpr, L: tl.constexpr, AXES: tl.con
     value = tl.where(columns == _MOVE_ENTRIES, _field(table, tensor, _NUMEL, AXES).to(tl.float64), total)
     value = tl.where(columns == _EXACT, 1.0, value)
     if U is None:
-        value = tl.where((columns == _USED_SQUARE) | (columns == _MOVE_DOT), _NAN, value)
+        value = tl.where((columns == _USED_SQUARE) | (columns == _MOVE_DOT), float("nan"), value)
     if L is None:
-        value = tl.where(columns >= _LOSS_DOT, _NAN, value)
+        value = tl.where(columns >= _LOSS_DOT, float("nan"), value)
     tl.store(rows + _field(table, tensor, _ROW, AXES) * _UPDATES + columns, value, mask=columns < _UPDATES)
 
 

@@ -48,61 +48,106 @@ def test_equals_the_reference_in_the_interpreter(outcomes, name):
 # --- machine code -----------------------------------------------------------------------------------------------------
 
 
-def compiled(program, capability, warps=4, **constants):
-    """The machine code of a program, and what the assembler says it needs."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+class Driver:
+    """A GPU that is not there: Triton asks it what to compile for."""
 
-    types = {"table": "*i64", "owners": "*i64", "indices": "*i64", "length": "i32", "slots": "i32"}
-    names = program.arg_names
-    signature = {name: "constexpr" if name in constants else types.get(name, "*fp64") for name in names}
-    wide = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in signature and name != "slots"}
-    source = ASTSource(
-        program,
-        signature,
-        {(names.index(name),): value for name, value in constants.items()},
-        {at: hint for at, hint in wide.items() if names[at[0]] not in constants},
-    )
-    code = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    return code.asm["ptx"], code.asm["cubin"], tools / "cuobjdump"
+    def __init__(self, capability):
+        self.capability = capability
+
+    def get_current_target(self):
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self):
+        return self.capability  # programs are kept by device
+
+    def get_current_stream(self, device):
+        return 0
+
+
+@pytest.fixture
+def assembled(monkeypatch, tmp_path):
+    """`assembled(capability, call)`: the programs that the call would launch, compiled: name, grid and machine code."""
+    from triton import runtime
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(runtime.driver, "_active", None)
+    run = runtime.JITFunction.run
+
+    def programs(capability, call):
+        launched = []
+
+        def compiled(program, *args, grid, warmup, **kwargs):
+            launched.append((program.__name__, grid, run(program, *args, grid=grid, warmup=True, **kwargs)))
+
+        runtime.driver.set_active(Driver(capability))
+        with monkeypatch.context() as patch:
+            patch.setattr(runtime.JITFunction, "run", compiled)
+            call()
+        return launched
+
+    return programs
+
+
+def spilled(code, tmp_path):
+    """Bytes of local memory a thread, as the disassembler tells."""
+    import triton
+
+    path = tmp_path / "program.cubin"
+    path.write_bytes(code.asm["cubin"])
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    told = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True)
+    return max(int(n) for n in re.findall(r"STACK:(\d+)", told.stdout + told.stderr))
+
+
+compiles = [
+    needs_triton,
+    pytest.mark.slow,
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing"),
+]
+
+
+@pytest.mark.parametrize("capability", [pytest.param(n, marks=compiles) for n in (80, 90)])
+def test_compiles_for_real_gpus_without_spilling(capability, assembled, tmp_path):
+    """All that a step launches becomes machine code of an A100 and an H100, which keeps its values in registers."""
+    from gradlens.kernels.triton import Triton
+
+    kernel = Triton()
+    g, w, p = (torch.zeros(100_000) for _ in range(3))
+    grid = torch.zeros(4, 6, 5, 3).to(memory_format=torch.channels_last)
+    half = torch.zeros(100, dtype=torch.bfloat16)
+    launched = []
+    for call in (
+        lambda: kernel.summarize([g, g, g], [w, w, w], [p, p, p], [p.clone(), p.clone(), p.clone()]),
+        lambda: kernel.summarize([half], [half]),
+        lambda: kernel.summarize([half.double()]),
+        lambda: kernel.summarize([grid], [grid.clone()]),
+        lambda: kernel.compare([g], [w], [p], [g]),
+        lambda: kernel.compare([None], [half], [half]),
+        lambda: kernel.sample([g, grid]),
+    ):
+        launched += assembled(capability, call)
+    names = [name for name, *_ in launched]
+    assert names == [*["scan", "top", "close"] * 4, *["move", "settle"] * 2, "pick", "pick"]
+    assert [grid for _, grid, _ in launched[:3]] == [(3 * 7,), (3, 16), (3,)]
+    for name, _, code in launched:
+        assert spilled(code, tmp_path) <= 16, (name, code.metadata)
+    wide = {80: r"ld\.global\.v2\.b32", 90: r"ld\.global\.v2\.b32"}
+    assert re.search(wide[capability], launched[0][2].asm["ptx"])
 
 
 @needs_triton
 @pytest.mark.slow
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
-@pytest.mark.parametrize("capability", [80, 90])
-def test_compiles_for_real_gpus_without_spilling(capability, tmp_path, monkeypatch):
-    """Every program becomes machine code of an A100 and an H100 that keeps its values in registers and loads them wide."""
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
-    import triton.language as tl
+def test_launches_do_not_grow_with_the_tensors(assembled):
+    """Three launches a type and layout, whatever the number of tensors; two for updates, one for samples."""
+    from gradlens.kernels.triton import Triton
 
-    from gradlens.kernels import programs
-    from gradlens.kernels.triton import Sizes
-
-    sizes, half, full = Sizes(), tl.bfloat16, tl.float32
-    layout = {"AXES": 0, "ALIGNED": True}
-    builds = [
-        (programs.scan, {"G": half, "W": half, "P": None, "KEEP": False, **layout, "TILE": sizes.tile}),
-        (programs.scan, {"G": full, "W": full, "P": full, "KEEP": True, **layout, "TILE": sizes.tile}),
-        (programs.scan, {"G": full, "W": full, "P": None, "KEEP": False, **layout, "AXES": 4, "TILE": sizes.tile}),
-        (programs.top, {"G": half, **layout, "PEAKS": sizes.peaks, "TILE": sizes.searched, "warps": 8}),
-        (programs.close, {"G": full, "W": full, "P": full, "AXES": 0, "MERGED": sizes.merged}),
-        (programs.move, {"U": full, "B": full, "A": full, "L": full, **layout, "TILE": sizes.tile}),
-        (programs.settle, {"U": full, "L": None, "AXES": 0, "MERGED": sizes.merged}),
-        (programs.pick, {"T": half, "AXES": 4}),
-    ]
-    for program, constants in builds:
-        ptx, binary, tool = compiled(program, capability, **constants)
-        path = tmp_path / "program.cubin"
-        path.write_bytes(binary)
-        usage = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True)
-        spilled = [int(n) for n in re.findall(r"STACK:(\d+)", usage.stdout + usage.stderr)]
-        assert spilled, usage
-        assert max(spilled) <= 16, (program, constants, spilled)
-        if program is programs.scan and constants["AXES"] == 0:
-            assert re.search(r"ld\.global\.v2\.b32" if constants["G"] is full else r"ld\.global\.b32", ptx)
+    kernel = Triton()
+    gradients = [torch.zeros(n % 7 + 1, dtype=dtype) for n in range(100) for dtype in (torch.float32, torch.bfloat16)]
+    assert len(assembled(80, lambda: kernel.summarize(gradients, gradients))) <= 3 * 2 * 2  # with and without alignment
+    assert len(assembled(80, lambda: kernel.compare(gradients, gradients, gradients))) <= 2 * 2 * 2
+    assert len(assembled(80, lambda: kernel.sample(gradients))) <= 2 * 2
 
 
 # --- the pick of a backend --------------------------------------------------------------------------------------------
