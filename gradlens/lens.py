@@ -23,6 +23,7 @@ from gradlens.analysis import rules as default_rules
 from gradlens.capture.attachment import Attachment, Slot, Target
 from gradlens.capture.clock import Clock
 from gradlens.capture.live import Capture
+from gradlens.capture.sharding import piece, summand
 from gradlens.capture.updates import inner
 from gradlens.errors import (
     ArgumentError,
@@ -37,7 +38,7 @@ from gradlens.errors import (
 from gradlens.meter import Meter, Overhead, Pace, Stopwatch
 from gradlens.noise import DECAY, NoiseScale, measured
 from gradlens.pipeline import Faults, Pipeline, plain, shielded
-from gradlens.records import Finding, Severity, Snapshot, Stage
+from gradlens.records import Finding, Parameters, Severity, Snapshot, Stage
 from gradlens.schedules import Schedule, as_schedule
 from gradlens.selection import Select
 from gradlens.statistics.evidence import Evidence
@@ -158,9 +159,11 @@ class Lens:
     def gradient(self) -> Tensor:
         """All partials in one flat tensor, in the order of `names()`: the gradient. Parameters without one give zeros.
 
-        On the parameters' common device, else the CPU; of their common dtype, else float32.
+        On the parameters' common device, else the CPU; of their common dtype, else float32. An error where this rank holds
+        pieces of it only.
         """
         slots = self._slots()
+        _require_whole(slots)
         self._require_gradients(slots)
         with shielded():
             parts = [self._partials(slot) for slot in slots]
@@ -179,6 +182,9 @@ class Lens:
         With the feature `evidence` also `verdict, t, p, q`, over the backwards of the last step (two at least; at a false
         discovery rate of 0.1), and, over steps while the weights move, `agree` (lately, the share of steps with the more
         frequent sign), `flips` (the share where the sign turned) and `gsnr` (mean^2 / variance).
+
+        Of a distributed tensor: the weights that this rank holds, by their index in the whole. `attrs["summands"]` names the
+        parameters whose partials the ranks have yet to add.
         """
         if by not in ORDERS:
             raise choice("by", by, ORDERS)
@@ -188,7 +194,7 @@ class Lens:
         self._capture.poll()
         if not any(_gradient(slot) is not None for slot in self._slots()):
             return self._kept_weights(slots, top, by)
-        count = sum(_numel(slot) for slot in slots)
+        count = sum(_numel(slot, here=True) for slot in slots)
         if top is None and name is None and count > ROWS:
             raise ArgumentError(
                 f"weights() would give {count:,} rows; ask for the most important with top=100, or for one parameter with "
@@ -197,6 +203,8 @@ class Lens:
         with shielded():
             result = _ordered(_concat([self._weights_of(slot, top, by) for slot in slots]), top, by)
             self._add_evidence(result, slots)
+        summands = [slot.name for slot in slots if summand(_gradient(slot))]
+        result.attrs.update({"summands": summands} if summands else {})
         return self._stamped(result, self._clock.open)
 
     def explain(self, name: str, index: int | Sequence[int] = ()) -> str:
@@ -211,7 +219,8 @@ class Lens:
         self._require_gradients([slot])
         with shielded():
             partials, values = self._partials(slot), _reals(_local(slot))
-            flat = int(np.ravel_multi_index(at, shape)) if shape else 0
+            whole = int(np.ravel_multi_index(at, shape)) if shape else 0
+            flat = _here(slot, at, whole)
             partial = float(partials[flat])
             followed = self._followed(slot)
             evidence = "" if followed is None else describe(followed.columns(np.asarray([flat])), followed.backwards)
@@ -223,7 +232,7 @@ class Lens:
             partial=partial,
             rank=larger + 1,
             numel=partials.numel(),
-            history=self._seen(slot.name, flat),
+            history=self._seen(slot.name, whole),
             evidence=evidence,
         )
 
@@ -382,7 +391,7 @@ class Lens:
         index = torch.arange(partials.numel(), device=partials.device)
         if top is not None and top < partials.numel():
             index = torch.topk(_key(partials, values, by), top).indices
-        at = index.cpu().numpy()
+        at = _place(slot).whole_index(0, index.cpu().numpy())
         return frames.weights(slot.name, _weight_shape(slot), at, values[index].cpu().numpy(), partials[index].cpu().numpy())
 
     def _kept_weights(self, slots: Sequence[Slot], top: int | None, by: str) -> pd.DataFrame:
@@ -427,7 +436,7 @@ class Lens:
             mine = np.flatnonzero(frame["parameter"] == slot.name)
             followed = self._followed(slot) if len(mine) else None
             if followed is not None:
-                at = _flat_index(frame["index"].iloc[mine], _weight_shape(slot))
+                at = _place(slot).local_index(0, _flat_index(frame["index"].iloc[mine], _weight_shape(slot)))
                 for column, values in followed.columns(at).items():
                     frame.iloc[mine, frame.columns.get_loc(column)] = values  # type: ignore[index]
                 frame.attrs.update(backwards=followed.backwards, false_discovery_rate=Q)
@@ -697,8 +706,45 @@ def _reals(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1)
 
 
+def _place(slot: Slot) -> Parameters:
+    """What this rank holds of the parameter, and where that is in the whole."""
+    tensor = slot.tensor()
+    assert tensor is not None
+    pieces = (piece(tensor),)
+    return Parameters((slot.name,), (tuple(tensor.shape),), (str(tensor.dtype).removeprefix("torch."),), pieces)
+
+
+def _here(slot: Slot, at: tuple[int, ...], whole: int) -> int:
+    """Where a weight is in what this rank holds."""
+    place = _place(slot)
+    local = int(place.local_index(0, np.asarray([whole]))[0])
+    if local < 0:
+        raise ArgumentError(
+            f"{slot.name}{list(at)} is on another rank; this one holds {place.piece(0)} of {slot.name}. Ask there, or "
+            "gradlens.open_run(...).weights(), which has all ranks' most sensitive weights"
+        )
+    if summand(_gradient(slot)):
+        raise ArgumentError(
+            f"the partial of {slot.name}{list(at)} is the sum of what the ranks have (placement Partial), and this one has "
+            "a part; reduce it first: p.grad.full_tensor()"
+        )
+    return local
+
+
+def _require_whole(slots: Sequence[Slot]) -> None:
+    parts = [slot.name for slot in slots if _place(slot).piece(0) or summand(_gradient(slot))]
+    if parts:
+        few = ", ".join(parts[:3]) + (", ..." if len(parts) > 3 else "")
+        raise ArgumentError(
+            f"gradient() is all partials in one tensor, and this rank holds a part of {len(parts)} parameters ({few}). "
+            "weights() has what is here, by the index in the whole; p.grad.full_tensor(), called on all ranks, gathers one"
+        )
+
+
 def _weight_shape(slot: Slot) -> tuple[int, ...]:
-    tensor = _local(slot)
+    """Of the whole parameter; a complex entry is two weights."""
+    tensor = slot.tensor()
+    assert tensor is not None
     return (*tensor.shape, 2) if tensor.is_complex() else tuple(tensor.shape)
 
 
@@ -708,11 +754,12 @@ def _flat_index(index: pd.Series, shape: tuple[int, ...]) -> np.ndarray:
     return np.ravel_multi_index(tuple(np.asarray(index.tolist(), np.int64).T), shape).astype(np.int64)
 
 
-def _numel(slot: Slot) -> int:
+def _numel(slot: Slot, *, here: bool = False) -> int:
+    """The parameter's weights: all of them, or those that this rank holds."""
     tensor = slot.tensor()
     if tensor is None or isinstance(tensor, torch.nn.parameter.UninitializedParameter):
         return 0
-    return tensor.numel() * (2 if tensor.is_complex() else 1)
+    return (plain(tensor) if here else tensor).numel() * (2 if tensor.is_complex() else 1)
 
 
 def _key(partials: Tensor, values: Tensor, by: str) -> Tensor:

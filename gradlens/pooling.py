@@ -18,7 +18,7 @@ import numpy as np
 
 from gradlens import fields
 from gradlens.errors import ArgumentError
-from gradlens.records import PARTIAL, Parameters, Snapshot, Status, Top
+from gradlens.records import Parameters, Snapshot, Status, Top
 
 #: Of several pieces' statuses the first of these holds for the whole.
 PRECEDENCE = (
@@ -67,23 +67,24 @@ def pool(snapshots: Sequence[Snapshot]) -> Snapshot:
 
 
 def _whole(tables: Sequence[Snapshot]) -> Parameters:
-    """Every parameter of any table, as wholes; a summand stays one."""
+    """Every parameter of any table, as wholes; what merges with no other stays what it is."""
     rows: dict[str, tuple[tuple[int, ...], str, str]] = {}
     for table in tables:
         known = table.parameters
         for row, (name, shape, dtype) in enumerate(zip(known.names, known.shapes, known.dtypes, strict=True)):
-            piece = PARTIAL if known.piece(row) == PARTIAL else ""
+            piece = known.piece(row) if known.alone(row) else ""
             rows.setdefault(name, (shape, dtype, piece))
     shapes, dtypes, pieces = zip(*rows.values(), strict=True) if rows else ((), (), ())
     return Parameters(tuple(rows), tuple(shapes), tuple(dtypes), tuple(pieces) if any(pieces) else ())
 
 
 def _distinct(tables: Sequence[Snapshot]) -> list[Snapshot]:
-    """The tables without the rows whose piece an earlier one has."""
+    """The tables without the rows whose piece an earlier one has, or that merge with no other."""
     seen: set[tuple[str, str]] = set()
     result = []
     for table in tables:
-        keys = [(name, table.parameters.piece(row)) for row, name in enumerate(table.names)]
+        known = table.parameters
+        keys = [(name, "" if known.alone(row) else known.piece(row)) for row, name in enumerate(table.names)]
         result.append(table.take([row for row, key in enumerate(keys) if key not in seen]))
         seen.update(keys)
     return result

@@ -96,8 +96,9 @@ class Parameters:
 
     A row describes what this rank holds of a parameter. `pieces` says what that is, in the form `"4:8,0:16"`: the entries of
     the whole tensor in each dimension. Rows of different pieces of one parameter are disjoint, and merge; rows of the same
-    piece are copies. `""` is all of it, and `PARTIAL` a summand: what the ranks hold has to be added before its statistics
-    can be taken, so such a row is of this rank alone.
+    piece are copies. `""` is all of it. `PARTIAL` is a summand: what the ranks hold has to be added before its statistics
+    can be taken. `"~4,0:16"` has four entries that are not next to each other, and where they are is not known. Rows of
+    these two kinds are of this rank alone.
     """
 
     names: tuple[str, ...]
@@ -113,27 +114,52 @@ class Parameters:
         """What this rank holds of the row's parameter."""
         return self.pieces[row] if self.pieces else ""
 
+    def alone(self, row: int) -> bool:
+        """Whether the row is of this rank alone, and merges with no other."""
+        return self.piece(row) == PARTIAL or "~" in self.piece(row)
+
     def local_shape(self, row: int) -> tuple[int, ...]:
         """The shape of what this rank holds."""
-        bounds = _bounds(self.piece(row))
-        return self.shapes[row] if bounds is None else tuple(stop - start for start, stop in bounds)
+        blocks = _blocks(self.piece(row))
+        return self.shapes[row] if blocks is None else tuple(size for _, size in blocks)
 
     def whole_index(self, row: int, index: np.ndarray) -> np.ndarray:
         """Flat indices into the whole tensor, from flat ones into what this rank holds; negative ones stay.
 
-        A complex entry counts as two.
+        A complex entry counts as two. -1 where the place in the whole is not known.
         """
-        bounds = _bounds(self.piece(row))
-        if bounds is None:
-            return index
-        pair = (2,) if self.dtypes[row] in COMPLEX else ()
+        starts, pair = self._starts(row), self._pair(row)
+        if starts is None:
+            return index if _blocks(self.piece(row)) is None else np.full_like(index, -1)
         valid = index >= 0
         at = np.unravel_index(index[valid], self.local_shape(row) + pair)
-        starts = [start for start, _ in bounds] + [0] * len(pair)
         result = index.copy()
         moved = [part + start for part, start in zip(at, starts, strict=True)]
         result[valid] = np.ravel_multi_index(moved, self.shapes[row] + pair)
         return result
+
+    def local_index(self, row: int, index: np.ndarray) -> np.ndarray:
+        """The inverse, of indices into the whole: -1 for entries that other ranks hold."""
+        starts, pair = self._starts(row), self._pair(row)
+        if starts is None:
+            return index if _blocks(self.piece(row)) is None else np.full_like(index, -1)
+        shape = self.local_shape(row) + pair
+        at = np.unravel_index(index, self.shapes[row] + pair)
+        moved = [part - start for part, start in zip(at, starts, strict=True)]
+        here = np.all([(part >= 0) & (part < size) for part, size in zip(moved, shape, strict=True)], axis=0)
+        result = np.full_like(index, -1)
+        result[here] = np.ravel_multi_index([part[here] for part in moved], shape)
+        return result
+
+    def _pair(self, row: int) -> tuple[int, ...]:
+        return (2,) if self.dtypes[row] in COMPLEX else ()
+
+    def _starts(self, row: int) -> list[int] | None:
+        """Where the piece begins in each dimension; None of a whole tensor, and where that is not known."""
+        blocks = _blocks(self.piece(row))
+        if blocks is None or any(start is None for start, _ in blocks):
+            return None
+        return [start for start, _ in blocks if start is not None] + [0] * len(self._pair(row))
 
     def __len__(self) -> int:
         return len(self.names)
@@ -161,11 +187,15 @@ class Parameters:
         )
 
 
-def _bounds(piece: str) -> list[tuple[int, int]] | None:
-    """Start and stop in each dimension; None of a whole tensor or a summand."""
+def _blocks(piece: str) -> list[tuple[int | None, int]] | None:
+    """Start and size in each dimension, without a start where that is not known; None of a whole tensor or a summand."""
     if piece in ("", PARTIAL):
         return None
-    return [(int(start), int(stop)) for start, stop in (part.split(":") for part in piece.split(","))]
+    blocks: list[tuple[int | None, int]] = []
+    for part in piece.split(","):
+        start, _, stop = part.partition(":")
+        blocks.append((None, int(start[1:])) if start.startswith("~") else (int(start), int(stop) - int(start)))
+    return blocks
 
 
 @dataclass(frozen=True, eq=False)

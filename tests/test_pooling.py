@@ -1,5 +1,7 @@
 """Tables of several ranks as one: pieces merge, copies stand for each other."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -92,6 +94,15 @@ def test_summands_are_not_pooled():
     pooled = pool([snapshot(other, (PARTIAL,), 1), snapshot(tensors, (PARTIAL,), 0)])
     assert pooled.value("sum", "w") == 3
     assert pooled.parameters.pieces == (PARTIAL,)
+
+
+def test_scattered_pieces_are_not_pooled():
+    """They may be copies or not: the lowest rank's row stays, as what it is."""
+    first = replace(snapshot({"w": torch.ones(2)}), parameters=Parameters(("w",), ((4,),), ("float32",), ("~2",)))
+    second = replace(snapshot({"w": torch.full((2,), 5.0)}, rank=1), parameters=first.parameters)
+    pooled = pool([second, first])
+    assert pooled.value("sum", "w") == 2
+    assert pooled.parameters.pieces == ("~2",)
 
 
 def test_a_parameter_of_one_rank_has_its_row():

@@ -7,8 +7,11 @@ and no averaged gradient: so the shard is looked up in FSDP2's own records, not 
 
 from __future__ import annotations
 
+import functools
+import math
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from gradlens.records import PARTIAL
@@ -48,10 +51,33 @@ def piece(tensor: Tensor) -> str:
         return ""
     if summand(tensor):
         return PARTIAL
+    return _block(tuple(tensor.shape), tensor.device_mesh, tuple(placements))  # type: ignore[attr-defined]
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _block(shape: tuple[int, ...], mesh: Any, placements: tuple[Any, ...]) -> str:
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-    mesh = tensor.device_mesh  # type: ignore[attr-defined]
-    shape, offset = compute_local_shape_and_global_offset(tensor.shape, mesh, placements)
-    if tuple(shape) == tuple(tensor.shape):
+    with torch.device("cpu"):  # torch finds offsets with small tensors, on the user's default device
+        sizes, starts = compute_local_shape_and_global_offset(shape, mesh, placements)
+    if tuple(sizes) == shape:
         return ""
-    return ",".join(f"{start}:{start + size}" for start, size in zip(offset, shape, strict=True))
+    scattered = _scattered(mesh, placements)
+    blocks = enumerate(zip(starts, sizes, strict=True))
+    return ",".join(f"~{size}" if axis in scattered else f"{start}:{start + size}" for axis, (start, size) in blocks)
+
+
+def _scattered(mesh: Any, placements: tuple[Any, ...]) -> set[int]:
+    """The axes along which the entries here are not next to each other.
+
+    FSDP2 shards anew what tensor parallel has sharded: it says so by a split factor, the number of pieces there were. The
+    result is a block where all of those pieces are told apart by placements that follow.
+    """
+    result = set()
+    for i, placement in enumerate(placements):
+        factor = getattr(placement, "split_factor", 1)
+        axis = getattr(placement, "dim", None)
+        later = [mesh.size(j) for j in range(i + 1, len(placements)) if getattr(placements[j], "dim", None) == axis]
+        if axis is not None and factor not in (1, math.prod(later)):
+            result.add(axis)
+    return result

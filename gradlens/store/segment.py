@@ -28,7 +28,8 @@ MAX_SCALARS = 1000  #: names of observed scalars that a segment keeps apart
 #: name, shape, dtype, piece of a parameter
 Entry = tuple[str, tuple[int, ...], str, str]
 
-_PIECE = re.compile(r"\d{1,18}:\d{1,18}(,\d{1,18}:\d{1,18})*")
+_BLOCK = r"(\d{1,18}:\d{1,18}|~\d{1,18})"
+_PIECE = re.compile(rf"{_BLOCK}(,{_BLOCK})*")
 
 
 @dataclass
@@ -187,8 +188,15 @@ def _entry(name: object, shape: object, dtype: object, piece: object) -> Entry:
 
 
 def _within(piece: str, shape: Sequence[int]) -> bool:
-    bounds = [tuple(map(int, part.split(":"))) for part in piece.split(",")]
-    return len(bounds) == len(shape) and all(a <= b <= n for (a, b), n in zip(bounds, shape, strict=True))
+    blocks = piece.split(",")
+    return len(blocks) == len(shape) and all(map(_fits, blocks, shape))
+
+
+def _fits(block: str, n: int) -> bool:
+    if block.startswith("~"):
+        return int(block[1:]) <= n
+    start, stop = map(int, block.split(":"))
+    return start <= stop <= n
 
 
 def _text(value: object) -> str:
