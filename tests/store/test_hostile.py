@@ -38,14 +38,19 @@ QUESTIONS = {
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """A run that was closed and one whose writer was killed: every kind of file that there is."""
-    closed, killed = tmp_path_factory.mktemp("runs") / "closed", tmp_path_factory.mktemp("runs") / "killed"
+    folder = tmp_path_factory.mktemp("runs")
+    closed, killed = folder / "closed", folder / "killed"
+    records = [*made.training(4), made.finding(2)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(parts, "GROUP", 10)
-        with made.store(closed, roll=30) as store:
-            for record in [*made.training(4), made.finding(2)]:
-                store.write(record)
-            store.flush()
-            shutil.copytree(closed, killed)
+        made.write(closed, records, roll=30)
+    with made.store(folder / "open") as store:
+        for i, record in enumerate(records):
+            store.write(record)
+            if i % 3 == 0:
+                store.flush()
+        store.flush()
+        shutil.copytree(folder / "open", killed)
     return closed, killed
 
 
