@@ -91,7 +91,7 @@ def weights(found: Found, top: int | None, by: str) -> pd.DataFrame:
     c = found.columns
     names, name = found.names()
     moment = c["backward"].astype(np.int64) << 8 | c["stage"]
-    last = np.zeros(len(names), np.int64)
+    last = np.full(len(names), np.iinfo(np.int64).min)
     np.maximum.at(last, name, moment)
     rows = np.flatnonzero(moment == last[name])
     rows = rows[np.lexsort((c["rank"][rows], c["index"][rows], name[rows]))]

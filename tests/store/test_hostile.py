@@ -102,7 +102,7 @@ def damaged(draw, data):
 def test_a_damaged_file_gives_an_error_or_the_truth(tmp_path, runs, seeds):
     """Cut, flipped, overwritten: never another error, and no answer that is wrong without a word.
 
-    What a torn end has lost is in `notes`.
+    What a torn end has lost is in `notes`; what a tail lacks that was cut between two frames nobody can know.
     """
     truth = {run: ask(run) for run in runs}
     for seed in seeds:
@@ -114,8 +114,8 @@ def test_a_damaged_file_gives_an_error_or_the_truth(tmp_path, runs, seeds):
         before = path.read_bytes()
         path.write_bytes(damaged(draw, before))
         answers = ask(run)
-        gone = path.stat().st_size < 4096 or (path.suffix == ".jsonl" and path.read_bytes() in before)
-        if path.suffix == ".parquet" or not (open_notes(run) or gone):
+        shorter = before.startswith(path.read_bytes())  # as if the last records had never been written
+        if path.suffix == ".parquet" or not (shorter or open_notes(run)):
             for name in ("history", "some", "table", "weights", "scalars", "histograms"):
                 if not isinstance(answers[name], GradlensError):
                     pd.testing.assert_frame_equal(answers[name], truth[original][name], check_exact=True)
