@@ -76,8 +76,10 @@ class Updates:
         self._settle, self._close, self._fault, self._timed = settle, close, fault, timed
         self._stranger = stranger  # an optimizer stepped, and the lens was given none
         self.roles = [Role(optimizer, clock=i == len(optimizers) - 1) for i, optimizer in enumerate(optimizers)]
+        self._role_of = {id(optimizer): role for optimizer, role in zip(optimizers, self.roles, strict=True)}
         self._manual = Role(None, clock=True)  # stands in where the user moves the weights by hand
         self._handles: list[Any] = []
+        self._index: tuple[int, dict[int, Slot]] = (-1, {})
         self._pid = os.getpid()
 
     def attach(self) -> None:
@@ -128,10 +130,8 @@ class Updates:
             self._fault(where, error)
 
     def _role(self, optimizer: Optimizer) -> Role | None:
-        for role in self.roles:
-            if role.ref() is optimizer:
-                return role
-        return None
+        role = self._role_of.get(id(optimizer))
+        return role if role is not None and role.ref() is optimizer else None
 
     # --- one step ---------------------------------------------------------------------------------------------------
 
@@ -206,17 +206,19 @@ class Updates:
 
     def slots(self, role: Role) -> list[Slot]:
         """The slots whose parameters this optimizer moves; the clock also answers for those that no optimizer has."""
-        mine = _owned(role)
-        others: set[int] = set()
-        if role.clock:
-            for other in self.roles:
-                if other is not role:
-                    others |= _owned(other)
-        return [
-            slot
-            for slot in self._attachment.slots
-            if (t := slot.tensor()) is not None and (id(t) in mine or (role.clock and id(t) not in others))
-        ]
+        slots, mine = self._by_id(), _owned(role)
+        if not role.clock:
+            rows = self._gradients.rows
+            return sorted((slots[i] for i in mine if i in slots), key=rows.__getitem__)
+        others = set().union(*(_owned(other) for other in self.roles if other is not role)) - mine
+        return [slot for i, slot in slots.items() if i not in others]
+
+    def _by_id(self) -> dict[int, Slot]:
+        """The slots by their parameter's id, looked up once a pass: one optimizer a parameter may step inside it."""
+        task = torch._C._current_graph_task_id()
+        if task == -1 or task != self._index[0]:
+            self._index = (task, {id(t): slot for slot in self._attachment.slots if (t := slot.tensor()) is not None})
+        return self._index[1]
 
     def _rows(self, slots: Sequence[Slot]) -> list[int]:
         rows = self._gradients.rows
