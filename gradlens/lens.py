@@ -623,13 +623,10 @@ def _warn_of_strangers(optimizers: Sequence[torch.optim.Optimizer], attachment: 
 
 
 def _plan(attachment: Attachment, features: frozenset[str], stages: frozenset[str], memory: int) -> Plan:
-    tensors = [slot.tensor() for slot in attachment.slots]
     buffers = ("updates" in features and "used" in stages) + ("flips" in features) * len(stages)
-    shapes = [() if t is None else attachment.parameters.local_shape(i) for i, t in enumerate(tensors)]
-    more = [Evidence.BYTES * (2 if t is not None and t.is_complex() else 1) * ("evidence" in features) for t in tensors]
     named = [word for word in FEATURES if word in features and (word != "updates" or "used" in stages)]
-    sizes = [0 if t is None else t.element_size() for t in tensors]
-    return Plan(shapes, sizes, memory, buffers, more=more, what=" and ".join(named) or "nothing")
+    more = Evidence.BYTES * ("evidence" in features)
+    return Plan.of(attachment.parameters, memory, buffers, more=more, what=" and ".join(named) or "nothing")
 
 
 def _settings(

@@ -20,7 +20,7 @@ class Buffer:
     """
 
     def __init__(self, plan: Plan) -> None:
-        self._samples = plan.samples
+        self._plan, self._samples = plan, plan.samples
         self._parameters: Parameters | None = None
         self._rooms: dict[int, Tensor] = {}
         self._kept: dict[int, Tensor] = {}  # those of the rooms that are filled
@@ -29,16 +29,15 @@ class Buffer:
         """The buffer, for rows of these parameters."""
         if parameters is not self._parameters:
             self._parameters, self._rooms, self._kept = parameters, {}, {}
+            self._samples = self._plan.samples_of(parameters)
         return self
 
     def whole(self, row: int) -> bool:
         """Whether every entry of the row is kept."""
-        return row < len(self._samples) and self._samples[row].whole
+        return self._samples[row].whole
 
     def view(self, row: int, tensor: Tensor) -> Tensor:
-        """The entries of the tensor that the buffer has; none of a parameter that came after the plan was made."""
-        if row >= len(self._samples):
-            return tensor.reshape(-1)[:0]
+        """The entries of the tensor that the buffer has."""
         return self._samples[row].view(tensor)
 
     def get(self, row: int) -> Tensor | None:

@@ -14,9 +14,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from gradlens.errors import ArgumentError, ArgumentTypeError
+from gradlens.records import COMPLEX, Parameters
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40, "K": 2**10, "M": 2**20, "G": 2**30}
@@ -64,9 +66,12 @@ def _stride(numel: int, wanted: int, shape: Sequence[int]) -> int:
 class Plan:
     """How much of each parameter the buffers hold.
 
-    `allowance` bytes are shared by `buffers` copies of the parameters, and by `more` bytes an entry for `what` needs them. A
-    common cap on entries per parameter is chosen as large as the allowance permits, by bisection.
+    `allowance` bytes are shared by `buffers` copies of the parameters, and by `more` bytes a number for `what` needs them. A
+    common cap on entries per parameter is chosen as large as the allowance permits, by bisection; anew, when the model has
+    got other parameters.
     """
+
+    samples: list[Sample]
 
     def __init__(
         self,
@@ -76,16 +81,36 @@ class Plan:
         buffers: int,
         seed: int = 0,
         *,
-        more: Sequence[int] | int = 0,
+        more: int = 0,
+        pairs: Sequence[bool] | bool = False,
         what: str = "updates and flips",
     ):
-        numels = np.asarray([math.prod(shape) for shape in shapes], np.int64)
-        cost = np.asarray(itemsizes, np.int64) * buffers + np.asarray(more, np.int64)
+        self._allowance, self._buffers, self._seed, self._more = allowance, buffers, seed, more
         self.what = what
+        self._choose(shapes, itemsizes, pairs)
+
+    @classmethod
+    def of(cls, parameters: Parameters, allowance: int, buffers: int, *, more: int, what: str) -> Plan:
+        """For what this rank holds of a model's parameters."""
+        shapes, itemsizes, pairs = _sizes(parameters)
+        return cls(shapes, itemsizes, allowance, buffers, more=more, pairs=pairs, what=what)
+
+    def samples_of(self, parameters: Parameters) -> list[Sample]:
+        """The samples of these parameters, by row: those planned, or new ones if other parameters were planned for."""
+        sizes = _sizes(parameters)
+        if sizes[:2] != self._planned:
+            self._choose(*sizes)
+        return self.samples
+
+    def _choose(self, shapes: Sequence[Sequence[int]], itemsizes: Sequence[int], pairs: Sequence[bool] | bool) -> None:
+        """`pairs`: whether an entry is complex, two numbers."""
+        self._planned = (shapes, itemsizes)
+        numels = np.asarray([math.prod(shape) for shape in shapes], np.int64)
+        cost = np.asarray(itemsizes, np.int64) * self._buffers + self._more * (1 + np.asarray(pairs, np.int64))
         self.needed = int((numels * cost).sum())
-        cap = int(numels.max(initial=0)) if self.needed <= allowance else _cap(numels, cost, allowance)
-        rng = np.random.default_rng(seed)
-        self.samples: list[Sample] = []
+        cap = int(numels.max(initial=0)) if self.needed <= self._allowance else _cap(numels, cost, self._allowance)
+        rng = np.random.default_rng(self._seed)
+        self.samples = []
         for shape, numel in zip(shapes, numels.tolist(), strict=True):
             stride = _stride(numel, cap, shape) if numel > cap else 1
             start = int(rng.integers(stride)) if stride > 1 else 0
@@ -106,6 +131,13 @@ class Plan:
             f"buffers for {self.what}: {self.taken / 2**20:.1f} of {self.needed / 2**20:.1f} MiB allowed, "
             f"so they rest on a seeded sample of {self.share:.1%} of the weights (memory= raises it)"
         )
+
+
+def _sizes(parameters: Parameters) -> tuple[list[tuple[int, ...]], list[int], list[bool]]:
+    """Shapes and bytes an entry of what this rank holds, and whether it is complex; by row."""
+    shapes = [parameters.local_shape(row) for row in range(len(parameters))]
+    sizes = [getattr(torch, dtype).itemsize for dtype in parameters.dtypes]
+    return shapes, sizes, [dtype in COMPLEX for dtype in parameters.dtypes]
 
 
 def _cap(numels: np.ndarray, cost: np.ndarray, allowance: int) -> int:

@@ -62,7 +62,7 @@ class Streaming:
     """The feature `evidence`: takes each backward's partials, and answers for each parameter."""
 
     def __init__(self, plan: Plan) -> None:
-        self._plan = plan
+        self._plan, self._samples = plan, plan.samples
         self._parameters: Parameters | None = None
         self._forget()
         self.left_out = ""  #: why a backward or a step was, the last time
@@ -83,7 +83,7 @@ class Streaming:
         """Some parameters' own partials of one backward; each parameter once."""
         if parameters is not self._parameters:
             self._forget()  # rows mean other parameters from here on
-            self._parameters = parameters
+            self._parameters, self._samples = parameters, self._plan.samples_of(parameters)
         if backward != self._backward:
             self.ended()
             if not self._over:
@@ -146,9 +146,7 @@ class Streaming:
         self._evidence.step_done()
 
     def _view(self, row: int, g: Tensor) -> Tensor:
-        if row >= len(self._plan.samples):
-            return g.new_empty(0)  # it came after the allowance was shared out
-        return self._plan.samples[row].view(g.to_dense() if g.is_sparse else g)
+        return self._samples[row].view(g.to_dense() if g.is_sparse else g)
 
     def of(self, name: str) -> Followed | None:
         """What is known of a parameter's weights; None where nothing is."""
@@ -184,9 +182,7 @@ class Streaming:
         """The flat indices of the weights that are followed."""
         assert self._parameters is not None
         width = 2 if self._parameters.dtypes[row] in COMPLEX else 1
-        if row >= len(self._plan.samples):
-            return np.empty(0, np.int64)
-        sample = self._plan.samples[row]
+        sample = self._samples[row]
         entries = np.arange(size // width, dtype=np.int64)
         if not sample.whole:
             entries = sample.start + sample.stride * entries

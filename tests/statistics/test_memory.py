@@ -6,8 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
+import gradlens
 from gradlens.errors import ArgumentError, ArgumentTypeError
+from gradlens.records import Parameters
 from gradlens.statistics.memory import Plan, parse_bytes
 
 
@@ -81,3 +84,53 @@ def test_the_choice_is_described():
     assert "no room for updates and flips" in Plan([(10,)], [4], 0, 2).describe()
     assert "no buffers" in Plan([(10,)], [4], 2**20, 0).describe()
     assert "%" in Plan([(1000, 1000)], [4], 40_000, 1).describe()
+
+
+def model(*shapes, dtype="float32"):
+    return Parameters(tuple(f"p{i}" for i in range(len(shapes))), shapes, (dtype,) * len(shapes))
+
+
+def test_samples_are_chosen_anew_when_the_model_changes():
+    """Within the same allowance, by row, and not while parameters are as planned."""
+    plan = Plan.of(model((1000, 10), (10,)), 20_000, 1, more=0, what="flips")
+    first = plan.samples
+    assert plan.samples_of(model((1000, 10), (10,))) is first
+    grown = plan.samples_of(model((10,), (1000, 10), (1000, 10), (10,)))
+    assert [sample.whole for sample in grown] == [True, False, False, True]
+    assert plan.taken <= 20_000
+    assert plan.samples_of(model((1000, 10), (10,))) == first
+    assert [sample.whole for sample in plan.samples_of(model((4, 4)))] == [True]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "complex64"])
+def test_what_is_needed_follows_the_type(dtype):
+    """Bytes an entry of each copy, and `more` for each number, of which a complex entry has two."""
+    itemsize, numbers = getattr(torch, dtype).itemsize, 2 if dtype == "complex64" else 1
+    plan = Plan.of(model((7, 3), dtype=dtype), 10**6, 3, more=11, what="everything")
+    assert plan.needed == plan.taken == 21 * (3 * itemsize + 11 * numbers)
+    assert plan.needed == Plan([(7, 3)], [itemsize], 10**6, 3, more=11, pairs=numbers == 2).needed
+
+
+@pytest.mark.parametrize("memory", ["1MiB", 4_000])
+def test_parameters_that_come_later_have_buffers_too(memory):
+    """Adapters put into a watched model have updates, flips and evidence, and nobody calls them unmoved."""
+    torch.manual_seed(0)
+    net = nn.ModuleDict({"body": nn.Linear(16, 16), "head": nn.Linear(16, 2)})
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    with gradlens.watch(net, optimizer, memory=memory, features=("updates", "flips", "evidence")) as lens:
+        for step in range(8):
+            if step == 2:
+                net["adapter"] = nn.Linear(16, 16)
+                optimizer.add_param_group({"params": net["adapter"].parameters()})
+            optimizer.zero_grad()
+            for _ in range(2):
+                x = net["body"](torch.randn(8, 16))
+                (net["head"](x + net["adapter"](x) if "adapter" in net else x) ** 2).mean().backward()
+            optimizer.step()
+        table, weights = lens.table().set_index("parameter"), lens.weights("adapter.weight")
+    assert (table.loc["adapter.weight", ["update_ratio", "cosine"]] > 0).all()
+    assert (table["sampled"] == 1).all() == (memory == "1MiB")
+    assert weights["agree"].notna().sum() == (
+        256 if memory == "1MiB" else round(256 * table.loc["adapter.weight", "sampled"])
+    )
+    assert not [finding for finding in lens.findings() if finding.rule == "unmoved"]
