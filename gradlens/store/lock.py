@@ -1,11 +1,13 @@
 """One writer for each rank of a run directory.
 
 The lock is the operating system's: it ends with the process, however that ends. Forked children, such as the workers of a
-data loader, let go of it at once: they may outlive the process that writes.
+data loader, let go of it at once: they may outlive the process that writes. Where the file system has no locks (Lustre that
+is mounted without `flock`, some network drives), nobody is refused.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import time
@@ -13,6 +15,9 @@ import weakref
 from pathlib import Path
 
 from gradlens.errors import RunDirectoryError
+
+#: What a file system without locks says.
+_NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL}
 
 _held: weakref.WeakSet[Lock] = weakref.WeakSet()
 
@@ -34,6 +39,11 @@ class Lock:
             except BlockingIOError:
                 if patience is not None:
                     time.sleep(patience)
+            except OSError as error:
+                if error.errno in _NO_LOCKS:
+                    return
+                self.release()
+                raise
         self.release()
         raise RunDirectoryError(
             f"another lens is writing to {run} (rank {rank}): close() it first, or give this one a directory of its own"
@@ -47,7 +57,7 @@ class Lock:
 
 
 def held(run: Path, rank: int) -> bool:
-    """Whether somebody is writing."""
+    """Whether somebody is writing, or may be: where the file system has no locks, it cannot be known."""
     try:
         fd = os.open(_path(run, rank), os.O_RDONLY | os.O_CLOEXEC)
     except OSError:

@@ -1,5 +1,6 @@
 """The writer: one on a directory, durable within its interval, few files, and off for good when something fails."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -217,6 +218,30 @@ def test_a_second_lens_on_a_directory_is_an_error(tmp_path):
     assert not lock.held(tmp_path, 0)
     assert not lock.held(tmp_path, 7)
     assert segment.segments(tmp_path)[-1].key == Key(1, 0)
+
+
+@pytest.mark.parametrize("code", ["ENOSYS", "EOPNOTSUPP", "ENOLCK"])
+def test_a_file_system_without_locks_holds_a_run_all_the_same(tmp_path, monkeypatch, code):
+    """Some network file systems know no locks: nobody is refused there, and the records are written and read."""
+
+    def flock(fd, operation):
+        raise OSError(getattr(errno, code), os.strerror(getattr(errno, code)))
+
+    monkeypatch.setattr(lock.fcntl, "flock", flock)
+    same(open_run(made.write(tmp_path, made.training(2))).history(), frames.frame(made.training(2)))
+    made.write(tmp_path, made.training(1, first=2))
+    assert open_run(tmp_path).steps() == [0, 1, 2]
+
+
+def test_a_lock_that_fails_otherwise_is_an_error(tmp_path, monkeypatch):
+    """A disk that answers no question is not taken for one without locks."""
+
+    def flock(fd, operation):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(lock.fcntl, "flock", flock)
+    with pytest.raises(RunDirectoryError, match="Input/output error"):
+        Store(tmp_path, {})
 
 
 def test_a_forked_child_does_not_keep_the_lock(tmp_path):
