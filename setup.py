@@ -12,6 +12,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 FLAGS = ["-std=gnu99", "-O3", "-g0", "-fopenmp-simd", "-ffp-contract=off", "-fvisibility=hidden", "-pthread"]
+FLAGS += ["-fno-strict-aliasing"]  # one room for a block serves all types; measured: costs nothing
 
 
 class BuildLibrary(build_ext):

@@ -96,7 +96,7 @@ typedef struct {
 
 /* Room for one block. */
 typedef struct {
-    float narrow[3][BLOCK];
+    float narrow[OPERANDS][BLOCK];
     double wide[OPERANDS][BLOCK];
     uint64_t raw[OPERANDS][BLOCK];
     uint16_t keys[BLOCK];
@@ -544,20 +544,75 @@ static int64_t logical_index(const order *o, int64_t memory) {
     return index;
 }
 
-/* The block's entries that are among the largest. `o` is NULL where memory order is logical order. */
-#define FIND(name, real)                                                                                                          \
-    INLINE void name(largest *top, const real *g, const real *w, int n, int64_t start, const order *o) {                         \
-        for (int i = 0; i < n; i++) {                                                                                             \
-            double magnitude = fabs((double)g[i]);                                                                                \
-            if (!(magnitude <= DBL_MAX) || (top->count == TOP && magnitude < top->magnitude[TOP - 1]))                            \
+/* A lower bound of the logical index of all entries at and after this place in memory. */
+static int64_t least_index(const order *o, int64_t memory) { return o->axes ? memory / o->memory[0] * o->logical[0] : 0; }
+
+/* Whether a block can have an entry that is among the largest; `above` is its largest magnitude. */
+static int may_belong(const largest *top, double above, int64_t start, const order *o) {
+    if (top->count < TOP || above > top->magnitude[TOP - 1])
+        return 1;
+    return o && above == top->magnitude[TOP - 1] && least_index(o, start) < top->index[TOP - 1];
+}
+
+enum { RUN = 32 };
+
+/* The block's entries that are among the largest. `o` is NULL where memory order is logical order.
+ *
+ * Runs whose peak is too small are passed over. Where more of the block than TOP seem to belong, as at the start, or when
+ * magnitudes rise, the bar is raised first: at least TOP of RUN lanes' peaks are as large as the TOPth largest of them. */
+#define FIND(name, real, magnitude_of, finite)                                                                                    \
+    INLINE real name##_bar(const real *g, int n) {                                                                                \
+        real lane[RUN], best[TOP];                                                                                                \
+        for (int j = 0; j < RUN; j++)                                                                                             \
+            lane[j] = -1;                                                                                                         \
+        for (int i = 0; i + RUN <= n; i += RUN)                                                                                   \
+            for (int j = 0; j < RUN; j++) {                                                                                       \
+                real a = magnitude_of(g[i + j]);                                                                                  \
+                a = a <= finite ? a : -1;                                                                                         \
+                lane[j] = a > lane[j] ? a : lane[j];                                                                              \
+            }                                                                                                                     \
+        for (int j = 0; j < RUN; j++) {                                                                                           \
+            int at = j < TOP ? j : TOP - 1;                                                                                       \
+            if (j >= TOP && lane[j] <= best[at])                                                                                  \
                 continue;                                                                                                         \
-            int64_t index = o ? logical_index(o, start + i) : start + i;                                                          \
-            if (belongs(top, magnitude, index))                                                                                   \
-                insert(top, magnitude, (double)g[i] + 0.0, index, w ? (double)w[i] : NAN);                                        \
+            for (; at > 0 && best[at - 1] < lane[j]; at--)                                                                        \
+                best[at] = best[at - 1];                                                                                          \
+            best[at] = lane[j];                                                                                                   \
+        }                                                                                                                         \
+        return best[TOP - 1];                                                                                                     \
+    }                                                                                                                             \
+                                                                                                                                  \
+    INLINE int name##_count(const real *g, int n, real bar) {                                                                     \
+        int count = 0;                                                                                                            \
+        for (int i = 0; i < n; i++) {                                                                                             \
+            real a = magnitude_of(g[i]);                                                                                          \
+            count += a >= bar && a <= finite;                                                                                     \
+        }                                                                                                                         \
+        return count;                                                                                                             \
+    }                                                                                                                             \
+                                                                                                                                  \
+    INLINE void name(largest *top, const real *g, const real *w, int n, int64_t start, const order *o) {                         \
+        real bar = top->count < TOP ? 0 : (real)top->magnitude[TOP - 1];                                                          \
+        if (name##_count(g, n, bar) > TOP) {                                                                                      \
+            real higher = name##_bar(g, n);                                                                                       \
+            bar = higher > bar ? higher : bar;                                                                                    \
+        }                                                                                                                         \
+        for (int run = 0; run < n; run += RUN) {                                                                                  \
+            int stop = run + RUN < n ? run + RUN : n;                                                                             \
+            if (!name##_count(g + run, stop - run, bar))                                                                          \
+                continue;                                                                                                         \
+            for (int i = run; i < stop; i++) {                                                                                    \
+                real magnitude = magnitude_of(g[i]);                                                                              \
+                if (!(magnitude >= bar && magnitude <= finite))                                                                   \
+                    continue;                                                                                                     \
+                int64_t index = o ? logical_index(o, start + i) : start + i;                                                      \
+                if (belongs(top, magnitude, index))                                                                               \
+                    insert(top, magnitude, (double)g[i] + 0.0, index, w ? (double)w[i] : NAN);                                    \
+            }                                                                                                                     \
         }                                                                                                                         \
     }
-FIND(find_float, float)
-FIND(find_double, double)
+FIND(find_float, float, fabsf, FLT_MAX)
+FIND(find_double, double, fabs, DBL_MAX)
 
 /* Entries [start, stop) of a tensor. */
 INLINE void summarize_piece(const task *t, const int64_t *layouts, int64_t start, int64_t stop, state *s, room *r) {
@@ -597,7 +652,7 @@ INLINE void summarize_piece(const task *t, const int64_t *layouts, int64_t start
             careful(s, y[G], y[W], y[PREVIOUS], n, r->keys, &above);
         }
         count_keys(s, r->keys, n);
-        if (s->top.count < TOP || above > s->top.magnitude[TOP - 1] || (o && above == s->top.magnitude[TOP - 1])) {
+        if (may_belong(&s->top, above, at, o)) {
             if (done)
                 find_float(&s->top, x[G], x[W], n, at, o);
             else
@@ -668,63 +723,129 @@ static void write_summary(const task *t, state *s, double *row) {
 
 /* --- compare ------------------------------------------------------------------------------------------------------------------ */
 
-INLINE void compare_piece(const task *t, const int64_t *layouts, int64_t start, int64_t stop, state *s, room *r) {
-    walk walks[OPERANDS];
-    for (int operand = 0; operand < OPERANDS; operand++)
-        if (t->pointer[operand])
-            walks[operand] = walk_of(t, layouts, operand);
-    double *u = s->update;
-    for (int64_t at = start; at < stop; at += BLOCK) {
-        int n = (int)(stop - at < BLOCK ? stop - at : BLOCK);
-        const double *x[OPERANDS] = {NULL, NULL, NULL, NULL};
-        for (int operand = 0; operand < OPERANDS; operand++)
-            if (t->pointer[operand])
-                x[operand] = wide(line_of(&walks[operand], at, n, r->raw[operand]), walks[operand].type, n, r->narrow[0],
-                                  r->wide[operand]);
-        const double *before = x[BEFORE], *after = x[AFTER], *used = x[USED], *loss = x[LOSS];
-        double squares = 0, before_squares = 0;
+INLINE void add_moves(double *u, const float *used, const float *before, const float *after, const float *loss, int n,
+                      const int has_used, const int has_loss) {
+    double squares = 0, before_squares = 0, used_squares = 0, dot = 0, loss_dot = 0;
+#pragma omp simd reduction(+ : squares, before_squares, used_squares, dot, loss_dot)
+    for (int i = 0; i < n; i++) {
+        double w = before[i], dw = (double)after[i] - w;
+        squares += dw * dw;
+        before_squares += w * w;
+        if (has_used) {
+            double g = used[i];
+            used_squares += g * g;
+            dot += g * dw;
+        }
+        if (has_loss)
+            loss_dot += (double)loss[i] * dw;
+    }
+    u[UPDATE_SQUARE_SUM] += squares;
+    u[UPDATE_BEFORE_SQUARE_SUM] += before_squares;
+    u[UPDATE_USED_SQUARE_SUM] += used_squares;
+    u[UPDATE_DOT] += dot;
+    u[UPDATE_LOSS_DOT] += loss_dot;
+}
+
+/* Whether the block was all finite and is done. */
+INLINE int compare_fast(double *u, const float *used, const float *before, const float *after, const float *loss, int n) {
+    if (largest_bits(before, n) >= INFINITE_BITS || largest_bits(after, n) >= INFINITE_BITS ||
+        (used && largest_bits(used, n) >= INFINITE_BITS) || (loss && largest_bits(loss, n) >= INFINITE_BITS))
+        return 0;
+    if (used) {
+        uint32_t moving = 0, against = 0, stuck = 0;
+#pragma omp simd reduction(+ : moving, against, stuck)
+        for (int i = 0; i < n; i++) {
+            uint32_t asked = used[i] != 0, moved = after[i] != before[i];
+            moving += asked & moved;
+            against += asked & moved & ((used[i] > 0) == (after[i] > before[i]));
+            stuck += asked & !moved;
+        }
+        u[UPDATE_MOVING] += moving;
+        u[UPDATE_AGAINST] += against;
+        u[UPDATE_STUCK] += stuck;
+    }
+    if (used && loss)
+        add_moves(u, used, before, after, loss, n, 1, 1);
+    else if (used)
+        add_moves(u, used, before, after, loss, n, 1, 0);
+    else
+        add_moves(u, used, before, after, loss, n, 0, loss != NULL);
+    return 1;
+}
+
+INLINE void compare_careful(double *u, const double *used, const double *before, const double *after, const double *loss, int n) {
+    double squares = 0, before_squares = 0;
 #pragma omp simd reduction(+ : squares, before_squares)
+    for (int i = 0; i < n; i++) {
+        double dw = after[i] - before[i];
+        int64_t fine = is_finite(dw);
+        double d = fine ? dw : 0, b = fine ? before[i] : 0;
+        squares += d * d;
+        before_squares += b * b;
+    }
+    u[UPDATE_SQUARE_SUM] += squares;
+    u[UPDATE_BEFORE_SQUARE_SUM] += before_squares;
+    if (used) {
+        double used_squares = 0, dot = 0;
+        int64_t moving = 0, against = 0, stuck = 0;
+#pragma omp simd reduction(+ : used_squares, dot, moving, against, stuck)
         for (int i = 0; i < n; i++) {
             double dw = after[i] - before[i];
-            int64_t fine = is_finite(dw);
-            double d = fine ? dw : 0, b = fine ? before[i] : 0;
-            squares += d * d;
-            before_squares += b * b;
+            int64_t fine = is_finite(dw) & is_finite(used[i]);
+            double d = fine ? dw : 0, g = fine ? used[i] : 0;
+            int64_t asked = g != 0, moved = d != 0;
+            used_squares += g * g;
+            dot += g * d;
+            moving += asked & moved;
+            against += asked & moved & ((g > 0) == (d > 0));
+            stuck += asked & !moved;
         }
-        u[UPDATE_SQUARE_SUM] += squares;
-        u[UPDATE_BEFORE_SQUARE_SUM] += before_squares;
-        if (used) {
-            double used_squares = 0, dot = 0;
-            int64_t moving = 0, against = 0, stuck = 0;
-#pragma omp simd reduction(+ : used_squares, dot, moving, against, stuck)
-            for (int i = 0; i < n; i++) {
-                double dw = after[i] - before[i];
-                int64_t fine = is_finite(dw) & is_finite(used[i]);
-                double d = fine ? dw : 0, g = fine ? used[i] : 0;
-                int64_t asked = g != 0, moved = d != 0;
-                used_squares += g * g;
-                dot += g * d;
-                moving += asked & moved;
-                against += asked & moved & ((g > 0) == (d > 0));
-                stuck += asked & !moved;
-            }
-            u[UPDATE_USED_SQUARE_SUM] += used_squares;
-            u[UPDATE_DOT] += dot;
-            u[UPDATE_MOVING] += (double)moving;
-            u[UPDATE_AGAINST] += (double)against;
-            u[UPDATE_STUCK] += (double)stuck;
-        }
-        if (loss) {
-            double dot = 0;
+        u[UPDATE_USED_SQUARE_SUM] += used_squares;
+        u[UPDATE_DOT] += dot;
+        u[UPDATE_MOVING] += (double)moving;
+        u[UPDATE_AGAINST] += (double)against;
+        u[UPDATE_STUCK] += (double)stuck;
+    }
+    if (loss) {
+        double dot = 0;
 #pragma omp simd reduction(+ : dot)
-            for (int i = 0; i < n; i++) {
-                double dw = after[i] - before[i];
-                int64_t fine = is_finite(dw) & is_finite(loss[i]);
-                double d = fine ? dw : 0, g = fine ? loss[i] : 0;
-                dot += g * d;
-            }
-            u[UPDATE_LOSS_DOT] += dot;
+        for (int i = 0; i < n; i++) {
+            double dw = after[i] - before[i];
+            int64_t fine = is_finite(dw) & is_finite(loss[i]);
+            double d = fine ? dw : 0, g = fine ? loss[i] : 0;
+            dot += g * d;
         }
+        u[UPDATE_LOSS_DOT] += dot;
+    }
+}
+
+INLINE void compare_piece(const task *t, const int64_t *layouts, int64_t start, int64_t stop, state *s, room *r) {
+    walk walks[OPERANDS];
+    int is_wide = 0;
+    for (int operand = 0; operand < OPERANDS; operand++)
+        if (t->pointer[operand]) {
+            walks[operand] = walk_of(t, layouts, operand);
+            is_wide |= walks[operand].type == FLOAT64;
+        }
+    for (int64_t at = start; at < stop; at += BLOCK) {
+        int n = (int)(stop - at < BLOCK ? stop - at : BLOCK);
+        const void *lines[OPERANDS] = {NULL, NULL, NULL, NULL};
+        const float *x[OPERANDS] = {NULL, NULL, NULL, NULL};
+        const double *y[OPERANDS] = {NULL, NULL, NULL, NULL};
+        for (int operand = 0; operand < OPERANDS; operand++)
+            if (t->pointer[operand])
+                lines[operand] = line_of(&walks[operand], at, n, r->raw[operand]);
+        if (!is_wide) {
+            for (int operand = 0; operand < OPERANDS; operand++)
+                if (lines[operand])
+                    x[operand] = narrow(lines[operand], walks[operand].type, n, r->narrow[operand]);
+            if (compare_fast(s->update, x[USED], x[BEFORE], x[AFTER], x[LOSS], n))
+                continue;
+        }
+        for (int operand = 0; operand < OPERANDS; operand++)
+            if (lines[operand])
+                y[operand] = wide(lines[operand], walks[operand].type, n, r->narrow[operand], r->wide[operand]);
+        compare_careful(s->update, y[USED], y[BEFORE], y[AFTER], y[LOSS], n);
     }
 }
 
