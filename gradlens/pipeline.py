@@ -52,6 +52,11 @@ def shielded() -> Iterator[None]:
             yield
 
 
+def recording() -> bool:
+    """Whether a CUDA graph is being captured: what is launched now would run at each replay, and hooks never again."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
 class Faults:
     """What went wrong on our side: counted, named once, and after some times switched off."""
 
@@ -243,12 +248,29 @@ class Pipeline:
     def _do(self, where: str, call: Callable, *args: Any) -> None:
         if self.faults.off(where):
             return
+        if recording():
+            self._leave_out_recorded()
+            return
         with self._timed:
             try:
                 with shielded():
                     call(*args)
             except Exception as error:  # noqa: BLE001 - nothing of ours is raised in a training step
                 self.faults(where, error)
+
+    def _leave_out_recorded(self) -> None:
+        if "graph" in self._told:
+            return
+        self._told.add("graph")
+        self.tell(
+            Finding(
+                rule="cuda-graph",
+                step=self.faults.step(),
+                severity=Severity.WARNING,
+                seen="a step was captured as a CUDA graph: it was not read, nor will replays be, for no hook runs in them",
+                remedy="watch the steps before the capture, or train without the graph for as long as you want to look",
+            )
+        )
 
     def _fold(self, evidence: Streaming, step: int) -> None:
         evidence.step_done()

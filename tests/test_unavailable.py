@@ -3,6 +3,7 @@
 import pytest
 
 import gradlens
+from gradlens import kernels, pipeline
 from gradlens.records import Severity
 from gradlens.testing import RecordingWriter, healthy
 
@@ -81,3 +82,21 @@ def test_it_is_said_at_the_start_and_everywhere():
     assert writer.findings == heard == lens.findings()
     assert len(heard) == 1
     assert "memory" in lens.report()
+
+
+def test_a_captured_graph_is_left_alone(monkeypatch):
+    """While CUDA captures a graph nothing of ours is launched, and a warning says that the replays are not read."""
+    case = healthy()
+    with gradlens.watch(case.model, case.optimizer, rules=()) as lens:
+        case.train(2)
+        monkeypatch.setattr(pipeline, "recording", lambda: True)
+        monkeypatch.setattr(kernels, "summarize", None)  # not to be asked
+        case.train(2, first=2)
+        monkeypatch.undo()
+        case.train(2, first=4)
+        lens.flush()
+        (finding,) = lens.findings()
+        assert finding.rule == "cuda-graph"
+        assert finding.step == 2
+        assert "nor will replays" in finding.seen
+        assert sorted(lens.history()["step"].unique()) == [0, 1, 4, 5]
