@@ -7,7 +7,6 @@ import contextlib
 import os
 import sys
 import threading
-import warnings
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -18,33 +17,29 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradlens import frames, ranks
+from gradlens import arguments, frames, ranks, weights
 from gradlens.analysis import rules as default_rules
-from gradlens.capture.attachment import Attachment, Slot, Target
+from gradlens.capture.attachment import Attachment, Target
 from gradlens.capture.clock import Clock
 from gradlens.capture.live import Capture
-from gradlens.capture.sharding import piece, summand
-from gradlens.capture.updates import inner
 from gradlens.errors import (
     ArgumentError,
-    ArgumentTypeError,
     ClosedError,
-    GradlensWarning,
     NothingCapturedError,
     StepError,
-    choice,
     nearest,
 )
 from gradlens.meter import Meter, Overhead, Pace, Stopwatch
 from gradlens.noise import DECAY, NoiseScale, measured
-from gradlens.pipeline import Faults, Pipeline, plain, shielded
-from gradlens.records import Finding, Parameters, Severity, Snapshot, Stage
+from gradlens.pipeline import Faults, Pipeline, shielded
+from gradlens.records import Finding, Severity, Snapshot, Stage
 from gradlens.schedules import Schedule, as_schedule
 from gradlens.selection import Select
 from gradlens.statistics.evidence import Evidence
 from gradlens.statistics.memory import Plan, parse_bytes
-from gradlens.statistics.streaming import Followed, Q, describe
+from gradlens.statistics.streaming import describe
 from gradlens.unavailable import unavailable
+from gradlens.weights import Held
 from gradlens.writers import report as page
 from gradlens.writers.background import Background
 from gradlens.writers.base import Writer
@@ -52,11 +47,6 @@ from gradlens.writers.exchange import PARTING, PATIENCE, Pooled, Sender
 
 if TYPE_CHECKING:
     import pandas as pd
-
-FEATURES = ("updates", "flips", "evidence")
-ON_FINDING = ("record", "warn", "raise")
-ORDERS = ("sensitivity", "saliency", "value", "partial")
-ROWS = 1_000_000  #: weights() gives no more rows than this without `top` or `name`: a DataFrame of them takes about 0.3 GB
 
 #: Lenses that are open. The package holds them, so that an unassigned `gradlens.watch(...)` works.
 _open_lenses: set[Lens] = set()
@@ -85,7 +75,7 @@ class Lens:
         local: bool,
     ) -> None:
         attachment = Attachment(target, select)
-        _warn_of_strangers(optimizers, attachment, target)
+        arguments.warn_of_strangers(optimizers, attachment)
         self._run = run
         self._faults = Faults()
         asked = features
@@ -138,7 +128,7 @@ class Lens:
 
     def table(self, step: int | None = None, *, stage: str | None = None) -> pd.DataFrame:
         """One row a parameter: that step's last stage read, the latest step by default."""
-        _check_stage(stage)
+        arguments.check_stage(stage)
         self._catch_up()
         return frames.frame([self._history_at(step, stage)])
 
@@ -154,7 +144,7 @@ class Lens:
 
     def names(self) -> list[str]:
         """The parameters, in model order; a tied one once, by its first name."""
-        return [slot.name for slot in self._slots()]
+        return [held.name for held in self._all_held()]
 
     def gradient(self) -> Tensor:
         """All partials in one flat tensor, in the order of `names()`: the gradient. Parameters without one give zeros.
@@ -162,11 +152,11 @@ class Lens:
         On the parameters' common device, else the CPU; of their common dtype, else float32. An error where this rank holds
         pieces of it only.
         """
-        slots = self._slots()
-        _require_whole(slots)
-        self._require_gradients(slots)
+        everything = self._all_held()
+        weights.check_whole(everything)
+        self._require_gradients(everything)
         with shielded():
-            parts = [self._partials(slot) for slot in slots]
+            parts = [held.partials(self._scale(held)) for held in everything]
             devices, dtypes = {p.device for p in parts}, {p.dtype for p in parts}
             device = devices.pop() if len(devices) == 1 else torch.device("cpu")
             dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
@@ -186,53 +176,40 @@ class Lens:
         Of a distributed tensor: the weights that this rank holds, by their index in the whole. `attrs["summands"]` names the
         parameters whose partials the ranks have yet to add.
         """
-        if by not in ORDERS:
-            raise choice("by", by, ORDERS)
-        if top is not None and (isinstance(top, bool) or not isinstance(top, int) or top < 1):
-            raise ArgumentError(f"top is a whole number of weights of at least 1, not {top!r}")
-        slots = self._slots() if name is None else [self._slot(name)]
+        weights.check_order(top, by)
+        asked = self._all_held() if name is None else [self._held(name)]
         self._capture.poll()
-        if not any(_gradient(slot) is not None for slot in self._slots()):
-            return self._kept_weights(slots, top, by)
-        count = sum(_numel(slot, here=True) for slot in slots)
-        if top is None and name is None and count > ROWS:
-            raise ArgumentError(
-                f"weights() would give {count:,} rows; ask for the most important with top=100, or for one parameter with "
-                f"name={slots[0].name!r}"
-            )
+        if not self._has_gradients():
+            return self._kept_weights(asked, top, by)
+        if top is None and name is None:
+            weights.check_rows(asked)
         with shielded():
-            result = _ordered(_concat([self._weights_of(slot, top, by) for slot in slots]), top, by)
-            self._add_evidence(result, slots)
-        summands = [slot.name for slot in slots if summand(_gradient(slot))]
+            result = weights.joined([held.frame(self._scale(held), top, by) for held in asked], top, by)
+            self._add_evidence(result, asked)
+        summands = [held.name for held in asked if held.summand]
         result.attrs.update({"summands": summands} if summands else {})
         return self._stamped(result, self._clock.open)
 
     def explain(self, name: str, index: int | Sequence[int] = ()) -> str:
         """One paragraph on one weight: its partial, what that means, and how it compares."""
-        slot = self._slot(name)
+        held = self._held(name)
         self._catch_up()
         at = (index,) if isinstance(index, int) else tuple(index)
-        shape = _weight_shape(slot)
-        if len(at) != len(shape) or not all(-size <= i < size for i, size in zip(at, shape, strict=True)):
-            raise ArgumentError(f"{name} has shape {shape}; {at} is not the index of one of its weights")
-        at = tuple(int(i) % size for i, size in zip(at, shape, strict=True))
-        self._require_gradients([slot])
+        whole, here = held.at(at)
+        self._require_gradients([held])
         with shielded():
-            partials, values = self._partials(slot), _reals(_local(slot))
-            whole = int(np.ravel_multi_index(at, shape)) if shape else 0
-            flat = _here(slot, at, whole)
-            partial = float(partials[flat])
-            followed = self._followed(slot)
-            evidence = "" if followed is None else describe(followed.columns(np.asarray([flat])), followed.backwards)
+            partials, value = held.partials(self._scale(held)), float(held.values()[here])
+            partial = float(partials[here])
             larger = int((partials.abs() > abs(partial)).sum()) if np.isfinite(partial) else partials.numel()
+            evidence = self._evidence_of(held, here)
         return page.explain(
-            name,
-            at,
-            value=float(values[flat]),
+            held.name,
+            tuple(int(i) % size for i, size in zip(at, held.shape, strict=True)),
+            value=value,
             partial=partial,
             rank=larger + 1,
             numel=partials.numel(),
-            history=self._seen(slot.name, whole),
+            history=self._seen(held.name, whole),
             evidence=evidence,
         )
 
@@ -271,7 +248,7 @@ class Lens:
         """
         self._require_open("observe()")
         given = {"loss": loss, "batch_size": batch_size, **scalars}
-        self._clock.observe({name: _scalar(name, value) for name, value in given.items() if value is not None})
+        self._clock.observe({name: arguments.number_of(name, value) for name, value in given.items() if value is not None})
 
     def step(self) -> None:
         """The step ends here: for loops without an optimizer."""
@@ -341,15 +318,19 @@ class Lens:
         if self._closed:
             raise ClosedError(f"lens.{call} after close(): this lens sees nothing any more; call gradlens.watch() again")
 
-    def _slots(self) -> list[Slot]:
-        return [slot for slot in self._capture.attachment.slots if slot.tensor() is not None]
+    def _all_held(self) -> list[Held]:
+        slots = self._capture.attachment.slots
+        return [Held(slot, tensor) for slot in slots if (tensor := slot.tensor()) is not None]
 
-    def _slot(self, name: str) -> Slot:
-        slots = {slot.name: slot for slot in self._slots()}
-        found = slots.get(self._capture.attachment.aliases.get(name, name))
+    def _held(self, name: str) -> Held:
+        everything = {held.name: held for held in self._all_held()}
+        found = everything.get(self._capture.attachment.aliases.get(name, name))
         if found is None:
-            raise ArgumentError(f"there is no watched parameter {name!r}{nearest(str(name), slots)}")
+            raise ArgumentError(f"there is no watched parameter {name!r}{nearest(str(name), everything)}")
         return found
+
+    def _scale(self, held: Held) -> float | Tensor:
+        return self._capture.scale_now(held.slot)
 
     def _history_at(self, step: int | None, stage: str | None) -> Snapshot:
         history = self._pipeline.history
@@ -364,82 +345,42 @@ class Lens:
                 f"{', '.join(sorted({str(s.stage) for s in history}))}"
             ) from error
 
-    def _partials(self, slot: Slot) -> Tensor:
-        """This parameter's partials as they are in `.grad`, flat, unscaled; zeros where there are none."""
-        gradient, weight = _gradient(slot), _local(slot)
-        if gradient is None:
-            return torch.zeros_like(_reals(weight))
-        flat = _reals(plain(gradient))
-        scale = self._capture.scale_now(slot)
-        return flat.clone() if isinstance(scale, float) and scale == 1.0 else flat / scale
+    def _has_gradients(self) -> bool:
+        return any(held.gradient is not None for held in self._all_held())
 
-    def _require_gradients(self, slots: Sequence[Slot]) -> None:
+    def _require_gradients(self, asked: Sequence[Held]) -> None:
         self._capture.poll()
-        if any(_gradient(slot) is not None for slot in slots):
+        if any(held.gradient is not None for held in asked):
             return
         if not self._pipeline.count:
             raise NothingCapturedError(_nothing(self._closed))
-        if len(slots) == 1 and any(_gradient(slot) is not None for slot in self._slots()):
+        if len(asked) == 1 and self._has_gradients():
             return  # this one is absent: its partials are 0
         raise NothingCapturedError(
             "the gradients are gone (zero_grad() was called); ask between backward() and zero_grad(), or ask "
             "weights(top=k), which answers from what was kept"
         )
 
-    def _weights_of(self, slot: Slot, top: int | None, by: str) -> pd.DataFrame:
-        partials, values = self._partials(slot).double(), _reals(_local(slot)).double()
-        index = torch.arange(partials.numel(), device=partials.device)
-        if top is not None and top < partials.numel():
-            index = torch.topk(_key(partials, values, by), top).indices
-        at = _place(slot).whole_index(0, index.cpu().numpy())
-        return frames.weights(slot.name, _weight_shape(slot), at, values[index].cpu().numpy(), partials[index].cpu().numpy())
-
-    def _kept_weights(self, slots: Sequence[Slot], top: int | None, by: str) -> pd.DataFrame:
+    def _kept_weights(self, asked: Sequence[Held], top: int | None, by: str) -> pd.DataFrame:
         self._catch_up()
-        latest = self._pipeline.history.latest()
-        if latest is None:
+        if self._pipeline.history.latest() is None:
             raise NothingCapturedError(_nothing(self._closed))
         if top is None:
-            self._require_gradients(slots)
+            self._require_gradients(asked)
         snapshot = self._pipeline.history.at()
-        parts = []
-        for slot in slots:
-            row = snapshot.parameters.position.get(slot.name)
-            if row is not None and snapshot.top is not None:
-                index = snapshot.top.index[row]
-                kept = index >= 0
-                parts.append(
-                    frames.weights(
-                        slot.name,
-                        _weight_shape(slot),
-                        index[kept],
-                        snapshot.top.value[row][kept],
-                        snapshot.top.partial[row][kept],
-                    )
-                )
-        result = _ordered(_concat(parts), top, by)
+        result = weights.kept(snapshot, asked, top, by)
         with shielded():
-            self._add_evidence(result, slots)
+            self._add_evidence(result, asked)
         result.attrs.update(step=snapshot.step, stage=str(snapshot.stage))
         return result
 
-    def _followed(self, slot: Slot) -> Followed | None:
-        return None if self._pipeline.evidence is None else self._pipeline.evidence.of(slot.name)
+    def _add_evidence(self, frame: pd.DataFrame, asked: Sequence[Held]) -> None:
+        if self._pipeline.evidence is not None:
+            weights.add_evidence(frame, asked, self._pipeline.evidence.of)
 
-    def _add_evidence(self, frame: pd.DataFrame, slots: Sequence[Slot]) -> None:
-        """The columns of the feature `evidence`; empty for weights that are not followed, or not yet."""
-        if self._pipeline.evidence is None:
-            return
-        for column in Followed.COLUMNS:
-            frame[column] = np.full(len(frame), None, object) if column == "verdict" else np.nan
-        for slot in slots:
-            mine = np.flatnonzero(frame["parameter"] == slot.name)
-            followed = self._followed(slot) if len(mine) else None
-            if followed is not None:
-                at = _place(slot).local_index(0, _flat_index(frame["index"].iloc[mine], _weight_shape(slot)))
-                for column, values in followed.columns(at).items():
-                    frame.iloc[mine, frame.columns.get_loc(column)] = values  # type: ignore[index]
-                frame.attrs.update(backwards=followed.backwards, false_discovery_rate=Q)
+    def _evidence_of(self, held: Held, here: int) -> str:
+        followed = None if self._pipeline.evidence is None else self._pipeline.evidence.of(held.name)
+        return "" if followed is None else describe(followed.columns(np.asarray([here])), followed.backwards)
 
     def _stamped(self, frame: pd.DataFrame, before: bool) -> pd.DataFrame:
         averaged = ranks.count() > 1 and self._capture.gradients.averaged
@@ -504,28 +445,22 @@ def watch(
     Raises:
         gradlens.GradlensError: an argument that cannot be meant; nothing is attached then.
     """
-    stages = _stages(stage)
-    chosen = _words("features", features, FEATURES)
-    if not callable(on_finding) and on_finding not in ON_FINDING:
-        raise choice("on_finding", str(on_finding), ON_FINDING)
-    if budget is not None and not 0 < budget <= 1:
-        raise ArgumentError(f"budget is a share of the training time between 0 and 1, such as 0.01, not {budget!r}")
-    if isinstance(first_step, bool) or not isinstance(first_step, int) or first_step < 0:
-        raise ArgumentError(f"first_step is the number of a step, 0 or more, not {first_step!r}")
-    if scaler is not None and not isinstance(scaler, torch.amp.GradScaler):
-        raise ArgumentTypeError(f"scaler is a torch.amp.GradScaler, not {type(scaler).__name__}")
+    arguments.check_on_finding(on_finding)
+    arguments.check_budget(budget)
+    arguments.check_first_step(first_step)
+    arguments.check_scaler(scaler)
     lens = Lens(
         target,
-        _optimizers(optimizer),
+        arguments.optimizers_of(optimizer),
         run=None if run is None else Path(run),
-        writers=_writers(writers),
+        writers=arguments.writers_of(writers),
         schedule=as_schedule(schedule),
         select=select,
-        stages=stages,
+        stages=arguments.stages_of(stage),
         scaler=scaler,
-        features=chosen,
+        features=arguments.features_of(features),
         memory=parse_bytes(memory),
-        rules=_rules(rules),
+        rules=arguments.rules_of(rules),
         on_finding=on_finding,
         budget=budget,
         first_step=first_step,
@@ -536,95 +471,18 @@ def watch(
 
 
 def _announce(lens: Lens) -> None:
-    slots = lens._slots()
+    held = lens._all_held()
+    size = f"{len(held)} parameters, {sum(each.numel() for each in held):,} weights"
     where = "" if lens._run is None else f"; records go to {lens._run}"
     print(
-        f"gradlens: watching {len(slots)} parameters, {sum(map(_numel, slots)):,} weights{where}; {lens._plan.describe()}",
+        f"gradlens: watching {size}{where}; {lens._plan.describe()}",
         file=sys.stderr,
     )
 
 
-def _check_stage(stage: str | None) -> None:
-    if stage is not None and stage not in list(Stage):
-        raise choice("stage", str(stage), list(Stage))
-
-
-def _stages(given: str | Iterable[str] | None) -> frozenset[str]:
-    if given is None:
-        return frozenset({"reduced", "used"} if ranks.count() > 1 else {"backward", "used"})
-    return _words("stage", [given] if isinstance(given, str) else given, list(Stage), empty=False)
-
-
-def _words(what: str, given: Iterable[str], allowed: Sequence[str], *, empty: bool = True) -> frozenset[str]:
-    if isinstance(given, str):
-        given = [given]
-    words = list(given)
-    for word in words:
-        if word not in list(allowed):
-            raise choice(what, str(word), allowed)
-    if not words and not empty:
-        raise ArgumentError(f"{what} is empty; name one or several of {', '.join(map(repr, map(str, allowed)))}")
-    return frozenset(str(word) for word in words)
-
-
-def _optimizers(given: Any) -> list[torch.optim.Optimizer]:
-    if given is None:
-        return []
-    listed = list(given) if isinstance(given, list | tuple | set | frozenset) else [given]
-    result = [inner(optimizer) for optimizer in listed]
-    for optimizer, original in zip(result, listed, strict=True):
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            hint = "; the model comes first: watch(model, optimizer)" if isinstance(original, torch.nn.Module) else ""
-            raise ArgumentTypeError(
-                f"optimizer is a torch.optim.Optimizer, or a list of them, not {type(original).__name__}{hint}"
-            )
-    return result
-
-
-def _writers(given: Iterable[Writer]) -> list[Writer]:
-    result = list(given)
-    for writer in result:
-        lacking = [call for call in ("write", "flush", "close") if not callable(getattr(writer, call, None))]
-        if lacking:
-            raise ArgumentTypeError(
-                f"a writer has write(record), flush() and close(); {type(writer).__name__} lacks {lacking[0]}()"
-            )
-    return result
-
-
-def _rules(given: Iterable[Any]) -> list[Any]:
-    result = list(given)
-    for rule in result:
-        if not callable(rule) or isinstance(rule, type):
-            raise ArgumentTypeError(
-                f"a rule is a callable history -> findings (an instance, if it is a class), not {rule!r}"
-            )
-    return result
-
-
-def _warn_of_strangers(optimizers: Sequence[torch.optim.Optimizer], attachment: Attachment, target: Target) -> None:
-    """An optimizer that moves nothing of the model is a mistake that the user should hear of."""
-    mine = {id(t) for slot in attachment.slots if (t := slot.tensor()) is not None}
-    parts = attachment.target().values()
-    mine |= {id(p) for part in parts if isinstance(part, torch.nn.Module) for p in part.parameters()}
-    for optimizer in optimizers:
-        held = [p for group in optimizer.param_groups for p in group["params"]]
-        strange = [p for p in held if id(p) not in mine]
-        if strange:
-            shapes = ", ".join(str(tuple(p.shape)) for p in strange[:3])
-            warnings.warn(
-                GradlensWarning(
-                    f"{len(strange)} of the {len(held)} parameters of {type(optimizer).__name__} are not the model's "
-                    f"(shapes {shapes}{', ...' if len(strange) > 3 else ''}); was it made for another model, or before the "
-                    "model's parameters were replaced?"
-                ),
-                stacklevel=4,
-            )
-
-
 def _plan(attachment: Attachment, features: frozenset[str], stages: frozenset[str], memory: int) -> Plan:
     buffers = ("updates" in features and "used" in stages) + ("flips" in features) * len(stages)
-    named = [word for word in FEATURES if word in features and (word != "updates" or "used" in stages)]
+    named = [word for word in arguments.FEATURES if word in features and (word != "updates" or "used" in stages)]
     more = Evidence.BYTES * ("evidence" in features)
     return Plan.of(attachment.parameters, memory, buffers, more=more, what=" and ".join(named) or "nothing")
 
@@ -677,117 +535,6 @@ def _apart(step: int) -> Finding:
         "first rank's own table",
         remedy="meet at an address (torchrun does; init_method='env://' or 'tcp://...'); open_run() pools the records",
     )
-
-
-# --- weights --------------------------------------------------------------------------------------------------------
-
-
-def _local(slot: Slot) -> Tensor:
-    tensor = slot.tensor()
-    assert tensor is not None
-    return plain(tensor.detach())
-
-
-def _gradient(slot: Slot) -> Tensor | None:
-    tensor = slot.tensor()
-    return None if tensor is None or not tensor.requires_grad else tensor.grad
-
-
-def _reals(tensor: Tensor) -> Tensor:
-    """Flat, dense, real: a complex entry is two weights."""
-    tensor = tensor.detach()
-    if tensor.layout != torch.strided:
-        tensor = tensor.to_dense()
-    if tensor.is_complex():
-        tensor = torch.view_as_real(tensor.resolve_conj())
-    return tensor.reshape(-1)
-
-
-def _place(slot: Slot) -> Parameters:
-    """What this rank holds of the parameter, and where that is in the whole."""
-    tensor = slot.tensor()
-    assert tensor is not None
-    pieces = (piece(tensor),)
-    return Parameters((slot.name,), (tuple(tensor.shape),), (str(tensor.dtype).removeprefix("torch."),), pieces)
-
-
-def _here(slot: Slot, at: tuple[int, ...], whole: int) -> int:
-    """Where a weight is in what this rank holds."""
-    place = _place(slot)
-    local = int(place.local_index(0, np.asarray([whole]))[0])
-    if local < 0:
-        raise ArgumentError(
-            f"{slot.name}{list(at)} is on another rank; this one holds {place.piece(0)} of {slot.name}. Ask there, or "
-            "gradlens.open_run(...).weights(), which has all ranks' most sensitive weights"
-        )
-    if summand(_gradient(slot)):
-        raise ArgumentError(
-            f"the partial of {slot.name}{list(at)} is the sum of what the ranks have (placement Partial), and this one has "
-            "a part; reduce it first: p.grad.full_tensor()"
-        )
-    return local
-
-
-def _require_whole(slots: Sequence[Slot]) -> None:
-    parts = [slot.name for slot in slots if _place(slot).piece(0) or summand(_gradient(slot))]
-    if parts:
-        few = ", ".join(parts[:3]) + (", ..." if len(parts) > 3 else "")
-        raise ArgumentError(
-            f"gradient() is all partials in one tensor, and this rank holds a part of {len(parts)} parameters ({few}). "
-            "weights() has what is here, by the index in the whole; p.grad.full_tensor(), called on all ranks, gathers one"
-        )
-
-
-def _weight_shape(slot: Slot) -> tuple[int, ...]:
-    """Of the whole parameter; a complex entry is two weights."""
-    tensor = slot.tensor()
-    assert tensor is not None
-    return (*tensor.shape, 2) if tensor.is_complex() else tuple(tensor.shape)
-
-
-def _flat_index(index: pd.Series, shape: tuple[int, ...]) -> np.ndarray:
-    if not shape:
-        return np.zeros(len(index), np.int64)
-    return np.ravel_multi_index(tuple(np.asarray(index.tolist(), np.int64).T), shape).astype(np.int64)
-
-
-def _numel(slot: Slot, *, here: bool = False) -> int:
-    """The parameter's weights: all of them, or those that this rank holds."""
-    tensor = slot.tensor()
-    if tensor is None or isinstance(tensor, torch.nn.parameter.UninitializedParameter):
-        return 0
-    return (plain(tensor) if here else tensor).numel() * (2 if tensor.is_complex() else 1)
-
-
-def _key(partials: Tensor, values: Tensor, by: str) -> Tensor:
-    keys = {"sensitivity": partials, "saliency": partials * values, "value": values, "partial": partials}
-    return keys[by].abs().nan_to_num(nan=-1.0)
-
-
-def _ordered(frame: pd.DataFrame, top: int | None, by: str) -> pd.DataFrame:
-    if top is None:
-        return frame
-    order = frame[by].abs().sort_values(ascending=False, kind="stable", na_position="last").index[:top]
-    return frame.loc[order].reset_index(drop=True)
-
-
-def _concat(parts: Sequence[pd.DataFrame]) -> pd.DataFrame:
-    import pandas as pd
-
-    if not parts:
-        return frames.weights("", (), np.empty(0), np.empty(0), np.empty(0))
-    return pd.concat(parts, ignore_index=True)
-
-
-def _scalar(name: str, value: Any) -> float | Tensor:
-    if isinstance(value, Tensor):
-        if value.numel() != 1:
-            raise ArgumentError(f"observe({name}=...) takes one number, not a tensor of shape {tuple(value.shape)}")
-        return value.detach().reshape(()).clone()
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        raise ArgumentTypeError(f"observe({name}=...) takes a number or a tensor of one, not {value!r}") from None
 
 
 def _nothing(closed: bool) -> str:
