@@ -14,6 +14,7 @@ from typing import Any, NoReturn, TypeVar
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
@@ -37,6 +38,7 @@ class Loss(nn.Module):
         self.functions = (loss_fn,)  # in a tuple, since a loss that is a module is no part of the model
         self.known_to_use = self.known_to_be_whole = False
         self._refuse_jit()
+        self._live = {id(tensor): name for name, tensor in self.named().values()}
 
     def forward(self, plain: Mapping[str, Tensor], then: Callable[[Tensor], T], batch: tuple) -> T:
         argument = self.places[""] if self.single else {**self.places, **plain}
@@ -45,6 +47,7 @@ class Loss(nn.Module):
         loss = _scalar(self.functions[0](argument, *map(_fresh, batch)))
         if not self.known_to_be_whole:
             _refuse_reentrant(loss)
+            self._refuse_live(loss)
             self.known_to_be_whole = True
         return then(loss)
 
@@ -71,6 +74,18 @@ class Loss(nn.Module):
             raise ProbeError(
                 "loss_fn ignores the model it is given: a probe moves the weights of its argument, so compute the loss with "
                 "that, as in lambda model: criterion(model(x), y)"
+            )
+
+    def _refuse_live(self, loss: Tensor) -> None:
+        """A weight that the loss takes from elsewhere stays put when a probe moves it: its partial would be wrong."""
+        leaves = {id(getattr(node, "variable", None)) for node in graph(loss)}
+        reached = [name for known, name in self._live.items() if known in leaves]
+        if reached:
+            raise ProbeError(
+                f"loss_fn reaches {len(reached)} parameters of the model ({', '.join(reached[:3])}"
+                f"{', ...' if len(reached) > 3 else ''}) past the model that it is given: in a variable from outside, or in "
+                f"a plain list of the model (use nn.ParameterList). A probe could not move them; take all weights from the "
+                f"argument, as in sum(p.square().sum() for p in model.parameters())"
             )
 
     def _refuse_jit(self) -> None:
@@ -183,16 +198,20 @@ def _refuse_reentrant(loss: Tensor) -> None:
 
 def nodes(*outputs: Tensor) -> set[str]:
     """The names of the operations that a backward from these would run."""
-    names, seen = set(), set()
+    return {node.name() for node in graph(*outputs)}
+
+
+def graph(*outputs: Tensor) -> set[Node]:
+    """The operations that a backward from these would run."""
+    seen = set[Node]()
     queue = [output.grad_fn for output in outputs]
     while queue:
         node = queue.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
-        names.add(node.name())
         queue.extend(parent for parent, _ in node.next_functions)
-    return names
+    return seen
 
 
 def varies(name: str, tensor: Tensor) -> bool:

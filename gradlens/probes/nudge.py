@@ -18,10 +18,9 @@ import torch
 from torch import Tensor
 
 from gradlens.errors import ArgumentError, ArgumentTypeError, nearest
+from gradlens.probes.batches import check_batches, counted, kept_generators
 from gradlens.probes.loss import Target
-from gradlens.probes.progress import tracked
 from gradlens.probes.shelter import Shelter
-from gradlens.probes.survey import batch_size, kept_generators, known_sizes, length
 from gradlens.probes.untouched import randomness, set_randomness
 from gradlens.probes.verdicts import MOVE, Survey
 from gradlens.statistics.evidence import VERDICTS
@@ -82,16 +81,17 @@ def nudge(
     """
     if not isinstance(size, int | float) or not np.isfinite(size) or size == 0:
         raise ArgumentError(f"size is how far each weight moves, a finite number that is not 0, not {size!r}")
+    check_batches(batches)
     with Shelter(model, loss_fn, batched=True) as shelter, kept_generators(batches):
         moves, predicted = _moves(shelter, verdicts, float(size))
         held = [w.detach().clone() for w in shelter.weights]
         rows = []
-        for batch in tracked(batches, "nudging", length(batches), progress):
+        for batch, n in counted(batches, "nudging", progress):
             random = randomness()
             before = shelter.loss(batch)
             set_randomness(random)
             after = _moved(shelter, moves, held, lambda batch=batch: shelter.loss(batch))  # type: ignore[misc]
-            rows.append((batch_size(batch), before, after))
+            rows.append((n, before, after))
         pairs = [(kept, move) for kept, move in zip(held, moves, strict=True) if move is not None]
         moved = sum(int(move.count_nonzero()) for _, move in pairs)
         swallowed = sum(int(((kept + move == kept) & (move != 0)).sum()) for kept, move in pairs)
@@ -183,7 +183,7 @@ def _result(
 ) -> Nudge:
     import pandas as pd
 
-    weights = known_sizes([n for n, _, _ in rows]) or [1] * len(rows)
+    weights = [n or 1 for n, _, _ in rows]
     frame = pd.DataFrame(rows, columns=["size", "before", "after"])
     frame["size"] = weights
     frame["change"] = frame["after"] - frame["before"]

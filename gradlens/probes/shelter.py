@@ -8,7 +8,7 @@ parameters (a watching lens, the user's own) never see them. Afterwards paramete
 attributes and hook dictionaries of every module, and the random states of torch, CUDA, numpy and Python are as they were,
 also when the loss raises. Each evaluation starts from the same weights, buffers and attributes.
 
-What it cannot undo is what a loss function does elsewhere: files, generators of its own, containers within containers.
+What it cannot undo is what a loss function does elsewhere: files, generators of its own, the insides of other objects.
 Hooks that the user put on modules run at each evaluation, as at each forward.
 """
 

@@ -14,8 +14,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,11 +23,11 @@ import torch
 from torch import Tensor
 
 from gradlens.errors import ArgumentError, GradlensWarning, ProbeError
+from gradlens.probes.batches import check_batches, counted, kept_generators
 from gradlens.probes.loss import Target
 from gradlens.probes.per_weight import sampled
-from gradlens.probes.progress import tracked
 from gradlens.probes.shelter import Shelter
-from gradlens.probes.verdicts import Survey
+from gradlens.probes.verdicts import Survey, numbered
 from gradlens.selection import Select
 from gradlens.statistics.evidence import Moments, check_level, flat, judge
 from gradlens.statistics.significance import detectable
@@ -64,6 +63,7 @@ def survey(
     >>> print(survey(model, lambda model, batch: criterion(model(batch[0]), batch[1]), loader))  # doctest: +SKIP
     """
     check_level(q, method)
+    check_batches(batches)
     shelter = Shelter(model, loss_fn, select=select, batched=True)
     numel = [int(np.prod(shape, dtype=np.int64)) for shape in shelter.parameters.shapes]
     index = sampled(numel, sample)
@@ -71,7 +71,7 @@ def survey(
     _refuse_too_large(surveyed)
     with shelter, kept_generators(batches):
         told = f"survey of {surveyed:,} weights ({surveyed * BYTES / 2**20:,.1f} MiB)"
-        measured = _measure(shelter, index, tracked(batches, told, length(batches), progress))
+        measured = _measure(shelter, index, counted(batches, told, progress))
         values = [flat(w.detach(), at).cpu().numpy() for w, at in zip(shelter.weights, measured.at, strict=True)]
     _warn_few(len(measured.losses), q)
     return Survey(
@@ -81,11 +81,12 @@ def survey(
         judged=judge(measured.moments, q, method),
         batches=len(measured.losses),
         sizes=(min(measured.sizes), max(measured.sizes)) if measured.sizes else None,
-        level=q,
+        level=float(q),
         method=method,
         loss=float(np.average(measured.losses, weights=measured.sizes or None)),
         training=shelter.training,
         total=sum(numel),
+        spoiled=tuple(measured.spoiled),
     )
 
 
@@ -95,21 +96,25 @@ class _Measured:
     moments: Moments
     losses: list[float]
     sizes: list[int]  #: empty where batches do not say how large they are
+    spoiled: list[int]  #: batches whose loss or partials were not finite
 
 
-def _measure(shelter: Shelter, index: Sequence[np.ndarray | None], batches: Iterable[Any]) -> _Measured:
+def _measure(shelter: Shelter, index: Sequence[np.ndarray | None], batches: Iterable[tuple[Any, int | None]]) -> _Measured:
     """The moments of all gradients, and the losses and sizes of their batches."""
     at = [None if i is None else torch.from_numpy(i).to(w.device) for i, w in zip(index, shelter.weights, strict=True)]
     moments = Moments(shelter.weights, at)
-    losses, sizes = [], []
+    losses, sizes, spoiled = [], [], []
     reached, seen, repeated = False, dict[tuple[float, ...], int](), list[tuple[int, int]]()
-    for k, batch in enumerate(batches):
+    for k, (batch, size) in enumerate(batches):
         loss, gradient = shelter.gradient(batch)
         losses.append(loss.item())
-        sizes.append(batch_size(batch))
-        moments.update(gradient, sizes[-1] or 1.0)
+        sizes += [] if size is None else [size]
+        moments.update(gradient, size or 1.0)
         reached = reached or any(g is not None for g in gradient)
-        first = seen.setdefault(_print(losses[-1], gradient), k)
+        marks = _print(losses[-1], gradient)
+        if not np.isfinite(marks).all():
+            spoiled.append(k)
+        first = seen.setdefault(marks, k)
         repeated += [(first, k)] if first != k else []
     if len(losses) < 2:
         raise ArgumentError(
@@ -119,7 +124,8 @@ def _measure(shelter: Shelter, index: Sequence[np.ndarray | None], batches: Iter
         raise ProbeError("the loss depends on none of the surveyed parameters: detach(), .item() or no_grad() cuts the way")
     _refuse_identical(moments)
     _warn_repeated(repeated)
-    return _Measured(at, moments, losses, known_sizes(sizes))
+    _warn_spoiled(spoiled)
+    return _Measured(at, moments, losses, sizes, spoiled)
 
 
 def _print(loss: float, gradient: Sequence[Tensor | None]) -> tuple[float, ...]:
@@ -127,28 +133,6 @@ def _print(loss: float, gradient: Sequence[Tensor | None]) -> tuple[float, ...]:
     wide = torch.float64
     sums = [(g.sum(dtype=wide), torch.linalg.vector_norm(g, dtype=wide)) for g in gradient if g is not None]
     return loss, *(x.item() for pair in sums for x in pair)
-
-
-def batch_size(batch: Any) -> int | None:
-    """The first dimension of the first tensor in a batch; None where there is none."""
-    if isinstance(batch, Tensor | np.ndarray):
-        return int(batch.shape[0]) if batch.ndim else None
-    if isinstance(batch, Mapping):
-        batch = list(batch.values())
-    if isinstance(batch, list | tuple):
-        return next((size for size in map(batch_size, batch) if size), None)
-    return None
-
-
-def known_sizes(sizes: Sequence[int | None]) -> list[int]:
-    """The sizes if each batch has one, none if none has; a mixture has no meaning."""
-    known = [size for size in sizes if size]
-    if known and len(known) < len(sizes):
-        raise ArgumentError(
-            f"{len(known)} of {len(sizes)} batches say how large they are (the first dimension of their first tensor) "
-            f"and the others do not, so they cannot be weighted; give batches of one kind"
-        )
-    return known
 
 
 def _refuse_identical(moments: Moments) -> None:
@@ -168,6 +152,16 @@ def _warn_repeated(repeated: Sequence[tuple[int, int]]) -> None:
             f"batches {repeated[0][0]} and {repeated[0][1]} gave the same gradient"
             + (f" (and {len(repeated) - 1} more pairs)" if len(repeated) > 1 else "")
             + ": a batch that is surveyed twice counts as evidence twice, and verdicts look surer than they are",
+            GradlensWarning,
+            stacklevel=4,
+        )
+
+
+def _warn_spoiled(spoiled: Sequence[int]) -> None:
+    if spoiled:
+        warnings.warn(
+            f"{numbered(spoiled)} gave a loss or partials that are not finite: the weights that they reach are "
+            f"undecided (nonfinite), whatever the other batches say; leave them out",
             GradlensWarning,
             stacklevel=4,
         )
@@ -193,24 +187,3 @@ def _refuse_too_large(surveyed: int) -> None:
             f"a survey of {surveyed:,} weights needs {surveyed * BYTES / 2**30:,.1f} GiB, and this machine has "
             f"{have / 2**30:,.1f}; survey a sample: sample=1_000_000, or sample=0.01"
         )
-
-
-def length(batches: Any) -> int | None:
-    """How many batches there are, where they say."""
-    try:
-        return len(batches)
-    except TypeError:
-        return None
-
-
-@contextmanager
-def kept_generators(batches: Any) -> Iterator[None]:
-    """Put the generators of a DataLoader back, from which passing over it draws."""
-    owners = [batches, *(getattr(batches, name, None) for name in ("sampler", "batch_sampler"))]
-    found = [getattr(owner, "generator", None) for owner in owners]
-    states = [(g, g.get_state()) for g in found if isinstance(g, torch.Generator)]
-    try:
-        yield
-    finally:
-        for generator, state in states:
-            generator.set_state(state)

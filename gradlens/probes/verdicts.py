@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -14,7 +15,7 @@ from gradlens.statistics.evidence import REASONS, VERDICTS, Judged
 if TYPE_CHECKING:
     import pandas as pd
 
-MANY = 32  #: batches from which on rare events did little harm in the calibration
+MANY = 32  #: batches from which on rare events did little harm in the calibration, at q = 0.1; twice as many below that
 MOVE = 1e-4  #: the move that `expected_change` is for, and that `nudge` makes
 
 
@@ -35,6 +36,7 @@ class Survey(PerWeight):
     loss: float  #: mean over the batches
     training: str  #: `train`, `eval` or `mixed`: the mode the verdicts hold for
     total: int  #: weights of the parameters surveyed, sampled or not
+    spoiled: tuple[int, ...] = ()  #: the batches, from 0, whose loss or partials were not finite
 
     @property
     def verdict(self) -> np.ndarray:
@@ -118,6 +120,10 @@ class Survey(PerWeight):
         ]
         if self.reasons.get("constant"):
             lines.append(f"  {self.reasons['constant']:,} verdicts rest on partials that were the same in every batch")
+        if self.spoiled:
+            lines.append(f"  not finite: {numbered(self.spoiled)}; leave them out")
+        if increase + decrease == 0 and self.reasons.keys() <= {"nonfinite", "always_zero"}:
+            return "\n".join(lines)
         if increase + decrease == 0:
             return "\n".join([*lines, f"  nothing is certain enough at q = {self.level:g}: take more or larger batches"])
         best = self.table.sort_values("coverage", ascending=False, kind="stable").head(3)
@@ -127,7 +133,8 @@ class Survey(PerWeight):
                 *lines,
                 f"  most decided: {most}",
                 f"  expected change of the loss if they all move by {MOVE:g}: {self.expected_change:.3g}",
-                f"  q = {self.level:g} ({self.method}): at most {self.level:.0%} of the verdicts are expected to be wrong",
+                f"  q = {self.level:g} ({self.method}): at most {100 * self.level:g}% of the verdicts are expected to be "
+                "wrong",
                 *(f"  but {caveat}" for caveat in self.caveats),
             ]
         )
@@ -136,13 +143,20 @@ class Survey(PerWeight):
     def caveats(self) -> tuple[str, ...]:
         """Where more verdicts are wrong than q says, of what applies here; measured in docs/evidence.md."""
         said = []
-        if self.batches < MANY:
+        enough = MANY if self.level >= 0.1 else 2 * MANY
+        if self.batches < enough:
             said.append(
                 f"{self.batches} batches cannot know of what happens in none of them: expect more wrong ones in the output "
-                f"rows of rare classes or tokens (take {MANY} batches, or leave that layer out by select)"
+                f"rows of rare classes or tokens (take {enough} batches, or leave that layer out by select)"
             )
         if self.method == "bh":
-            said.append("correlated weights are wrong together, many in one survey, none in the next (method='by' is safer)")
+            said.append(
+                "correlated weights are wrong together, many in one survey, none in the next (method='by' is safer there)"
+            )
+        said.append(
+            "they speak of the data that these batches come from: held against other data more were wrong, on an overfitted "
+            "model more than half"
+        )
         return tuple(said)
 
     def _of_size(self) -> str:
@@ -150,3 +164,13 @@ class Survey(PerWeight):
             return ""
         low, high = self.sizes
         return f" of {low}" if low == high else f" of {low} to {high} examples, weighted by their size"
+
+
+def numbered(batches: Sequence[int]) -> str:
+    """Batches by their numbers: `batch 3`, `batches 3 and 5`, `batches 0, 1, 2 and 7 more`."""
+    if len(batches) == 1:
+        return f"batch {batches[0]}"
+    shown, last = [str(k) for k in batches[:3]], f"{len(batches) - 3} more"
+    if len(batches) <= 3:
+        *shown, last = shown
+    return f"batches {', '.join(shown)} and {last}"

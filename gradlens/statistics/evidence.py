@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 
 import numpy as np
 import torch
@@ -208,7 +209,7 @@ def judge(moments: Moments, q: float = 0.1, method: str = "bh") -> Judged:
 
 def check_level(q: float, method: str) -> None:
     """Raise for a level of control that is none, or an unknown method."""
-    if not isinstance(q, int | float) or not 0 < q < 1:
+    if not isinstance(q, Real) or not 0 < q < 1:
         raise ArgumentError(f"q is the share of wrong verdicts to allow among those kept, between 0 and 1, not {q!r}")
     if method not in METHODS:
         raise choice("method", method, METHODS)

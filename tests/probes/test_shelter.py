@@ -1,6 +1,7 @@
 """A probe leaves no trace, whatever it runs."""
 
 import random
+from collections import deque
 
 import numpy as np
 import pytest
@@ -113,6 +114,39 @@ def test_evaluations_start_from_the_same_state():
         assert shelter.loss() != first
         shelter.rewind()
         assert shelter.loss() == first
+
+
+class Keeps(nn.Module):
+    """State in containers, and in containers within them: caches, logs, counters."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+        self.shared = torch.zeros(3)
+        self.cache, self.named, self.recent = [torch.zeros(3), self.shared], {"k": (torch.zeros(2),)}, deque([1], maxlen=2)
+        self.nested = {"log": [[0]], "seen": {1}}
+
+    def forward(self, x):
+        assert self.cache[1] is self.shared
+        self.cache[0].add_(1)
+        self.shared.add_(1)
+        self.named["k"][0].add_(1)
+        self.cache.append(x)
+        self.recent.append(2)
+        self.nested["log"][0].append(1)
+        self.nested["seen"].add(2)
+        return self.linear(x) * self.cache[0] * self.named["k"][0][0]
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_state_within_containers_is_left_alone(wide):
+    """Tensors, lists and sets within lists, tuples, dicts and deques are as they were, and the same for each evaluation."""
+    model, x = Keeps(), torch.randn(2, 3)
+    before = trace(model)
+    with Shelter(model, lambda m: m(x).square().sum(), wide=wide) as shelter:
+        assert shelter.loss() == shelter.loss() > 0
+        shelter.gradient()
+    assert trace(model) == before
 
 
 def test_weights_that_the_forward_writes_into_stay_where_they_are():
@@ -289,6 +323,39 @@ def test_a_loss_that_ignores_its_argument_is_refused_without_trace():
     ):
         shelter.gradient()
     assert trace(model) == before
+
+
+class Listed(nn.Module):
+    """Its forward reads its weights from a plain list, which no exchange of parameters reaches."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(2, 3)), nn.Parameter(torch.ones(3))
+        self.held = [self.weight]
+
+    def forward(self, x):
+        return x @ self.held[0] + self.bias
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_a_loss_that_reaches_live_weights_is_refused(wide):
+    """Weights captured outside of the argument, or held in a list, would silently be constants: the error names them."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+    captured = list(model.parameters())
+
+    def decayed(m):
+        return m(torch.ones(1, 2)).sum() + sum(p.square().sum() for p in captured[:2])
+
+    before = trace(model)
+    with pytest.raises(ProbeError, match=r"2 parameters.*0\.weight.*0\.bias"), Shelter(model, decayed, wide=wide) as shelter:
+        shelter.gradient()
+    assert trace(model) == before
+    listed = Listed()
+    with (
+        pytest.raises(ProbeError, match="weight"),
+        Shelter(listed, lambda m: m(torch.ones(1, 2)).sum(), wide=wide) as shelter,
+    ):
+        shelter.gradient()
 
 
 @pytest.mark.parametrize(

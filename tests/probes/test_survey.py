@@ -2,6 +2,7 @@
 
 import itertools
 import re
+import warnings
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from gradlens.errors import ArgumentError, ArgumentTypeError, GradlensWarning, ProbeError
-from gradlens.probes.survey import BYTES, batch_size, survey
+from gradlens.probes.survey import BYTES, survey
 
 from .traces import trace
 
@@ -170,30 +171,24 @@ def test_batches_of_unequal_size_are_weighted():
     assert "of 8 to 24 examples, weighted by their size" in str(found)
 
 
-@pytest.mark.parametrize(
-    ("batch", "size"),
-    [
-        (torch.ones(3, 2), 3),
-        (np.ones((4, 2)), 4),
-        ((torch.ones(5), 1), 5),
-        ({"n": 1, "x": torch.ones(6, 1)}, 6),
-        ([[1, torch.ones(7)]], 7),
-        (torch.tensor(1.0), None),
-        ("text", None),
-        (3, None),
-    ],
-)
-def test_the_size_of_a_batch_is_that_of_its_first_tensor(batch, size):
-    """Tensors, arrays, tuples, dicts and what is nested in them tell their size; anything else has none."""
-    assert batch_size(batch) == size
-
-
 def test_batches_without_size_count_alike():
     """A batch that says no size counts once; batches that differ in that cannot be weighted."""
     weights = {"w": torch.zeros(1, requires_grad=True)}
     assert survey(weights, lambda v, b: v["w"].sum() * b + v["w"].sum(), list(range(8))).sizes is None
-    with pytest.raises(ArgumentError, match="1 of 2 batches say how large"):
-        survey(weights, lambda v, b: (v["w"] * torch.as_tensor(b)).sum(), [torch.ones(3), 2.0])
+    given = iter([torch.ones(3), 2.0, 3.0])
+    with pytest.raises(ArgumentError, match="batch 1 does not say how large it is, and batch 0 does"):
+        survey(weights, lambda v, b: (v["w"] * torch.as_tensor(b)).sum(), given)
+    assert next(given) == 3.0  # it was said at once
+
+
+def test_batches_that_are_none_are_explained():
+    """What cannot be passed over is named, and so is a batch without examples, before anything is computed with it."""
+    for given in (batches, 8, None):
+        with pytest.raises(ArgumentTypeError, match="batches are a DataLoader, a list"):
+            survey(net(), loss, given)
+    x, token, y = batches(1)[0]
+    with pytest.raises(ArgumentError, match="batch 2 is empty"):
+        survey(net(), loss, [*batches(2), (x[:0], token[:0], y[:0])])
 
 
 @pytest.mark.parametrize(("sample", "expected"), [(40, 40), (0.25, 59), (1.0, 227), (10_000, 227)])
@@ -282,9 +277,25 @@ def test_a_gradient_that_is_not_finite_spoils_only_its_weights():
         factor = torch.tensor([float("nan") if x[0] == 4 else 0.0, 0.0])
         return (v["b"] * x).sum() + (v["a"] * factor).sum()
 
-    frame = survey(weights, broken, made).frame
+    with pytest.warns(GradlensWarning, match="batch 3 gave"):
+        frame = survey(weights, broken, made).frame
     assert list(frame["reason"][:2]) == ["nonfinite", "always_zero"]
     np.testing.assert_array_equal(frame["t"][2:], whole["t"][2:])
+
+
+def test_a_batch_that_is_not_finite_is_named():
+    """The warning and the text say which batch spoiled the survey and what to do, and not that more batches would help."""
+    made = batches(8)
+    made[3][0][0, 0] = made[5][0][1, 1] = float("nan")
+    with pytest.warns(GradlensWarning, match="batches 3 and 5 gave a loss or partials that are not finite"):
+        found = survey(net(), loss, made)
+    assert found.spoiled == (3, 5)
+    assert found.reasons["nonfinite"] > 100
+    assert "leave them out" in str(found)
+    assert "more or larger batches" not in str(found)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert survey(net(), loss, batches(8)).spoiled == ()
 
 
 def test_a_loader_is_passed_over_once_and_its_generator_kept():
@@ -349,10 +360,23 @@ def test_a_loss_may_take_its_batch_apart():
 
 def test_caveats_are_those_that_apply():
     """Few batches and dependent weights are named as what they put at risk, where they do."""
-    said = [survey(net(), loss, batches(k), method=method).caveats for k, method in ((16, "bh"), (32, "bh"), (32, "by"))]
-    assert [len(caveats) for caveats in said] == [2, 1, 0]
-    assert "rare classes or tokens" in said[0][0]
+    asked = [(16, "bh", 0.1), (32, "bh", 0.1), (32, "by", 0.1), (32, "by", 0.05), (64, "by", 0.05)]
+    said = [survey(net(), loss, batches(k), q, method=method).caveats for k, method, q in asked]
+    assert [len(caveats) for caveats in said] == [3, 2, 1, 2, 1]
+    assert "rare classes or tokens (take 32 batches" in said[0][0]
+    assert "rare classes or tokens (take 64 batches" in said[3][0]
     assert "method='by'" in said[1][0]
+    assert all("other data" in caveats[-1] for caveats in said)
+
+
+@pytest.mark.parametrize(("q", "shown"), [(0.005, "0.5%"), (0.1, "10%"), (np.float32(0.25), "25%")])
+def test_levels_are_shown_as_they_are(q, shown):
+    """A level below one percent is not rounded to none, and numpy's numbers are numbers."""
+    random = torch.Generator().manual_seed(0)
+    given = [3 + 0.1 * torch.randn(5, generator=random) for _ in range(8)]
+    found = survey({"w": torch.zeros(5, requires_grad=True)}, lambda v, b: (v["w"] * b).sum(), given, q)
+    assert f"at most {shown} of the verdicts are expected to be wrong" in str(found)
+    assert type(found.level) is float
 
 
 def test_losses_that_do_not_fit_are_explained():

@@ -1,6 +1,7 @@
 """Everything about a model and the process that a probe must leave as it was, as one value to compare."""
 
 import random
+from collections import deque
 
 import numpy as np
 import torch
@@ -18,9 +19,9 @@ def attribute(value):
     if isinstance(value, torch.Tensor):
         return bits(value)
     if isinstance(value, dict):
-        return id(value), [(key, id(item)) for key, item in value.items()]
-    if isinstance(value, list):
-        return id(value), [id(item) for item in value]
+        return id(value), [(key, id(item), attribute(item)) for key, item in value.items()]
+    if isinstance(value, list | tuple | deque):
+        return id(value), [(id(item), attribute(item)) for item in value]
     return repr(value)
 
 
