@@ -55,15 +55,17 @@ def weights(name: str, shape: tuple[int, ...], index: np.ndarray, value: np.ndar
 def weights_of(
     parameters: Sequence[tuple[str, tuple[int, ...], np.ndarray, np.ndarray, np.ndarray]],
 ) -> pd.DataFrame:
-    """`weights` of several parameters, one after the other."""
+    """`weights` of several parameters, one after the other. An index that is not known is -1, and None in the frame."""
     import pandas as pd
 
     names: list[str] = []
-    tuples: list[tuple[int, ...]] = []
+    tuples: list[tuple[int, ...] | None] = []
     for name, shape, index, _, _ in parameters:
         names += [name] * len(index)
-        at = np.unravel_index(np.asarray(index, np.int64), shape) if shape else ()
-        tuples += zip(*(axis.tolist() for axis in at), strict=True) if shape else [()] * len(index)
+        index = np.asarray(index, np.int64)
+        at = np.unravel_index(np.maximum(index, 0), shape) if shape else ()
+        places = zip(*(axis.tolist() for axis in at), strict=True) if shape else [()] * len(index)
+        tuples += [place if known else None for place, known in zip(places, (index >= 0).tolist(), strict=True)]
     value, partial = (
         np.concatenate([np.empty(0), *(np.asarray(each[i], np.float64) for each in parameters)]) for i in (3, 4)
     )

@@ -383,7 +383,8 @@ class Lens:
         return "" if followed is None else describe(followed.columns(np.asarray([here])), followed.backwards)
 
     def _stamped(self, frame: pd.DataFrame, before: bool) -> pd.DataFrame:
-        averaged = ranks.count() > 1 and self._capture.gradients.averaged
+        before = before or self._capture.unheard()
+        averaged = ranks.count() > 1 and self._capture.averaged()
         stage = Stage.USED if not before else Stage.REDUCED if averaged else Stage.ACCUMULATED
         frame.attrs.update(step=self._clock.step if before else self._clock.step - 1, stage=stage.value)
         return frame

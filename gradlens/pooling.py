@@ -18,7 +18,7 @@ import numpy as np
 
 from gradlens import fields
 from gradlens.errors import ArgumentError
-from gradlens.records import Parameters, Snapshot, Status, Top
+from gradlens.records import Parameters, Snapshot, Status, Top, nothing
 
 #: Of several pieces' statuses the first of these holds for the whole.
 PRECEDENCE = (
@@ -59,7 +59,7 @@ def pool(snapshots: Sequence[Snapshot]) -> Snapshot:
         parameters=parameters,
         columns=columns,
         histogram=histogram,
-        status=_status([part.status for part in parts]),
+        status=_status(parts),
         scale=np.fmin.reduce([part.scale for part in parts]),
         top=_top([part.top for part in parts if part.top is not None]),
         ranks=sum(table.ranks for table in tables),
@@ -101,12 +101,12 @@ class _Part:
             values[rows] = table.columns[name]
         self.histogram = None if table.histogram is None else _spread(table.histogram, rows, n, 0)
         self.status = _spread(table.status, rows, n, "")
+        self.nothing = _spread(np.array([nothing(table.parameters.piece(i)) for i in range(len(table))], bool), rows, n, True)
         self.scale = _spread(table.scale, rows, n, np.nan)
         top = table.top
         self.top = top and Top(
             _spread(top.index, rows, n, -1), _spread(top.partial, rows, n, np.nan), _spread(top.value, rows, n, np.nan)
         )
-
 
 def _spread(values: np.ndarray, rows: np.ndarray, n: int, fill: object) -> np.ndarray:
     result = np.full((n, *values.shape[1:]), fill, dtype=values.dtype)
@@ -114,10 +114,12 @@ def _spread(values: np.ndarray, rows: np.ndarray, n: int, fill: object) -> np.nd
     return result
 
 
-def _status(parts: Sequence[np.ndarray]) -> np.ndarray:
-    result = np.full(len(parts[0]), Status.FROZEN.value, dtype=object)
-    for word in reversed(PRECEDENCE):
-        result[np.any([part == word.value for part in parts], axis=0)] = word.value
+def _status(parts: Sequence[_Part]) -> np.ndarray:
+    """What the first in precedence says; an empty piece is asked only where all are."""
+    result = np.full(len(parts[0].status), Status.FROZEN.value, dtype=object)
+    for asked in ([part.status for part in parts], [np.where(part.nothing, "", part.status) for part in parts]):
+        for word in reversed(PRECEDENCE):
+            result[np.any([status == word.value for status in asked], axis=0)] = word.value
     return result
 
 

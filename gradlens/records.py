@@ -96,9 +96,9 @@ class Parameters:
 
     A row describes what this rank holds of a parameter. `pieces` says what that is, in the form `"4:8,0:16"`: the entries of
     the whole tensor in each dimension. Rows of different pieces of one parameter are disjoint, and merge; rows of the same
-    piece are copies. `""` is all of it. `PARTIAL` is a summand: what the ranks hold has to be added before its statistics
-    can be taken. `"~4,0:16"` has four entries that are not next to each other, and where they are is not known. Rows of
-    these two kinds are of this rank alone.
+    piece are copies. `""` is all of it, and `"@5:9"` entries 5 to 8 of the flattened whole. `PARTIAL` is a summand: what the
+    ranks hold has to be added before its statistics can be taken. `"~4,0:16"` has four entries that are not next to each
+    other, and where they are is not known. Rows of these two kinds are of this rank alone.
     """
 
     names: tuple[str, ...]
@@ -123,6 +123,11 @@ class Parameters:
         blocks = _blocks(self.piece(row))
         return self.shapes[row] if blocks is None else tuple(size for _, size in blocks)
 
+    def _whole_shape(self, row: int) -> tuple[int, ...]:
+        """The whole's, flattened where the piece is of that."""
+        flat = self.piece(row).startswith("@")
+        return ((math.prod(self.shapes[row]),) if flat else self.shapes[row]) + self._pair(row)
+
     def whole_index(self, row: int, index: np.ndarray) -> np.ndarray:
         """Flat indices into the whole tensor, from flat ones into what this rank holds; negative ones stay.
 
@@ -135,7 +140,7 @@ class Parameters:
         at = np.unravel_index(index[valid], self.local_shape(row) + pair)
         result = index.copy()
         moved = [part + start for part, start in zip(at, starts, strict=True)]
-        result[valid] = np.ravel_multi_index(moved, self.shapes[row] + pair)
+        result[valid] = np.ravel_multi_index(moved, self._whole_shape(row))
         return result
 
     def local_index(self, row: int, index: np.ndarray) -> np.ndarray:
@@ -144,7 +149,7 @@ class Parameters:
         if starts is None:
             return index if _blocks(self.piece(row)) is None else np.full_like(index, -1)
         shape = self.local_shape(row) + pair
-        at = np.unravel_index(index, self.shapes[row] + pair)
+        at = np.unravel_index(index, self._whole_shape(row))
         moved = [part - start for part, start in zip(at, starts, strict=True)]
         here = np.all([(part >= 0) & (part < size) for part, size in zip(moved, shape, strict=True)], axis=0)
         result = np.full_like(index, -1)
@@ -192,10 +197,15 @@ def _blocks(piece: str) -> list[tuple[int | None, int]] | None:
     if piece in ("", PARTIAL):
         return None
     blocks: list[tuple[int | None, int]] = []
-    for part in piece.split(","):
+    for part in piece.removeprefix("@").split(","):
         start, _, stop = part.partition(":")
         blocks.append((None, int(start[1:])) if start.startswith("~") else (int(start), int(stop) - int(start)))
     return blocks
+
+
+def nothing(piece: str) -> bool:
+    """Whether a piece has no entry: other ranks hold all of the parameter."""
+    return any(size == 0 for _, size in _blocks(piece) or ())
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from gradlens import frames
 from gradlens.capture.attachment import Slot
-from gradlens.capture.sharding import piece, summand
+from gradlens.capture.sharding import summand
 from gradlens.errors import ArgumentError, choice
 from gradlens.pipeline import plain
 from gradlens.records import Parameters, Snapshot
@@ -36,12 +37,13 @@ class Held:
     @property
     def gradient(self) -> Tensor | None:
         """`.grad`; None where there is none, or where one that is left over means nothing."""
-        return self._tensor.grad if self._tensor.requires_grad else None
+        return self.slot.gradient()
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Of the whole parameter."""
-        return (*self._tensor.shape, 2) if self._tensor.is_complex() else tuple(self._tensor.shape)
+        shape, _ = self.slot.extent(self._tensor)
+        return (*shape, 2) if self._tensor.is_complex() else shape
 
     @property
     def summand(self) -> bool:
@@ -52,7 +54,7 @@ class Held:
         """The parameter's weights: all of them, or those that this rank holds."""
         if isinstance(self._tensor, torch.nn.parameter.UninitializedParameter):
             return 0
-        return (plain(self._tensor) if here else self._tensor).numel() * (2 if self._tensor.is_complex() else 1)
+        return plain(self._tensor).numel() * (2 if self._tensor.is_complex() else 1) if here else math.prod(self.shape)
 
     def values(self) -> Tensor:
         """The weights, `[n]`."""
@@ -69,7 +71,8 @@ class Held:
     def place(self) -> Parameters:
         """Which entries of the whole these are."""
         dtype = str(self._tensor.dtype).removeprefix("torch.")
-        return Parameters((self.name,), (tuple(self._tensor.shape),), (dtype,), (piece(self._tensor),))
+        shape, piece = self.slot.extent(self._tensor)
+        return Parameters((self.name,), (shape,), (dtype,), (piece,))
 
     def at(self, index: tuple[int, ...]) -> tuple[int, int]:
         """Where a weight is: its flat index in the whole, and in what is here.
@@ -131,7 +134,8 @@ def check_whole(held: Sequence[Held]) -> None:
         few = ", ".join(parts[:3]) + (", ..." if len(parts) > 3 else "")
         raise ArgumentError(
             f"gradient() is all partials in one tensor, and this rank holds a part of {len(parts)} parameters ({few}). "
-            "weights() has what is here, by the index in the whole; p.grad.full_tensor(), called on all ranks, gathers one"
+            "weights() has what is here, by the index in the whole. On all ranks, p.grad.full_tensor() gathers one, and under "
+            "FSDP1 summon_full_params(model, with_grads=True) all"
         )
 
 
@@ -186,7 +190,8 @@ def _reals(tensor: Tensor) -> Tensor:
 def _flat_index(index: pd.Series, shape: tuple[int, ...]) -> np.ndarray:
     if not shape:
         return np.zeros(len(index), np.int64)
-    return np.ravel_multi_index(tuple(np.asarray(index.tolist(), np.int64).T), shape).astype(np.int64)
+    known = [(0,) * len(shape) if at is None else at for at in index]  # None: and then no place is asked for
+    return np.ravel_multi_index(tuple(np.asarray(known, np.int64).T), shape).astype(np.int64)
 
 
 def _key(partials: Tensor, values: Tensor, by: str) -> Tensor:

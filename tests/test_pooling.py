@@ -18,6 +18,8 @@ def held(tensor, piece):
     """What a rank holds of the tensor."""
     if piece in ("", PARTIAL):
         return tensor
+    if piece.startswith("@"):
+        tensor, piece = tensor.reshape(-1), piece[1:]
     return tensor[tuple(slice(*map(int, part.split(":"))) for part in piece.split(","))]
 
 
@@ -66,6 +68,7 @@ def same(pooled, whole):
         [("0:7,0:1", "0:5", "0:4,0:2"), ("0:7,1:6", "5:5", "0:4,2:3")],  # columns, and a rank with nothing
         [("0:4,0:3", "0:2", "0:1,0:3"), ("0:4,3:6", "2:3", "1:2,0:3"), ("4:7,0:3", "3:4", "2:4,0:1"),
          ("4:7,3:6", "4:5", "2:4,1:3")],
+        [("@0:19", "@0:0", "@0:5"), ("@19:42", "", "@5:12")],  # of what was flattened
     ],
 )  # fmt: skip
 def test_pieces_pool_to_the_table_of_the_whole(shards):
@@ -113,16 +116,17 @@ def test_a_parameter_of_one_rank_has_its_row():
     assert pooled.column("sum").tolist() == [2, 6]
 
 
-def test_an_empty_piece_does_not_decide_the_status():
-    """A rank without entries calls its row `zero`; the parameter is what the others say, and the worst of them counts."""
+def test_an_empty_piece_has_no_say_in_the_status():
+    """The parameter is what the ranks with entries say, and the worst of them counts."""
     tensors = {"w": torch.ones(3), "v": torch.tensor([1.0, torch.nan])}
     pooled = pool([snapshot(tensors, ("0:3", "0:1")), snapshot(tensors, ("3:3", "1:2"), 1)])
     assert pooled.status.tolist() == [Status.OK, Status.NONFINITE]
-    absent = [
-        snapshot(tensors, pieces, rank, notes=["absent"] * 2) for rank, pieces in enumerate([("0:3", ""), ("3:3", "")])
-    ]
-    assert pool(absent).status.tolist() == ["absent", "absent"]
-    assert pool(absent).value("zero", "w") == 3
+    for word in ("absent", "undefined"):
+        parts = [snapshot(tensors, ("0:3", ""), 0, notes=[word] * 2), snapshot(tensors, ("3:3", ""), 1)]
+        assert pool(parts).status.tolist() == [word, word]
+        assert pool(parts).value("zero", "w") == 3
+    nobody = [snapshot(tensors, ("3:3", "2:2"), rank, notes=["absent"] * 2) for rank in (0, 1)]
+    assert pool(nobody).status.tolist() == ["absent", "absent"]
 
 
 def test_tables_of_different_moments_are_refused():

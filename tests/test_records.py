@@ -55,6 +55,9 @@ def test_a_findings_severity_may_be_a_word():
         ((6, 5), "float32", "6:6,0:5"),
         ((4, 3, 2), "complex64", "1:3,0:3,1:2"),
         ((), "float32", ""),
+        ((6, 5), "float32", "@7:19"),
+        ((6, 5), "float32", "@0:0"),
+        ((4, 3), "complex64", "@5:12"),
     ],
 )
 def test_places_in_a_piece_and_in_the_whole(shape, dtype, piece):
@@ -62,7 +65,9 @@ def test_places_in_a_piece_and_in_the_whole(shape, dtype, piece):
     parameters = Parameters(("x",), (shape,), (dtype,), (piece,))
     whole = np.arange(np.prod(shape, dtype=int) * (2 if dtype == "complex64" else 1))
     tensor = whole.reshape((*shape, *([2] if dtype == "complex64" else [])))
-    blocks = tuple(slice(*map(int, part.split(":"))) for part in piece.split(",")) if piece else ...
+    if piece.startswith("@"):
+        tensor = tensor.reshape(-1, *tensor.shape[len(shape) :])
+    blocks = tuple(slice(*map(int, part.strip("@").split(":"))) for part in piece.split(",")) if piece else ...
     here = tensor[blocks].reshape(-1)
     local = np.arange(len(here))
     np.testing.assert_array_equal(parameters.whole_index(0, local), here)

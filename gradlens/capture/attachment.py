@@ -33,7 +33,19 @@ _WRAPPED = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
 class Slot:
     """Where one parameter lives, and the hooks that are on it."""
 
-    __slots__ = ("_hooks", "_leaf", "_owner", "_restore", "_shard", "_tensor", "armed", "fleeting", "handles", "name")
+    __slots__ = (
+        "_hooks",
+        "_leaf",
+        "_owner",
+        "_restore",
+        "_shard",
+        "_tensor",
+        "armed",
+        "fleeting",
+        "handles",
+        "name",
+        "stretch",
+    )
 
     def __init__(self, name: str, owner: nn.Module | None, leaf: str, tensor: Tensor) -> None:
         self.name = name
@@ -46,6 +58,7 @@ class Slot:
         self._restore: tuple[bool, bool] = (False, False)
         self._hooks: Callable[[], Any] = lambda: None  # the dictionary that has our hook, while its tensor lives
         self._shard: weakref.ref[Any] | None = None
+        self.stretch: sharding.Stretch | None = None  # FSDP1 has flattened it, and lets no hook on it fire
 
     def follow(self, shard: Any) -> None:
         """The parameter is sharded by FSDP2, whose record of it knows the shard when the module shows the whole."""
@@ -57,8 +70,27 @@ class Slot:
             return self._tensor() if self._tensor is not None else None
         owner = self._owner()
         tensor = None if owner is None else owner._parameters.get(self._leaf)
+        if tensor is None:
+            return None
+        if self.stretch is not None:
+            return self.stretch.tensor()
         shard = None if self._shard is None else self._shard()
-        return tensor if tensor is None or shard is None else shard.sharded_param
+        return tensor if shard is None else shard.sharded_param  # type: ignore[no-any-return]
+
+    def gradient(self) -> Tensor | None:
+        """What is in `.grad` of what is here; None where it requires none."""
+        tensor = self.tensor()
+        if tensor is None or not tensor.requires_grad:
+            return None
+        return tensor.grad if self.stretch is None else self.stretch.gradient()
+
+    def extent(self, tensor: Tensor) -> tuple[tuple[int, ...], str]:
+        """The shape of the whole parameter, and which entries of it this tensor has, as `Parameters.pieces` wants it."""
+        if isinstance(tensor, UninitializedTensorMixin):
+            return (), ""
+        if self.stretch is not None and tensor.numel() == len(self.stretch):  # it is whole within summon_full_params
+            return self.stretch.shape, self.stretch.piece
+        return sharding.extent(tensor)
 
     def is_at(self, owner: nn.Module, leaf: str) -> bool:
         """Whether it is this place."""
@@ -176,8 +208,9 @@ class Attachment:
         check(select, found)
         self.slots: list[Slot] = []
         self.aliases: dict[str, str] = {}  # a tied parameter's other names -> the name it is reported by
+        self.flat = False  # FSDP1 has made one parameter of several
         self.parameters = Parameters((), (), ())
-        self._layout: list[tuple[tuple[int, ...], torch.dtype, torch.device, str] | None] = []
+        self._layout: list[tuple[tuple[int, ...], str, torch.dtype, torch.device] | None] = []
         self._listed: list[Slot] | None = None
         self.rescan()
         self.refresh()
@@ -191,14 +224,17 @@ class Attachment:
     def refresh(self) -> Parameters:
         """Names, shapes and dtypes as they are now: the same object until one of them, or a device, changes."""
         tensors = [slot.tensor() for slot in self.slots]
-        layout = [None if t is None else (_shape(t), t.dtype, t.device, sharding.piece(t)) for t in tensors]
+        layout = [
+            None if t is None else (*slot.extent(t), t.dtype, t.device)
+            for slot, t in zip(self.slots, tensors, strict=True)
+        ]
         if layout != self._layout or self.slots is not self._listed:
             self._layout, self._listed = layout, self.slots
             self.parameters = Parameters(
                 tuple(slot.name for slot in self.slots),
                 tuple(() if at is None else tuple(at[0]) for at in layout),
-                tuple("" if at is None else str(at[1]).removeprefix("torch.") for at in layout),
-                tuple("" if at is None else at[3] for at in layout) if any(at and at[3] for at in layout) else (),
+                tuple("" if at is None else str(at[2]).removeprefix("torch.") for at in layout),
+                tuple("" if at is None else at[1] for at in layout) if any(at and at[1] for at in layout) else (),
             )
         return self.parameters
 
@@ -207,12 +243,14 @@ class Attachment:
         old = {slot.name: slot for slot in self.slots}
         fresh: list[Slot] = []
         by_id: dict[int, str] = {}
-        self.aliases = {}
+        self.aliases, flat = {}, False
         for key, part in self.target().items():
-            shards = sharding.shards(part)
+            shards, stretches = sharding.shards(part), sharding.stretches(part)
             for name, owner, leaf, shown in locate(part, key):
-                shard = shards.get((id(owner), leaf))
+                shard, stretch = shards.get((id(owner), leaf)), stretches.get((id(owner), leaf))
                 tensor = shown if shard is None else shard.sharded_param
+                if stretch is not None:
+                    tensor = stretch.tensor()
                 if id(tensor) in by_id:
                     self.aliases[name] = by_id[id(tensor)]
                 elif self._chosen(name, tensor):
@@ -221,6 +259,9 @@ class Attachment:
                     same = slot is not None and slot._leaf == leaf and (owner is None or slot._owner == weakref.ref(owner))
                     fresh.append(slot if slot is not None and same else Slot(name, owner, leaf, tensor))
                     fresh[-1].follow(shard)
+                    fresh[-1].stretch = stretch
+                    flat |= sharding.flat(tensor)
+        self.flat = flat
         changed = [id(slot) for slot in fresh] != [id(slot) for slot in self.slots]
         if changed:
             kept = {id(slot) for slot in fresh}
@@ -268,10 +309,6 @@ class Attachment:
         """Take every hook off."""
         for slot in self.slots:
             slot.detach()
-
-
-def _shape(tensor: Tensor) -> tuple[int, ...]:
-    return () if isinstance(tensor, UninitializedTensorMixin) else tensor.shape
 
 
 def _untrainable(found: Mapping[str, Tensor]) -> str:

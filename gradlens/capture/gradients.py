@@ -569,6 +569,11 @@ class Gradients:
             return Status.EXCLUDED
         return Status.UNDEFINED if slot in current.undefined else Status.ABSENT
 
+    @property
+    def heard(self) -> bool:
+        """Whether any pass was ever seen."""
+        return bool(self._threads)
+
     # --- what changed -----------------------------------------------------------------------------------------------
 
     def changed(self, slot: Slot, parameter: Tensor) -> bool:

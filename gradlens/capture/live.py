@@ -76,7 +76,7 @@ class Capture:
         )
         self._handles: list[Any] = []
         self._dirty = False
-        self._reduced, self._told = "reduced" in stages, False
+        self._reduced, self._told = "reduced" in stages, set[str]()
         self._pid = os.getpid()
 
     # --- life -------------------------------------------------------------------------------------------------------
@@ -177,11 +177,14 @@ class Capture:
     def _look_again(self) -> None:
         """An optimizer stepped that is none of ours. Where its parameters replaced all of ours no hook would ever fire."""
         try:
-            if not running() and os.getpid() == self._pid and self.attachment.unarmed():
+            silent = not self.gradients.heard
+            if not running() and os.getpid() == self._pid and (silent or self.attachment.unarmed()):
                 with self.gradients.lock:
                     self.attachment.rescan()
                     self.attachment.refresh()
                     self._follow_schedule()
+                if silent and any(slot.stretch is not None for slot in self.attachment.slots):
+                    self._tell(_unheard(self.clock.step))
         except Exception as error:  # noqa: BLE001 - nothing of ours is raised in a training step
             self._fault("a look at replaced parameters", error)
 
@@ -212,8 +215,12 @@ class Capture:
         try:
             if not self.updates.roles and self.clock.observed and self.clock.backward:
                 self.updates.manual_step_ends()
+            if self.updates.unheard:
+                self._tell(_unheard(step))
+            if self.attachment.flat:
+                self._tell(_flattened(step))
             if self._reduced and self.clock.observed and self.clock.backward and not self.gradients.averaged:
-                self._tell_not_averaged()
+                self._tell(_not_averaged(step))
             self.clock.close()
             self.updates.step_closed()
             self._rescan()
@@ -223,16 +230,29 @@ class Capture:
             self._fault("end of a step", error)
         self._sink.step_closed(step, scalars)
 
-    def _tell_not_averaged(self) -> None:
-        if not self._told:
-            self._told = True
-            self._sink.tell(_not_averaged(self.clock.step))
+    def _tell(self, finding: Finding) -> None:
+        """Say it once."""
+        if finding.rule not in self._told:
+            self._told.add(finding.rule)
+            self._sink.tell(finding)
 
     def explicit_step(self) -> None:
         """`lens.step()`."""
         self.clock.explicit = True
         self.settle()
         self.close_step()
+
+    def unheard(self) -> bool:
+        """Whether gradients came since the last step that no hook of ours can tell of."""
+        return any(
+            slot.stretch is not None and (t := slot.tensor()) is not None and self.gradients.changed(slot, t)
+            for slot in self.attachment.slots
+        )
+
+    def averaged(self) -> bool:
+        """Over ranks: whether `.grad` is of all of them, as far as is known."""
+        stretches = [slot.stretch for slot in self.attachment.slots if slot.stretch is not None]
+        return all(stretch.averaged() for stretch in stretches) if stretches else self.gradients.averaged
 
     def scale_now(self, slot: Slot) -> float | Tensor:
         """What this parameter's `.grad` still has to be divided by."""
@@ -258,4 +278,29 @@ def _not_averaged(step: int) -> Finding:
             "the optimizer's step came after no_sync() alone",
         ),
         remedy="read the stage `used`: what the optimizer consumed, however it was averaged",
+    )
+
+
+def _unheard(step: int) -> Finding:
+    return Finding(
+        rule="read-at-step",
+        step=step,
+        severity=Severity.INFO,
+        stage=Stage.USED.value,
+        seen="FSDP1 lets no hook on its original parameters fire: their gradients are read at the optimizer's step, as `used`, "
+        "and no other stage has rows",
+        remedy="give watch() the optimizer, without which there is no step to read at; fully_shard (FSDP2) has `reduced` "
+        "gradients too",
+    )
+
+
+def _flattened(step: int) -> Finding:
+    return Finding(
+        rule="flat-parameters",
+        step=step,
+        severity=Severity.INFO,
+        seen="FSDP1 has made flat parameters of several: each row is of this rank's part of one, padding included, and of the "
+        "whole of this rank's own flat gradient in `backward`; no row is of a parameter that you named",
+        remedy="FullyShardedDataParallel(..., use_orig_params=True) has rows by name at the optimizer's step; fully_shard "
+        "(FSDP2) when a backward ends, too",
     )

@@ -1,14 +1,17 @@
-"""What a rank holds of a parameter, and where FSDP2 keeps it.
+"""What a rank holds of a parameter, and where FSDP keeps it.
 
 A distributed tensor (DTensor) says by its placements which entries of the whole are here. Between forward and backward
 FSDP2 lets the module show the *whole*, gathered parameter instead of the shard, which is another tensor, with other hooks
-and no averaged gradient: so the shard is looked up in FSDP2's own records, not in the module. No collective is called.
+and no averaged gradient: so the shard is looked up in FSDP2's own records, not in the module. FSDP1 flattens parameters into
+one and cuts that: an original parameter is a stretch of its own flattened whole. No collective is called.
 """
 
 from __future__ import annotations
 
 import functools
 import math
+import weakref
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,10 +36,85 @@ def shards(part: nn.Module | Tensor) -> dict[tuple[int, str], Any]:
     return result
 
 
+@dataclass(frozen=True)
+class Stretch:
+    """What this rank has of an original parameter under FSDP1: entries `start` to `stop` of the flattened whole."""
+
+    shape: tuple[int, ...]  #: of the whole
+    start: int
+    stop: int
+    handle: weakref.ref[Any]  #: FSDP1's record of the flat parameter
+    number: int  #: among the parameters that were flattened together
+
+    def tensor(self) -> Tensor | None:
+        """The parameter: between forward and backward the module shows a view of the gathered whole in its place."""
+        handle = self.handle()
+        return None if handle is None else handle.flat_param._params[self.number]
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def piece(self) -> str:
+        """As `Parameters.pieces` wants it."""
+        return "" if len(self) == math.prod(self.shape) else f"@{self.start}:{self.stop}"
+
+    def gradient(self) -> Tensor | None:
+        """The part of `.grad` that belongs to what is here: under `no_sync` FSDP1 keeps the gradient of the whole there."""
+        tensor = self.tensor()
+        gradient = None if tensor is None else tensor.grad
+        if gradient is None or gradient.numel() == tensor.numel():  # type: ignore[union-attr]
+            return gradient
+        return gradient.reshape(-1)[self.start : self.stop]
+
+    def averaged(self) -> bool:
+        """Whether `.grad` is of all ranks, as far as its shape says: FSDP1 flattens and cuts it when it averages it."""
+        tensor, handle = self.tensor(), self.handle()
+        if tensor is None or handle is None or not handle.uses_sharded_strategy:
+            return False
+        return tensor.grad is None or tuple(tensor.grad.shape) == (len(self),)
+
+
+def stretches(part: nn.Module | Tensor) -> dict[tuple[int, str], Stretch]:
+    """What FSDP1 keeps of each original parameter here, by the owner's id and the parameter's name there."""
+    result: dict[tuple[int, str], Stretch] = {}
+    for module in part.modules() if isinstance(part, nn.Module) else ():
+        handle: Any = getattr(module, "_handle", None)
+        if not getattr(handle, "_use_orig_params", False):
+            continue
+        whole = handle.flat_param
+        for i, (info, shape) in enumerate(zip(whole._param_infos, whole._shapes, strict=True)):
+            ends = _ends(whole._shard_param_infos[i]) if handle.uses_sharded_strategy else (0, math.prod(shape))
+            result[id(info.module), info.param_name] = Stretch(tuple(shape), *ends, weakref.ref(handle), i)
+        for tied in whole._shared_param_infos:
+            result[id(tied.module), tied.param_name] = result[id(tied.prim_module), tied.prim_param_name]
+    return result
+
+
+def _ends(shard: Any) -> tuple[int, int]:
+    return (shard.intra_param_start_idx, shard.intra_param_end_idx + 1) if shard.in_shard else (0, 0)
+
+
 def _groups(state: Any) -> list[Any]:
     """The parameter groups of a state: several since torch 2.11 or so, one or none before."""
     groups = getattr(state, "_fsdp_param_groups", None)
     return [group for group in ([state._fsdp_param_group] if groups is None else groups) if group is not None]
+
+
+def flat(tensor: Any) -> bool:
+    """Whether it is what FSDP1 makes of several parameters, where it does not show the original ones."""
+    return hasattr(tensor, "_fqns") and hasattr(tensor, "_unpadded_unsharded_size")
+
+
+def extent(tensor: Any) -> tuple[tuple[int, ...], str]:
+    """The shape of the whole, and which entries of it are here, as `Parameters.pieces` wants it.
+
+    A flat parameter is now the whole, now this rank's part, which is padded: no block of the whole is said to be here.
+    """
+    if not flat(tensor):
+        return tuple(tensor.shape), piece(tensor)
+    whole, here = tensor._unpadded_unsharded_size, tensor._sharded_size
+    return tuple(whole), "" if whole == here else f"~{here.numel()}"
 
 
 def summand(tensor: Tensor | None) -> bool:

@@ -81,6 +81,7 @@ class Updates:
         self._handles: list[Any] = []
         self._index: tuple[int, dict[int, Slot]] = (-1, {})
         self._pid = os.getpid()
+        self.unheard = False  # gradients of parameters came whose hooks FSDP1 lets never fire
 
     def attach(self) -> None:
         """Listen to every optimizer's step; those that are not ours pass by."""
@@ -274,9 +275,12 @@ class Updates:
         if slot in gradients.undefined:
             return Status.UNDEFINED
         if gradients.changed(slot, parameter):
-            return Status.UNCAPTURED
+            self.unheard |= slot.stretch is not None
+            return Status.UNCAPTURED if slot.stretch is None else "stale"
         if slot in gradients.excluded:
             return Status.EXCLUDED
+        if slot.stretch is not None and not len(slot.stretch):
+            return None  # other ranks have all of it
         return Status.ABSENT if parameter.grad is None else "stale"
 
     def _read_update(self, role: Role, optimizer: Optimizer | None, skipped: bool | Tensor) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 
 from gradlens import fields
 from gradlens.pooling import PRECEDENCE
+from gradlens.records import nothing
 from gradlens.store.rows import Found
 from gradlens.store.tables import STATUSES
 
@@ -31,7 +32,8 @@ def merged(found: Found, values: Sequence[str]) -> Found:
     whole = _begins(key[:4, _begins(key)])
     result = found.take(distinct[whole])
     if len(whole) < len(distinct):
-        _merge(found.take(distinct), whole, values, result)
+        empty = np.array([nothing(piece) for *_, piece in entries], bool)[at]
+        _merge(found.take(distinct), whole, values, empty[distinct], result)
     return result
 
 
@@ -40,8 +42,8 @@ def _begins(key: np.ndarray) -> np.ndarray:
     return np.flatnonzero(np.concatenate([[True], (key[:, 1:] != key[:, :-1]).any(axis=0)])[: key.shape[1]])
 
 
-def _merge(rows: Found, begins: np.ndarray, values: Sequence[str], result: Found) -> None:
-    """Rows from each beginning to the next become one, in `result`."""
+def _merge(rows: Found, begins: np.ndarray, values: Sequence[str], empty: np.ndarray, result: Found) -> None:
+    """Rows from each beginning to the next become one, in `result`; those of an empty piece have no say in the status."""
     several = np.diff(begins, append=len(rows)) > 1
     for name in values:
         column = rows.columns[name]
@@ -53,7 +55,8 @@ def _merge(rows: Found, begins: np.ndarray, values: Sequence[str], result: Found
             result.columns[name] = {"min": np.fmin, "max": np.fmax}[fields.BY_NAME[name].merge].reduceat(column, begins)
     place = np.array([PRECEDENCE.index(word) for word in STATUSES])  # of each code of a status
     code = np.array([STATUSES.index(word) for word in PRECEDENCE], np.int8)
-    result.columns["status"] = code[np.minimum.reduceat(place[rows.columns["status"]], begins)]
+    first = np.minimum.reduceat(place[rows.columns["status"]] + len(code) * empty, begins)
+    result.columns["status"] = code[first % len(code)]
     result.columns["scale"] = np.fmin.reduceat(rows.columns["scale"], begins)
 
 

@@ -29,7 +29,7 @@ MAX_SCALARS = 1000  #: names of observed scalars that a segment keeps apart
 Entry = tuple[str, tuple[int, ...], str, str]
 
 _BLOCK = r"(\d{1,18}:\d{1,18}|~\d{1,18})"
-_PIECE = re.compile(rf"{_BLOCK}(,{_BLOCK})*")
+_PIECE = re.compile(rf"@\d{{1,18}}:\d{{1,18}}|{_BLOCK}(,{_BLOCK})*")
 
 
 @dataclass
@@ -188,6 +188,8 @@ def _entry(name: object, shape: object, dtype: object, piece: object) -> Entry:
 
 
 def _within(piece: str, shape: Sequence[int]) -> bool:
+    if piece.startswith("@"):
+        return _fits(piece[1:], math.prod(shape))
     blocks = piece.split(",")
     return len(blocks) == len(shape) and all(map(_fits, blocks, shape))
 

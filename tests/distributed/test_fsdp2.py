@@ -191,7 +191,7 @@ def snapshots(records):
     return [record for record in records if isinstance(record, gradlens.Snapshot)]
 
 
-def check(ranks, wanted, rtol, stages=READ, columns=fields.SUMMARY):
+def check(ranks, wanted, rtol, stages=READ, columns=fields.SUMMARY, used=fields.SCALARS):
     """The ranks' tables, pooled, are those of one process: all columns, and the places of the most sensitive weights."""
     tables = [{(str(s.stage), s.step): s for s in snapshots(records)} for records in ranks]
     assert set(tables[0]) == {(stage, step) for stage in stages for step in wanted}
@@ -200,7 +200,7 @@ def check(ranks, wanted, rtol, stages=READ, columns=fields.SUMMARY):
         assert pooled.ranks == len(ranks)
         assert pooled.parameters == whole.parameters
         assert pooled.status.tolist() == whole.status.tolist()
-        for field in fields.SCALARS if stage == "used" else columns:
+        for field in used if stage == "used" else columns:
             seen, real = pooled.columns[field.name], whole.columns[field.name]
             if field.dtype == "int64":
                 np.testing.assert_array_equal(seen, real, err_msg=field.name)
