@@ -71,6 +71,8 @@ OTHERS = {
     "reduced-unavailable": "the stage `reduced` in one process",
     "not-averaged": "the stage `reduced`, and no backward that ended with averaged gradients",
     "partial-gradient": "gradients that are summands which the ranks have yet to add",
+    "read-at-step": "FSDP1's original parameters, whose gradients are read at the optimizer's step only",
+    "flat-parameters": "FSDP1 without original parameters: rows of what it has flattened",
     "ranks-apart": "ranks that do not meet at an address: the dashboard shows the first one's own table",
     "ranks-missing": "ranks of which nothing came in time for the dashboard",
     "budget": "a budget below what a step that is not observed costs already",

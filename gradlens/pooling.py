@@ -101,12 +101,14 @@ class _Part:
             values[rows] = table.columns[name]
         self.histogram = None if table.histogram is None else _spread(table.histogram, rows, n, 0)
         self.status = _spread(table.status, rows, n, "")
-        self.nothing = _spread(np.array([nothing(table.parameters.piece(i)) for i in range(len(table))], bool), rows, n, True)
+        empty = [nothing(table.parameters.piece(row)) for row in range(len(table))]
+        self.nothing = _spread(np.array(empty, bool), rows, n, True)
         self.scale = _spread(table.scale, rows, n, np.nan)
         top = table.top
         self.top = top and Top(
             _spread(top.index, rows, n, -1), _spread(top.partial, rows, n, np.nan), _spread(top.value, rows, n, np.nan)
         )
+
 
 def _spread(values: np.ndarray, rows: np.ndarray, n: int, fill: object) -> np.ndarray:
     result = np.full((n, *values.shape[1:]), fill, dtype=values.dtype)

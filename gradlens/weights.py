@@ -134,8 +134,8 @@ def check_whole(held: Sequence[Held]) -> None:
         few = ", ".join(parts[:3]) + (", ..." if len(parts) > 3 else "")
         raise ArgumentError(
             f"gradient() is all partials in one tensor, and this rank holds a part of {len(parts)} parameters ({few}). "
-            "weights() has what is here, by the index in the whole. On all ranks, p.grad.full_tensor() gathers one, and under "
-            "FSDP1 summon_full_params(model, with_grads=True) all"
+            "weights() has what is here, by the index in the whole. On all ranks, p.grad.full_tensor() gathers one, and "
+            "under FSDP1 summon_full_params(model, with_grads=True) all"
         )
 
 

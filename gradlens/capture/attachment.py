@@ -225,8 +225,7 @@ class Attachment:
         """Names, shapes and dtypes as they are now: the same object until one of them, or a device, changes."""
         tensors = [slot.tensor() for slot in self.slots]
         layout = [
-            None if t is None else (*slot.extent(t), t.dtype, t.device)
-            for slot, t in zip(self.slots, tensors, strict=True)
+            None if t is None else (*slot.extent(t), t.dtype, t.device) for slot, t in zip(self.slots, tensors, strict=True)
         ]
         if layout != self._layout or self.slots is not self._listed:
             self._layout, self._listed = layout, self.slots

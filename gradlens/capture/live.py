@@ -287,8 +287,8 @@ def _unheard(step: int) -> Finding:
         step=step,
         severity=Severity.INFO,
         stage=Stage.USED.value,
-        seen="FSDP1 lets no hook on its original parameters fire: their gradients are read at the optimizer's step, as `used`, "
-        "and no other stage has rows",
+        seen="FSDP1 lets no hook on its original parameters fire: their gradients are read at the optimizer's step, as "
+        "`used`, and no other stage has rows",
         remedy="give watch() the optimizer, without which there is no step to read at; fully_shard (FSDP2) has `reduced` "
         "gradients too",
     )
@@ -299,8 +299,8 @@ def _flattened(step: int) -> Finding:
         rule="flat-parameters",
         step=step,
         severity=Severity.INFO,
-        seen="FSDP1 has made flat parameters of several: each row is of this rank's part of one, padding included, and of the "
-        "whole of this rank's own flat gradient in `backward`; no row is of a parameter that you named",
+        seen="FSDP1 has made flat parameters of several: each row is of this rank's part of one, padding included, and in "
+        "`backward` of the whole of this rank's own flat gradient; no row is of a parameter that you named",
         remedy="FullyShardedDataParallel(..., use_orig_params=True) has rows by name at the optimizer's step; fully_shard "
         "(FSDP2) when a backward ends, too",
     )

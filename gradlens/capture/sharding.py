@@ -84,8 +84,8 @@ def stretches(part: nn.Module | Tensor) -> dict[tuple[int, str], Stretch]:
             continue
         whole = handle.flat_param
         for i, (info, shape) in enumerate(zip(whole._param_infos, whole._shapes, strict=True)):
-            ends = _ends(whole._shard_param_infos[i]) if handle.uses_sharded_strategy else (0, math.prod(shape))
-            result[id(info.module), info.param_name] = Stretch(tuple(shape), *ends, weakref.ref(handle), i)
+            start, stop = _ends(whole._shard_param_infos[i]) if handle.uses_sharded_strategy else (0, math.prod(shape))
+            result[id(info.module), info.param_name] = Stretch(tuple(shape), start, stop, weakref.ref(handle), i)
         for tied in whole._shared_param_infos:
             result[id(tied.module), tied.param_name] = result[id(tied.prim_module), tied.prim_param_name]
     return result

@@ -228,7 +228,7 @@ def test_mixed_precision(launched):
     },
 )
 def test_flat_parameters_are_named(launched):
-    """A finding says that no row is of a parameter of the user's; over the ranks and rows the numbers are those of one process."""
+    """A finding says that no row is of a parameter of the user's; over ranks and rows the sums are those of one process."""
     ranks, whole = launched(group), reference()
     parts = records(ranks, "flat")
     for result, part in zip(ranks, parts, strict=True):
