@@ -75,6 +75,7 @@ OTHERS = {
     "flat-parameters": "FSDP1 without original parameters: rows of what it has flattened",
     "ranks-apart": "ranks that do not meet at an address: the dashboard shows the first one's own table",
     "ranks-missing": "ranks of which nothing came in time for the dashboard",
+    "cuda-graph": "CUDA graphs, whose replays run no hook",
     "budget": "a budget below what a step that is not observed costs already",
     "records-thinned": "steps left out of the records, as writing was slower than training",
     "records-torn": "the end of a run that was cut off, as by `kill -9`: it is read up to its last whole batch",
