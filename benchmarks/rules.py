@@ -1,34 +1,46 @@
-"""What the rules cost a step, on the background thread: milliseconds by rule, for models of 150 and 10,000 parameters.
+"""What a step costs on the background thread, without writers: snapshots from numbers, and what each rule asks of them.
 
-    python benchmarks/rules.py
+    python benchmarks/rules.py [--out rules.csv]
 
 A step is two snapshots, `backward` and `used`, and every default rule is asked after each. Measured on a healthy run, and on
 one in which a fifth of the parameters are dead and a few vanish at every step: a rule that sees something looks back. The
 figure is the median over steps, after the history has filled up, of the thread's own time, so that other work on the machine
-counts for little. A rule alone pays for what the others share with it: the status of the rows as numbers.
+counts for little. A rule alone pays for what the others share with it: the status of the rows as bits. `snapshots` is what
+comes before the rules: tables unpacked, where the `used` one rests on the numbers of `backward`.
 
-Measured on two shared cores (AMD EPYC Milan), one thread; in brackets before statuses were numbers, what is looked back at
-was remembered, and only what is handed on was worded:
+`rules.csv` has a row for each part, size and state: `part, parameters, state, milliseconds, machine`.
+
+Measured on two shared cores (AMD EPYC Milan), one thread; in brackets before quantiles were taken over occupied buckets
+alone and shared by both snapshots, before statuses were numbers, what is looked back at was remembered, and only what is
+handed on was worded:
 
     milliseconds a step    150 healthy       150 ill    10,000 healthy    10,000 ill
-    all                    0.75 (1.3)     1.4 (7.2)         3.1 (13)      7.3 (168)
-    Vanishing alone        0.19 (0.41)   0.43 (4.0)         1.7 (4.9)     2.1 (57)
-    Dead alone             0.09 (0.13)   0.36 (2.1)         1.2 (1.4)     4.7 (89)
+    snapshots              0.76 (3.4)                       40 (198)
+    all rules              0.72 (1.3)     1.3 (7.2)         2.8 (13)      7.9 (168)
+    Vanishing alone        0.19 (0.41)   0.44 (4.0)         1.8 (4.9)     2.0 (57)
+    Dead alone             0.08 (0.13)   0.51 (2.1)         1.3 (1.4)     4.9 (89)
 """
 
 from __future__ import annotations
 
+import argparse
+import csv
+import platform
 import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
+import torch
 
-from gradlens import fields, rules
+from gradlens import fields, kernels, rules
 from gradlens.analysis.diagnosis import Diagnosis
 from gradlens.analysis.history import History
 from gradlens.records import Parameters, Snapshot, Stage
+from gradlens.statistics.table import Piece, Table, UpdatePiece
+from gradlens.statistics.transfer import Transfer
 
 SIZES, STATES = (150, 10_000), ("healthy", "ill")
 FILL, STEPS = 120, 20
@@ -87,16 +99,61 @@ def run(asked: Sequence[rules.Rule], made: Sequence[Sequence[Snapshot]]) -> floa
     return 1e3 * statistics.median(spent[FILL:])
 
 
+def unpacked(n: int) -> float:
+    """Milliseconds a step of making both snapshots: rows of noise, of another size in each parameter."""
+    model, generator = parameters(n), torch.Generator().manual_seed(0)
+    g = [1e-3 * 2.0 ** (i % 20) * torch.randn(64, generator=generator) for i in range(n)]
+    rows, spent = list(range(n)), []
+    numbers, sample = kernels.summarize(g, g), kernels.sample(g)
+    moved = kernels.compare(g, g, [w + 0.01 * w for w in g], None)
+    for step in range(STEPS):
+        tables = [Table(step, 0, stage, model, 0.0, notes=[None] * n) for stage in (Stage.BACKWARD, Stage.USED)]
+        piece = Piece(rows, numbers)
+        for table in tables:
+            table.pieces = [piece]
+        update = UpdatePiece(Piece(rows, moved), [True] * n, False, False, Piece(rows, sample), Piece(rows, sample), True)
+        tables[1].updates = [update]
+        arrays = [Transfer(table.pack()).wait() for table in tables]
+        start = time.thread_time()
+        before = None
+        for table, array in zip(tables, arrays, strict=True):
+            before = (table, table.unpack(array, {}, before))
+        spent.append(time.thread_time() - start)
+    return 1e3 * statistics.median(spent)
+
+
+def machine() -> str:
+    """The processor, as far as it says."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
 def main() -> None:
-    print(" " * 14 + "".join(f"{f'{n:,} {state}':>16}" for n in SIZES for state in STATES))
-    models = [parameters(n) for n in SIZES]
+    parser = argparse.ArgumentParser(description="What rules and snapshots cost on the background thread.")
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".csv"))
+    out = parser.parse_args().out
+    torch.set_num_threads(1)
+    cases = [(n, state) for n in SIZES for state in STATES]
+    print(" " * 14 + "".join(f"{f'{n:,} {state}':>16}" for n, state in cases))
     made = [
         [[snapshot(model, k, stage, ill=state == "ill") for stage in (Stage.BACKWARD, Stage.USED)] for k in range(10)]
-        for model in models
+        for model in map(parameters, SIZES)
         for state in STATES
     ]
-    for name, asked in [("all", rules.DEFAULT), *((type(rule).__name__, [rule]) for rule in rules.DEFAULT)]:
-        print(f"{name:14}" + "".join(f"{run(asked, snapshots):16.2f}" for snapshots in made), flush=True)
+    rows = []
+    parts = [("all", rules.DEFAULT), *((type(rule).__name__, [rule]) for rule in rules.DEFAULT)]
+    for name, asked in [("snapshots", None), *parts]:
+        if asked is None:
+            taken = np.repeat([unpacked(n) for n in SIZES], len(STATES)).tolist()
+        else:
+            taken = [run(asked, snapshots) for snapshots in made]
+        print(f"{name:14}" + "".join(f"{ms:16.2f}" for ms in taken), flush=True)
+        rows += [(name, n, state, f"{ms:.3f}", machine()) for (n, state), ms in zip(cases, taken, strict=True)]
+    with out.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("part", "parameters", "state", "milliseconds", "machine"))
+        writer.writerows(rows)
 
 
 if __name__ == "__main__":

@@ -143,10 +143,11 @@ class Digest:
         numbers, scalars = parcel.numbers()
         for finding in parcel.findings:
             self._found(finding)
+        before = None
         for table in parcel.tables:
             size = len(table.pack())
-            snapshot = table.unpack(numbers[:size], scalars)
-            numbers = numbers[size:]
+            snapshot = table.unpack(numbers[:size], scalars, before)
+            numbers, before = numbers[size:], (table, snapshot)
             self._history.append(snapshot)
             self._writers.write(snapshot)
             for finding in self._diagnosis(self._history):

@@ -41,7 +41,7 @@ class Status(enum.StrEnum):
     OK = "ok"
 
 
-_CODES = {status.value: code for code, status in enumerate(Status)}
+_BITS = {status.value: 1 << place for place, status in enumerate(Status)}
 
 
 class Direction(enum.StrEnum):
@@ -255,15 +255,12 @@ class Snapshot:
 
     def has(self, *words: str) -> np.ndarray:
         """`[n]` whether a row's status is one of these."""
-        result = np.zeros(len(self), bool)
-        for word in words:
-            result |= self._codes == _CODES[word]
-        return result
+        return (self._bits & sum({_BITS[word] for word in words})) != 0
 
     @cached_property
-    def _codes(self) -> np.ndarray:
-        """The status as numbers: comparing 10,000 words takes a hundred times as long."""
-        return np.fromiter(map(_CODES.get, self.status.tolist(), repeat(-1)), np.int8, len(self))
+    def _bits(self) -> np.ndarray:
+        """The status as a bit each: comparing 10,000 words takes a hundred times as long."""
+        return np.fromiter(map(_BITS.get, self.status.tolist(), repeat(0)), np.uint8, len(self))
 
     def column(self, name: str) -> np.ndarray:
         """A stored or derived column, `[n]`."""

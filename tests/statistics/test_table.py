@@ -169,3 +169,31 @@ def test_an_update_of_a_skipped_step_is_empty():
     piece.skipped = torch.tensor(1.0)
     made.updates = [piece]
     assert np.isnan(snapshot(made).column("update_l2")).all()
+
+
+def test_what_rests_on_the_same_pieces_is_taken_from_the_snapshot_before():
+    """The same numbers as read anew, with updates of its own; the other snapshot has none of them."""
+    g = gradients()
+    first, second = table(), table()
+    first.pieces = [Piece([0, 1, 2], kernels.summarize(g, g))]
+    second.pieces, second.notes = list(first.pieces), [None, None, Status.ABSENT]
+    second.updates = [update(second, g[:2], g[:2], same=True)]
+    before = snapshot(first)
+    taken = second.unpack(Transfer(second.pack()).wait(), {}, (first, before))
+    read = snapshot(second)
+    for name in fields.VALUES:
+        np.testing.assert_array_equal(taken.column(name), read.column(name), err_msg=name)
+    assert taken.status.tolist() == read.status.tolist() == ["ok", "ok", "absent"]
+    assert taken.histogram is before.histogram
+    assert np.isnan(before.column("update_ratio")).all()
+
+
+def test_another_divisor_or_other_pieces_are_read():
+    """Only the very same numbers are taken over."""
+    g = gradients()
+    first, second = table(), table(scale=4.0, divisor=4.0)
+    first.pieces = [Piece([0, 1, 2], kernels.summarize(g, g))]
+    second.pieces = list(first.pieces)
+    for other in (second, table()):
+        taken = other.unpack(Transfer(other.pack()).wait(), {}, (first, snapshot(first)))
+        np.testing.assert_array_equal(taken.column("l2"), snapshot(other).column("l2"))
