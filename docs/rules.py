@@ -70,6 +70,7 @@ OTHERS = {
     "memory": "an allowance that has no room for even one weight of each parameter",
     "reduced-unavailable": "the stage `reduced` in one process",
     "not-averaged": "the stage `reduced`, and no backward that ended with averaged gradients",
+    "unknown-optimizer": "an optimizer that moves watched parameters, and that `watch()` was not given",
     "partial-gradient": "gradients that are summands which the ranks have yet to add",
     "read-at-step": "FSDP1's original parameters, whose gradients are read at the optimizer's step only",
     "flat-parameters": "FSDP1 without original parameters: rows of what it has flattened",

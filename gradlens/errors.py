@@ -70,5 +70,5 @@ def nearest(word: str, known: Iterable[str], n: int = 3) -> str:
 
 def choice(what: str, given: str, allowed: Iterable[str]) -> ArgumentError:
     """The error for a word that is not one of a few."""
-    allowed = list(allowed)
+    allowed = [str(word) for word in allowed]  # an enum's own `repr` is not what one would type
     return ArgumentError(f"{what} {given!r} is not one of {', '.join(map(repr, allowed))}{nearest(given, allowed)}")

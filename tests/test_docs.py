@@ -49,6 +49,13 @@ def test_the_rule_on_the_page_of_rules_runs(capsys):
     assert "switched off" not in printed
 
 
+def test_every_trap_has_a_test():
+    """Each trap on the page of acceptance is marked on a test that a naive capture fails."""
+    acceptance = _writer("acceptance")
+    assert list(acceptance.TRAPS) == list(range(1, 45))
+    assert set(acceptance.collect().traps) == set(acceptance.TRAPS)
+
+
 @pytest.mark.parametrize(
     ("mark", "message"),
     [

@@ -24,7 +24,7 @@ from gradlens.capture.clock import Clock
 from gradlens.capture.compiling import eagerly
 from gradlens.capture.gradients import Gradients, running
 from gradlens.capture.readings import Reading, Sink, Update
-from gradlens.records import Stage, Status
+from gradlens.records import Finding, Severity, Stage, Status
 
 _STEP_WRAPPER = Optimizer.profile_hook_step(lambda self: None).__code__
 
@@ -80,6 +80,7 @@ class Updates:
         self._manual = Role(None, clock=True)  # stands in where the user moves the weights by hand
         self._handles: list[Any] = []
         self._index: tuple[int, dict[int, Slot]] = (-1, {})
+        self._strangers: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # that were looked at, and are none of ours
         self._pid = os.getpid()
         self.unheard = False  # gradients of parameters came whose hooks FSDP1 lets never fire
 
@@ -132,7 +133,30 @@ class Updates:
 
     def _role(self, optimizer: Optimizer) -> Role | None:
         role = self._role_of.get(id(optimizer))
-        return role if role is not None and role.ref() is optimizer else None
+        if role is not None and role.ref() is optimizer:
+            return role
+        known = optimizer in self._strangers and all(role.ref() is not None for role in self.roles)
+        return None if known or not self.roles else self._adopt(optimizer)
+
+    def _adopt(self, optimizer: Optimizer) -> Role | None:
+        """An optimizer that the lens was not given moves what it watches.
+
+        It stands in for one that was given and is gone, or that it is the inner one of (as SAM has one, whose own step is
+        never called). Any other moves weights unseen, and that is said.
+        """
+        slots, held = self._by_id(), {id(p) for group in optimizer.param_groups for p in group["params"]}
+        moved = [slots[i].name for i in held if i in slots]
+        if moved:
+            for role in self.roles:
+                given = role.ref()
+                if given is None or (_holds(given, optimizer) and not _active(given)):
+                    role.ref = weakref.ref(optimizer)
+                    self._role_of[id(optimizer)] = role
+                    return role
+            if not any(_active(given) for role in self.roles if (given := role.ref()) is not None):
+                self._sink.tell(_unknown(self._clock.step, optimizer, moved))
+        self._strangers.add(optimizer)
+        return None
 
     # --- one step ---------------------------------------------------------------------------------------------------
 
@@ -340,8 +364,34 @@ def _learning_rates(optimizer: Optimizer) -> dict[int, bool]:
     return result
 
 
+def _holds(wrapper: Any, optimizer: Optimizer) -> bool:
+    return any(value is optimizer for value in vars(wrapper).values())
+
+
 def inner(optimizer: Any) -> Any:
-    """The torch optimizer inside a wrapper such as accelerate's, which fires the hooks."""
-    while not isinstance(optimizer, torch.optim.Optimizer) and hasattr(optimizer, "optimizer"):
-        optimizer = optimizer.optimizer
+    """The torch optimizer whose step fires the hooks: the one inside a wrapper that has none of its own.
+
+    Lightning's wrapper is no `Optimizer`, accelerate's is one that was never initialised as such.
+    """
+    while not hasattr(getattr(type(optimizer), "step", None), "hooked"):
+        held = [value for value in getattr(optimizer, "__dict__", {}).values() if isinstance(value, Optimizer)]
+        within = getattr(optimizer, "optimizer", held[0] if held else None)
+        if within is None or within is optimizer:
+            break
+        optimizer = within
     return optimizer
+
+
+def _unknown(step: int, optimizer: Optimizer, names: Sequence[str]) -> Finding:
+    kind, few = type(optimizer).__name__, ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    return Finding(
+        rule="unknown-optimizer",
+        step=step,
+        severity=Severity.WARNING,
+        seen=f"{kind} stepped on {len(names)} of the watched parameters ({few}), and watch() was not given it: its steps "
+        "are not counted, and what it does to the weights is not measured",
+        causes=("watch() was given some of the optimizers only", "the optimizer was made anew after watch()"),
+        remedy="give watch() all that move the model, last the one whose step ends a step: watch(model, [a, b])",
+        parameter=names[0],
+        parameters=tuple(names),
+    )

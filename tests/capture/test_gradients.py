@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+import gradlens
+
 
 def linear(**kwargs):
     torch.manual_seed(0)
@@ -107,6 +109,7 @@ def test_tied_and_reused_parameters_are_read_once_with_the_total(watched):
     assert bench.capture.attachment.aliases == {"b.weight": "a.weight"}
 
 
+@pytest.mark.trap(35)
 @pytest.mark.situation("`create_graph=True`", stages={"backward": "yes"})
 def test_create_graph_keeps_no_graph(watched):
     """Under create_graph the reading is right and accumulates out of place."""
@@ -118,6 +121,38 @@ def test_create_graph_keeps_no_graph(watched):
     same(bench.sink.merged(0, 1, "backward"), expected)
     for p in model.parameters():
         p.grad = None
+
+
+@pytest.mark.trap(35)
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
+@pytest.mark.parametrize("backwards", [1, 2])
+def test_the_graph_of_a_gradient_is_freed(backwards):
+    """What create_graph made of the gradients goes with the gradients, though everything that a lens can keep is kept."""
+    model = linear()
+    with gradlens.watch(
+        model,
+        torch.optim.SGD(model.parameters(), 0.1),
+        stage=("backward", "accumulated", "used"),
+        features=("updates", "flips", "evidence"),
+    ) as lens:
+        activations = []
+        for _ in range(backwards):
+            y = model(torch.ones(4, 3))
+            activations.append(weakref.ref(y.untyped_storage()))
+            y.pow(2).sum().backward(create_graph=True)
+        penalty = sum(p.grad.pow(2).sum() for p in model.parameters())
+        penalty.backward()
+        norms = {n: p.grad.double().norm().item() for n, p in model.named_parameters()}
+        history = lens.history()  # no query(), which keeps the frame that it is called from
+        assert dict(history[history["stage"] == "accumulated"].groupby("parameter")["l2"].last()) == pytest.approx(norms)
+        gc.disable()
+        try:
+            del y, penalty
+            for p in model.parameters():
+                p.grad = None
+            assert [ref() for ref in activations] == [None] * backwards
+        finally:
+            gc.enable()
 
 
 @pytest.mark.trap(6)

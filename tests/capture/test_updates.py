@@ -462,3 +462,114 @@ def test_names_lose_wrappers_but_keep_a_users_module_attribute(watched):
         wrapped = nn.DataParallel(torch.compile(Mine(), backend="eager"))
     bench = watched(wrapped, torch.optim.SGD(wrapped.parameters(), 0.1))
     assert bench.capture.attachment.parameters.names == ("module.weight", "module.bias")
+
+
+# --- optimizers that the lens was not given -------------------------------------------------------------------------
+
+
+class SAM(torch.optim.Optimizer):
+    """As everybody writes it: the user calls both halves of a step, and never `step()` itself."""
+
+    def __init__(self, params, base, rho=0.05, **kwargs):
+        super().__init__(params, {"rho": rho, **kwargs})
+        self.base_optimizer = base(self.param_groups, **kwargs)
+        self.param_groups = self.base_optimizer.param_groups
+
+    @torch.no_grad()
+    def first_step(self):
+        for p in self.param_groups[0]["params"]:
+            self.state[p]["old"] = p.clone()
+            p.add_(p.grad, alpha=self.param_groups[0]["rho"])
+        self.zero_grad()
+
+    @torch.no_grad()
+    def second_step(self):
+        for p in self.param_groups[0]["params"]:
+            p.copy_(self.state[p]["old"])
+        self.base_optimizer.step()
+        self.zero_grad()
+
+
+@pytest.mark.situation(
+    "an optimizer that steps through another, inside it: SAM",
+    stages={"backward": "yes: of both backwards", "used": "yes: the second's", "updates": "yes"},
+)
+def test_the_inner_optimizer_of_one_that_never_steps(watched):
+    """SAM's own step() is never called; the optimizer inside it makes the step."""
+    model = linear()
+    optimizer = SAM(model.parameters(), torch.optim.SGD, lr=0.01)
+    bench = watched(model, optimizer)
+    for step in range(2):
+        loss_of(model).backward()
+        optimizer.first_step()
+        loss_of(model).backward()
+        second = grads(model)
+        optimizer.second_step()
+        same(bench.sink.merged(step, 1, "used"), second)
+        for i, p in enumerate(model.parameters()):
+            assert torch.allclose(bench.sink.updates[step][1][i], -0.01 * list(second.values())[i], atol=1e-6), p.shape
+    assert bench.sink.keys("backward") == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert [step for step, _ in bench.sink.closed] == [0, 1]
+
+
+@pytest.mark.situation("an optimizer made anew", stages={"used": "yes", "updates": "yes"})
+def test_a_new_optimizer_stands_in_for_one_that_is_gone(watched):
+    """The optimizer is thrown away and another made, as at a change of phase: its steps count from the first."""
+    model = linear()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    bench = watched(model, optimizer)
+    for kind in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW):
+        optimizer = kind(model.parameters(), 0.1)
+        loss_of(model).backward()
+        expected = grads(model)
+        optimizer.step()
+        step = bench.sink.closed[-1][0]
+        same(bench.sink.merged(step, 0, "used"), expected)
+        optimizer.zero_grad()
+    assert [step for step, _ in bench.sink.closed] == [0, 1, 2]
+    assert bench.sink.keys("backward") == bench.sink.keys("used") == [(0, 0), (1, 0), (2, 0)]
+
+
+def test_an_optimizer_that_watch_was_not_given_is_named(watched):
+    """One of two is given: the other moves watched weights unseen, and a finding says so, once."""
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+    given, other = (torch.optim.SGD(part.parameters(), 0.1) for part in model)
+    bench = watched(model, given)
+    for _ in range(3):
+        loss_of(model).backward()
+        other.step()
+        given.step()
+    (finding,) = [event for event in bench.sink.events if hasattr(event, "rule")]
+    assert finding.rule == "unknown-optimizer"
+    assert set(finding.parameters) == {"1.weight", "1.bias"}
+    assert [step for step, _ in bench.sink.closed] == [0, 1, 2]
+
+
+def test_an_optimizer_inside_another_that_steps_is_part_of_it(watched):
+    """Lookahead's step calls the inner one's: the step is the outer one, its update the whole move."""
+
+    class Lookahead(torch.optim.Optimizer):
+        def __init__(self, inner):
+            super().__init__(inner.param_groups, {})
+            self.inner = inner
+
+        @torch.no_grad()
+        def step(self):
+            self.inner.step()
+            for group in self.inner.param_groups:
+                for p in group["params"]:
+                    p.add_(1.0)
+
+    model = linear()
+    optimizer = Lookahead(torch.optim.SGD(model.parameters(), 0.1))
+    bench = watched(model, optimizer)
+    for _ in range(2):
+        model.zero_grad()
+        loss_of(model).backward()
+        expected = grads(model)
+        optimizer.step()
+    assert bench.sink.keys("used") == [(0, 0), (1, 0)]
+    moved = bench.sink.updates[1][1]
+    for i, g in enumerate(expected.values()):
+        assert torch.allclose(moved[i], 1.0 - 0.1 * g, atol=1e-5)
+    assert not [event for event in bench.sink.events if hasattr(event, "rule")]
