@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -70,8 +71,8 @@ class Slot:
             return self._tensor() if self._tensor is not None else None
         owner = self._owner()
         tensor = None if owner is None else owner._parameters.get(self._leaf)
-        if tensor is None:
-            return None
+        if tensor is None or (self._shard is None and self.stretch is None):
+            return tensor
         if self.stretch is not None:
             return self.stretch.tensor()
         shard = None if self._shard is None else self._shard()
@@ -136,11 +137,14 @@ class Slot:
 
     def shared(self, tensor: Tensor) -> bool:
         """Whether somebody else also hooked it: then `.grad` may not be this pass's own gradient when the pass ends."""
-        return _foreign(tensor._post_accumulate_grad_hooks) or _foreign(tensor._backward_hooks)
+        accumulated, own = tensor._post_accumulate_grad_hooks, tensor._backward_hooks
+        return bool(
+            (accumulated and len(accumulated) > 1 and _foreign(accumulated)) or (own and len(own) > 1 and _foreign(own))
+        )
 
 
-def _foreign(hooks: Any) -> bool:
-    return hooks is not None and len(hooks) > 1 and not all(hasattr(hook, "gradlens") for hook in hooks.values())
+def _foreign(hooks: Mapping[int, Callable]) -> bool:
+    return not all(hasattr(hook, "gradlens") for hook in hooks.values())
 
 
 def _strips(owner: nn.Module, child: str) -> bool:
@@ -195,6 +199,12 @@ def locate(part: nn.Module | Tensor, name: str) -> Iterator[tuple[str, nn.Module
         yield from walk(part, f"{name}." if name else "")
 
 
+#: Tensors without a placement or a shape to come.
+_PLAIN = {Tensor, nn.Parameter}
+_FACTS = (attrgetter("shape"), attrgetter("dtype"), attrgetter("device"))
+_Place = tuple[tuple[int, ...], str, torch.dtype, torch.device]
+
+
 class Attachment:
     """The slots of a target, in model order, and the hooks on them."""
 
@@ -208,9 +218,10 @@ class Attachment:
         check(select, found)
         self.slots: list[Slot] = []
         self.aliases: dict[str, str] = {}  # a tied parameter's other names -> the name it is reported by
-        self.flat = False  # FSDP1 has made one parameter of several
+        self.flat = self._cut = False  # FSDP1 has made one parameter of several, or shows pieces of it
         self.parameters = Parameters((), (), ())
-        self._layout: list[tuple[tuple[int, ...], str, torch.dtype, torch.device] | None] = []
+        self._layout: list[_Place | None] = []
+        self._columns: list[list[Any]] = []  # the same of a model of plain tensors, quicker to compare
         self._listed: list[Slot] | None = None
         self.rescan()
         self.refresh()
@@ -221,9 +232,19 @@ class Attachment:
         """The parts of the target that are alive."""
         return {name: part for name, ref in self._parts.items() if (part := ref()) is not None}
 
+    def tensors(self) -> list[Tensor | None]:
+        """What is at the slots now."""
+        return [slot.tensor() for slot in self.slots]
+
     def refresh(self) -> Parameters:
         """Names, shapes and dtypes as they are now: the same object until one of them, or a device, changes."""
-        tensors = [slot.tensor() for slot in self.slots]
+        tensors: Any = self.tensors()
+        columns = []
+        if set(map(type, tensors)) <= _PLAIN and not self._cut:
+            columns = [list(map(attribute, tensors)) for attribute in _FACTS]
+            if columns == self._columns and self.slots is self._listed:
+                return self.parameters
+        self._columns = columns
         layout = [
             None if t is None else (*slot.extent(t), t.dtype, t.device) for slot, t in zip(self.slots, tensors, strict=True)
         ]
@@ -260,7 +281,7 @@ class Attachment:
                     fresh[-1].follow(shard)
                     fresh[-1].stretch = stretch
                     flat |= sharding.flat(tensor)
-        self.flat = flat
+        self.flat, self._cut = flat, any(slot.stretch is not None for slot in fresh)
         changed = [id(slot) for slot in fresh] != [id(slot) for slot in self.slots]
         if changed:
             kept = {id(slot) for slot in fresh}
@@ -279,7 +300,10 @@ class Attachment:
         return [
             i
             for i, slot in enumerate(self.slots)
-            if (t := slot.tensor()) is not None and not slot.arms(t) and t.requires_grad and t.is_leaf
+            if (t := slot.tensor()) is not None
+            and (slot.armed != id(t) or slot._hooks() is None)  # `slot.arms`, a call less
+            and t.requires_grad
+            and t.is_leaf
         ]
 
     def arm(self, make: Callable[[Slot], tuple[Callable | None, Callable]]) -> list[int]:

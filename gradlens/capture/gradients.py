@@ -25,6 +25,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -122,6 +123,7 @@ class Pass:
         self.read: dict[Slot, Tensor] = {}  # accumulated onto an older `.grad`, to be read
         self.summed: dict[Slot, Tensor] = {}  # likewise, and copied: somebody else hooked the parameter
         self.undefined: set[Slot] = set()
+        self.plain: set[Slot] = set()  # had no gradient at the start, and need nothing done before the end
         self.silent: set[Slot] = set()  # already read inside a hook
         self.late: set[Slot] = set()  # got their hooks when this pass had begun
         self.last: tuple[Slot, tuple[int, int]] | None = None  # what was accumulated last, over ranks
@@ -201,7 +203,9 @@ class Gradients:
             tool = this()
             if tool is not None:
                 try:
-                    tool._on_gradient(slot, g)
+                    current = tool._by_task.get(_current_task())
+                    if current is None or g is None or slot not in current.plain:
+                        tool._on_gradient(slot, g)
                 except Exception as error:  # noqa: BLE001 - nothing of ours is raised in a training step
                     tool._fault("gradient hook", error)
 
@@ -210,7 +214,11 @@ class Gradients:
             tool = this()
             if tool is not None:
                 try:
-                    tool._on_accumulated(slot, parameter)
+                    current = tool._by_task.get(_current_task())
+                    if current is not None and slot in current.plain:
+                        current.fresh[slot] = None
+                    else:
+                        tool._on_accumulated(slot, parameter)
                 except Exception as error:  # noqa: BLE001
                     tool._fault("accumulation hook", error)
 
@@ -225,6 +233,7 @@ class Gradients:
             return
         if g is None:
             current.undefined.add(slot)
+            current.plain.discard(slot)
             return
         current.undefined.discard(slot)
         parameter = slot.tensor()
@@ -276,6 +285,7 @@ class Gradients:
                 parameter = slot.tensor()
                 if parameter is not None and parameter.grad is not None:
                     del current.fresh[slot]
+                    current.plain.discard(slot)
                     current.silent.add(slot)
                     self._emit(Stage.BACKWARD, [slot], [parameter.grad], current, complete=False)
 
@@ -310,8 +320,9 @@ class Gradients:
             late = self._before_pass()
             current = Pass(thread, self._scaling.scale(), run.root)
             current.late.update(self._attachment.slots[i] for i in late)
-            self._passes.append(current)
             self._threads.add(thread)
+            current.plain = self._plain()
+            self._passes.append(current)
         current.tasks.append(task)
         self._by_task[task] = current
         if run.nested or (run.depth == 0 and current.thread != thread):
@@ -321,6 +332,18 @@ class Gradients:
         current.compiled |= bool(getattr(compiled_autograd, "in_compiled_autograd_region", False))
         self._queue_end(current, task)
         return current
+
+    def _plain(self) -> set[Slot]:
+        """The slots of which the hooks of a pass that starts now need to note nothing but that the gradient came."""
+        for other in self._passes:
+            other.plain.clear()  # gradients may come from two sides
+        if self.local or self._passes or len(self._threads) > 1:
+            return set()
+        return {
+            slot
+            for slot in self._attachment.slots
+            if (t := slot.tensor()) is not None and t.grad is None and not slot.fleeting and not slot.shared(t)
+        }
 
     def _parent(self, run: _Run, task: int, thread: int) -> Pass | None:
         """The pass that this run is part of, if it was seen before.
@@ -436,15 +459,16 @@ class Gradients:
         notes: Sequence[str | None] = (),
     ) -> None:
         rows = self.rows
-        pairs = [(rows[slot], g, w) for slot, g in zip(slots, tensors, strict=True) if (w := slot.tensor()) is not None]
+        triples = [(rows[slot], g, w) for slot, g in zip(slots, tensors, strict=True) if (w := slot.tensor()) is not None]
+        triples.sort(key=itemgetter(0))  # a pass goes through the model from its end
         with self.lock:
             self._sink.read(
                 Reading(
                     key=self._key(stage, current),
                     parameters=self._attachment.parameters,
-                    rows=[row for row, _, _ in pairs],
-                    tensors=[g for _, g, _ in pairs],
-                    weights=[w for _, _, w in pairs],
+                    rows=[row for row, _, _ in triples],
+                    tensors=[g for _, g, _ in triples],
+                    weights=[w for _, _, w in triples],
                     divisor=current.scale,
                     scale=current.scale,
                     complete=complete,
@@ -547,8 +571,8 @@ class Gradients:
 
     def _notes(self, current: Pass) -> list[str | None]:
         """Why a row of this pass has no tensor; empty where all have one."""
-        slots = self._attachment.slots
-        missing = [i for i, slot in enumerate(slots) if slot.fleeting or not current.reached(slot)]
+        slots, fresh = self._attachment.slots, current.fresh
+        missing = [i for i, slot in enumerate(slots) if slot.fleeting or not (slot in fresh or current.reached(slot))]
         if not missing:
             return []
         inputs = {id(tensor) for tensor in current.inputs}
@@ -584,12 +608,9 @@ class Gradients:
         """Whether a pass of this step reached the slot's parameter: one that is over, or one that is still going on."""
         return slot in self.fired or any(current.reached(slot) for current in self._passes)
 
-    def unchanged_since_end(self, slots: Sequence[Slot]) -> bool:
-        """Whether `.grad` of these is what it was when the step's last pass ended."""
-        return all(
-            (p := slot.tensor()) is not None and self._ends.get(slot) == (None if p.grad is None else _state(p.grad))
-            for slot in slots
-        )
+    def unchanged_since_end(self, slots: Sequence[Slot], gradients: Sequence[Tensor | None]) -> bool:
+        """Whether these, which are in `.grad` now, are what was there when the step's last pass ended."""
+        return list(map(self._ends.get, slots)) == [None if g is None else (id(g), g._version) for g in gradients]
 
     def _quiet(self, current: Pass) -> list[Slot]:
         """The slots whose `.grad` may be read now: where several threads run passes, only those that this one reached.
@@ -599,19 +620,19 @@ class Gradients:
         slots = self._attachment.slots
         return slots if len(self._threads) < 2 else [slot for slot in slots if current.reached(slot)]
 
-    def _now(self, slots: Sequence[Slot]) -> dict[Slot, tuple[int, int]]:
-        return {slot: _state(g) for slot in slots if (p := slot.tensor()) is not None and (g := p.grad) is not None}
+    def _now(self, slots: Sequence[Slot]) -> tuple[dict[Slot, tuple[int, int]], list[Tensor]]:
+        """The states of the gradients that are there, and these gradients."""
+        there = [(slot, g) for slot in slots if (p := slot.tensor()) is not None and (g := p.grad) is not None]
+        return {slot: (id(g), g._version) for slot, g in there}, [g for _, g in there]
 
     def _mark_end(self, current: Pass) -> None:
         """Remember the gradients as this pass left them."""
-        now = self._now(self._quiet(current))
+        now, gradients = self._now(self._quiet(current))
         self._ends = now if len(self._threads) < 2 else {**self._ends, **now}
-        slots = list(now)
-        rows = self.rows
-        self._sink.ended([rows[slot] for slot in slots], [slot.tensor().grad for slot in slots])  # type: ignore[union-attr, misc]
+        self._sink.ended(list(map(self.rows.__getitem__, now)), gradients)
 
     def step_closed(self) -> None:
         """Forget the step."""
-        self._marks = self._now(self._attachment.slots)
+        self._marks, _ = self._now(self._attachment.slots)
         self.fired, self.undefined, self.excluded, self.given = set(), set(), set(), set()
         self.fresh, self.averaged = True, False

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import sys
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -167,11 +167,11 @@ class Updates:
         self._clock.moving |= closure is not None
         if not self._clock.observed:
             return
-        slots = self.slots(role)
+        held = self._held(role)
         if self._weights:
-            self._sink.before(self._attachment.parameters, self._rows(slots), [slot.tensor() for slot in slots])  # type: ignore[misc]
+            self._sink.before(self._attachment.parameters, self._rows(held), list(held.values()))
         if closure is None and getattr(optimizer, "grad_scale", None) is None:
-            self.read_used(role)
+            self.read_used(role, held=held)
 
     def _after(self, role: Role, optimizer: Optimizer, closure: Any) -> None:
         try:
@@ -207,9 +207,9 @@ class Updates:
 
     def manual_pass_ended(self, *, read: bool) -> None:
         """Without an optimizer: whatever moves the weights does so from here on."""
-        slots = self.slots(self._manual)
         if self._weights:
-            self._sink.before(self._attachment.parameters, self._rows(slots), [slot.tensor() for slot in slots])  # type: ignore[misc]
+            held = self._held(self._manual)
+            self._sink.before(self._attachment.parameters, self._rows(held), list(held.values()))
         self._manual.read = False
         if read:
             self.read_used(self._manual)
@@ -231,12 +231,20 @@ class Updates:
 
     def slots(self, role: Role) -> list[Slot]:
         """The slots whose parameters this optimizer moves; the clock also answers for those that no optimizer has."""
+        return list(self._held(role))
+
+    def _held(self, role: Role) -> dict[Slot, Tensor]:
+        """The same, with what is there now."""
+        if role.clock and len(self.roles) < 2:
+            return {slot: t for slot in self._attachment.slots if (t := slot.tensor()) is not None}
         slots, mine = self._by_id(), _owned(role)
         if not role.clock:
             rows = self._gradients.rows
-            return sorted((slots[i] for i in mine if i in slots), key=rows.__getitem__)
-        others = set().union(*(_owned(other) for other in self.roles if other is not role)) - mine
-        return [slot for i, slot in slots.items() if i not in others]
+            chosen = sorted((slots[i] for i in mine if i in slots), key=rows.__getitem__)
+        else:
+            others = set().union(*(_owned(other) for other in self.roles if other is not role)) - mine
+            chosen = [slot for i, slot in slots.items() if i not in others]
+        return {slot: t for slot in chosen if (t := slot.tensor()) is not None}
 
     def _by_id(self) -> dict[int, Slot]:
         """The slots by their parameter's id, looked up once a pass: one optimizer a parameter may step inside it."""
@@ -245,37 +253,39 @@ class Updates:
             self._index = (task, {id(t): slot for slot in self._attachment.slots if (t := slot.tensor()) is not None})
         return self._index[1]
 
-    def _rows(self, slots: Sequence[Slot]) -> list[int]:
-        rows = self._gradients.rows
-        return [rows[slot] for slot in slots]
+    def _rows(self, slots: Iterable[Slot]) -> list[int]:
+        return list(map(self._gradients.rows.__getitem__, slots))
 
     def key(self) -> tuple[int, int, str]:
         """Of the `used` table: its backward is the step's last."""
         return (self._clock.step, self._clock.last, Stage.USED.value)
 
-    def read_used(self, role: Role, *, skipped: bool | Tensor = False, late: bool = False) -> None:
-        """Read the gradients that this optimizer consumes."""
+    def read_used(
+        self,
+        role: Role,
+        *,
+        skipped: bool | Tensor = False,
+        late: bool = False,
+        held: Mapping[Slot, Tensor] | None = None,
+    ) -> None:
+        """Read the gradients that this optimizer consumes. `held` is what it moves, where that is known."""
         role.read = True
-        slots = self.slots(role)
-        present = [slot for slot in slots if (p := slot.tensor()) is not None and p.requires_grad and p.grad is not None]
-        role.versions = {slot: slot.tensor().grad._version for slot in present}  # type: ignore[union-attr]
-        role.unchanged = self._gradients.unchanged_since_end(slots)
+        gradients, held = self._gradients, self._held(role) if held is None else held
+        now = [w.grad for w in held.values()]
+        present = [(slot, g, w) for (slot, w), g in zip(held.items(), now, strict=True) if g is not None and w.requires_grad]
+        role.versions = {slot: g._version for slot, g, _ in present}
+        role.unchanged = gradients.unchanged_since_end(list(held), now)
         if not self._used:
             return
-        notes = dict(zip(self._rows(slots), map(self._note, slots), strict=True))
-        for slot, note in zip(slots, [notes[row] for row in self._rows(slots)], strict=True):
-            if note == Status.UNCAPTURED:
-                slot.suspect()
-        gradients = self._gradients
         self._sink.read(
             Reading(
                 key=self.key(),
                 parameters=self._attachment.parameters,
-                rows=self._rows(present),
-                tensors=[slot.tensor().grad for slot in present],  # type: ignore[union-attr, misc]
-                weights=[slot.tensor() for slot in present],  # type: ignore[misc]
+                rows=self._rows(slot for slot, _, _ in present),
+                tensors=[g for _, g, _ in present],
+                weights=[w for _, _, w in present],
                 scale=gradients.scale,
-                notes=[notes.get(i, "elsewhere") for i in range(len(self._attachment.slots))],
+                notes=self._notes(held, len(present)),
                 unchanged=self._single() and role.unchanged,
                 skipped=skipped,
                 late=late,
@@ -287,6 +297,17 @@ class Updates:
         """Whether the `backward` rows are of the gradient that the step began with: one process, one backward."""
         gradients = self._gradients
         return self._clock.backward == 1 and gradients.fresh and not gradients.local
+
+    def _notes(self, held: Mapping[Slot, Tensor], present: int) -> list[str | None]:
+        """By row of the model; empty where all of it is here, has a gradient, and nothing is special."""
+        fired, slots = self._gradients.fired, self._attachment.slots
+        special = {slot: self._note(slot) for slot, w in held.items() if slot not in fired or not w.requires_grad}
+        for slot, note in special.items():
+            if note == Status.UNCAPTURED:
+                slot.suspect()
+        if not special and present == len(slots):
+            return []
+        return [special.get(slot) if slot in held else "elsewhere" for slot in slots]
 
     def _note(self, slot: Slot) -> str | None:
         parameter, gradients = slot.tensor(), self._gradients
@@ -308,31 +329,30 @@ class Updates:
         return Status.ABSENT if parameter.grad is None else "stale"
 
     def _read_update(self, role: Role, optimizer: Optimizer | None, skipped: bool | Tensor) -> None:
-        slots = self.slots(role)
+        held = self._held(role)
         if optimizer is None:
-            rates = {id(slot.tensor()): True for slot in slots}
+            moved = [True] * len(held)
         else:
             rates = _learning_rates(optimizer)
-            slots = [slot for slot in slots if id(slot.tensor()) in rates]
+            held = {slot: w for slot, w in held.items() if id(w) in rates}
+            moved = [rates[id(w)] for w in held.values()]
+        versions = role.versions
         self._sink.update(
             Update(
                 key=self.key(),
-                rows=self._rows(slots),
-                used=[self._intact(role, slot) for slot in slots],
-                weights=[slot.tensor() for slot in slots],  # type: ignore[misc]
-                moved=[rates[id(slot.tensor())] for slot in slots],
+                rows=self._rows(held),
+                # A gradient that the optimizer wrote over is not the one that was used.
+                used=[
+                    g if (g := w.grad) is not None and g._version == versions.get(slot) else None for slot, w in held.items()
+                ],
+                weights=list(held.values()),
+                moved=moved,
                 single=self._single(),
                 unchanged=role.unchanged,
                 scale=self._gradients.scale,
                 skipped=skipped,
             )
         )
-
-    def _intact(self, role: Role, slot: Slot) -> Tensor | None:
-        """The gradient that was used, unless the optimizer wrote over it."""
-        parameter = slot.tensor()
-        gradient = None if parameter is None else parameter.grad
-        return gradient if gradient is not None and gradient._version == role.versions.get(slot) else None
 
 
 def _owned(role: Role) -> set[int]:
