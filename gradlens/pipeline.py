@@ -1,7 +1,7 @@
 """The stages threaded together, on two threads; the one module that knows them all.
 
     training thread:    capture -> kernels -> Table -> Transfer -> queue
-    background thread:  queue -> Snapshot -> history -> rules -> writers
+    background thread:  queue -> Snapshot -> durable writers -> history -> rules -> the other writers
 
 One direction: nothing here calls back into the training loop, but a finding that the user asked to be raised.
 """
@@ -9,13 +9,13 @@ One direction: nothing here calls back into the training loop, but a finding tha
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
@@ -27,7 +27,7 @@ from gradlens.capture.readings import Key, Reading, Update
 from gradlens.capture.sharding import summand
 from gradlens.errors import FindingError, GradlensWarning
 from gradlens.meter import Stopwatch
-from gradlens.records import PARTIAL, Finding, Parameters, Severity, Stage, Status
+from gradlens.records import PARTIAL, Finding, Parameters, Severity, Snapshot, Stage, Status
 from gradlens.statistics.buffers import Buffer, keepable, summarize
 from gradlens.statistics.memory import Plan
 from gradlens.statistics.streaming import Streaming
@@ -96,18 +96,24 @@ class Parcel:
     scalars: dict[str, Any]
     on_device: Sequence[str] = ()  # the scalars that come last in the transfer
     findings: Sequence[Finding] = ()
+    snapshots: list[Snapshot] | None = None  # once the numbers have been taken
 
     @property
     def nbytes(self) -> int:
         """What waits while the parcel waits."""
         return sum(tensor.numel() * 8 for table in self.tables for tensor in table.pack())
 
-    def numbers(self) -> tuple[list[np.ndarray], dict[str, float]]:
-        """The tables' numbers and the scalars, once they have arrived."""
+    def unpack(self) -> Iterator[Snapshot]:
+        """The tables, once their numbers have arrived."""
         arrays = self.transfer.wait()
         first = len(arrays) - len(self.on_device)
         late = {name: array.item() for name, array in zip(self.on_device, arrays[first:], strict=True)}
-        return arrays[:first], {name: float(value) for name, value in {**self.scalars, **late}.items()}
+        scalars = {name: float(value) for name, value in {**self.scalars, **late}.items()}
+        given, before = iter(arrays[:first]), None
+        for table in self.tables:
+            snapshot = table.unpack(list(itertools.islice(given, len(table.pack()))), scalars, before)
+            before = (table, snapshot)
+            yield snapshot
 
 
 @dataclass(eq=False)
@@ -128,42 +134,72 @@ Samples = dict[torch.device, Piece]
 
 
 class Digest:
-    """A writer of parcels: what the background thread does with each."""
+    """A writer of parcels: what the background thread does with each.
+
+    A record that waits would be lost with the process. So what is waiting goes to the durable writers first; rules and the
+    other writers, which take longer, get it in its turn.
+    """
 
     def __init__(
-        self, history: History, diagnosis: Diagnosis, writers: Fanout, on_finding: Callable[[Finding], None]
+        self,
+        history: History,
+        diagnosis: Diagnosis,
+        writers: Sequence[Writer],
+        on_finding: Callable[[Finding], None],
     ) -> None:
-        self._history, self._diagnosis, self._writers, self._on_finding = history, diagnosis, writers, on_finding
+        self._history, self._diagnosis, self._on_finding = history, diagnosis, on_finding
+        self._durable = Fanout([writer for writer in writers if _durable(writer)])
+        self._others = Fanout([writer for writer in writers if not _durable(writer)])
+        self.waiting: Callable[[], list[Any]] = list
 
     def write(self, parcel: Parcel | Finding) -> None:
         """Snapshots, findings, records."""
         if isinstance(parcel, Finding):
             self._found(parcel)
             return
-        numbers, scalars = parcel.numbers()
+        snapshots = self._record(parcel)
+        self._record_waiting()
         for finding in parcel.findings:
             self._found(finding)
-        before = None
-        for table in parcel.tables:
-            size = len(table.pack())
-            snapshot = table.unpack(numbers[:size], scalars, before)
-            numbers, before = numbers[size:], (table, snapshot)
+        for snapshot in snapshots:
             self._history.append(snapshot)
-            self._writers.write(snapshot)
+            self._others.write(snapshot)
             for finding in self._diagnosis(self._history):
                 self._found(finding)
 
+    def _record(self, parcel: Parcel) -> list[Snapshot]:
+        if parcel.snapshots is None:
+            parcel.snapshots = list(parcel.unpack())
+            for snapshot in parcel.snapshots:
+                self._durable.write(snapshot)
+        return parcel.snapshots
+
+    def _record_waiting(self) -> None:
+        for parcel in self.waiting():
+            if isinstance(parcel, Parcel):
+                if not parcel.transfer.arrived():
+                    return
+                with contextlib.suppress(Exception):  # of which is told when its turn has come
+                    self._record(parcel)
+
     def _found(self, finding: Finding) -> None:
-        self._writers.write(finding)
+        self._durable.write(finding)
+        self._others.write(finding)
         self._on_finding(finding)
 
     def flush(self) -> None:
         """Hand on."""
-        self._writers.flush()
+        self._durable.flush()
+        self._others.flush()
 
     def close(self) -> None:
         """Hand on."""
-        self._writers.close()
+        self._durable.close()
+        self._others.close()
+
+
+def _durable(writer: Writer) -> bool:
+    return bool(getattr(writer, "durable", False))
 
 
 class Pipeline:
@@ -183,12 +219,12 @@ class Pipeline:
         self.history = History()
         self.found: list[Finding] = []
         self.faults = faults
-        self.fanout = Fanout(list(writers))
         self._plan, self._features = plan, features
         self._on_finding = on_finding
         self._to_raise: list[Finding] = []
-        self._digest = Digest(self.history, Diagnosis(rules), self.fanout, self._found)
+        self._digest = Digest(self.history, Diagnosis(rules), writers, self._found)
         self._background = Background(self._digest)
+        self._digest.waiting = self._background.waiting
         self._open: dict[Key, Table] = {}
         self._last: Table | None = None  # the last `backward` table, which `used` may copy
         self._flips: dict[str, Buffer] = {}

@@ -31,6 +31,10 @@ class Transfer:
         for members in devices.values():
             self._moving.append((members, *_start([tensors[i] for i in members])))
 
+    def arrived(self) -> bool:
+        """Whether `wait()` need not wait."""
+        return all(event is None or event.query() for _, _, event in self._moving)
+
     def wait(self) -> list[np.ndarray]:
         """The numbers, once they have arrived."""
         for members, buffer, event in self._moving:

@@ -1,12 +1,13 @@
-"""The writer of a run directory. Rows are collected in memory and, each `interval` seconds, written as one frame a table.
+"""The writer of a run directory. Rows are collected in memory and, twice in `interval`, written as one frame a table.
 
     write(record) -> memory        a copy of nothing: arrays are kept until the next flush
     pulse thread  -> flush()       also when no more records come
     keeper thread -> full tails become Parquet parts, eight parts become one
 
-So a killed process loses what came since the last flush, and the number of files grows with the logarithm of the run's
-length, up to parts of `LARGEST` rows. History has every row. Histograms and the most sensitive weights of a step are kept
-when the run has grown by a tenth since the last that were, and at the end.
+So a killed process loses what came since the last flush: no more than `interval` seconds of it, of which the queue before
+the store and the disk may take half. The number of files grows with the logarithm of the run's length, up to parts of
+`LARGEST` rows. History has every row. Histograms and the most sensitive weights of a step are kept when the run has grown by
+a tenth since the last that were, and at the end.
 
 What fails switches the store off: the error is raised to whoever calls next, and nothing is written from then on.
 """
@@ -33,7 +34,7 @@ from gradlens.store.lock import Lock
 from gradlens.store.tables import STAGES, STATUSES, TABLES, Key, Part
 from gradlens.store.tail import Rows, Tail
 
-INTERVAL = 1.0  #: seconds between flushes
+INTERVAL = 1.0  #: seconds that a killed process may lose
 ROLL = 100_000  #: rows of a tail that make it a part: 35 MB that become 12
 FRAMES = 4096  #: frames of a tail that make it a part
 FAN_IN = 8  #: parts of a size that become one
@@ -53,6 +54,8 @@ class Store:
     Raises:
         RunDirectoryError: It cannot be made or written, is no run, or another lens writes to it.
     """
+
+    durable = True  #: it gets records before others do
 
     def __init__(
         self, run: str | os.PathLike[str], settings: Mapping[str, Any], *, interval: float = INTERVAL, roll: int = ROLL
@@ -91,8 +94,9 @@ class Store:
         self._guard = threading.RLock()
         self._wake, self._stop = threading.Event(), threading.Event()
         self._sealed: list[tuple[str, Path]] = []  # tails that wait for the keeper
+        self._left: list[tuple[str, Path]] = []  # those of earlier writers, for when it has nothing else to do
         self._recover(known)
-        if self._sealed:
+        if self._left:
             self._wake.set()
         self._threads = [
             threading.Thread(target=call, name=name, daemon=True)
@@ -141,7 +145,7 @@ class Store:
             return
         if torn:
             self._lines.append(segment.finding_line(_torn(part, torn, step)))
-        self._sealed.append((table, part.path))
+        self._left.append((table, part.path))
 
     # --- the writer's three calls -------------------------------------------------------------------------------------
 
@@ -304,13 +308,13 @@ class Store:
         self._flush()
         for table in list(self._tails):
             self._seal(table)
-        while self._sealed:
+        while self._sealed or self._left:
             self._roll_one()
 
     # --- threads ------------------------------------------------------------------------------------------------------
 
     def _beat(self) -> None:
-        while not self._stop.wait(self._interval):
+        while not self._stop.wait(self._interval / 2):
             with self._guard, contextlib.suppress(Exception):  # kept, and raised to the next caller
                 self.flush()
 
@@ -319,7 +323,7 @@ class Store:
             self._wake.wait()
             self._wake.clear()
             try:
-                while self._sealed and not self._stop.is_set():
+                while (self._sealed or self._left) and not self._stop.is_set():
                     self._compact(self._roll_one())
             except Exception as error:  # noqa: BLE001 - raised to the next caller
                 self._error = self._error or error
@@ -327,9 +331,10 @@ class Store:
 
     def _roll_one(self) -> str:
         """The oldest full tail becomes a part: of which table?"""
-        table, path = self._sealed[0]
+        tails = self._sealed or self._left
+        table, path = tails[0]
         self._to_part(table, path)
-        self._sealed.pop(0)
+        tails.pop(0)
         return table
 
     def _to_part(self, table: str, path: Path) -> None:

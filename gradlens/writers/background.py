@@ -84,6 +84,11 @@ class Background:
         """Whether something is queued or being written."""
         return self._done_items < self._put_items
 
+    def waiting(self) -> list[Any]:
+        """The items that are queued, oldest first."""
+        with self._queue.mutex:
+            return [item for item in self._queue.queue if not (item is None or isinstance(item, threading.Event))]
+
     def flush(self) -> None:
         """Wait until everything queued so far was written, then flush the writer; while it closes, until it is closed."""
         if os.getpid() != self._pid:

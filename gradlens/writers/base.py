@@ -1,6 +1,7 @@
 """What a writer is: anything with `write(record)`, `flush()` and `close()`.
 
-Writers compose: a fan-out of writers is a writer, a writer on a background thread is a writer.
+Writers compose: a fan-out of writers is a writer, a writer on a background thread is a writer. One that has `durable = True`
+gets records before the rules and the other writers do.
 """
 
 from __future__ import annotations

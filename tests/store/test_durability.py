@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 import warnings
 
@@ -21,6 +22,7 @@ from gradlens.store import tables
 from gradlens.store.run import open_run
 from tests.store import made
 from tests.store.test_run import same
+from tests.store.test_store import until
 
 # --- killed ---------------------------------------------------------------------------------------------------------
 
@@ -73,6 +75,31 @@ def test_killed_at_any_moment_a_run_reads_and_lacks_only_the_last_moments(tmp_pa
     assert open_run(tmp_path).notes == []
     for table in tables.TABLES:
         assert not [path for path in (tmp_path / table).iterdir() if path.suffix in (".tail", ".tmp")]
+
+
+def test_what_waits_is_recorded_before_slow_rules_have_seen_it(tmp_path):
+    """A rule that takes its time holds up the history, and not the records: steps that wait behind it are on disk."""
+    reached, go_on = [threading.Event(), threading.Event()], [threading.Event(), threading.Event()]
+
+    def rule(history):
+        step = history.latest().step
+        if history.latest().stage == "used" and step < 2:
+            reached[step].set()
+            go_on[step].wait(20)
+        return ()
+
+    case = gradlens.testing.healthy()
+    with gradlens.watch(case.model, case.optimizer, run=tmp_path, rules=[rule]) as lens:
+        case.train(1)
+        assert reached[0].wait(20)
+        case.train(9, first=1)
+        go_on[0].set()
+        assert reached[1].wait(20)
+        assert lens._pipeline.history.latest().step == 1
+        until(lambda: open_run(tmp_path).steps() == list(range(10)))
+        go_on[1].set()
+    assert lens.history()["step"].unique().tolist() == list(range(10))
+    same(open_run(tmp_path).history(), lens.history())
 
 
 # --- training goes on -----------------------------------------------------------------------------------------------

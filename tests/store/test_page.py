@@ -67,7 +67,7 @@ def test_the_numbers_of_the_page_are_those_of_the_code():
     assert f"({store.ROLL:,} rows; all of them" in PAGE
     assert f"{store.ROLL:,} rows or {store.FRAMES:,} frames" in PAGE
     assert (store.FAN_IN, "eight neighbouring parts" in PAGE) == (8, True)
-    assert (store.INTERVAL, "Once a second" in PAGE) == (1.0, True)
+    assert (store.INTERVAL, "within the last second" in PAGE) == (1.0, True)
     assert f"queue of {background.MAXSIZE} steps or {background.MAX_BYTES >> 20} MB" in PAGE
     assert f"take {rows.MAX_BYTES >> 30} GB at most" in PAGE
     assert f"the {fields.TOP} most sensitive weights" in PAGE

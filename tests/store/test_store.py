@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -397,6 +398,29 @@ def test_full_tails_wait_in_bounded_number(tmp_path, monkeypatch):
     writer.join()
     store.close()
     same(open_run(tmp_path).history(), frames.frame(records))
+
+
+def test_tails_that_others_left_do_not_hold_up_the_next_writer(tmp_path, monkeypatch):
+    """They are on disk already: only tails of its own make write() wait."""
+    killed(tmp_path)
+    first = tmp_path / "history" / "_0000-rank0-000000.tail"
+    for number in range(1, 2 * store_module.WAITING):
+        shutil.copy(first, first.with_name(f"_0000-rank0-{number:06d}.tail"))
+    gate, real = threading.Event(), parts.write
+
+    def waiting(*args):
+        gate.wait(20)
+        return real(*args)
+
+    monkeypatch.setattr(parts, "write", waiting)
+    store = Store(tmp_path, {}, interval=3600)
+    store.write(made.snapshot(4))
+    store.flush()
+    assert not gate.is_set()
+    assert open_run(tmp_path).steps() == [0, 1, 2, 3, 4]
+    gate.set()
+    store.close()
+    assert not [name for name in files(tmp_path) if name.endswith(".tail")]
 
 
 # --- failing --------------------------------------------------------------------------------------------------------
