@@ -230,13 +230,18 @@ INLINE const double *wide(const void *line, int type, int n, float *between, dou
 /* --- what is known of a tensor ---------------------------------------------------------------------------------------------- */
 
 /* A key is sign and biased float exponent: 9 bits, 0 for a zero of either sign. Several tables, since counting the same key twice
- * in a row would wait for memory. */
-enum { KEYS = 512, TABLES = 4, NEGATIVE_KEYS = 256, NOT_FINITE = 255, BIAS = 127 };
+ * in a row would wait for memory; none for a tensor of FEW entries, whose keys are written down: a table costs more. */
+enum { KEYS = 512, TABLES = 4, FEW = 256, NEGATIVE_KEYS = 256, NOT_FINITE = 255, BIAS = 127 };
 
 typedef struct {
+    double magnitude, partial, value;
+    int64_t index;
+} entry;
+
+/* By falling magnitude, equal ones by rising index. */
+typedef struct {
     int count;
-    double magnitude[TOP], partial[TOP], value[TOP];
-    int64_t index[TOP];
+    entry best[TOP];
 } largest;
 
 typedef struct {
@@ -244,15 +249,16 @@ typedef struct {
     double sum, abs_sum, square_sum, weight_square_sum, dot, flip_dot, flip_square_sum, flip_previous_square_sum;
     double low, high, abs_max, abs_min, weight_abs_max; /* infinite while there is nothing */
     double update[UPDATES];
-    largest top;
     int tables;
+    largest top;
+    uint16_t few[FEW];
     uint64_t keys[TABLES][KEYS];
 } state;
 
-static void begin(state *s, int64_t count) {
-    memset(s, 0, offsetof(state, keys));
-    s->tables = count < 4 * BLOCK ? 1 : TABLES;
-    memset(s->keys, 0, sizeof s->keys[0] * (size_t)s->tables);
+static void begin(state *s, int tables) {
+    memset(s, 0, offsetof(state, top.best));
+    memset(s->keys, 0, sizeof s->keys[0] * (size_t)tables);
+    s->tables = tables;
     s->low = s->abs_min = INFINITY;
     s->high = s->abs_max = s->weight_abs_max = -INFINITY;
 }
@@ -260,25 +266,18 @@ static void begin(state *s, int64_t count) {
 INLINE double lesser(double a, double b) { return b < a ? b : a; }
 INLINE double greater(double a, double b) { return b > a ? b : a; }
 
-static void insert(largest *top, double magnitude, double partial, int64_t index, double value) {
-    int at = top->count < TOP ? top->count++ : TOP - 1;
-    while (at > 0 && (top->magnitude[at - 1] < magnitude ||
-                      (top->magnitude[at - 1] == magnitude && top->index[at - 1] > index))) {
-        top->magnitude[at] = top->magnitude[at - 1];
-        top->partial[at] = top->partial[at - 1];
-        top->index[at] = top->index[at - 1];
-        top->value[at] = top->value[at - 1];
-        at--;
-    }
-    top->magnitude[at] = magnitude;
-    top->partial[at] = partial;
-    top->index[at] = index;
-    top->value[at] = value;
+/* Whether the first goes before the second. */
+INLINE int precedes(const entry *a, const entry *b) {
+    return a->magnitude > b->magnitude || (a->magnitude == b->magnitude && a->index < b->index);
 }
 
-INLINE int belongs(const largest *top, double magnitude, int64_t index) {
-    return top->count < TOP || magnitude > top->magnitude[TOP - 1] ||
-           (magnitude == top->magnitude[TOP - 1] && index < top->index[TOP - 1]);
+INLINE void insert(largest *top, const entry *one) {
+    if (top->count == TOP && !precedes(one, &top->best[TOP - 1]))
+        return;
+    int at = top->count < TOP ? top->count++ : TOP - 1;
+    for (; at > 0 && precedes(one, &top->best[at - 1]); at--)
+        top->best[at] = top->best[at - 1];
+    top->best[at] = *one;
 }
 
 static void merge(state *into, const state *s) {
@@ -303,8 +302,7 @@ static void merge(state *into, const state *s) {
     for (int i = 0; i < UPDATES; i++)
         into->update[i] += s->update[i];
     for (int i = 0; i < s->top.count; i++)
-        if (belongs(&into->top, s->top.magnitude[i], s->top.index[i]))
-            insert(&into->top, s->top.magnitude[i], s->top.partial[i], s->top.index[i], s->top.value[i]);
+        insert(&into->top, &s->top.best[i]);
     for (int table = 0; table < s->tables; table++)
         for (int key = 0; key < KEYS; key++)
             into->keys[0][key] += s->keys[table][key];
@@ -316,6 +314,10 @@ static void merge(state *into, const state *s) {
 
 INLINE void count_keys(state *s, const uint16_t *keys, int n) {
     int i = 0;
+    if (s->tables == 0) {
+        memcpy(s->few, keys, sizeof *keys * (size_t)n);
+        return;
+    }
     if (s->tables == TABLES)
         for (; i + TABLES <= n; i += TABLES)
             for (int table = 0; table < TABLES; table++)
@@ -549,9 +551,10 @@ static int64_t least_index(const order *o, int64_t memory) { return o->axes ? me
 
 /* Whether a block can have an entry that is among the largest; `above` is its largest magnitude. */
 static int may_belong(const largest *top, double above, int64_t start, const order *o) {
-    if (top->count < TOP || above > top->magnitude[TOP - 1])
+    const entry *last = &top->best[TOP - 1];
+    if (top->count < TOP || above > last->magnitude)
         return 1;
-    return o && above == top->magnitude[TOP - 1] && least_index(o, start) < top->index[TOP - 1];
+    return o && above == last->magnitude && least_index(o, start) < last->index;
 }
 
 enum { RUN = 32 };
@@ -559,7 +562,8 @@ enum { RUN = 32 };
 /* The block's entries that are among the largest. `o` is NULL where memory order is logical order.
  *
  * Runs whose peak is too small are passed over. Where more of the block than TOP seem to belong, as at the start, or when
- * magnitudes rise, the bar is raised first: at least TOP of RUN lanes' peaks are as large as the TOPth largest of them. */
+ * magnitudes rise, the bar is raised first: at least TOP of RUN lanes' peaks are as large as the TOPth largest of them. The
+ * first ones are not inserted but ranked: how many are larger is counted without a branch that nobody can foretell. */
 #define FIND(name, real, magnitude_of, finite)                                                                                    \
     INLINE real name##_bar(const real *g, int n) {                                                                                \
         real lane[RUN], best[TOP];                                                                                                \
@@ -582,33 +586,66 @@ enum { RUN = 32 };
         return best[TOP - 1];                                                                                                     \
     }                                                                                                                             \
                                                                                                                                   \
+    INLINE int name##_fits(real g, real bar) { return (magnitude_of(g) >= bar) & (magnitude_of(g) <= finite); }                   \
+                                                                                                                                  \
     INLINE int name##_count(const real *g, int n, real bar) {                                                                     \
         int count = 0;                                                                                                            \
-        for (int i = 0; i < n; i++) {                                                                                             \
-            real a = magnitude_of(g[i]);                                                                                          \
-            count += a >= bar && a <= finite;                                                                                     \
-        }                                                                                                                         \
+        for (int i = 0; i < n; i++)                                                                                               \
+            count += name##_fits(g[i], bar);                                                                                      \
         return count;                                                                                                             \
     }                                                                                                                             \
                                                                                                                                   \
-    INLINE void name(largest *top, const real *g, const real *w, int n, int64_t start, const order *o) {                         \
-        real bar = top->count < TOP ? 0 : (real)top->magnitude[TOP - 1];                                                          \
-        if (name##_count(g, n, bar) > TOP) {                                                                                      \
+    INLINE entry name##_entry(const real *g, const real *w, int i, int64_t index) {                                               \
+        return (entry){magnitude_of(g[i]), (double)g[i] + 0.0, w ? (double)w[i] : NAN, index};                                    \
+    }                                                                                                                             \
+                                                                                                                                  \
+    /* Whether at most RUN fit, and are done. */                                                                                  \
+    INLINE int name##_first(largest *top, const real *g, const real *w, int n, int64_t start, real bar) {                         \
+        int at[RUN + 1], ranked[RUN], count = 0;                                                                                  \
+        real lane[RUN];                                                                                                           \
+        for (int run = 0; run < n; run += RUN) {                                                                                  \
+            int stop = run + RUN < n ? run + RUN : n, here = name##_count(g + run, stop - run, bar);                              \
+            if (count + here > RUN)                                                                                               \
+                return 0;                                                                                                         \
+            for (int i = run; here && i < stop; i++) {                                                                            \
+                at[count] = i;                                                                                                    \
+                count += name##_fits(g[i], bar);                                                                                  \
+            }                                                                                                                     \
+        }                                                                                                                         \
+        for (int j = 0; j < RUN; j++)                                                                                             \
+            lane[j] = j < count ? magnitude_of(g[at[j]]) : -1;                                                                    \
+        for (int i = 0; i < count; i++) {                                                                                         \
+            int rank = 0, same = 0;                                                                                               \
+            for (int j = 0; j < RUN; j++) {                                                                                       \
+                rank += lane[j] > lane[i];                                                                                        \
+                same += lane[j] == lane[i];                                                                                       \
+            }                                                                                                                     \
+            for (int j = 0; same > 1 && j < i; j++)                                                                               \
+                rank += lane[j] == lane[i];                                                                                       \
+            ranked[rank] = at[i];                                                                                                 \
+        }                                                                                                                         \
+        for (; top->count < TOP && top->count < count; top->count++)                                                              \
+            top->best[top->count] = name##_entry(g, w, ranked[top->count], start + ranked[top->count]);                           \
+        return 1;                                                                                                                 \
+    }                                                                                                                             \
+                                                                                                                                  \
+    INLINE void name(largest *top, const real *g, const real *w, int n, int64_t start, const order *o) {                          \
+        real bar = top->count < TOP ? 0 : (real)top->best[TOP - 1].magnitude;                                                     \
+        if (n > RUN && name##_count(g, n, bar) > TOP) {                                                                           \
             real higher = name##_bar(g, n);                                                                                       \
             bar = higher > bar ? higher : bar;                                                                                    \
         }                                                                                                                         \
+        if (top->count == 0 && !o && name##_first(top, g, w, n, start, bar))                                                      \
+            return;                                                                                                               \
         for (int run = 0; run < n; run += RUN) {                                                                                  \
             int stop = run + RUN < n ? run + RUN : n;                                                                             \
             if (!name##_count(g + run, stop - run, bar))                                                                          \
                 continue;                                                                                                         \
-            for (int i = run; i < stop; i++) {                                                                                    \
-                real magnitude = magnitude_of(g[i]);                                                                              \
-                if (!(magnitude >= bar && magnitude <= finite))                                                                   \
-                    continue;                                                                                                     \
-                int64_t index = o ? logical_index(o, start + i) : start + i;                                                      \
-                if (belongs(top, magnitude, index))                                                                               \
-                    insert(top, magnitude, (double)g[i] + 0.0, index, w ? (double)w[i] : NAN);                                    \
-            }                                                                                                                     \
+            for (int i = run; i < stop; i++)                                                                                      \
+                if (name##_fits(g[i], bar)) {                                                                                     \
+                    entry one = name##_entry(g, w, i, o ? logical_index(o, start + i) : start + i);                               \
+                    insert(top, &one);                                                                                            \
+                }                                                                                                                 \
         }                                                                                                                         \
     }
 FIND(find_float, float, fabsf, FLT_MAX)
@@ -669,9 +706,11 @@ INLINE void summarize_piece(const task *t, const int64_t *layouts, int64_t start
 
 static double or_nothing(double extreme) { return extreme > -INFINITY && extreme < INFINITY ? extreme + 0.0 : NAN; }
 
+/* Keys beyond the outermost buckets go into them. */
+enum { FIRST = EXPONENT_MIN + BIAS, LAST = EXPONENT_MAX + BIAS };
+
 /* Counts by bucket, from counts by key; returns how many there are. `zero` entries of key 0 are not among them. */
 static double write_buckets(double *row, const uint64_t *keys, int64_t zero) {
-    enum { FIRST = EXPONENT_MIN + BIAS, LAST = EXPONENT_MAX + BIAS }; /* keys beyond them go into the outermost buckets */
     uint64_t below = -(uint64_t)zero, above = 0, total = 0;
     for (int key = 0; key < FIRST; key++)
         below += keys[key];
@@ -686,17 +725,44 @@ static double write_buckets(double *row, const uint64_t *keys, int64_t zero) {
     return (double)(int64_t)(below + total + above);
 }
 
-static void write_summary(const task *t, state *s, double *row) {
+static void write_counts(state *s, double *row) {
     for (int table = 1; table < s->tables; table++)
         for (int key = 0; key < KEYS; key++)
             s->keys[0][key] += s->keys[table][key];
     const uint64_t *keys = s->keys[0];
-    row[NUMEL] = (double)t->count;
     row[NEGATIVE] = write_buckets(row + HISTOGRAM, keys + NEGATIVE_KEYS, 0);
     row[POSITIVE] = write_buckets(row + HISTOGRAM + BUCKETS, keys, s->zero);
+    row[INF] = (double)(keys[NOT_FINITE] + keys[NEGATIVE_KEYS + NOT_FINITE]) - (double)s->nan;
+}
+
+/* The same from the keys themselves. */
+static void write_few(const state *s, double *row, int64_t n) {
+    int64_t total[2] = {-s->zero, 0}, infinite = -s->nan;
+    memset(row + HISTOGRAM, 0, sizeof *row * 2 * BUCKETS);
+    for (int i = 0; i < n; i++) {
+        int negative = s->few[i] >= NEGATIVE_KEYS, key = s->few[i] % NEGATIVE_KEYS;
+        if (key == NOT_FINITE) {
+            infinite++;
+            continue;
+        }
+        int bucket = key < FIRST ? 0 : key > LAST ? BUCKETS - 1 : key - FIRST;
+        row[HISTOGRAM + bucket + (negative ? 0 : BUCKETS)]++;
+        total[negative]++;
+    }
+    row[HISTOGRAM + BUCKETS] -= (double)s->zero;
+    row[POSITIVE] = (double)total[0];
+    row[NEGATIVE] = (double)total[1];
+    row[INF] = (double)infinite;
+}
+
+static void write_summary(const task *t, state *s, double *row) {
+    if (s->tables)
+        write_counts(s, row);
+    else
+        write_few(s, row, t->count);
+    row[NUMEL] = (double)t->count;
     row[ZERO] = (double)s->zero;
     row[NAN_] = (double)s->nan;
-    row[INF] = (double)(keys[NOT_FINITE] + keys[NEGATIVE_KEYS + NOT_FINITE]) - (double)s->nan;
     row[SUM] = s->sum;
     row[ABS_SUM] = s->abs_sum;
     row[SQUARE_SUM] = s->square_sum;
@@ -714,10 +780,12 @@ static void write_summary(const task *t, state *s, double *row) {
     row[FLIP_SQUARE_SUM] = t->pointer[PREVIOUS] ? s->flip_square_sum : NAN;
     row[FLIP_PREVIOUS_SQUARE_SUM] = t->pointer[PREVIOUS] ? s->flip_previous_square_sum : NAN;
     for (int i = 0; i < TOP; i++) {
-        int there = i < s->top.count;
-        row[TOP_PARTIAL + i] = there ? s->top.partial[i] : NAN;
-        row[TOP_INDEX + i] = there ? (double)s->top.index[i] : -1;
-        row[TOP_VALUE + i] = there ? s->top.value[i] : NAN;
+        entry one = {-1, NAN, NAN, -1};
+        if (i < s->top.count)
+            one = s->top.best[i];
+        row[TOP_PARTIAL + i] = one.partial;
+        row[TOP_INDEX + i] = (double)one.index;
+        row[TOP_VALUE + i] = one.value;
     }
 }
 
@@ -921,6 +989,7 @@ typedef struct {
     int64_t width;
     piece work;
     void (*write)(const task *, state *, double *);
+    int counts; /* whether keys are counted */
     cut from, to;
     int parts;
     int64_t part_task[2];
@@ -939,7 +1008,7 @@ static void run(job *j) {
         int64_t stop = i == j->to.task ? j->to.entry : t->count;
         int all = start == 0 && stop == t->count;
         state *s = all ? &whole : &j->part[j->parts];
-        begin(s, stop - start);
+        begin(s, !j->counts || (all && t->count <= FEW) ? 0 : stop - start < 4 * BLOCK ? 1 : TABLES);
         j->work(t, j->layouts, start, stop, s, &r);
         if (all)
             j->write(t, s, j->rows + i * j->width);
@@ -948,29 +1017,35 @@ static void run(job *j) {
     }
 }
 
-/* Subnormal numbers count as what they are, whatever torch.set_flush_denormal says. */
-static unsigned keep_subnormals(void) {
+/* Subnormal numbers count as what they are, whatever torch.set_flush_denormal says: flags of MXCSR, or of FPCR on ARM. */
+typedef unsigned long long mode;
+
+static mode keep_subnormals(void) {
+    mode was = 0;
 #if defined(HAVE_VARIANTS)
-    unsigned mode = _mm_getcsr();
-    _mm_setcsr(mode & ~0x8040u);
-    return mode;
-#else
-    return 0;
+    was = _mm_getcsr();
+    _mm_setcsr((unsigned)was & ~0x8040u);
+#elif defined(__GNUC__) && defined(__aarch64__)
+    __asm__ __volatile__("mrs %0, fpcr" : "=r"(was));
+    __asm__ __volatile__("msr fpcr, %0" : : "r"(was & ~(1ull << 24)));
 #endif
+    return was;
 }
 
-static void restore(unsigned mode) {
+static void restore(mode was) {
 #if defined(HAVE_VARIANTS)
-    _mm_setcsr(mode);
+    _mm_setcsr((unsigned)was);
+#elif defined(__GNUC__) && defined(__aarch64__)
+    __asm__ __volatile__("msr fpcr, %0" : : "r"(was));
 #else
-    (void)mode;
+    (void)was;
 #endif
 }
 
 static void *run_exactly(void *argument) {
-    unsigned mode = keep_subnormals();
+    mode was = keep_subnormals();
     run(argument);
-    restore(mode);
+    restore(was);
     return NULL;
 }
 
@@ -1151,7 +1226,7 @@ static int may_keep(const task *tasks, int64_t n, const int64_t *layouts) {
 EXPORT int gradlens_summarize(const task *tasks, int64_t n, const int64_t *layouts, double *rows, int threads, int variant) {
     if (!may_keep(tasks, n, layouts))
         return 0;
-    job model = {.tasks = tasks, .layouts = layouts, .rows = rows, .width = WIDTH, .work = SUMMARIZE[variant], .write = write_summary};
+    job model = {.tasks = tasks, .layouts = layouts, .rows = rows, .width = WIDTH, .work = SUMMARIZE[variant], .write = write_summary, .counts = 1};
     run_all(&model, n, threads);
     return 1;
 }
@@ -1182,8 +1257,8 @@ static void sample(const job *j, int64_t n) {
 EXPORT int gradlens_sample(const task *tasks, int64_t n, const int64_t *layouts, double *rows, int threads, int variant) {
     job model = {.tasks = tasks, .layouts = layouts, .rows = rows};
     (void)threads, (void)variant;
-    unsigned mode = keep_subnormals();
+    mode was = keep_subnormals();
     sample(&model, n);
-    restore(mode);
+    restore(was);
     return 1;
 }
