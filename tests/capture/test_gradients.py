@@ -141,7 +141,7 @@ def test_the_graph_of_a_gradient_is_freed(backwards):
             activations.append(weakref.ref(y.untyped_storage()))
             y.pow(2).sum().backward(create_graph=True)
         penalty = sum(p.grad.pow(2).sum() for p in model.parameters())
-        penalty.backward()
+        penalty.backward(retain_graph=True)
         norms = {n: p.grad.double().norm().item() for n, p in model.named_parameters()}
         history = lens.history()  # no query(), which keeps the frame that it is called from
         assert dict(history[history["stage"] == "accumulated"].groupby("parameter")["l2"].last()) == pytest.approx(norms)
