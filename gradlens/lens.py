@@ -235,6 +235,10 @@ class Lens:
         self._catch_up()
         return page.brief(self._pipeline.history, self._pipeline.found)
 
+    def __reduce__(self) -> tuple[Any, tuple]:
+        """None: a copy of a model is not watched, though the model has its lens as an attribute."""
+        return type(None), ()
+
     def __repr__(self) -> str:
         state = "closed" if self._closed else "watching"
         return f"<gradlens.Lens {state} {len(self._capture.attachment.slots)} parameters, step {self._clock.step}>"

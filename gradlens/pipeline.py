@@ -276,6 +276,7 @@ class Pipeline:
         if self.faults.findings:
             self._do("findings", self._send, [], {})  # what could not be sent with the step
         self._last, self._ended, self._consumed = None, {}, {}
+        self._before.forget()
 
     def interrupt(self) -> None:
         """Raise what the user asked to be raised."""
@@ -468,7 +469,6 @@ class Pipeline:
                     scale=update.scale,
                 )
             )
-        self._before.forget(update.rows)
 
     def _moved(self, row: int, weight: Tensor, used: Tensor | None) -> Moved | None:
         before = self._before.get(row)

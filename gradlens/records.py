@@ -34,7 +34,7 @@ class Status(enum.StrEnum):
     FROZEN = "frozen"
     UNCAPTURED = "uncaptured"  #: `.grad` changed though no hook fired
     ABSENT = "absent"  #: the loss does not depend on it: its partials are 0
-    EXCLUDED = "excluded"  #: left out by `backward(inputs=...)`
+    EXCLUDED = "excluded"  #: left out by `backward(inputs=...)`, or its `.grad` was taken away before the step
     UNDEFINED = "undefined"  #: in the graph, but its backward returned None
     NONFINITE = "nonfinite"
     ZERO = "zero"  #: in the graph, all partials 0

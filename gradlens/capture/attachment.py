@@ -45,6 +45,7 @@ class Slot:
         "fleeting",
         "handles",
         "name",
+        "place",
         "stretch",
     )
 
@@ -59,6 +60,7 @@ class Slot:
         self._restore: tuple[bool, bool] = (False, False)
         self._hooks: Callable[[], Any] = lambda: None  # the dictionary that has our hook, while its tensor lives
         self._shard: weakref.ref[Any] | None = None
+        self.place: _Place | None = None  # what was there when something last was
         self.stretch: sharding.Stretch | None = None  # FSDP1 has flattened it, and lets no hook on it fire
 
     def follow(self, shard: Any) -> None:
@@ -70,7 +72,10 @@ class Slot:
         if self._owner is None:
             return self._tensor() if self._tensor is not None else None
         owner = self._owner()
-        tensor = None if owner is None else owner._parameters.get(self._leaf)
+        try:
+            tensor = None if owner is None else owner._parameters[self._leaf]  # a scripted module's have no get()
+        except KeyError:
+            return None
         if tensor is None or (self._shard is None and self.stretch is None):
             return tensor
         if self.stretch is not None:
@@ -220,6 +225,7 @@ class Attachment:
         self.aliases: dict[str, str] = {}  # a tied parameter's other names -> the name it is reported by
         self.flat = self._cut = False  # FSDP1 has made one parameter of several, or shows pieces of it
         self.parameters = Parameters((), (), ())
+        self.lost = False  # a parameter was deleted since the last scan
         self._layout: list[_Place | None] = []
         self._columns: list[list[Any]] = []  # the same of a model of plain tensors, quicker to compare
         self._listed: list[Slot] | None = None
@@ -245,9 +251,11 @@ class Attachment:
             if columns == self._columns and self.slots is self._listed:
                 return self.parameters
         self._columns = columns
-        layout = [
-            None if t is None else (*slot.extent(t), t.dtype, t.device) for slot, t in zip(self.slots, tensors, strict=True)
-        ]
+        self.lost = any(tensor is None for tensor in tensors)
+        for slot, t in zip(self.slots, tensors, strict=True):
+            if t is not None:
+                slot.place = (*slot.extent(t), t.dtype, t.device)
+        layout = [slot.place for slot in self.slots]
         if layout != self._layout or self.slots is not self._listed:
             self._layout, self._listed = layout, self.slots
             self.parameters = Parameters(

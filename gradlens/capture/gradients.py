@@ -99,9 +99,25 @@ def _accumulates(parameter: Tensor) -> bool:
         return False
 
 
+def version(tensor: Tensor) -> int:
+    """Rises when the tensor is written; of one that was made in inference mode nobody knows."""
+    try:
+        return tensor._version
+    except RuntimeError:
+        return -1
+
+
+def _states(gradients: Sequence[Tensor]) -> list[tuple[int, int]]:
+    """The same of many: a call for each would take as long again."""
+    try:
+        return [(id(g), g._version) for g in gradients]
+    except RuntimeError:
+        return [_state(g) for g in gradients]
+
+
 def _state(gradient: Tensor) -> tuple[int, int]:
     """Changes when the gradient is written."""
-    return id(gradient), gradient._version
+    return id(gradient), version(gradient)
 
 
 class Pass:
@@ -610,7 +626,9 @@ class Gradients:
 
     def unchanged_since_end(self, slots: Sequence[Slot], gradients: Sequence[Tensor | None]) -> bool:
         """Whether these, which are in `.grad` now, are what was there when the step's last pass ended."""
-        return list(map(self._ends.get, slots)) == [None if g is None else (id(g), g._version) for g in gradients]
+        there = [(slot, g) for slot, g in zip(slots, gradients, strict=True) if g is not None]
+        ends = [end for slot in slots if (end := self._ends.get(slot)) is not None]
+        return len(ends) == len(there) and [self._ends.get(slot) for slot, _ in there] == _states([g for _, g in there])
 
     def _quiet(self, current: Pass) -> list[Slot]:
         """The slots whose `.grad` may be read now: where several threads run passes, only those that this one reached.
@@ -623,7 +641,8 @@ class Gradients:
     def _now(self, slots: Sequence[Slot]) -> tuple[dict[Slot, tuple[int, int]], list[Tensor]]:
         """The states of the gradients that are there, and these gradients."""
         there = [(slot, g) for slot in slots if (p := slot.tensor()) is not None and (g := p.grad) is not None]
-        return {slot: (id(g), g._version) for slot, g in there}, [g for _, g in there]
+        gradients = [g for _, g in there]
+        return dict(zip([slot for slot, _ in there], _states(gradients), strict=True)), gradients
 
     def _mark_end(self, current: Pass) -> None:
         """Remember the gradients as this pass left them."""

@@ -140,7 +140,7 @@ class Capture:
             self.attachment.disarm()
 
     def _rescan(self) -> None:
-        if self._dirty or self.clock.step % SCAN_EVERY == 0:
+        if self._dirty or self.attachment.lost or self.clock.step % SCAN_EVERY == 0:
             self._dirty = False
             if self.attachment.rescan():
                 self.attachment.refresh()
@@ -152,11 +152,11 @@ class Capture:
         self._close_skipped()
         if not self.updates.roles and self.clock.open and not self.clock.explicit:
             self.close_step()
-        if self._dirty:
+        self.attachment.refresh()
+        if self._dirty or self.attachment.lost:
             self._rescan()
         # What was unfrozen or added since the last step may be reached later in this very pass.
         late = self.attachment.arm(self.gradients.hooks)
-        self.attachment.refresh()
         if not self.clock.open:
             self.scaling.begin()
         self.clock.begin()

@@ -22,8 +22,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from gradlens.capture.attachment import Attachment, Slot
 from gradlens.capture.clock import Clock
 from gradlens.capture.compiling import eagerly
-from gradlens.capture.gradients import Gradients, running
-from gradlens.capture.readings import Reading, Sink, Update
+from gradlens.capture.gradients import Gradients, running, version
+from gradlens.capture.readings import Key, Reading, Sink, Update
 from gradlens.records import Finding, Severity, Stage, Status
 
 _STEP_WRAPPER = Optimizer.profile_hook_step(lambda self: None).__code__
@@ -79,6 +79,7 @@ class Updates:
         self._role_of = {id(optimizer): role for optimizer, role in zip(optimizers, self.roles, strict=True)}
         self._manual = Role(None, clock=True)  # stands in where the user moves the weights by hand
         self._handles: list[Any] = []
+        self._kept: dict[Slot, Key] = {}  # the table of this step whose move began with the weights that are kept
         self._index: tuple[int, dict[int, Slot]] = (-1, {})
         self._strangers: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # that were looked at, and are none of ours
         self._pid = os.getpid()
@@ -169,9 +170,17 @@ class Updates:
             return
         held = self._held(role)
         if self._weights:
-            self._sink.before(self._attachment.parameters, self._rows(held), list(held.values()))
+            self._keep(held)
         if closure is None and getattr(optimizer, "grad_scale", None) is None:
             self.read_used(role, held=held)
+
+    def _keep(self, held: Mapping[Slot, Tensor]) -> None:
+        """Keep the weights before the step; of what several optimizers move one after another, those before the first."""
+        if len(self.roles) > 1:
+            key = self.key()
+            held = {slot: w for slot, w in held.items() if self._kept.get(slot) != key}
+            self._kept.update(dict.fromkeys(held, key))
+        self._sink.before(self._attachment.parameters, self._rows(held), list(held.values()))
 
     def _after(self, role: Role, optimizer: Optimizer, closure: Any) -> None:
         try:
@@ -226,6 +235,7 @@ class Updates:
         """Forget the step."""
         for role in self.roles:
             role.stepped = False
+        self._kept = {}
 
     # --- readings ---------------------------------------------------------------------------------------------------
 
@@ -273,7 +283,7 @@ class Updates:
         gradients, held = self._gradients, self._held(role) if held is None else held
         now = [w.grad for w in held.values()]
         present = [(slot, g, w) for (slot, w), g in zip(held.items(), now, strict=True) if g is not None and w.requires_grad]
-        role.versions = {slot: g._version for slot, g, _ in present}
+        role.versions = {slot: version(g) for slot, g, _ in present}
         role.unchanged = gradients.unchanged_since_end(list(held), now)
         if not self._used:
             return
@@ -301,7 +311,9 @@ class Updates:
     def _notes(self, held: Mapping[Slot, Tensor], present: int) -> list[str | None]:
         """By row of the model; empty where all of it is here, has a gradient, and nothing is special."""
         fired, slots = self._gradients.fired, self._attachment.slots
-        special = {slot: self._note(slot) for slot, w in held.items() if slot not in fired or not w.requires_grad}
+        special = {
+            slot: self._note(slot) for slot, w in held.items() if slot not in fired or not w.requires_grad or w.grad is None
+        }
         for slot, note in special.items():
             if note == Status.UNCAPTURED:
                 slot.suspect()
@@ -314,7 +326,7 @@ class Updates:
         if parameter is None or not parameter.requires_grad:
             return Status.FROZEN
         if gradients.reached(slot):
-            return None
+            return Status.EXCLUDED if parameter.grad is None else None
         if slot in gradients.given:
             return "stale"
         if slot in gradients.undefined:
@@ -343,7 +355,7 @@ class Updates:
                 rows=self._rows(held),
                 # A gradient that the optimizer wrote over is not the one that was used.
                 used=[
-                    g if (g := w.grad) is not None and g._version == versions.get(slot) else None for slot, w in held.items()
+                    g if (g := w.grad) is not None and version(g) == versions.get(slot) else None for slot, w in held.items()
                 ],
                 weights=list(held.values()),
                 moved=moved,

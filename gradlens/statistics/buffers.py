@@ -64,10 +64,9 @@ class Buffer:
             torch._foreach_copy_(rooms, views)
         self.filled(rows)
 
-    def forget(self, rows: Sequence[int]) -> None:
-        """These rows are of another time."""
-        for row in rows:
-            self._kept.pop(row, None)
+    def forget(self) -> None:
+        """What is kept is of another time; the rooms stay."""
+        self._kept.clear()
 
 
 def keepable(tensor: Tensor) -> bool:

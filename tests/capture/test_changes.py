@@ -297,3 +297,38 @@ def test_a_growing_parameter_list(watched):
         assert {n for n, note in notes.items() if note} <= {f"weights.{step}"}
         assert {note for note in notes.values() if note} <= {"uncaptured"}
         model.weights.append(nn.Parameter(torch.ones(2)))
+
+
+@pytest.mark.situation(
+    "a module that is deleted between backward and the step",
+    stages={"backward": "yes", "used": "no: its rows end"},
+)
+def test_a_deleted_module(watched):
+    """What is gone when the optimizer steps has no `used` row; those of its backward keep the shape that it had."""
+    model = nn.ModuleDict({"a": nn.Linear(3, 3), "b": nn.Linear(3, 2)})
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    bench = watched(model, optimizer)
+    model["b"](model["a"](torch.ones(4, 3))).pow(2).sum().backward()
+    shapes = bench.capture.attachment.parameters.shapes
+    del model["b"]
+    optimizer.step()
+    assert bench.sink.notes(0, 0, "used")["b.weight"] == "elsewhere"
+    assert set(bench.sink.merged(0, 0, "used")) == {"a.weight", "a.bias"}
+    bench.capture.attachment.refresh()
+    assert bench.capture.attachment.parameters.shapes == shapes
+    model.zero_grad()
+    model["a"](torch.ones(4, 3)).pow(2).sum().backward()
+    assert bench.capture.attachment.parameters.names == ("a.weight", "a.bias")
+    same(bench.sink.merged(1, 0, "backward"), grads(model))
+
+
+@pytest.mark.situation("a model that `jit.script` has compiled", stages={"backward": "yes", "used": "yes"})
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_a_scripted_model(watched):
+    """The parameters of a scripted module are in no dictionary of Python's."""
+    model = torch.jit.script(net())
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    bench = watched(model, optimizer)
+    train(model, optimizer, steps=2)
+    for stage in ("backward", "used"):
+        same(bench.sink.merged(1, 0, stage), grads(model))

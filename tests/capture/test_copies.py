@@ -84,6 +84,21 @@ def test_a_copy_is_a_plain_model(watched, kind):
     assert len(lens.history()) == 2 * rows
 
 
+@pytest.mark.parametrize("kind", COPIES)
+def test_a_copy_of_a_model_that_has_its_lens_as_an_attribute(watched, kind):
+    """A lens is not copied with the model: where it was, the copy has None. The model may have it and be freed."""
+    model, optimizer, lens = watched
+    model.lens = lens
+    twin = COPIES[kind](model)
+    assert twin.lens is None
+    assert model.lens is lens
+    assert copy.copy(lens) is None
+    step(twin, torch.optim.SGD(twin.parameters(), 0.1))
+    assert set(lens.history()["step"]) == {0}
+    step(model, optimizer)
+    assert set(lens.history()["step"]) == {0, 1}
+
+
 def test_an_average_follows_a_watched_model(watched):
     """update_parameters() of an EMA sees the watched model's weights."""
     model, optimizer, _ = watched

@@ -281,6 +281,85 @@ def test_the_schedule_is_asked_once_a_step(watched):
     assert asked == [0, 1, 2, 3]
 
 
+@pytest.mark.situation(
+    "several optimizers over the same parameters",
+    stages={"used": "yes: the last one's", "updates": "yes: of all that stepped after one backward"},
+)
+def test_two_optimizers_that_move_the_same_parameters(watched):
+    """After one backward both step: the update is the weights' whole move, from before the first."""
+    model = linear()
+    optimizers = [torch.optim.SGD(model.parameters(), 0.1), torch.optim.Adam([model.weight], 0.01)]
+    bench = watched(model, optimizers)
+    for step in range(2):
+        before = [p.detach().clone() for p in model.parameters()]
+        model.zero_grad()
+        loss_of(model).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        moved = {}
+        for update, rows in bench.sink.updates:
+            if update.key == (step, 0, "used"):
+                moved.update(rows)
+        for i, p in enumerate(model.parameters()):
+            assert torch.equal(moved[i], p.detach() - before[i])
+        same(bench.sink.merged(step, 0, "used"), grads(model))
+    assert [step for step, _ in bench.sink.closed] == [0, 1]
+
+
+@pytest.mark.situation(
+    "two steps of one optimizer to one of the other (a critic)", stages={"used": "yes: each", "updates": "yes: each"}
+)
+def test_a_critic_that_steps_twice(watched):
+    """Each step after a backward of its own has a `used` row of its own, with its own move."""
+    critic, actor = nn.Linear(3, 2), nn.Linear(3, 2)
+    oc, oa = torch.optim.SGD(critic.parameters(), 0.1), torch.optim.SGD(actor.parameters(), 0.1)
+    bench = watched({"C": critic, "A": actor}, [oc, oa])
+    for model, optimizer in ((critic, oc), (critic, oc), (actor, oa)):
+        before = [p.detach().clone() for p in model.parameters()]
+        model.zero_grad()
+        loss_of(model).backward()
+        optimizer.step()
+        moved = bench.sink.updates[-1][1].values()
+        for dw, p, old in zip(moved, model.parameters(), before, strict=True):
+            assert torch.equal(dw, p.detach() - old)
+    assert bench.sink.keys("used") == [(0, 0), (0, 1), (0, 2)]
+    assert [step for step, _ in bench.sink.closed] == [0]
+
+
+@pytest.mark.situation(
+    "`.grad` of some parameters set to None before the step", stages={"backward": "yes", "used": "marked: status `excluded`"}
+)
+def test_a_gradient_that_is_taken_away_before_the_step(watched):
+    """What the optimizer does not get is `excluded`: not zero, and not absent from the loss."""
+    model = linear()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    bench = watched(model, optimizer)
+    loss_of(model).backward()
+    bias = model.bias.grad.clone()
+    model.weight.grad = None
+    optimizer.step()
+    assert set(bench.sink.merged(0, 0, "backward")) == {"weight", "bias"}
+    same(bench.sink.merged(0, 0, "used"), {"bias": bias})
+    assert bench.sink.notes(0, 0, "used") == {"weight": "excluded", "bias": None}
+
+
+@pytest.mark.situation("gradients made in inference mode, and a step in it", stages={"used": "yes", "updates": "yes"})
+def test_gradients_that_were_made_in_inference_mode(watched):
+    """Such tensors have no version to tell writes by; they are read all the same."""
+    model = linear()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    bench = watched(model, optimizer)
+    for step in range(2):
+        optimizer.zero_grad()
+        loss_of(model).backward()
+        with torch.inference_mode():
+            for p in model.parameters():
+                p.grad = p.grad * 0.5
+            optimizer.step()
+        same(bench.sink.merged(step, 0, "used"), grads(model))
+    assert [step for step, _ in bench.sink.closed] == [0, 1]
+
+
 # --- the gradient scaler --------------------------------------------------------------------------------------------
 
 
