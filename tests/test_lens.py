@@ -765,7 +765,7 @@ def test_questions_about_what_is_not_there():
             lens.weights(top=0)
         with pytest.raises(ArgumentError, match=r"\(8, 4\)"):
             lens.explain("0.weight", (8, 0))
-        with pytest.raises(ArgumentError, match="stage 'user' is not one of 'backward', .* did you mean 'used'"):
+        with pytest.raises(ArgumentError, match=r"stage 'user' is not one of 'backward', .* did you mean 'used'"):
             lens.table(stage="user")
 
 
