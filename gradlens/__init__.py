@@ -14,7 +14,7 @@ from gradlens.frames import to_frame
 from gradlens.records import Direction, Finding, Severity, Snapshot, Stage, Status, Verdict
 
 if TYPE_CHECKING:
-    from gradlens import testing
+    from gradlens import testing, writers
     from gradlens.analysis import rules
     from gradlens.lens import Lens, watch
     from gradlens.probes.curvature import curvature, hessian_product
@@ -48,6 +48,7 @@ __all__ = [
     "Run",
     "to_frame",
     "rules",
+    "writers",
     # the words
     "fields",
     "records",
@@ -83,6 +84,7 @@ _LAZY: dict[str, tuple[str, str | None]] = {
     "open_run": ("gradlens.store.run", "open_run"),
     "Run": ("gradlens.store.run", "Run"),
     "rules": ("gradlens.analysis.rules", None),
+    "writers": ("gradlens.writers", None),
     "testing": ("gradlens.testing", None),
 }
 

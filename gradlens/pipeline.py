@@ -151,6 +151,7 @@ class Digest:
         self._durable = Fanout([writer for writer in writers if _durable(writer)])
         self._others = Fanout([writer for writer in writers if not _durable(writer)])
         self.waiting: Callable[[], list[Any]] = list
+        self._ahead: list[Finding] = []  # that waited, and are recorded already
 
     def write(self, parcel: Parcel | Finding) -> None:
         """Snapshots, findings, records."""
@@ -176,14 +177,22 @@ class Digest:
 
     def _record_waiting(self) -> None:
         for parcel in self.waiting():
-            if isinstance(parcel, Parcel):
-                if not parcel.transfer.arrived():
-                    return
+            if isinstance(parcel, Finding):  # that steps were left out, say
+                self._record_finding(parcel)
+            elif not parcel.transfer.arrived():
+                return
+            else:
                 with contextlib.suppress(Exception):  # of which is told when its turn has come
                     self._record(parcel)
 
+    def _record_finding(self, finding: Finding) -> None:
+        if not any(finding is each for each in self._ahead):
+            self._durable.write(finding)
+            self._ahead.append(finding)
+
     def _found(self, finding: Finding) -> None:
-        self._durable.write(finding)
+        self._record_finding(finding)
+        self._ahead = [each for each in self._ahead if each is not finding]
         self._others.write(finding)
         self._on_finding(finding)
 

@@ -280,6 +280,10 @@ class Snapshot:
         """The same without its largest part."""
         return replace(self, histogram=None)
 
+    def without_top(self) -> Snapshot:
+        """The same without single weights."""
+        return replace(self, top=None)
+
     def take(self, rows: Sequence[int]) -> Snapshot:
         """The given rows."""
         at = np.asarray(rows, np.int64)

@@ -93,6 +93,10 @@ class Filter:
             if names and not any(_fits(name, pattern) for name in names):
                 raise ArgumentError(f"there is no parameter {pattern!r} in this run{nearest(pattern, names)}")
 
+    def has(self, step: int) -> bool:
+        """Whether the step is asked for."""
+        return Condition(steps=self._steps).touches("step", step, step)
+
     def within(self, owner: Segment, stop: int | None) -> Condition:
         """As a condition on the segment's rows, which are replaced from step `stop` on."""
         entries = None

@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import warnings
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from gradlens import noise
 from gradlens.errors import (
@@ -44,6 +45,12 @@ if TYPE_CHECKING:
     import pandas as pd
 
 ORDERS = ("sensitivity", "saliency", "value", "partial")
+REPLAYED = 400_000  #: rows that are in memory together: some 300 MB. Fewer, and large files are read more often
+
+
+class _Writer(Protocol):
+    def write(self, record: Any) -> None: ...
+    def flush(self) -> None: ...
 
 
 def open_run(path: str | os.PathLike[str]) -> Run:
@@ -199,6 +206,35 @@ class Run:
             return found
         found.sort(key=_moment)
         return [pool(list(group)) for _, group in groupby(found, key=_moment)]
+
+    def replay(
+        self,
+        writer: _Writer,
+        *,
+        steps: Steps = None,
+        parameters: Names = None,
+        stage: str | None = None,
+        rank: int | None = None,
+    ) -> None:
+        """Hand the records to a writer, as a lens would have done: `run.replay(gradlens.writers.CSV("all.csv"))`.
+
+        Snapshots in order, of one rank or those of all ranks pooled, and findings behind those of their step. Some hundred
+        thousand rows at a time are in memory. The writer is flushed, and stays open.
+        """
+        asked = Filter(steps=steps)
+        there = [step for step in self.steps(stage) if asked.has(step)]
+        findings = [finding for finding in self.findings() if asked.has(finding.step)]
+        together = max(1, REPLAYED // max(2 * len(self.names()), 1))
+        for first in range(0, len(there), together):
+            part = there[first : first + together]
+            records: list[Snapshot | Finding] = []
+            records += self.snapshots(steps=part, parameters=parameters, stage=stage, rank=rank)
+            until = part[-1] if first + together < len(there) else sys.maxsize
+            records += [finding for finding in findings if finding.step <= until]
+            findings = [finding for finding in findings if finding.step > until]
+            for record in sorted(records, key=lambda record: record.step):
+                writer.write(record)
+        writer.flush()
 
     def steps(self, stage: str | None = None) -> list[int]:
         """The steps of which there are rows, rising."""

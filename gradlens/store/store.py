@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from gradlens.errors import CorruptRunError, RunDirectoryError
+from gradlens.errors import ArgumentError, CorruptRunError, RunDirectoryError
 from gradlens.records import Finding, Parameters, Record, Severity, Snapshot
 from gradlens.store import parts, segment, tables, tail
 from gradlens.store.lock import Lock
@@ -50,16 +50,26 @@ class Store:
         run: The directory.
         settings: What the lens was told; kept as JSON. `rank` says which rank's segment this is (0 without it).
         interval: Seconds after which a record is on disk, at most.
+        roll: Rows of a tail that make it a Parquet part.
 
     Raises:
         RunDirectoryError: It cannot be made or written, is no run, or another lens writes to it.
+        ArgumentError: `interval` is no time.
     """
 
     durable = True  #: it gets records before others do
 
     def __init__(
-        self, run: str | os.PathLike[str], settings: Mapping[str, Any], *, interval: float = INTERVAL, roll: int = ROLL
+        self,
+        run: str | os.PathLike[str],
+        settings: Mapping[str, Any] | None = None,
+        *,
+        interval: float = INTERVAL,
+        roll: int = ROLL,
     ) -> None:
+        if not interval > 0:
+            raise ArgumentError(f"interval is a number of seconds above 0, not {interval!r}")
+        settings = settings or {}
         self._run, self._interval, self._roll = Path(run), interval, roll
         rank = int(settings.get("rank", 0))
         try:
@@ -274,15 +284,15 @@ class Store:
         if self._stale:  # before the rows that refer to it
             self._segment.write(self._run / "segments")
             self._stale = False
+        if self._lines:  # before the rows: which steps were left out is known when those after them are there
+            self._findings.write("".join(self._lines))
+            self._lines = []
+            self._findings.flush()
         for table, batches in self._pending.items():
             if batches:
                 self._append(table, batches)
                 self._pending[table] = []
         self._waiting = 0
-        if self._lines:
-            self._findings.write("".join(self._lines))
-            self._lines = []
-            self._findings.flush()
         if not (self._run / "segments" / f"{self._segment.key}.json").exists():
             raise RunDirectoryError(f"{self._run} was removed while it was written")
 

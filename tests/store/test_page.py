@@ -41,6 +41,16 @@ def test_the_blocks_of_the_page_agree(ran):
     np.testing.assert_allclose(before.groupby("step")["l2"].apply(np.linalg.norm), norms["pandas"], rtol=1e-12)
 
 
+def test_the_other_files_of_the_page_have_their_rows(ran):
+    """As many lines as rows: 50 steps, two snapshots, six parameters; live ones too, and the last 20 snapshots."""
+    place = ran["run"].path.parents[1]
+    lines = {name: len((place / name).read_text().splitlines()) for name in ("digits.csv", "live.csv", "digits.jsonl")}
+    assert lines["digits.csv"] == 1 + 50 * 2 * 6
+    assert lines["live.csv"] == 1 + 30 * 2 * 6
+    assert lines["digits.jsonl"] == 200 * 2 * 6 + 199  # and the losses
+    assert ran["last"].frame["step"].unique().tolist() == list(range(20, 30))
+
+
 def test_the_resumed_steps_of_the_page_are_replaced(ran):
     """Steps 150 to 199 are there twice, and only those."""
     assert ran["replaced"]["step"].unique().tolist() == list(range(150, 200))

@@ -14,8 +14,9 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
+import gradlens
 from gradlens import frames
-from gradlens.errors import GradlensWarning, RunDirectoryError
+from gradlens.errors import ArgumentError, GradlensWarning, RunDirectoryError
 from gradlens.records import Severity
 from gradlens.store import lock, parts, segment, tables
 from gradlens.store import store as store_module
@@ -99,6 +100,18 @@ def test_the_clock_flushes_too(tmp_path):
     with made.store(tmp_path, interval=0.05) as store:
         store.write(made.snapshot(0))
         until(lambda: open_run(tmp_path).steps() == [0])
+
+
+def test_the_interval_is_a_users_choice(tmp_path):
+    """`writers=[Store(path, interval=...)]` is what `run=` makes, with another interval; one that is none is refused."""
+    case = gradlens.testing.healthy()
+    store = gradlens.writers.Store(tmp_path, interval=0.05)
+    with gradlens.watch(case.model, case.optimizer, writers=[store]) as lens:
+        case.train(3)
+        until(lambda: open_run(tmp_path).steps() == [0, 1, 2])
+    same(open_run(tmp_path).history(), lens.history())
+    with pytest.raises(ArgumentError, match="interval"):
+        Store(tmp_path, interval=0)
 
 
 def test_memory_does_not_wait_for_the_clock(tmp_path):
