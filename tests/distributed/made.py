@@ -1,8 +1,12 @@
 """What the ranks train, and how rows are compared."""
 
+import os
+from pathlib import Path
+
 import numpy as np
 import torch
 from torch import distributed, nn
+from torch.distributed import distributed_c10d
 
 import gradlens
 from gradlens import fields, kernels
@@ -76,6 +80,41 @@ def train(net, data, stage, watched=True, **arguments):
     if lens is not None:
         lens.close()
     return keep, weights(net)
+
+
+def folder(name):
+    """A directory that all ranks see."""
+    return Path(os.environ["GRADLENS_TEST_FOLDER"]) / name
+
+
+def collectives(wrap, stage, data):
+    """How many the process groups count over the steps, watched with all we have and not: of few parameters, and of many."""
+    result = []
+    for layers in (1, 50):
+        counts = []
+        for watched in (True, False):
+            torch.manual_seed(0)
+            net = wrap(nn.Sequential(*(nn.Linear(6, 6) for _ in range(layers))))
+            optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+            first = _counted()
+            lens = gradlens.watch(net, optimizer, stage=stage, run=folder(f"layers{layers}")) if watched else None
+            for x in data:
+                optimizer.zero_grad()
+                loss(net, x).backward()
+                if watched:
+                    lens.weights(top=3)
+                optimizer.step()
+                if watched:
+                    lens.table(), lens.report()
+            if watched:
+                lens.close()
+            counts.append(_counted() - first)
+        result.append(counts)
+    return result
+
+
+def _counted():
+    return sum(group._get_sequence_number_for_group() for group in distributed_c10d._world.pg_map)
 
 
 def bits_equal(a, b):

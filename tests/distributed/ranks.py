@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent.parent
 
 _MAIN = """
-import os, pickle, sys, time, traceback
+import os, pickle, signal, sys, threading, time, traceback
 import torch, torch.distributed as dist, torch.distributed.fsdp, torch.distributed.tensor
 
 module, function, ranks, folder, dying = sys.argv[1:]
@@ -63,6 +63,14 @@ for rank in range(int(ranks)):
             sys.stderr.flush()
             os._exit(code)
     children[child] = rank
+
+
+def orphaned():
+    os.read(0, 1)  # until whoever started this closes it, or is killed
+    os.killpg(0, signal.SIGKILL)
+
+
+threading.Thread(target=orphaned, daemon=True).start()
 for _ in range(len(children)):  # one that fails ends all: whoever started this kills the group
     child, status = os.wait()
     if status and str(children[child]) not in dying.split(","):
@@ -81,6 +89,7 @@ def launch(function, ranks=2, seconds=120, dying=()):
             cwd=ROOT,
             env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
             start_new_session=True,
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
         )

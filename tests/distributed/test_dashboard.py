@@ -4,102 +4,59 @@ import os
 import signal
 import time
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import distributed, nn
-from torch.distributed.fsdp import fully_shard
-from torch.nn.parallel import DistributedDataParallel
 
 import gradlens
-import gradlens.store.store  # before the ranks are forked
 from gradlens.writers import exchange, tags
-from tests.distributed.made import batches, loss, mine, model
+from tests.distributed.made import batches, folder, model
 from tests.distributed.ranks import launch
-from tests.writers.reading import points, text
+from tests.distributed.shown import NOISE, NORM, NUMBERS, dashboard, train
+from tests.distributed.test_ddp import four, two
+from tests.distributed.test_fsdp2 import group as sharded
+from tests.writers.reading import text
 
 pytestmark = pytest.mark.distributed
 
 
-def folder(name):
-    """A directory that all ranks see."""
-    return Path(os.environ["GRADLENS_TEST_FOLDER"]) / name
+COUNTS = pytest.mark.parametrize("count", [2, 4])
 
 
-def train(net, data, run, **arguments):
-    """A watched training with a run directory."""
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-    with gradlens.watch(net, optimizer, run=run, **arguments):
-        for x in data:
-            optimizer.zero_grad()
-            loss(net, x).backward()
-            optimizer.step()
-
-
-def dashboard(run):
-    """What the dashboard has, by tag."""
-    (path,) = run.glob("events.out.tfevents.*")
-    return points(path)
-
-
-def numbers(run):
-    """The numbers of some tags, by step."""
-    there = dashboard(run)
-    return {tag: dict(there.get(tag, ())) for tag in (*NUMBERS, NOISE)}
-
-
-NORM, NOISE = f"{tags.HEALTH}/gradient_norm", f"{tags.HEALTH}/noise_scale"
-NUMBERS = (NORM, f"{tags.DIRECTION}/increase_share", f"{tags.UPDATE}/update_ratio")
-
-
-def sharded():
-    """Half of each parameter on each rank."""
-    net = model()
-    fully_shard(net)
-    train(net, mine(batches()), folder("sharded"))
-    distributed.barrier()
-    if distributed.get_rank():
-        return None
-    records = gradlens.open_run(folder("sharded"))
-    return numbers(folder("sharded")), records.ranks()
-
-
-def replicated():
-    """Each rank's own gradients are read too."""
-    net = DistributedDataParallel(model())
-    train(net, mine(batches()), folder("replicated"), stage=("backward", "reduced", "used"))
-    distributed.barrier()
-    if distributed.get_rank():
-        return None
-    records = gradlens.open_run(folder("replicated"))
-    return numbers(folder("replicated")), records.noise_scale().rows
-
-
-def group():
-    """All scenarios that end well."""
-    return {call.__name__: call() for call in (sharded, replicated)}
-
-
-def test_shards_are_pooled_while_training_runs(launched, tmp_path):
-    """The dashboard of a sharded model is that of the same model in one process; the directory has both ranks' records."""
-    there, ranks = launched(group)[0]["sharded"]
-    train(model(), batches(), tmp_path)
-    whole = numbers(tmp_path)
-    assert ranks == [0, 1]
+@COUNTS
+@pytest.mark.situation(
+    "rank segments, and the first rank's dashboard while training runs",
+    note="shards are pooled: what is shown is what one process shows; the training threads do not touch the group's store",
+)
+def test_shards_are_pooled_while_training_runs(launched, tmp_path, count):
+    """Before the run is closed its dashboard is that of the same model in one process; each rank has a segment."""
+    ranks = launched(sharded, count)
+    whole, _ = train(model(), batches(), tmp_path)
+    live, *_ = ranks[0]["pooled"]
     for tag in NUMBERS:
-        assert list(there[tag]) == [0, 1, 2]
-        np.testing.assert_allclose(list(there[tag].values()), list(whole[tag].values()), rtol=1e-4, err_msg=tag)
+        assert list(live[tag]) == [0, 1, 2]
+        np.testing.assert_allclose(list(live[tag].values()), list(whole[tag].values()), rtol=1e-4, err_msg=tag)
+    for result in ranks:
+        _, threads, there = result["pooled"]
+        assert there == list(range(count))
+        assert threads
+        assert "MainThread" not in threads
 
 
-def test_the_noise_scale_of_ranks_is_shown(launched):
+@pytest.mark.parametrize(("group", "count"), [(two, 2), (four, 4)], ids=["2", "4"])
+@pytest.mark.situation(
+    "the noise scale on the first rank's dashboard", note="what it shows is what the records of all ranks give afterwards"
+)
+def test_the_noise_scale_of_ranks_is_shown(launched, group, count):
     """What the dashboard shows while training runs is what the records of all ranks give afterwards."""
-    there, rows = launched(group)[0]["replicated"]
+    live, threads, rows = launched(group, count)[0]["replicated"]
     assert [row.step for row in rows] == [0, 1, 2]
     wanted = {row.step: row.noise_scale for row in rows if not np.isnan(row.noise_scale)}
     assert wanted
-    assert there[NOISE] == pytest.approx(wanted, rel=1e-5)
+    assert live[NOISE] == pytest.approx(wanted, rel=1e-5)
+    assert "MainThread" not in threads
 
 
 class Alone(nn.Module):
@@ -167,6 +124,7 @@ def survivor():
     return result
 
 
+@pytest.mark.situation("ranks with other parameters, one of them slow", note="none waits; the dashboard has all at the end")
 def test_a_slow_rank_holds_no_other_up(survivor):
     """The first rank trains at its own pace, and its dashboard has all three ranks' tables when the run is closed."""
     first, _, _, norms, _, _ = survivor
@@ -174,6 +132,7 @@ def test_a_slow_rank_holds_no_other_up(survivor):
     assert norms["slow"] == {step: pytest.approx(12**0.5) for step in range(10)}
 
 
+@pytest.mark.situation("a rank dies", note="after five seconds the dashboard goes on without it, and a finding names it")
 def test_a_dead_rank_is_gone_without(survivor):
     """After a while the dashboard goes on with the ranks that live, and says which is missing."""
     _, (trained, closed), _, norms, page, _ = survivor
@@ -184,6 +143,9 @@ def test_a_dead_rank_is_gone_without(survivor):
     assert trained + closed < 10
 
 
+@pytest.mark.situation(
+    "the first rank dies, and the group's store with it", note="the others train on and keep their records"
+)
 def test_a_rank_outlives_the_first_one_and_its_store(survivor):
     """Where the store died with the first rank, the others train on, keep their records, and close in time."""
     _, _, (trained, closed), _, _, recorded = survivor

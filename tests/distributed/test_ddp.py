@@ -4,6 +4,7 @@ import warnings
 from contextlib import nullcontext
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from torch import distributed, nn
@@ -20,7 +21,9 @@ from tests.distributed.made import (
     averaged,
     batches,
     bits_equal,
+    collectives,
     expected,
+    folder,
     gradients,
     loss,
     mine,
@@ -30,6 +33,7 @@ from tests.distributed.made import (
     train,
     weights,
 )
+from tests.distributed.shown import replicated
 
 pytestmark = pytest.mark.distributed
 
@@ -48,18 +52,27 @@ class Loop:
         self.wanted = {}
 
     def mean(self, own):
-        """The rows of `.grad`, which is the ranks' mean of these tensors, up to the order in which they are added."""
-        there = {name: p.grad for name, p in self.net.named_parameters()}
-        for name, wanted in averaged(own).items():
-            torch.testing.assert_close(there[name], wanted)
-        return expected(there)
+        return mean(self.net, own)
 
     def result(self):
-        """For each stage and moment: the rows seen and those wanted; then the findings' rules."""
         self.lens.close()
-        seen = {(str(s.stage), s.step, s.backward): numbers(s) for s in self.keep.snapshots}
-        status = {(str(s.stage), s.step, s.backward): dict(zip(s.names, s.status, strict=True)) for s in self.keep.snapshots}
-        return seen, self.wanted, status, [finding.rule for finding in self.keep.findings]
+        return told(self.keep, self.wanted)
+
+
+def mean(net, own):
+    """The rows of `.grad`, which is the ranks' mean of these tensors, up to the order in which they are added."""
+    there = {name: p.grad for name, p in net.named_parameters()}
+    for name, wanted in averaged(own).items():
+        torch.testing.assert_close(there[name], wanted)
+    return expected(there)
+
+
+def told(keep, wanted):
+    """For each stage and moment: the rows seen and those wanted; then the statuses, and the findings' rules."""
+    tables = {(str(s.stage), s.step, s.backward): s for s in keep.snapshots}
+    seen = {key: numbers(s) for key, s in tables.items()}
+    status = {key: dict(zip(s.names, s.status, strict=True)) for key, s in tables.items()}
+    return seen, wanted, status, [finding.rule for finding in keep.findings]
 
 
 def views():
@@ -111,9 +124,9 @@ class Heads(nn.Module):
         return self.heads[distributed.get_rank()](self.trunk(x).tanh())
 
 
-def find_unused():
+def unused(view):
     """Each rank uses a head of its own."""
-    loop = Loop(Heads(), find_unused_parameters=True)
+    loop = Loop(Heads(), find_unused_parameters=True, gradient_as_bucket_view=view)
     for step, x in enumerate(mine(batches())):
         loop.optimizer.zero_grad()
         own = gradients(loop.net, x)
@@ -123,6 +136,10 @@ def find_unused():
         loop.wanted["accumulated", step, 0] = loop.wanted["reduced", step, 0] = loop.wanted["used", step, 0] = mean
         loop.optimizer.step()
     return loop.result()
+
+
+def find_unused():
+    return {view: unused(view) for view in (False, True)}
 
 
 class Checkpointed(nn.Module):
@@ -161,6 +178,20 @@ def static(ends, view):
 
 def static_graph():
     return {(ends, view): static(ends, view) for ends in (True, False) for view in (False, True)}
+
+
+def compiled():
+    """DDP, compiled."""
+    loop = Loop(model())
+    run = torch.compile(loop.ddp, backend="aot_eager")
+    for step, x in enumerate(mine(batches())):
+        loop.optimizer.zero_grad()
+        own = gradients(loop.net, x)
+        loss(run, x).backward()
+        loop.wanted["backward", step, 0] = expected(own)
+        loop.wanted["reduced", step, 0] = loop.wanted["used", step, 0] = loop.mean(own)
+        loop.optimizer.step()
+    return loop.result()
 
 
 def comm_hook():
@@ -202,6 +233,32 @@ def by_hand():
     return seen, wanted, before, [finding.rule for finding in keep.findings]
 
 
+def micro_batches():
+    torch.manual_seed(1)
+    return torch.randn(3, 2, distributed.get_world_size(), 4, 6)[:, :, distributed.get_rank()]
+
+
+def noise():
+    """Accumulation over two micro-batches, clipped: each rank's own gradients, and what the records say of their noise."""
+    net = model()
+    ddp = DistributedDataParallel(net)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    own, run = [], folder("noise")
+    with gradlens.watch(ddp, optimizer, stage=("backward", "reduced", "used"), run=run, rules=()) as lens:
+        for step in micro_batches():
+            optimizer.zero_grad()
+            for i, x in enumerate(step):
+                own.append(torch.cat([g.double().reshape(-1) for g in gradients(net, x).values()]).numpy())
+                with ddp.no_sync() if i == 0 else nullcontext():
+                    loss(ddp, x).backward()
+            nn.utils.clip_grad_norm_(net.parameters(), 0.05)
+            optimizer.step()
+        reason = lens.noise_scale().reason
+    distributed.barrier()
+    found = gradlens.open_run(run).noise_scale(decay=0.0)
+    return own, reason, found.frame[["trace", "signal", "backwards"]].to_numpy(), float(found)
+
+
 FAULTS = {
     "the tensor hook": (Gradients, "_on_gradient"),
     "the post hook": (Gradients, "_on_accumulated"),
@@ -229,6 +286,85 @@ def steps(net, data, stages=None, fault=None):
     return keep, weights(net)
 
 
+class PlantedError(Exception):
+    """What a user's own code raises in backward."""
+
+
+class Raises(torch.autograd.Function):
+    """Passes through; its backward raises."""
+
+    @staticmethod
+    def forward(ctx, x, error):
+        ctx.error = error
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        raise ctx.error
+
+
+class Failing(nn.Sequential):
+    """Two layers; what is set as `error` is raised in the backward of the second step, before or between the layers'."""
+
+    def __init__(self, place):
+        super().__init__(*model())
+        self.place, self.error = place, None
+
+    def forward(self, x):
+        x = self[1](self[0](x))
+        x = Raises.apply(x, self.error) if self.error and self.place == "between" else x
+        x = self[2](x)
+        return Raises.apply(x, self.error) if self.error and self.place == "before" else x
+
+
+def raising(place, error, watched):
+    """Six steps, one of which fails on every rank. Where DDP does not go on after that, the user wraps anew."""
+    net, keep = Failing(place), Keep()
+    ddp, optimizer = DistributedDataParallel(net), torch.optim.AdamW(net.parameters(), lr=0.1)
+    lens = gradlens.watch(net, optimizer, stage=STAGES, writers=[keep], rules=()) if watched else None
+    said, wanted, step = [], {}, 0
+    for i, x in enumerate([*mine(batches())] * 2):
+        net.error = error if i == 1 and place != "hook" else None
+        hook = net[0].weight.register_hook(_raiser(error)) if i == 1 and place == "hook" else None
+        optimizer.zero_grad()
+        try:
+            loss(ddp, x).backward()
+        except (PlantedError, KeyboardInterrupt) as caught:
+            said.append((i, repr(caught)))
+            continue
+        except RuntimeError as caught:  # DDP waits for what the failed backward has left undone
+            said.append((i, str(caught)[:40]))
+            ddp = DistributedDataParallel(net)
+            continue
+        finally:
+            if hook is not None:
+                hook.remove()
+        own = gradients(net, x)
+        wanted["backward", step, 0] = expected(own)
+        wanted["accumulated", step, 0] = wanted["reduced", step, 0] = wanted["used", step, 0] = mean(net, own)
+        optimizer.step()
+        step += 1
+    if watched:
+        lens.close()
+    return said, weights(net), told(keep, wanted)
+
+
+def _raiser(error):
+    def hook(g):
+        raise error
+
+    return hook
+
+
+ERRORS = (PlantedError("planted"), KeyboardInterrupt())
+PLACES = [(place, error) for place in ("before", "between", "hook") for error in ERRORS]
+
+
+def raised():
+    """Whatever the user raises: what is heard of it and the weights, watched and not."""
+    return [(raising(*case, True), raising(*case, False)) for case in PLACES]
+
+
 def faults():
     """For each place: the weights, whether the fault was named, and the last step's stages."""
     data = mine(batches())
@@ -244,14 +380,18 @@ def faults():
     return result
 
 
+def counted():
+    return collectives(DistributedDataParallel, ("backward", "accumulated", "reduced", "used"), mine(batches()))
+
+
 def two():
-    """All scenarios of two ranks."""
-    return {call.__name__: call() for call in (views, no_sync, find_unused, static_graph, comm_hook, by_hand, faults)}
+    """All scenarios."""
+    return four() | {call.__name__: call() for call in (compiled, by_hand, counted, faults, raised)}
 
 
 def four():
     """Those in which the number of ranks may matter."""
-    return {call.__name__: call() for call in (views, find_unused, comm_hook)}
+    return {call.__name__: call() for call in (views, no_sync, find_unused, static_graph, comm_hook, noise, replicated)}
 
 
 BOTH = pytest.mark.parametrize(("group", "count"), [(two, 2), (four, 4)], ids=["2", "4"])
@@ -288,6 +428,7 @@ def test_stages_are_what_they_say(launched, group, count):
                     same(backward, numbers(own.snapshots[0]))
 
 
+@BOTH
 @pytest.mark.trap(17)
 @pytest.mark.situation(
     "DDP, accumulation under `no_sync()`",
@@ -298,9 +439,9 @@ def test_stages_are_what_they_say(launched, group, count):
         "used": "yes",
     },
 )
-def test_no_sync(launched):
+def test_no_sync(launched, group, count):
     """Of three micro-batches the last is averaged, with what the others accumulated; the others have no `reduced` row."""
-    for result in launched(two):
+    for result in launched(group, count):
         for loop in result["no_sync"].values():
             check(loop)
             assert loop[3] == []
@@ -315,29 +456,38 @@ def test_no_sync(launched):
 def test_find_unused_parameters(launched, group, count):
     """A head that another rank uses is absent from this rank's own partials, and is in the mean like any other."""
     for rank, result in enumerate(launched(group, count)):
-        loop = result["find_unused"]
-        check(loop, ("accumulated", "reduced", "used"))
-        seen, wanted, status, found = loop
-        others = {f"heads.{i}.{leaf}" for i in range(count) for leaf in ("weight", "bias") if i != rank}
-        for key in wanted:
-            absent = {name for name, word in status[key].items() if word == "absent"}
-            assert absent == (others if key[0] == "backward" else set())
-            assert set(status[key].values()) <= {"ok", "absent"}
-            mine = {name: row for name, row in seen[key].items() if name not in absent}
-            same(mine, {name: row for name, row in wanted[key].items() if name not in absent})
-        assert found == []
+        for loop in result["find_unused"].values():
+            check(loop, ("accumulated", "reduced", "used"))
+            seen, wanted, status, found = loop
+            others = {f"heads.{i}.{leaf}" for i in range(count) for leaf in ("weight", "bias") if i != rank}
+            for key in wanted:
+                absent = {name for name, word in status[key].items() if word == "absent"}
+                assert absent == (others if key[0] == "backward" else set())
+                assert set(status[key].values()) <= {"ok", "absent"}
+                mine = {name: row for name, row in seen[key].items() if name not in absent}
+                same(mine, {name: row for name, row in wanted[key].items() if name not in absent})
+            assert found == []
 
 
+@BOTH
 @pytest.mark.trap(19)
 @pytest.mark.situation(
     "DDP, `static_graph` with reentrant checkpoints", stages={"backward": "yes", "reduced": "yes", "used": "yes"}
 )
-def test_static_graph_with_reentrant_checkpoints(launched):
+def test_static_graph_with_reentrant_checkpoints(launched, group, count):
     """The recomputed part is read with the rest, and averaged, also where nothing is outside it, bucket views both ways."""
-    for result in launched(two):
+    for result in launched(group, count):
         for loop in result["static_graph"].values():
             check(loop, ("backward", "reduced", "used"))
             assert loop[3] == []
+
+
+@pytest.mark.situation("DDP, compiled", stages={"backward": "yes", "reduced": "yes", "used": "yes"})
+def test_compiled(launched):
+    """The graph is cut at buckets, and hooks see what they see in eager training."""
+    for result in launched(two):
+        check(result["compiled"], ("backward", "reduced", "used"), rtol=1e-4, atol=1e-7)
+        assert result["compiled"][3] == []
 
 
 @BOTH
@@ -362,6 +512,29 @@ def test_averaged_by_hand(launched):
         assert found == ["not-averaged"]
 
 
+@BOTH
+@pytest.mark.situation("the gradient noise scale, of the spread over ranks and micro-batches", stages={"backward": "yes"})
+def test_the_spread_of_the_ranks_is_noise(launched, group, count):
+    """Ranks with two micro-batches each give what their stored gradients give; one rank alone cannot know, and says so."""
+    ranks = [result["noise"] for result in launched(group, count)]
+    g = np.stack([own for own, *_ in ranks]).reshape(count, 3, 2, -1).swapaxes(0, 1).reshape(3, 2 * count, -1)
+    traces = g.var(axis=1, ddof=1).sum(1)
+    signals = (g.mean(1) ** 2).sum(1) - traces / (2 * count)
+    for _, reason, found, newest in ranks:
+        assert "ranks whose records are not here" in reason
+        np.testing.assert_allclose(found[:, 0] / found[:, 1], traces / signals, rtol=1e-6)
+        assert found[:, 2].tolist() == [2 * count] * 3
+        assert newest == pytest.approx(traces[-1] / signals[-1], rel=1e-6)
+
+
+@pytest.mark.situation("DDP: no collective is ours", note="of 2 parameters and of 100, live dashboard, all stages")
+def test_no_collective_is_ours(launched):
+    """The process groups count as many with us as without, however many parameters there are."""
+    for result in launched(two):
+        for watched, bare in result["counted"]:
+            assert watched == bare > 0
+
+
 @pytest.mark.trap(14)
 @pytest.mark.parametrize("place", FAULTS)
 def test_a_fault_of_ours_leaves_training_alone(launched, place):
@@ -371,3 +544,22 @@ def test_a_fault_of_ours_leaves_training_alone(launched, place):
         bits_equal(after, result["faults"][""])
         assert found == ([] if rank else ["gradlens-fault"])
         assert seen == {"backward": {"ok"}, "reduced": {"ok"}, "used": {"ok"}}
+
+
+@pytest.mark.trap(14, 15, 44)
+@pytest.mark.situation(
+    "DDP, a backward that raises, then a good one",
+    stages={"backward": "yes", "reduced": "yes", "used": "yes"},
+    note="in an autograd function before or between the layers, or in a user's hook; KeyboardInterrupt too. Where DDP does "
+    "not go on after that, it does not without gradlens",
+)
+def test_what_the_user_raises_comes_through(launched):
+    """Each rank hears the same with gradlens as without, has the same bits, and the steps that succeed are read exactly."""
+    for result in launched(two):
+        for (place, error), ((said, after, loop), (bare_said, bare, _)) in zip(PLACES, result["raised"], strict=True):
+            assert said == bare_said
+            assert said[0] == (1, repr(error))
+            assert len(said) == (1 if place == "before" else 2)
+            bits_equal(after, bare)
+            check(loop)
+            assert loop[3] == []

@@ -13,7 +13,21 @@ from torch.distributed.tensor import Shard
 import gradlens
 from gradlens import fields
 from gradlens.pooling import pool
-from tests.distributed.made import Keep, batches, bits_equal, expected, loss, mine, model, numbers, same, train, weights
+from tests.distributed.made import (
+    Keep,
+    batches,
+    bits_equal,
+    collectives,
+    expected,
+    loss,
+    mine,
+    model,
+    numbers,
+    same,
+    train,
+    weights,
+)
+from tests.distributed.shown import pooled
 
 pytestmark = pytest.mark.distributed
 
@@ -152,33 +166,14 @@ def rescanned():
     return keep.records, whole
 
 
-def collectives():
-    """How many the process group counts over three steps, watched with all we have and not."""
-    counts = []
-    group = distributed.group.WORLD
-    for watched in (True, False):
-        net = sharded(exact())
-        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-        first = group._get_sequence_number_for_group()
-        lens = gradlens.watch(net, optimizer, stage=READ) if watched else None
-        for x in mine(data()):
-            optimizer.zero_grad()
-            loss(net, x).backward()
-            if watched:
-                lens.weights(top=3)
-            optimizer.step()
-            if watched:
-                lens.table(), lens.report()
-        if watched:
-            lens.close()
-        counts.append(group._get_sequence_number_for_group() - first)
-    return counts
+def counted():
+    return collectives(fully_shard, READ, mine(batches()))
 
 
 def group():
-    """All scenarios."""
-    calls = (plain, single, offloaded, hybrid, columns, no_sync, mixed, before, rescanned, collectives)
-    return {call.__name__: call() for call in calls}
+    """All scenarios; collectives are counted where there are two ranks."""
+    calls = (plain, single, offloaded, hybrid, columns, no_sync, mixed, before, rescanned, pooled)
+    return {call.__name__: call() for call in calls + (counted,) * (distributed.get_world_size() == 2)}
 
 
 def reference(make=exact, x=data, steps=train):
@@ -309,9 +304,9 @@ def test_a_scan_between_forward_and_backward(launched, count):
     check([result["rescanned"][0] for result in ranks], reference(), rtol=1e-9)
 
 
-@COUNTS
-def test_no_collective_is_ours(launched, count):
-    """The process group counts as many with us as without, whatever is asked of the lens."""
-    for result in launched(group, count):
-        watched, bare = result["collectives"]
-        assert watched == bare > 0
+@pytest.mark.situation("FSDP2: no collective is ours", note="of 2 parameters and of 100, live dashboard included")
+def test_no_collective_is_ours(launched):
+    """The process groups count as many with us as without, however many parameters there are and whatever is asked."""
+    for result in launched(group):
+        for watched, bare in result["counted"]:
+            assert watched == bare > 0

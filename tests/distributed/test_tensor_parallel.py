@@ -14,15 +14,15 @@ from gradlens import fields
 from gradlens.capture.sharding import _block, piece
 from gradlens.errors import ArgumentError
 from gradlens.pooling import pool
-from tests.distributed.made import Keep, batches, bits_equal, local, loss, train
+from tests.distributed.made import Keep, batches, bits_equal, collectives, local, loss, train
 
 pytestmark = pytest.mark.distributed
 
 
-def exact():
-    """In float64; the middle dimension does not divide by four."""
+def exact(width=10):
+    """In float64; the middle dimension does not divide by four, unless that is asked."""
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 10), nn.Tanh(), nn.Linear(10, 3)).double()
+    return nn.Sequential(nn.Linear(6, width), nn.Tanh(), nn.Linear(width, 3)).double()
 
 
 def data():
@@ -40,8 +40,9 @@ def twice(make, x, stages=("backward", "used")):
 
 def parallel():
     """One layer by columns, the next by rows, its bias copied."""
-    mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
-    return twice(lambda: parallelize_module(exact(), mesh, PLAN), data())
+    ranks = distributed.get_world_size()
+    mesh = init_device_mesh("cpu", (ranks,))
+    return twice(lambda: parallelize_module(exact(5 * ranks), mesh, PLAN), data())
 
 
 def meshed():
@@ -149,23 +150,36 @@ def sequence():
     return keep.records, placements
 
 
+def counted():
+    """Every layer by columns."""
+
+    def wrap(net):
+        mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
+        return parallelize_module(
+            net, mesh, {name: ColwiseParallel(output_layouts=Replicate()) for name, _ in net.named_children()}
+        )
+
+    return collectives(wrap, ("backward", "used"), batches())
+
+
 def two():
-    """All scenarios of two ranks."""
-    return {call.__name__: call() for call in (parallel, placed, scattered, questions, summands, sequence)}
+    """All scenarios but that of two meshes."""
+    calls = (parallel, placed, scattered, questions, summands, sequence, counted)
+    return {call.__name__: call() for call in calls}
 
 
 def four():
-    """Those in which two meshes meet."""
-    return {call.__name__: call() for call in (meshed, placed)}
+    """Those in which the number of ranks may matter."""
+    return {call.__name__: call() for call in (meshed, parallel, placed, summands, sequence)}
 
 
 def snapshots(records):
     return [record for record in records if isinstance(record, gradlens.Snapshot)]
 
 
-def check(ranks, name, stages):
+def check(ranks, name, stages, width=10):
     """The ranks' tables, pooled, are those of one process; training is unchanged."""
-    whole, _ = train(exact(), data(), ("backward", "used"))
+    whole, _ = train(exact(width), data(), ("backward", "used"))
     tables = []
     for result in ranks:
         records, watched, bare = result[name]
@@ -184,10 +198,15 @@ def check(ranks, name, stages):
 BOTH = pytest.mark.parametrize(("group", "count"), [(two, 2), (four, 4)], ids=["2", "4"])
 
 
-@pytest.mark.situation("sharded by columns and by rows, copied", stages={"backward": "yes", "used": "yes", "updates": "yes"})
-def test_pieces_and_copies_pool_to_the_table_of_one_process(launched):
+@BOTH
+@pytest.mark.situation(
+    "tensor parallel: sharded by columns and by rows (Shard), copied (Replicate)",
+    stages={"backward": "yes", "used": "yes", "updates": "yes"},
+    note="with indices into the whole; pooled over ranks it is the table of one process",
+)
+def test_pieces_and_copies_pool_to_the_table_of_one_process(launched, group, count):
     """Shard and Replicate of a parameter of its own each."""
-    check(launched(two), "parallel", ("backward", "used"))
+    check(launched(group, count), "parallel", ("backward", "used"), width=5 * count)
 
 
 @pytest.mark.situation(
@@ -240,15 +259,16 @@ def test_questions_about_weights_are_answered_by_the_index_in_the_whole(launched
     assert len(seen) == sum(p.numel() for p in net.parameters())
 
 
+@BOTH
 @pytest.mark.trap(21)
 @pytest.mark.trap(22)
 @pytest.mark.situation(
     "a gradient that is placed `Partial`",
     stages={"backward": "marked: of this rank's summand", "used": "marked: of this rank's summand"},
 )
-def test_a_summand_is_marked_and_named(launched):
+def test_a_summand_is_marked_and_named(launched, group, count):
     """The row of a Partial gradient says that it is of this rank's summand, equals it exactly, and a finding names it."""
-    for result in launched(two):
+    for result in launched(group, count):
         partial, here, records, marked, said = result["summands"]
         assert partial
         (snapshot,) = snapshots(records)
@@ -260,9 +280,10 @@ def test_a_summand_is_marked_and_named(launched):
         assert all("full_tensor()" in text for text in said)
 
 
-def test_sequence_parallel_norms_are_marked_and_stay_marked(launched):
+@BOTH
+def test_sequence_parallel_norms_are_marked_and_stay_marked(launched, group, count):
     """Pooling leaves the norm's rows as what they are, and merges the others'."""
-    ranks = [result["sequence"] for result in launched(two)]
+    ranks = [result["sequence"] for result in launched(group, count)]
     tables = [snapshots(records)[0] for records, _ in ranks]
     assert "Partial" in ranks[0][1][0]
     pooled = pool(tables)
@@ -270,3 +291,11 @@ def test_sequence_parallel_norms_are_marked_and_stay_marked(launched):
     assert pooled.parameters.pieces[2:] == ("", "")
     np.testing.assert_array_equal(pooled.columns["square_sum"][:2], tables[0].columns["square_sum"][:2])
     assert pooled.column("numel").tolist() == [6, 6, 24, 4]
+
+
+@pytest.mark.situation("tensor parallel: no collective is ours", note="of 2 parameters and of 100")
+def test_no_collective_is_ours(launched):
+    """The process groups count as many with us as without, however many parameters there are."""
+    for result in launched(two):
+        for watched, bare in result["counted"]:
+            assert watched == bare > 0
