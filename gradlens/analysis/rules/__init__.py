@@ -11,6 +11,7 @@ from gradlens.analysis.rules.absent import Absent, Uncaptured
 from gradlens.analysis.rules.base import Rule, judged, lasting
 from gradlens.analysis.rules.dead import Dead
 from gradlens.analysis.rules.exploding import Exploding, Spike
+from gradlens.analysis.rules.lost import Lost, Unstepped
 from gradlens.analysis.rules.nonfinite import NonFinite
 from gradlens.analysis.rules.scaling import LossScaled, Skipped
 from gradlens.analysis.rules.stale import Stale
@@ -25,6 +26,8 @@ DEFAULT: tuple[Rule, ...] = (
     Dead(),
     Absent(),
     Uncaptured(),
+    Lost(),
+    Unstepped(),
     UpdateRatio(),
     Swallowed(),
     Unmoved(),
@@ -45,6 +48,8 @@ __all__ = [
     # what it does not reach
     "Absent",
     "Uncaptured",
+    "Lost",
+    "Unstepped",
     # what the optimizer does with it
     "UpdateRatio",
     "Swallowed",

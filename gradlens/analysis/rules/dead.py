@@ -9,8 +9,19 @@ from typing import ClassVar
 import numpy as np
 
 from gradlens.analysis.history import History
-from gradlens.analysis.rules.base import EachRow, check_steps, judged, last_layer, lasting, on_steps, remembered, said
-from gradlens.records import Finding, Severity, Snapshot, Status
+from gradlens.analysis.rules.base import (
+    EachRow,
+    check_steps,
+    judged,
+    last_layer,
+    lasting,
+    layout,
+    on_steps,
+    remembered,
+    said,
+)
+from gradlens.analysis.rules.lost import gave
+from gradlens.records import Finding, Severity, Snapshot, Stage, Status
 
 
 @dataclass(frozen=True)
@@ -31,6 +42,9 @@ class Dead:
     def __call__(self, history: History) -> Iterable[Finding]:
         newest = history.latest()
         rows = lasting(history, _zero, self.steps)
+        if newest is not None and rows and newest.stage == Stage.USED:  # what backward gave and was lost is no death
+            alive = gave(history.recent(1, Stage.BACKWARD), newest)
+            rows = [row for row in rows if not alive[row]]
         if newest is None or not rows:
             return ()
         culprit = last_layer(newest, rows)
@@ -44,15 +58,26 @@ class Dead:
             parameter=newest.names[row],
             stage=newest.stage,
             seen=f"all {int(newest.column('numel')[row])} partials were exactly 0 {on_steps(self.steps)}",
-            causes=(
+            causes=_likely(newest, row)
+            + (
                 "ReLUs that are shut for every input: a large negative bias after too large a step",
                 "an output that is multiplied by 0: a closed gate, a mask, a zero-initialised layer behind it",
-                "underflow of float16 gradients without a loss scaler",
             ),
             remedy=(f"look at {culprit!r} first: the last layer with no gradient at all; " if culprit else "")
             + "lower the learning rate, use LeakyReLU or GELU, or initialise the layer again",
             value=0.0,
         )
+
+
+def _likely(snapshot: Snapshot, row: int) -> tuple[str, ...]:
+    """What the snapshot itself speaks for."""
+    causes = []
+    if snapshot.parameters.dtypes[row] == "float16":
+        causes.append("underflow of float16 gradients without a loss scaler")
+    empty = (snapshot.columns["weight_square_sum"] == 0) & layout(snapshot.parameters).matrix
+    if empty.any():
+        causes.append(f"weights that are all 0, those of {snapshot.names[int(np.flatnonzero(empty)[-1])]}: nothing passes")
+    return tuple(causes)
 
 
 @remembered

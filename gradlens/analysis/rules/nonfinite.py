@@ -10,8 +10,11 @@ from typing import ClassVar
 import numpy as np
 
 from gradlens.analysis.history import History
-from gradlens.analysis.rules.base import EachRow, judged
+from gradlens.analysis.rules.base import EachRow, judged, layout, number
 from gradlens.records import Finding, Severity, Snapshot, Stage
+
+#: A step that was too large shows in the numbers within so many.
+DIVERGED = 5
 
 
 @dataclass(frozen=True)
@@ -31,13 +34,17 @@ class NonFinite:
         bad = newest.column("nan") + newest.column("inf")
         if not bad.any():
             return ()
-        unscaled = np.isnan(newest.scale) | (newest.scale == 1.0)
         known = judged(newest)
-        rows = np.flatnonzero((bad > 0) & unscaled & known).tolist()
-        forward = len(rows) == known.sum() or ("loss" in newest.scalars and not math.isfinite(newest.loss))
-        causes = _poisoned(history, newest) + (_FORWARD if forward else _BACKWARD)
+        rows = np.flatnonzero((bad > 0) & _unscaled(newest) & known).tolist()
+        if not rows:
+            return ()
+        everywhere = len(rows) == known.sum()
+        forward = not math.isfinite(newest.loss) if "loss" in newest.scalars else everywhere
+        causes = _poisoned(history, newest) + _diverged(history, newest)
+        causes += _FORWARD if forward else _LOSS if everywhere else _BACKWARD
+        causes += _LOSS if forward and "loss" not in newest.scalars else ()
         causes += _SCALER if newest.stage != Stage.USED else ()
-        remedy = _ANOMALY if forward or not len(rows) else _behind(newest.names[rows[-1]])
+        remedy = _ANOMALY if forward or everywhere else _behind(newest.names[rows[-1]])
 
         def finding(row: int) -> Finding:
             return Finding(
@@ -70,6 +77,7 @@ _BACKWARD = (
     "a derivative that does not exist at this point: sqrt or a norm at 0, log of 0, 0/0, the std of a constant",
     "overflow in float16 without a loss scaler",
 )
+_LOSS = ("the loss is finite and its derivative is not: sqrt or a norm at 0, log of 0, 0/0 in the loss itself",)
 _SCALER = ("a GradScaler that gradlens does not know: it skips such steps, as a rule at the start; pass scaler= to watch()",)
 _ANOMALY = (
     "look at this step's batch, and at the loss of the steps before; torch.autograd.set_detect_anomaly(True) names the "
@@ -87,8 +95,27 @@ def _behind(last: str) -> str:
 def _poisoned(history: History, newest: Snapshot) -> tuple[str, ...]:
     """The cause, where the step before already had it."""
     for before in [s for s in history.recent(2, newest.stage) if s.step != newest.step][-1:]:
-        bad = before.column("nan") + before.column("inf") > 0
+        bad = (before.column("nan") + before.column("inf") > 0) & _unscaled(before)
         if bad.any():
             first = before.names[int(np.argmax(bad))]
             return (f"step {before.step} wrote non-finite partials (of {first}) into the weights",)
     return ()
+
+
+def _unscaled(snapshot: Snapshot) -> np.ndarray:
+    """`[n]` rows under no loss scale that is known: of others the scaler skips the step."""
+    return np.isnan(snapshot.scale) | (snapshot.scale == 1.0)
+
+
+def _diverged(history: History, newest: Snapshot) -> tuple[str, ...]:
+    """The cause, where one of the last steps was larger than the weight that it moved."""
+    worst, seen = 1.0, ""
+    for before in history.recent(DIVERGED, Stage.USED):
+        ratios = np.where(layout(before.parameters).matrix, before.column("update_ratio"), np.nan)
+        if before.step < newest.step and np.fmax.reduce(ratios, initial=-np.inf) > worst:
+            row = int(np.nanargmax(ratios))
+            worst = float(ratios[row])
+            seen = f"step {before.step} moved {before.names[row]} by {number(worst)} times its own norm"
+    return (
+        (f"the training has diverged, as the learning rate is too large: {seen}",) if math.isfinite(worst) and seen else ()
+    )

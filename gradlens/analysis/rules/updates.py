@@ -23,6 +23,7 @@ from gradlens.analysis.rules.base import (
     said_of_all,
     unmoved,
 )
+from gradlens.analysis.rules.lost import nothing_used
 from gradlens.errors import ArgumentError
 from gradlens.records import Finding, Severity, Snapshot, Stage, Status
 
@@ -33,8 +34,9 @@ class UpdateRatio:
     CS231n).
 
     `largest`, at any step: 1 means that one step replaces the weight. Healthy Adam and SGD were measured at up to 0.05 for
-    usual learning rates and 0.5 for bold ones, both at the start. That a weight which begins at 0 moves by more than itself
-    is as it should be. Biases and scales, which often do, are left out.
+    usual learning rates and 0.9 for bold ones, both at the start. That a weight which begins at 0 moves by more than itself
+    is as it should be. Biases and scales, which often do, are left out. Where the loss is known (`lens.observe`), such a
+    step is named only if the next one's is not lower: a regression that starts far from its answer may leap towards it.
 
     `smallest`, for the fastest weight of the model at each of the last `steps` steps: the model hardly moves. Only if it
     never was faster: when a learning rate schedule has run out, that is as it should be.
@@ -57,13 +59,22 @@ class UpdateRatio:
         newest = history.latest()
         if newest is None or newest.stage != Stage.USED:
             return
-        ratios = _ratios(newest)
-        if np.fmax.reduce(ratios, initial=-np.inf) > self.largest:
-            for row in np.flatnonzero(ratios > self.largest):
-                if not _began_at_zero(history, newest.names[row]):
-                    yield self._large(newest, int(row), float(ratios[row]))
-        elif lasting(history, self._still, self.steps) and not _moved(history, 10 * self.smallest):
-            yield self._small(newest, float(np.nanmax(ratios)))
+        yield from self._leaps(history, newest)
+        if lasting(history, self._still, self.steps) and not _moved(history, 10 * self.smallest):
+            yield self._small(newest, float(np.nanmax(_ratios(newest))))
+
+    def _leaps(self, history: History, newest: Snapshot) -> Iterator[Finding]:
+        """Of the newest step; where the loss is known, of the one before: only now it shows what came of it."""
+        at = newest
+        if "loss" in newest.scalars:
+            before = [s for s in history.recent(2, Stage.USED) if s.step < newest.step and s.names == newest.names]
+            if not before or "loss" not in before[-1].scalars or newest.loss < before[-1].loss:
+                return
+            at = before[-1]
+        ratios = _ratios(at)
+        for row in np.flatnonzero(ratios > self.largest):
+            if not _began_at_zero(history, at.names[row]):
+                yield self._large(at, int(row), float(ratios[row]))
 
     def _large(self, newest: Snapshot, row: int, ratio: float) -> Finding:
         return Finding(
@@ -86,7 +97,11 @@ class UpdateRatio:
             stage=newest.stage,
             seen=f"the model hardly moves: this step changed the fastest weight by {number(ratio)} of its norm, and by "
             f"less than {number(self.smallest)} {on_steps(self.steps)}; about 1e-3 is usual",
-            causes=("the learning rate is too small", "the gradient vanishes", "a warm-up that has only begun"),
+            causes=(
+                "the learning rate is too small",
+                "the gradient is tiny: it vanishes, or the loss is multiplied by a tiny number",
+                "a warm-up that has only begun",
+            ),
             remedy="raise the learning rate (by factors of 10, until |dw|/|w| is near 1e-3), or use Adam",
             value=ratio,
         )
@@ -99,7 +114,7 @@ class UpdateRatio:
 
 def _ratios(snapshot: Snapshot) -> np.ndarray:
     """Update ratios of weights; NaN for other parameters, and where no gradient made the step."""
-    known = layout(snapshot.parameters).matrix & snapshot.has(Status.OK)
+    known = layout(snapshot.parameters).matrix & snapshot.has(Status.OK) & ~nothing_used(snapshot)
     return np.where(known, snapshot.column("update_ratio"), np.nan)
 
 

@@ -45,10 +45,36 @@ def test_a_loss_that_is_not_finite_points_at_the_forward_pass(loss):
 
 
 def test_when_every_parameter_has_them_the_forward_pass_is_to_blame():
-    """Backward cannot spoil the last layer's gradient by itself."""
-    findings = last(NonFinite(), bad(0, nan=(1, 1, 1), loss=1.5))
+    """Where nobody knows the loss: backward cannot spoil the last layer's gradient, unless it is the loss's own."""
+    findings = last(NonFinite(), bad(0, nan=(1, 1, 1)))
     assert parameters_of(findings) == list(NAMES)
-    assert all("forward pass" in finding.causes[0] and "the loss is 1.5" in finding.seen for finding in findings)
+    assert all("forward pass" in f.causes[0] and "in the loss itself" in f.causes[1] for f in findings)
+
+
+def test_when_every_parameter_has_them_and_the_loss_is_finite_its_derivative_is_to_blame():
+    """As of a root at 0 in the loss itself; the forward pass is well."""
+    for finding in last(NonFinite(), bad(0, nan=(1, 1, 1), loss=1.5)):
+        assert "in the loss itself" in finding.causes[0]
+        assert not any("forward pass" in cause for cause in finding.causes)
+        assert "the loss is 1.5" in finding.seen
+        assert "names the operation" in finding.remedy
+
+
+@pytest.mark.parametrize(("ratio", "found"), [(0.9, False), (7.0, True)])
+def test_a_training_that_diverged_says_with_which_step(ratio, found):
+    """A step larger than the weight, shortly before, comes first among the causes."""
+    moved = {"update_numel": 100, "update_square_sum": [1e-6, ratio**2, 1e-6], "update_before_square_sum": 1.0}
+    steps = [bad(3, stage=Stage.USED, **moved), bad(4, nan=(1, 1, 1), loss=math.nan)]
+    causes = last(NonFinite(), *steps)[0].causes
+    assert ("diverged" in causes[0]) is found
+    assert ("step 3 moved b.weight by 7 times its own norm" in causes[0]) is found
+    assert "forward pass" in causes[found]
+
+
+def test_a_step_that_the_scaler_skipped_wrote_nothing():
+    """Once its scale has come down to 1, what is not finite is not the fault of the steps that were skipped."""
+    findings = last(NonFinite(), bad(0, nan=(1, 1, 1), scale=2.0), bad(1, nan=(1, 1, 1), scale=1.0, loss=math.nan))
+    assert "forward pass" in findings[0].causes[0]
 
 
 def test_the_step_before_is_the_cause_where_it_had_them_already():

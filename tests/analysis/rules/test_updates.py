@@ -33,6 +33,14 @@ def test_a_weight_that_began_at_zero_may_move_by_more_than_itself():
     assert [len(findings) for findings in said] == [0] * 10 + [1, 1]
 
 
+@pytest.mark.parametrize(("next_loss", "found"), [(0.5, False), (1.0, True), (float("nan"), True)])
+def test_a_leap_that_lowers_the_loss_is_bold_and_well(next_loss, found):
+    """Where the loss is known the next step's decides; the finding is of the step that leapt."""
+    findings = last(UpdateRatio(), moved(0, 4.0, loss=1.0), moved(1, 0.5, loss=next_loss))
+    assert [(f.parameter, f.step) for f in findings] == ([("a.weight", 0)] if found else [])
+    assert last(UpdateRatio(), moved(0, 4.0, loss=1.0)) == []
+
+
 def test_a_model_that_never_moved_is_named_as_a_whole():
     """Twenty steps below `smallest`, with the fastest weight's ratio."""
     said = asked(UpdateRatio(), *(moved(step, 9e-6) for step in range(20)))
