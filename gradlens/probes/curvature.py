@@ -49,7 +49,7 @@ class Curvature(PerWeight):
     noise: np.ndarray  #: its standard error
     top: float  #: the largest eigenvalue
     bottom: float  #: the smallest: below 0 at a saddle
-    residual: float  #: how far `top` may be from an eigenvalue
+    residual: float  #: how far `top` may be from an eigenvalue; the rounding of 16-bit models (half a percent) comes on top
     lr: float | None
     loss: float
 

@@ -157,6 +157,8 @@ class Deed(PerWeight):
     def _told(self) -> list[str]:
         assert self.path is not None
         path = self.path
+        if not np.isfinite(path.actual):
+            return [f"  loss {path.before:.6g} -> {path.after:.6g}: there is no change to share out"]
         first = float(path.slopes[0].sum())
         lines = [
             f"  loss {path.before:.6g} -> {path.after:.6g}: changed by {path.actual:.4g}; to first order {first:.4g}",

@@ -29,7 +29,7 @@ from gradlens.probes.per_weight import sampled
 from gradlens.probes.shelter import Shelter
 from gradlens.probes.verdicts import Survey, numbered
 from gradlens.selection import Select
-from gradlens.statistics.evidence import Moments, check_level, flat, judge
+from gradlens.statistics.evidence import Moments, check_level, chunks, flat, judge, reals
 from gradlens.statistics.significance import detectable
 
 ENOUGH = 8  #: batches below which a survey warns
@@ -116,6 +116,7 @@ def _measure(shelter: Shelter, index: Sequence[np.ndarray | None], batches: Iter
             spoiled.append(k)
         first = seen.setdefault(marks, k)
         repeated += [(first, k)] if first != k else []
+        del gradient  # or it would live on beside the next one
     if len(losses) < 2:
         raise ArgumentError(
             f"a survey needs at least 2 batches to tell a direction from noise, not {len(losses)}; 16 to 64 are good"
@@ -129,10 +130,11 @@ def _measure(shelter: Shelter, index: Sequence[np.ndarray | None], batches: Iter
 
 
 def _print(loss: float, gradient: Sequence[Tensor | None]) -> tuple[float, ...]:
-    """A fingerprint, by which a batch that comes again is known."""
-    wide = torch.float64
-    sums = [(g.sum(dtype=wide), torch.linalg.vector_norm(g, dtype=wide)) for g in gradient if g is not None]
-    return loss, *(x.item() for pair in sums for x in pair)
+    """A fingerprint, by which a batch that comes again is known; not finite where any partial is not."""
+    flats = [reals(g) for g in gradient if g is not None and g.numel()]
+    sums = [torch.stack([flat[part].sum(dtype=torch.float64) for part in chunks(flat)]).sum() for flat in flats]
+    some = [flat[:: -(-len(flat) // 8)].double() for flat in flats]
+    return loss, *(x for tensor in (*sums, *some) for x in tensor.reshape(-1).tolist())
 
 
 def _refuse_identical(moments: Moments) -> None:

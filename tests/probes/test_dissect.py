@@ -302,6 +302,18 @@ def test_the_shares_of_a_network_add_up_to_the_change_of_the_loss():
     assert top.iloc[0] == np.abs(found.share).max()
 
 
+def test_a_loss_that_is_not_finite_is_said():
+    """After a step to a loss of infinity the text shows both losses, and says nothing of where on a parabola that is."""
+    w = torch.nn.Parameter(torch.tensor([1.0]))
+    optimizer = SGD([w], lr=1e3)
+    w.grad = torch.ones(1)
+    with dissect({"w": w}, optimizer, lambda v: v["w"].sum() + (v["w"] < 0).sum() / torch.zeros(())) as found:
+        optimizer.step()
+    assert math.isnan(found.actual) or math.isinf(found.actual)
+    assert "there is no change to share out" in str(found)
+    assert "alpha" not in str(found)
+
+
 def test_a_part_of_the_weights_is_looked_at():
     """A sample spreads over all parameters; with select the change is that of the selected, the others being there."""
     make = lambda p: ADAM(p, 0.01)  # noqa: E731

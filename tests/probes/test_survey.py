@@ -3,6 +3,7 @@
 import itertools
 import re
 import warnings
+import weakref
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from gradlens.errors import ArgumentError, ArgumentTypeError, GradlensWarning, ProbeError
 from gradlens.probes.survey import BYTES, survey
+from gradlens.statistics.evidence import Moments
 
 from .traces import trace
 
@@ -224,6 +226,24 @@ def test_what_does_not_fit_in_memory_is_refused_before_it_starts(monkeypatch):
     with pytest.raises(ArgumentError, match=r"sample=0\.01"):
         survey(net(), lambda m, b: pytest.fail("was run"), batches(2))
     assert survey(net(), loss, batches(8), sample=100).total * BYTES > 4 * 4096
+
+
+def test_one_gradient_lives_at_a_time(monkeypatch):
+    """When the next batch is evaluated, the gradient of the last one is gone: memory is what the docstring says."""
+    update, last = Moments.update, []
+
+    def noted(self, gradients, weight=1.0):
+        last[:] = map(weakref.ref, gradients)
+        update(self, gradients, weight)
+
+    def alone(v, x):
+        assert all(ref() is None for ref in last)
+        return (v["w"] * x).sum()
+
+    monkeypatch.setattr(Moments, "update", noted)
+    given = [torch.randn(3, generator=torch.Generator().manual_seed(i)) for i in range(9)]
+    assert survey({"w": torch.zeros(3, requires_grad=True)}, alone, given).batches == 9
+    assert last
 
 
 def test_only_selected_parameters_are_surveyed():
