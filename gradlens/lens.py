@@ -171,7 +171,8 @@ class Lens:
 
         With the feature `evidence` also `verdict, t, p, q`, over the backwards of the last step (two at least; at a false
         discovery rate of 0.1), and, over steps while the weights move, `agree` (lately, the share of steps with the more
-        frequent sign), `flips` (the share where the sign turned) and `gsnr` (mean^2 / variance).
+        frequent sign), `flips` (the share where the sign turned) and `gsnr` (mean^2 / variance), which
+        `attrs["over_steps"]` names: they are no test.
 
         Of a distributed tensor: the weights that this rank holds, by their index in the whole. `attrs["summands"]` names the
         parameters whose partials the ranks have yet to add.

@@ -175,7 +175,7 @@ def add_evidence(frame: pd.DataFrame, held: Sequence[Held], follow: Follow) -> N
             at = each.place().local_index(0, _flat_index(frame["index"].iloc[mine], each.shape))
             for column, values in followed.columns(at).items():
                 frame.iloc[mine, frame.columns.get_loc(column)] = values  # type: ignore[index]
-            frame.attrs.update(backwards=followed.backwards, false_discovery_rate=Q)
+            frame.attrs.update(backwards=followed.backwards, false_discovery_rate=Q, over_steps=list(Followed.OVER_STEPS))
 
 
 def _reals(tensor: Tensor) -> Tensor:

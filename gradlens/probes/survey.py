@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,7 @@ from gradlens.probes.batches import check_batches, counted, kept_generators
 from gradlens.probes.loss import Target
 from gradlens.probes.per_weight import sampled
 from gradlens.probes.shelter import Shelter
+from gradlens.probes.strongest import check_top, strongest
 from gradlens.probes.verdicts import Survey, numbered
 from gradlens.selection import Select
 from gradlens.statistics.evidence import Moments, check_level, chunks, flat, judge, reals
@@ -35,6 +36,8 @@ from gradlens.statistics.significance import detectable
 ENOUGH = 8  #: batches below which a survey warns
 #: Of each weight surveyed, at the peak (measured 131): moments 24; value, t, p, q, agreement 40; sorting 60; words.
 BYTES = 132
+
+Given = Iterator[tuple[int, tuple[Any, int | None]]]  #: batches with their numbers and sizes
 
 
 def survey(
@@ -45,6 +48,7 @@ def survey(
     *,
     method: str = "bh",
     sample: int | float | None = None,
+    top: int | None = None,
     select: Select = None,
     progress: bool | None = None,
 ) -> Survey:
@@ -55,8 +59,10 @@ def survey(
     sizes of batches (the first dimension of their first tensor) differ, each counts by its size.
 
     `sample`: survey only so many weights (an int), or such a share of them (a float), spread evenly, by a fixed seed.
-    Memory is 132 bytes a weight surveyed, besides two copies of the weights and one gradient. `select` restricts it to
-    some parameters, as in watch(). `method="by"` holds under any dependence among the weights and keeps fewer.
+    `top`: survey only so many of the most sensitive weights: those of the largest partial in the first batch, which serves
+    for that alone, so that the choice does not bear on the tests. Memory is 132 bytes a weight surveyed, besides two copies
+    of the weights and one gradient. `select` restricts it to some parameters, as in watch(). `method="by"` holds under any
+    dependence among the weights and keeps fewer.
 
     Raises `ArgumentError` for fewer than two batches, identical batches, and what does not fit in memory.
 
@@ -64,14 +70,19 @@ def survey(
     """
     check_level(q, method)
     check_batches(batches)
+    check_top(top, sample)
     shelter = Shelter(model, loss_fn, select=select, batched=True)
     numel = [int(np.prod(shape, dtype=np.int64)) for shape in shelter.parameters.shapes]
     index = sampled(numel, sample)
-    surveyed = sum(n if at is None else len(at) for n, at in zip(numel, index, strict=True))
+    chosen = top if top is not None and top < sum(numel) else 0
+    surveyed = chosen or sum(n if at is None else len(at) for n, at in zip(numel, index, strict=True))
     _refuse_too_large(surveyed)
     with shelter, kept_generators(batches):
         told = f"survey of {surveyed:,} weights ({surveyed * BYTES / 2**20:,.1f} MiB)"
-        measured = _measure(shelter, index, counted(batches, told, progress))
+        given = enumerate(counted(batches, told, progress))
+        if chosen:
+            index = _most_sensitive(shelter, chosen, given)
+        measured = _measure(shelter, index, given, "besides the first, which chose the weights" if chosen else "")
         values = [flat(w.detach(), at).cpu().numpy() for w, at in zip(shelter.weights, measured.at, strict=True)]
     _warn_few(len(measured.losses), q)
     return Survey(
@@ -87,6 +98,7 @@ def survey(
         training=shelter.training,
         total=sum(numel),
         spoiled=tuple(measured.spoiled),
+        chosen="sensitivity" if chosen else "sample" if surveyed < sum(numel) else "",
     )
 
 
@@ -99,13 +111,20 @@ class _Measured:
     spoiled: list[int]  #: batches whose loss or partials were not finite
 
 
-def _measure(shelter: Shelter, index: Sequence[np.ndarray | None], batches: Iterable[tuple[Any, int | None]]) -> _Measured:
+def _most_sensitive(shelter: Shelter, k: int, batches: Given) -> list[np.ndarray | None]:
+    """The weights of the largest partials in the first batch, which is taken off."""
+    for _, (batch, _) in batches:
+        return [*strongest(shelter.gradient(batch)[1], shelter.weights, k)]
+    return [np.empty(0, np.int64) for _ in shelter.weights]
+
+
+def _measure(shelter: Shelter, index: Sequence[np.ndarray | None], batches: Given, besides: str) -> _Measured:
     """The moments of all gradients, and the losses and sizes of their batches."""
     at = [None if i is None else torch.from_numpy(i).to(w.device) for i, w in zip(index, shelter.weights, strict=True)]
     moments = Moments(shelter.weights, at)
     losses, sizes, spoiled = [], [], []
     reached, seen, repeated = False, dict[tuple[float, ...], int](), list[tuple[int, int]]()
-    for k, (batch, size) in enumerate(batches):
+    for k, (batch, size) in batches:
         loss, gradient = shelter.gradient(batch)
         losses.append(loss.item())
         sizes += [] if size is None else [size]
@@ -119,7 +138,8 @@ def _measure(shelter: Shelter, index: Sequence[np.ndarray | None], batches: Iter
         del gradient  # or it would live on beside the next one
     if len(losses) < 2:
         raise ArgumentError(
-            f"a survey needs at least 2 batches to tell a direction from noise, not {len(losses)}; 16 to 64 are good"
+            f"a survey needs at least 2 batches {besides}{' ' if besides else ''}to tell a direction from noise, not "
+            f"{len(losses)}; 16 to 64 are good"
         )
     if not reached:
         raise ProbeError("the loss depends on none of the surveyed parameters: detach(), .item() or no_grad() cuts the way")

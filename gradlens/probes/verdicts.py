@@ -37,6 +37,7 @@ class Survey(PerWeight):
     training: str  #: `train`, `eval` or `mixed`: the mode the verdicts hold for
     total: int  #: weights of the parameters surveyed, sampled or not
     spoiled: tuple[int, ...] = ()  #: the batches, from 0, whose loss or partials were not finite
+    chosen: str = ""  #: how the weights surveyed were: by `sample`, by `sensitivity` (top=); empty: all of them
 
     @property
     def verdict(self) -> np.ndarray:
@@ -110,7 +111,9 @@ class Survey(PerWeight):
     def __str__(self) -> str:
         increase, decrease = (int((self.judged.verdict == i).sum()) for i in (1, 2))
         undecided = len(self) - increase - decrease
-        sampled = f" (a sample of {self.total:,})" if len(self) < self.total else ""
+        sampled = f" (a sample of {self.total:,})" if self.chosen == "sample" else ""
+        if self.chosen == "sensitivity":
+            sampled = f" (the most sensitive of {self.total:,} in the first batch)"
         why = " · ".join(f"{word} {n:,}" for word, n in self.reasons.items() if word != "constant")
         lines = [
             f"survey of {len(self):,} weights{sampled} over {self.batches} batches{self._of_size()}, "

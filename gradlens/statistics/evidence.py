@@ -241,7 +241,7 @@ class OverTime:
 
     agree: np.ndarray  #: of the steps where the partial was not 0, the share with the more frequent sign; NaN: none
     flips: np.ndarray  #: of the steps where the partial was not 0, the share whose sign differs from the last such step
-    gsnr: np.ndarray  #: mean^2 / variance
+    gsnr: np.ndarray  #: mean^2 / variance; NaN before the second step
 
 
 class Evidence:
@@ -336,5 +336,6 @@ class _Decayed:
         # Two shares that add up to 1 and differ by |sign| / seen.
         agree = (1 + self.sign[entries].double().abs() / self.seen[entries]) / 2
         flips = self.flips[entries].double() / self.moving[entries]
-        gsnr = mean**2 / (square - mean**2).clamp(min=0)
+        spread = (square - mean**2).clamp(min=0).masked_fill(self.steps[entries] < 2, math.nan)  # one step has none
+        gsnr = mean**2 / spread
         return OverTime(*(x.cpu().numpy() for x in (agree, flips, gsnr)))

@@ -42,7 +42,8 @@ class Followed:
     flips: np.ndarray
     gsnr: np.ndarray
 
-    COLUMNS = ("verdict", "t", "p", "q", "agree", "flips", "gsnr")
+    OVER_STEPS = ("agree", "flips", "gsnr")  #: while the weights move: descriptions; the others are tests at fixed weights
+    COLUMNS = ("verdict", "t", "p", "q", *OVER_STEPS)
 
     def columns(self, at: np.ndarray) -> dict[str, np.ndarray]:
         """The columns for the given flat indices; empty for a weight that is not followed."""

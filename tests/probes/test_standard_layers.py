@@ -116,7 +116,7 @@ RUN = [
     (lambda: nn.TripletMarginLoss(), (4, 6), lambda m, x: m(x, x.flip(0) + 1, x.roll(1, 0) + 1)),
     (lambda: nn.TripletMarginWithDistanceLoss(), (4, 6), lambda m, x: m(x, x.flip(0) + 1, x.roll(1, 0) + 1)),
 ]
-if hasattr(nn, "LinearCrossEntropyLoss"):  # since torch 2.13
+if hasattr(nn, "LinearCrossEntropyLoss"):  # newer torch
     RUN.append((lambda: nn.LinearCrossEntropyLoss(6, 5), (4, 6), lambda m, x: m(x, CLASSES)))
 CASES = [(make, shape, lambda m, x: m(x)) for shape, makes in PLAIN.items() for make in makes] + RUN
 #: Bases that compute nothing, an alias, and a wrapper that a probe looks through.

@@ -1,6 +1,7 @@
 """A survey gives verdicts with evidence, leaves no trace, and says what it cannot know."""
 
 import itertools
+import math
 import re
 import warnings
 import weakref
@@ -14,6 +15,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from gradlens.errors import ArgumentError, ArgumentTypeError, GradlensWarning, ProbeError
+from gradlens.probes.strongest import strongest
 from gradlens.probes.survey import BYTES, survey
 from gradlens.statistics.evidence import Moments
 
@@ -208,6 +210,56 @@ def test_a_sample_is_seeded_and_agrees_with_the_whole(sample, expected):
     np.testing.assert_array_equal(frame["value"], whole["value"].loc[frame.index])
     assert len(frame) == expected
     assert ("a sample of 227" in str(one)) == (expected < 227)
+
+
+@pytest.mark.parametrize("top", [1, 30, 226])
+def test_the_most_sensitive_weights_are_chosen_by_the_first_batch(top):
+    """Of `top` weights, those of the largest partial in the first batch, the tests rest on the other batches alone."""
+    model, made = net().eval(), batches(9)
+    loss(model, made[0]).backward()
+    size = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1).abs() for p in model.parameters()])
+    model.zero_grad(set_to_none=True)
+    found = survey(model, loss, made, top=top)
+    assert found.batches == 8
+    assert len(found) == top
+    expected = np.sort(size.topk(top).indices.numpy())
+    whole = survey(model, loss, made[1:]).frame
+    if top <= 30:  # among partials of 0 any are the largest
+        assert list(zip(found.frame["parameter"], found.frame["index"], strict=True)) == list(
+            whole.iloc[expected][["parameter", "index"]].itertuples(index=False, name=None)
+        )
+    both = found.frame.set_index(["parameter", "index"])
+    np.testing.assert_array_equal(both["t"], whole.set_index(["parameter", "index"])["t"].loc[both.index])
+    assert found.total == 227
+    assert f"survey of {top} weights (the most sensitive of 227 in the first batch) over 8 batches" in str(found)
+    assert found.table["surveyed"].sum() == len(found)
+    assert survey(model, loss, made, top=227).frame.equals(survey(model, loss, made).frame)
+
+
+def test_the_choice_by_sensitivity_takes_memory_for_a_few_times_as_many_weights(monkeypatch):
+    """Chunk by chunk, whatever lies in them: NaN, ties, parameters without gradient, complex weights."""
+    monkeypatch.setattr("gradlens.statistics.evidence.CHUNK", 7)
+    random = torch.Generator().manual_seed(0)
+    gradient = [torch.randn(5, 9, generator=random), None, torch.full((3,), math.nan), torch.randn(40, generator=random)]
+    gradient[0][2, 3], gradient[3][:4] = -math.inf, 100.0
+    like = [torch.empty(shape) for shape in ((5, 9), (2, 2), (3,), (40,))]
+    found = strongest(gradient, like, 6)
+    every = torch.cat([torch.zeros(4) if g is None else g.reshape(-1).abs().nan_to_num(0, math.inf) for g in gradient])
+    sizes = [45, 4, 3, 40]
+    flat = np.concatenate([at + start for at, start in zip(found, np.cumsum([0, *sizes[:-1]]), strict=True)])
+    np.testing.assert_array_equal(flat, np.sort(every.topk(6).indices))
+    assert [len(at) for at in strongest(gradient, like, 92)] == sizes
+
+
+def test_a_top_that_is_none_is_refused():
+    """It counts weights, and cannot be asked for together with a sample; one batch chooses, so three are the least."""
+    for top in (0, 2.5, True):
+        with pytest.raises(ArgumentError, match="top is how many"):
+            survey(net(), loss, batches(8), top=top)
+    with pytest.raises(ArgumentError, match="sample= or top="):
+        survey(net(), loss, batches(8), top=5, sample=5)
+    with pytest.raises(ArgumentError, match=r"at least 2 batches besides the first"):
+        survey(net(), loss, batches(2), top=5)
 
 
 @pytest.mark.parametrize(

@@ -254,6 +254,14 @@ def test_the_record_over_steps_equals_its_definition(gradients):
         assert found.gsnr[0] == pytest.approx(mean**2 / variance, rel=1e-6, abs=1e-12)
 
 
+def test_one_step_has_no_variance():
+    """The ratio of signal to noise is empty before the second step, and not infinite; the sign is seen at once."""
+    found = stream([[2]]).over_time(0)
+    assert np.isnan(found.gsnr[0])
+    assert found.agree[0] == 1
+    assert stream([[2], [4]]).over_time(0).gsnr[0] == pytest.approx(9, rel=0.05)
+
+
 def test_a_step_is_the_mean_of_its_backwards():
     """Over steps each counts once, by its mean gradient."""
     many, single = stream([[1, 3], [4, -10]]), stream([[2], [-3]])

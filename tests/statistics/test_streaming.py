@@ -80,6 +80,7 @@ def test_over_steps_only_descriptions():
         frame = lens.weights()
     assert frame["verdict"].isna().all()
     assert frame[["t", "p", "q"]].isna().all().all()
+    assert frame.attrs["over_steps"] == ["agree", "flips", "gsnr"]
     weight = 0.98 ** np.arange(5)[::-1]
     turned = np.sign(stored[1:]) != np.sign(stored[:-1])
     np.testing.assert_allclose(frame["flips"], (weight[:, None] * turned).sum(0) / weight.sum(), rtol=1e-5)
