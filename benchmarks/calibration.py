@@ -3,7 +3,7 @@
     python benchmarks/calibration.py                 # everything: about ten minutes on one core
     python benchmarks/calibration.py --quick         # one seed, to see that it runs
     python benchmarks/calibration.py --nudge         # predicted against actual changes of the loss, a minute
-    python benchmarks/calibration.py --layers        # which layers' verdicts are wrong, three minutes
+    python benchmarks/calibration.py --layers        # which layers' verdicts are wrong, two minutes
     python benchmarks/calibration.py --summarise     # print the stored verdicts again
 
 Tasks: scikit-learn's handwritten digits (an MLP and a CNN), Python's own language reference (a small transformer over
@@ -294,24 +294,26 @@ def nudges(name: str, seed: int) -> Iterator[dict[str, Any]]:
 
 
 def by_layer(name: str, seed: int) -> Iterator[dict[str, Any]]:
-    """One row a survey, method and layer."""
+    """One row a survey, method and layer; `rest` are all layers but the output together."""
     task = TASKS[name]()
     for stage, model in trained(task, seed):
         truth = np.sign(gradient(task, model, torch.arange(len(task.data[0]))))
+        owners = np.concatenate([np.full(p.numel(), name.partition(".")[0]) for name, p in model.named_parameters()])
+        layers = {layer: owners == layer for layer in dict.fromkeys(owners)} | {"rest": owners != "out"}
         random = torch.Generator().manual_seed(2000 + seed)
-        for k in BATCHES[1:-1]:
+        for k in BATCHES[1:]:
             for _ in range(SURVEYS):
-                batches, _rows = drawn(task, "iid", k, random)
+                judged = survey(model, task.loss, drawn(task, "iid", k, random)[0]).judged
+                tested = ~np.isnan(judged.p)
                 for method in METHODS:
-                    found = survey(model, task.loss, batches, method=method)
-                    kept, wrong = found.judged.verdict != 0, np.sign(found.judged.mean) != truth
-                    for layer in dict.fromkeys(parameter.partition(".")[0] for parameter in found.parameters.names):
-                        of = [n for n in found.parameters.names if n.partition(".")[0] == layer]
-                        at = np.concatenate([found.span(n) for n in of])
-                        at = at[kept[at]]
+                    q = np.full(len(truth), np.nan)
+                    q[tested] = q_values(torch.from_numpy(judged.p[tested]), method).numpy()
+                    for layer, mine in layers.items():
+                        kept = mine & (q <= 0.1)
+                        wrong = np.sign(judged.mean[kept]) != truth[kept]
                         yield {
                             "task": name, "stage": stage, "batches": k, "method": method, "layer": layer, "seed": seed,
-                            "kept": len(at), "wrong": float(wrong[at].mean()) if len(at) else 0.0,
+                            "kept": len(wrong), "wrong": float(wrong.mean()) if len(wrong) else 0.0,
                         }  # fmt: skip
 
 

@@ -13,6 +13,7 @@ verdicts at most a share q is expected to be wrong, on average over surveys; `Su
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ from gradlens.statistics.significance import detectable
 ENOUGH = 8  #: batches below which a survey warns
 #: Of each weight surveyed, at the peak (measured 131): moments 24; value, t, p, q, agreement 40; sorting 60; words.
 BYTES = 132
+MUCH = 2**30  #: bytes from which on a survey says what it needs, also where no progress bar is shown
 
 Given = Iterator[tuple[int, tuple[Any, int | None]]]  #: batches with their numbers and sizes
 
@@ -76,10 +78,9 @@ def survey(
     index = sampled(numel, sample)
     chosen = top if top is not None and top < sum(numel) else 0
     surveyed = chosen or sum(n if at is None else len(at) for n, at in zip(numel, index, strict=True))
-    _refuse_too_large(surveyed)
+    _state_memory(surveyed, shelter.tensors(), progress)
     with shelter, kept_generators(batches):
-        told = f"survey of {surveyed:,} weights ({surveyed * BYTES / 2**20:,.1f} MiB)"
-        given = enumerate(counted(batches, told, progress))
+        given = enumerate(counted(batches, "surveying", progress))
         if chosen:
             index = _most_sensitive(shelter, chosen, given)
         measured = _measure(shelter, index, given, "besides the first, which chose the weights" if chosen else "")
@@ -150,11 +151,17 @@ def _measure(shelter: Shelter, index: Sequence[np.ndarray | None], batches: Give
 
 
 def _print(loss: float, gradient: Sequence[Tensor | None]) -> tuple[float, ...]:
-    """A fingerprint, by which a batch that comes again is known; not finite where any partial is not."""
+    """A fingerprint, by which a batch that comes again is known: sums weighted by place; NaN or infinite if a partial is."""
     flats = [reals(g) for g in gradient if g is not None and g.numel()]
-    sums = [torch.stack([flat[part].sum(dtype=torch.float64) for part in chunks(flat)]).sum() for flat in flats]
-    some = [flat[:: -(-len(flat) // 8)].double() for flat in flats]
-    return loss, *(x for tensor in (*sums, *some) for x in tensor.reshape(-1).tolist())
+    return loss, *(_weighed([flat[part] for part in chunks(flat)]) for flat in flats)
+
+
+def _weighed(parts: Sequence[Tensor]) -> float:
+    random = torch.Generator().manual_seed(0)
+    place, number = (
+        torch.rand(n, generator=random, dtype=torch.float64).to(parts[0].device) for n in (len(parts[0]), len(parts))
+    )
+    return float(torch.stack([part.double() @ place[: len(part)] for part in parts]) @ number)
 
 
 def _refuse_identical(moments: Moments) -> None:
@@ -202,10 +209,16 @@ def _warn_few(k: int, q: float) -> None:
     )
 
 
-def _refuse_too_large(surveyed: int) -> None:
+def _state_memory(surveyed: int, weights: Sequence[Tensor], progress: bool | None) -> None:
+    """Say what a survey needs before it starts, where a bar is shown or it is much; an error where the machine has less."""
+    statistics, copies = surveyed * BYTES, 3 * sum(w.numel() * w.element_size() for w in weights)
+    needs = f"{statistics / 2**20:,.1f} MiB, and {copies / 2**20:,.1f} for two copies of the weights and a gradient"
     have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else float("inf")
-    if surveyed * BYTES > have:
+    here = copies if all(w.device.type == "cpu" for w in weights) else 0
+    if statistics + here > have:
         raise ArgumentError(
-            f"a survey of {surveyed:,} weights needs {surveyed * BYTES / 2**30:,.1f} GiB, and this machine has "
-            f"{have / 2**30:,.1f}; survey a sample: sample=1_000_000, or sample=0.01"
+            f"a survey of {surveyed:,} weights needs {needs}, and this machine has {have / 2**20:,.1f} MiB; survey a "
+            f"sample (sample=1_000_000, or sample=0.01), the most sensitive (top=1_000_000), or some parameters (select=)"
         )
+    if sys.stderr.isatty() or statistics + copies >= MUCH if progress is None else progress:
+        print(f"gradlens: survey of {surveyed:,} weights needs {needs}", file=sys.stderr)

@@ -277,7 +277,9 @@ def test_what_does_not_fit_in_memory_is_refused_before_it_starts(monkeypatch):
     monkeypatch.setattr("os.sysconf", lambda name: {"SC_PHYS_PAGES": 4, "SC_PAGE_SIZE": 4096}[name])
     with pytest.raises(ArgumentError, match=r"sample=0\.01"):
         survey(net(), lambda m, b: pytest.fail("was run"), batches(2))
-    assert survey(net(), loss, batches(8), sample=100).total * BYTES > 4 * 4096
+    assert survey(net(), loss, batches(8), sample=70).total * BYTES > 4 * 4096
+    with pytest.raises(ArgumentError, match="two copies of the weights"):  # a sample does not make those any smaller
+        survey(nn.Linear(1000, 2), lambda m, b: pytest.fail("was run"), batches(2), sample=1)
 
 
 def test_one_gradient_lives_at_a_time(monkeypatch):
@@ -326,6 +328,16 @@ def test_a_batch_given_twice_is_named():
     made = batches(8)
     with pytest.warns(GradlensWarning, match=r"batches 0 and 8 gave the same gradient \(and 1 more"):
         survey(net().eval(), loss, [*made, made[0], made[3]])
+
+
+def test_equal_sums_are_no_repetition(monkeypatch):
+    """Batches that touch other rows of equal weights have gradients of equal sum and norm, and are told apart."""
+    monkeypatch.setattr("gradlens.statistics.evidence.CHUNK", 8)
+    table = {"w": torch.full((12, 3), 0.5, requires_grad=True)}
+    given = [torch.tensor([k, k + 1]) for k in range(8)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert survey(table, lambda v, rows: v["w"][rows].square().sum(), given).batches == 8
 
 
 def test_partials_that_never_vary_keep_their_sign():
@@ -464,6 +476,19 @@ def test_losses_that_do_not_fit_are_explained():
 
 
 def test_progress_states_the_memory(capsys):
-    """The bar's label says how many weights are surveyed and what that needs, before it starts."""
+    """The line above the bar says how many weights are surveyed and what that needs, before it starts."""
     survey(net(), loss, batches(8), progress=True)
-    assert "survey of 227 weights (0.0 MiB)" in capsys.readouterr().err
+    said, bar = capsys.readouterr().err.split("\n", 1)
+    assert said == "gradlens: survey of 227 weights needs 0.0 MiB, and 0.0 for two copies of the weights and a gradient"
+    assert "surveying" in bar
+
+
+def test_much_memory_is_stated_without_a_bar_too(capsys, monkeypatch):
+    """Where standard error is no terminal and nothing was asked for, one line says what a large survey needs."""
+    survey(net(), loss, batches(8))
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr("gradlens.probes.survey.MUCH", 1)
+    survey(net(), loss, batches(8))
+    assert capsys.readouterr().err.startswith("gradlens: survey of 227 weights needs 0.0 MiB, and 0.0 for")
+    survey(net(), loss, batches(8), progress=False)
+    assert capsys.readouterr().err == ""
