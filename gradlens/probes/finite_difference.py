@@ -75,6 +75,12 @@ class PartialsCheck:
             )
         if not self.frame["partial"].any():
             lines.append("  every partial checked is 0: little was put to test")
+        hidden = (self.frame["partial"] != 0) & (self.frame["partial"].abs() <= self.frame["tolerance"])
+        if hidden.any():
+            lines.append(
+                f"  {hidden.sum()} of them are too small beside the loss to be told from its rounding: leave out of it what "
+                f"they do not bear on"
+            )
         if self.missed:
             lines.append(
                 f"  nothing was drawn from {len(self.missed)} parameters ({', '.join(self.missed[:3])}, ...): raise k"

@@ -203,6 +203,15 @@ def test_the_tolerance_follows_the_scale_of_the_loss(scale, factor):
     assert check_partials(model, lambda m: scale * m(x).square().mean()).ok == (factor == 1.0)
 
 
+def test_partials_that_rounding_hides_are_counted():
+    """Beside a constant of 1e12 no partial can be seen, wrong or right, and the text says so."""
+    model, x = net(lambda h: Scaled.apply(h, 2.0))
+    found = check_partials(model, lambda m: m(x).square().mean() + 1e12)
+    assert found.ok
+    assert "32 of them are too small beside the loss to be told from its rounding" in str(found)
+    assert "too small" not in str(check_partials(model, lambda m: m(x).square().mean()))
+
+
 def test_a_partial_that_is_not_a_number_is_wrong():
     """sqrt at 0 times 0 is the classic NaN gradient of a finite loss."""
     found = check_partials({"x": 0.0}, lambda v: torch.where(v["x"] > 0, v["x"].sqrt(), v["x"]))

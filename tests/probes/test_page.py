@@ -99,6 +99,18 @@ def test_the_claim_is_stated_with_all_settings_where_it_fails(iid, measured):
     assert f"right for {100 * one.min():.0f} to {100 * one.max():.0f} % of the weights" in ONE_LINE
 
 
+def test_crowds_and_few_batches_are_what_was_measured(iid):
+    """The worst survey of 16 batches and what `by` did there; how few verdicts 4 batches give, and how wrong those are."""
+    at = iid.query("level == 0.1 and batches == 16").set_index(["method", "task", "stage"])["worst_survey"]
+    worst = at["bh"].idxmax()
+    assert worst[0] == "diabetes"
+    assert f"survey of {100 * at['bh'][worst]:.0f} % (diabetes, K = 16)" in ONE_LINE
+    assert f"`by` was wrong in {100 * at['by'][worst]:.0f} % at worst" in ONE_LINE
+    few = iid.query("level == 0.1 and batches == 4 and method == 'bh'")
+    assert few["nothing_kept"].mean() == pytest.approx(0.5, abs=0.05)
+    assert f"{100 * few['fdr'].sum() / (1 - few['nothing_kept']).sum():.0f} % were wrong at q = 0.1" in ONE_LINE
+
+
 def test_other_data_refuse_more(measured):
     """Against the half that was not surveyed: the means by K, and the worst settings."""
     out = measured.query("mode == 'held-out' and share == 1 and level == 0.1 and method == 'bh'")
@@ -111,13 +123,14 @@ def test_other_data_refuse_more(measured):
 
 
 def test_wrong_verdicts_by_layer_are_what_was_measured():
-    """The output layer of the language model, and all of its other layers."""
-    layers = pd.read_csv(ROOT / "benchmarks" / "layers.csv").query("method == 'bh'")
-    for k in (8, 16, 32):
-        rows = layers[layers["batches"] == k].set_index(["stage", "layer"])["fdr"]
-        shown = [f"{100 * rows[stage, 'out']:.0f} %" for stage in ("mid", "late")]
-        rest = [f"{100 * rows[stage].drop('out').max():.0f} %" for stage in ("mid", "late")]
-        assert f"| {k} | {' | '.join(shown)} | {' | '.join(rest)} |" in PAGE
+    """The output layer of the language model, and all of its other layers together."""
+    layers = pd.read_csv(ROOT / "benchmarks" / "layers.csv")
+    for k in (8, 16, 32, 64):
+        of = layers[layers["batches"] == k].set_index(["method", "stage", "layer"])["fdr"]
+        stages = ("mid", "late")
+        out = [f"{100 * of['bh', s, 'out']:.0f} / {100 * of['by', s, 'out']:.0f} %" for s in stages]
+        rest = [f"{100 * of['bh', s, 'rest']:.1f} %" for s in stages]
+        assert f"| {k} | {' | '.join(out)} | {' | '.join(rest)} |" in PAGE
 
 
 def test_nudges_are_what_was_measured():
@@ -128,6 +141,5 @@ def test_nudges_are_what_was_measured():
     held = nudges["held_out"].sort_values().to_numpy()
     down = held[held > 0.1]
     assert f"by {100 * down[0]:.0f} to {100 * down[-1]:.0f} % in {len(down)} of them" in ONE_LINE
-    assert (held[held <= 0.1] < 0.1).all()
-    off = ((1 - nudges["held_out"]).abs() > 2 * nudges["noise"]).sum()
+    off = (1 - nudges["held_out"] > 2 * nudges["noise"]).sum()
     assert f"more than two standard errors below it in {off}" in ONE_LINE

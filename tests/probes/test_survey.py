@@ -5,8 +5,10 @@ import math
 import re
 import warnings
 import weakref
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import scipy.stats
 import torch
@@ -17,6 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from gradlens.errors import ArgumentError, ArgumentTypeError, GradlensWarning, ProbeError
 from gradlens.probes.strongest import strongest
 from gradlens.probes.survey import BYTES, survey
+from gradlens.probes.verdicts import RARE
 from gradlens.statistics.evidence import Moments
 
 from .traces import trace
@@ -443,14 +446,24 @@ def test_a_loss_may_take_its_batch_apart():
 
 
 def test_caveats_are_those_that_apply():
-    """Few batches and dependent weights are named as what they put at risk, where they do."""
-    asked = [(16, "bh", 0.1), (32, "bh", 0.1), (32, "by", 0.1), (32, "by", 0.05), (64, "by", 0.05)]
-    said = [survey(net(), loss, batches(k), q, method=method).caveats for k, method, q in asked]
-    assert [len(caveats) for caveats in said] == [3, 2, 1, 2, 1]
-    assert "rare classes or tokens (take 32 batches" in said[0][0]
-    assert "rare classes or tokens (take 64 batches" in said[3][0]
-    assert "method='by'" in said[1][0]
+    """What was measured with as many batches is named: rare events, dependent weights, other data."""
+    asked = [(4, "bh"), (16, "bh"), (40, "bh"), (64, "by")]
+    with warnings.catch_warnings(action="ignore"):
+        said = [survey(net(), loss, batches(k), method=method).caveats for k, method in asked]
+    assert [len(caveats) for caveats in said] == [3, 3, 3, 2]
+    shares = ("41% were wrong at 8", "33% were wrong at 16", "23% were wrong at 32", "12% were wrong at 64")
+    for caveats, measured in zip(said, shares, strict=True):
+        assert measured in caveats[0]
+    assert "method='by'" in said[1][1]
     assert all("other data" in caveats[-1] for caveats in said)
+
+
+def test_the_caveat_on_rare_events_quotes_the_benchmark():
+    """The shares in the text are those of benchmarks/layers.csv."""
+    layers = pd.read_csv(Path(__file__).parents[2] / "benchmarks" / "layers.csv")
+    late = layers.query("stage == 'late' and method == 'bh'").set_index(["layer", "batches"])["fdr"]
+    assert late["out"].round(2).to_dict() == RARE
+    assert late["rest"].max() < 0.025
 
 
 @pytest.mark.parametrize(("q", "shown"), [(0.005, "0.5%"), (0.1, "10%"), (np.float32(0.25), "25%")])
