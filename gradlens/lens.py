@@ -53,7 +53,10 @@ _open_lenses: set[Lens] = set()
 
 
 class Lens:
-    """A watched model. Made by `watch`; every question may be asked at any time, in the middle of a step too."""
+    """A watched model. Made by `watch`; every question may be asked at any time, in the middle of a step too.
+
+    On another thread than the one that trains, the answers are of the steps that are over.
+    """
 
     def __init__(
         self,
@@ -152,6 +155,7 @@ class Lens:
         On the parameters' common device, else the CPU; of their common dtype, else float32. An error where this rank holds
         pieces of it only.
         """
+        self._require_here()
         everything = self._all_held()
         weights.check_whole(everything)
         self._require_gradients(everything)
@@ -166,8 +170,8 @@ class Lens:
         """One row a weight: `parameter, index, value, partial, direction, sensitivity, saliency`.
 
         In model order, or the `top` ones by falling `by` (`sensitivity`, `saliency`, `value`, `partial`; the signed ones by
-        size). Read from `.grad` now: `attrs` say of which step and stage that is. When the gradients are gone,
-        `weights(top=k)` answers from what was kept, the 16 most sensitive weights of each parameter.
+        size). Read from `.grad` now: `attrs` say of which step and stage that is. When the gradients are gone, or another
+        thread trains, `weights(top=k)` answers from what was kept, the 16 most sensitive weights of each parameter.
 
         With the feature `evidence` also `verdict, t, p, q`, over the backwards of the last step (two at least; at a false
         discovery rate of 0.1), and, over steps while the weights move, `agree` (lately, the share of steps with the more
@@ -180,7 +184,7 @@ class Lens:
         weights.check_order(top, by)
         asked = self._all_held() if name is None else [self._held(name)]
         self._capture.poll()
-        if not self._has_gradients():
+        if self._capture.elsewhere() or not self._has_gradients():
             return self._kept_weights(asked, top, by)
         if top is None and name is None:
             weights.check_rows(asked)
@@ -194,6 +198,7 @@ class Lens:
     def explain(self, name: str, index: int | Sequence[int] = ()) -> str:
         """One paragraph on one weight: its partial, what that means, and how it compares."""
         held = self._held(name)
+        self._require_here()
         self._catch_up()
         at = (index,) if isinstance(index, int) else tuple(index)
         whole, here = held.at(at)
@@ -278,9 +283,10 @@ class Lens:
             self._closed = True
         try:
             self._capture.poll()
-            if self._clock.open and not self._capture.updates.roles:
-                self._capture.close_step()
-            self._pipeline.release_open(self._clock.scalars)
+            if not self._capture.elsewhere():
+                if self._clock.open and not self._capture.updates.roles:
+                    self._capture.close_step()
+                self._pipeline.release_open(self._clock.scalars)
         finally:
             self._capture.detach()
             for finalizer in self._finalizers:
@@ -314,7 +320,7 @@ class Lens:
         )
 
     def _catch_up(self) -> None:
-        if not self._closed:
+        if not self._closed and not self._capture.elsewhere():
             self._capture.poll()
             self._pipeline.release_open(self._clock.scalars)
         self._pipeline.flush()
@@ -353,7 +359,15 @@ class Lens:
     def _has_gradients(self) -> bool:
         return any(held.gradient is not None for held in self._all_held())
 
+    def _require_here(self) -> None:
+        if self._capture.elsewhere():
+            raise NothingCapturedError(
+                "another thread trains this model, and .grad must not be read while it does; ask from that thread, or ask "
+                "weights(top=k) or table(), which answer from what was kept"
+            )
+
     def _require_gradients(self, asked: Sequence[Held]) -> None:
+        self._require_here()
         self._capture.poll()
         if any(held.gradient is not None for held in asked):
             return

@@ -193,6 +193,7 @@ class Gradients:
         self.local = local  # gradients are mixed with other ranks' before the pass ends: read them inside the hook
         self._before_pass, self._after_pass, self._fault, self._timed = before_pass, after_pass, fault, timed
         self._threads: set[int] = set()  # that ran passes
+        self.trainers: dict[int, int] = {}  # the threads that the user trains on, and the step in which each did last
         self._passes: list[Pass] = []  # those that are not over, one a thread but for what failed
         self._by_task: dict[int, Pass | None] = {}  # None: an autograd.grad, which is none of ours
         self.lock = threading.RLock()  # passes may run on several threads
@@ -321,6 +322,8 @@ class Gradients:
     @eagerly
     def _enter(self, slot: Slot, task: int) -> Pass | None:
         run, thread = _engine_run(), threading.get_ident()
+        if run.depth == 1 and not run.nested:
+            self.trains(thread)
         accumulates = run.accumulates
         if accumulates is None:
             parameter = slot.tensor()
@@ -608,6 +611,20 @@ class Gradients:
         if inputs and id(parameter) not in inputs:
             return Status.EXCLUDED
         return Status.UNDEFINED if slot in current.undefined else Status.ABSENT
+
+    def trains(self, thread: int) -> None:
+        """The user's loop runs on this thread: devices have threads of their own for backward."""
+        self.trainers[thread] = self._clock.step
+
+    def elsewhere(self) -> bool:
+        """Whether another thread trains, in this step or the last.
+
+        To read `.grad` while its loop has it crashes, even between its passes (torch 2.13).
+        """
+        me, alive = threading.get_ident(), sys._current_frames()
+        return any(
+            thread != me and step >= self._clock.step - 1 and thread in alive for thread, step in list(self.trainers.items())
+        )
 
     @property
     def heard(self) -> bool:

@@ -190,9 +190,13 @@ class Capture:
 
     def poll(self) -> None:
         """Close the step that the scaler skipped: no hook says so."""
-        if not running() and self.clock.open:
+        if not running() and self.clock.open and not self.elsewhere():
             self.settle()
             self._close_skipped()
+
+    def elsewhere(self) -> bool:
+        """Whether another thread trains: what it has open is then left alone."""
+        return self.gradients.elsewhere()
 
     def _close_skipped(self) -> None:
         if not self.clock.open:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -162,8 +163,10 @@ class Updates:
     # --- one step ---------------------------------------------------------------------------------------------------
 
     def _before(self, role: Role, optimizer: Optimizer, closure: Any) -> None:
-        if closure is None and not running():
-            self._settle()
+        if not running():
+            self._gradients.trains(threading.get_ident())
+            if closure is None:
+                self._settle()
         role.read = False
         self._clock.moving |= closure is not None
         if not self._clock.observed:

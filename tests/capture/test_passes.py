@@ -2,12 +2,16 @@
 
 import copy
 import threading
+from typing import ClassVar
 
 import pytest
 import torch
 from torch import nn
 from torch._dynamo import compiled_autograd
 from torch.utils.checkpoint import checkpoint
+
+import gradlens
+from gradlens.errors import NothingCapturedError
 
 
 class Fails(torch.autograd.Function):
@@ -303,6 +307,71 @@ def test_hooks_are_put_on_once_though_threads_begin_together(watched):
         thread.join(60)
     assert all(len(p._post_accumulate_grad_hooks) == len(p._backward_hooks) == 1 for p in models.parameters())
     assert len(bench.sink.keys("backward")) == 4
+
+
+class Guarded(nn.Parameter):
+    """A parameter that says which threads looked at its `.grad`."""
+
+    seen: ClassVar[set[int]] = set()
+
+    @property
+    def grad(self):
+        Guarded.seen.add(threading.get_ident())
+        return torch.Tensor.grad.__get__(self)
+
+    @grad.setter
+    def grad(self, value):
+        torch.Tensor.grad.__set__(self, value)
+
+
+@pytest.mark.situation(
+    "questions from another thread than the one that trains",
+    stages={"backward": "yes: of the steps that are over", "used": "yes: of the steps that are over"},
+    note="to read `.grad` there crashes now and then, in torch itself",
+)
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_question_from_another_thread_leaves_gradients_alone(scaled):
+    """Between another thread's backward and step each question answers of the last step, or says whom to ask."""
+    model = net()
+    for layer in model:
+        layer.weight = Guarded(layer.weight.detach())
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0, enabled=scaled)
+    lens = gradlens.watch(model, optimizer, scaler=scaler)
+    turn = threading.Barrier(2, timeout=30)
+
+    def train():
+        for step in range(3):
+            optimizer.zero_grad()
+            scaler.scale(model(torch.ones(2, 3)).sum() * (float("inf") if scaled and step == 1 else 1)).backward()
+            if step > 0:
+                turn.wait()
+                turn.wait()
+            scaler.step(optimizer)
+            scaler.update()
+            if step == 1:
+                turn.wait()  # a step that the scaler skipped is open now
+                turn.wait()
+
+    thread = threading.Thread(target=train)
+    thread.start()
+    Guarded.seen.clear()
+    for step in (0, 0 if scaled else 1, 1):
+        turn.wait()
+        assert set(lens.table()["step"]) == {step}
+        assert set(lens.history()["stage"]) == {"backward", "used"}
+        assert lens.weights(top=2).attrs["step"] == step
+        assert str(lens)
+        assert lens.report()
+        for question in (lens.gradient, lens.weights, lambda: lens.explain("0.weight", (0, 0))):
+            with pytest.raises(NothingCapturedError, match="another thread trains this model"):
+                question()
+        turn.wait()
+    thread.join(30)
+    assert threading.get_ident() not in Guarded.seen
+    assert set(lens.table()["step"]) == {2}  # nobody trains any more
+    assert len(lens.gradient()) == 24
+    lens.close()
 
 
 # --- compiled autograd ----------------------------------------------------------------------------------------------
