@@ -40,6 +40,7 @@ class Training:
     before_step: list[Call] = field(default_factory=list)
     after_backward: list[Call] = field(default_factory=list)
     after_step: list[Call] = field(default_factory=list)
+    at_end: list[Call] = field(default_factory=list)  #: what waits is worked off, files stay open
 
     def step(self) -> None:
         """One step of the optimizer."""
@@ -107,6 +108,7 @@ def gradlens(*, before: Attach = bare, **settings: Any) -> Attach:
         with before(training), contextlib.redirect_stderr(io.StringIO()):
             lens = gradlens.watch(training.model, training.optimizer, run=training.directory, **settings)
             training.after_backward.append(lambda: lens.observe(loss=training.last_loss))
+            training.at_end.append(lens.flush)
             with lens:
                 yield
 
@@ -141,6 +143,7 @@ def ignite(*handlers: str) -> Attach:
         for name in handlers:
             handler = getattr(tensorboard_logger, name)(training.model)
             logger.attach(engine, event_name=Events.ITERATION_COMPLETED, log_handler=handler)
+        training.at_end.append(logger.writer.flush)
 
         def look() -> None:
             engine.state.iteration = training.steps
@@ -160,6 +163,7 @@ def histograms(training: Training) -> Iterator[None]:
     from torch.utils.tensorboard import SummaryWriter
 
     writer = SummaryWriter(str(training.directory))
+    training.at_end.append(writer.flush)
 
     def look() -> None:
         for name, parameter in training.model.named_parameters():
@@ -178,6 +182,7 @@ def lightning(training: Training) -> Iterator[None]:
     from torch.utils.tensorboard import SummaryWriter
 
     writer = SummaryWriter(str(training.directory))
+    training.at_end.append(writer.flush)
 
     def look() -> None:
         for name, norm in grad_norm(training.model, norm_type=2).items():
@@ -194,6 +199,7 @@ def composer(training: Training) -> Iterator[None]:
     from torch.utils.tensorboard import SummaryWriter
 
     writer = SummaryWriter(str(training.directory))
+    training.at_end.append(writer.flush)
 
     def look() -> None:
         norms, square = {}, 0.0

@@ -127,8 +127,8 @@ def _adamw(model: nn.Module) -> Optimizer:
 _images, _pictures = _classes((64, 1, 28, 28), 10), _classes((16, 3, 32, 32), 1000)
 
 TASKS = {
-    "convnet": Task("convnet, 14 tensors, 24 thousand weights, 64 images", convnet, _sgd, _images, 40),
-    "resnet": Task("ResNet-18, 62 tensors, 11.7 million weights, 16 images", resnet18, _sgd, _pictures, 5),
-    "gpt": Task("GPT, 148 tensors, 16.2 million weights, 512 tokens", GPT, _adamw, _text(4, 128), 5),
-    "thousand": Task("1,000 tensors of 8 to 64 weights", thousand, _sgd, _classes((32, 8), 8), 20),
+    "convnet": Task("convnet, 14 tensors, 24 thousand weights, 64 images", convnet, _sgd, _images, 30),
+    "resnet": Task("ResNet-18, 62 tensors, 11.7 million weights, 16 images", resnet18, _sgd, _pictures, 4),
+    "gpt": Task("GPT, 148 tensors, 16.2 million weights, 512 tokens", GPT, _adamw, _text(4, 128), 4),
+    "thousand": Task("1,000 tensors of 8 to 64 weights", thousand, _sgd, _classes((32, 8), 8), 12),
 }

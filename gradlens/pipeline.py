@@ -458,18 +458,22 @@ class Pipeline:
         moved = dict(zip(update.rows, update.moved, strict=True))
         same = update.unchanged and isinstance(update.scale, float) and update.scale == 1.0
         for rows, weights, used in _by_device(update.rows, update.weights, update.used):
-            entries = [entry for row, w, g in zip(rows, weights, used, strict=True) if (entry := self._moved(row, w, g))]
-            if not entries:
-                continue
-            kept = self._kept(entries) if update.single and not same else None
-            numbers = kernels.compare(
-                [e.used for e in entries], [e.before for e in entries], [e.after for e in entries], kept
-            )
+            whole, kept = self._before.together(rows, weights), None
+            if whole is not None and same and all(g is None or g.layout == torch.strided for g in used):
+                there, numbers = rows, kernels.compare(used, whole, weights)
+            else:
+                entries = [e for row, w, g in zip(rows, weights, used, strict=True) if (e := self._moved(row, w, g))]
+                if not entries:
+                    continue
+                there, kept = [e.row for e in entries], self._kept(entries) if update.single and not same else None
+                numbers = kernels.compare(
+                    [e.used for e in entries], [e.before for e in entries], [e.after for e in entries], kept
+                )
             device = weights[0].device
             table.updates.append(
                 UpdatePiece(
-                    Piece([e.row for e in entries], numbers),
-                    moved=[moved[e.row] for e in entries],
+                    Piece(there, numbers),
+                    moved=[moved[row] for row in there],
                     skipped=update.skipped,
                     kept=kept is not None,
                     ended=self._ended.get(device),
@@ -590,7 +594,7 @@ def _by_device(
     rows: Sequence[int], tensors: Sequence[Tensor], others: Sequence[Any]
 ) -> list[tuple[list[int], list[Tensor], list[Any]]]:
     """Groups of one device each; tensors without storage (meta) are left out."""
-    if {type(tensor) for tensor in tensors} <= _PLAIN and {tensor.device.type for tensor in tensors} <= {"cpu"}:
+    if set(map(type, tensors)) <= _PLAIN and all(tensor.is_cpu for tensor in tensors):
         return [(list(rows), list(tensors), list(others))] if rows else []
     groups: dict[torch.device, tuple[list[int], list[Tensor], list[Any]]] = {}
     for row, tensor, other in zip(rows, tensors, others, strict=True):

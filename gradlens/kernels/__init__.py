@@ -20,8 +20,9 @@ from torch import Tensor
 
 from gradlens.errors import ArgumentError, GradlensWarning
 from gradlens.kernels import batched, native
+from gradlens.kernels.native import Own
 
-__all__ = ["summarize", "compare", "sample"]
+__all__ = ["summarize", "compare", "sample", "Own"]
 
 Holes = Sequence[Tensor | None]  #: one entry a tensor, None where there is none
 

@@ -44,6 +44,12 @@ Holes = Sequence[Tensor | None]
 Column = Sequence[Any] | None
 
 
+class Own(tuple[Tensor, ...]):
+    """Tensors that are gradlens' own: nobody else moves or frees them, so each is asked once where it is."""
+
+    facts: _Facts | None = None
+
+
 class UnavailableError(GradlensError, ImportError):
     """There is no native kernel here; the message says why."""
 
@@ -138,11 +144,14 @@ class _Work:
         self.tasks, self.layouts = array("q"), array("q", [0])
         self.taken: list[int] = []
         self.left: list[int] = []
+        self._n = n
         self._take(0, n)
         self.entries = sum(self.tasks[2 * _OPERANDS :: _TASK])
 
     def _take(self, start: int, stop: int) -> None:
-        part = [None if column is None else column[start:stop] for column in self._columns]
+        part = self._columns
+        if stop - start < self._n:
+            part = [None if column is None else column[start:stop] for column in self._columns]
         tasks = _tasks(part, stop - start)
         if tasks is None and stop - start > 1:
             middle = (start + stop) // 2
@@ -183,7 +192,7 @@ def _tasks(columns: Sequence[Column], n: int, *, straight: bool = True) -> array
     for operand, column in enumerate(columns):
         if column is None:
             continue
-        facts = next((facts for earlier, facts in known if all(map(is_, earlier, column))), None)
+        facts = next((facts for earlier, facts in known if earlier is column or all(map(is_, earlier, column))), None)
         facts = _facts(column, straight) if facts is None else facts
         if facts is None:
             return None
@@ -206,6 +215,10 @@ _Facts = tuple[list[int], list[int], list[int]]  # addresses, types and counts
 
 def _facts(column: Sequence[Tensor | None], straight: bool) -> _Facts | None:
     """What the library must know of plain tensors; None if any is not plain."""
+    if isinstance(column, Own) and straight:
+        if column.facts is None:
+            column.facts = _facts(list(column), straight)
+        return column.facts
     kinds = set(map(type, column))
     if type(None) in kinds:
         return _spread(column, _facts([tensor for tensor in column if tensor is not None], straight))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import attrgetter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +12,8 @@ from torch import Tensor
 from gradlens import fields, kernels
 from gradlens.records import Parameters
 from gradlens.statistics.memory import Plan
+
+_DTYPE, _LAYOUT = attrgetter("dtype"), attrgetter("layout")
 
 
 class Buffer:
@@ -24,13 +28,31 @@ class Buffer:
         self._parameters: Parameters | None = None
         self._rooms: dict[int, Tensor] = {}
         self._kept: dict[int, Tensor] = {}  # those of the rooms that are filled
+        self._last: tuple[list[int], list[torch.dtype], kernels.Own] | None = None  # rows that were all kept whole at once
 
     def use(self, parameters: Parameters) -> Buffer:
         """The buffer, for rows of these parameters."""
         if parameters is not self._parameters:
-            self._parameters, self._rooms, self._kept = parameters, {}, {}
+            self._parameters, self._rooms, self._kept, self._last = parameters, {}, {}, None
             self._samples = self._plan.samples_of(parameters)
         return self
+
+    def together(self, rows: Sequence[int], tensors: Sequence[Tensor]) -> kernels.Own | None:
+        """What is kept of these rows, if they were last kept all at once and whole: as from one step to the next."""
+        rooms = self._rooms_of(rows, tensors)
+        return rooms if rooms is not None and all(map(self._kept.__contains__, rows)) else None
+
+    def _rooms_of(self, rows: Sequence[int], tensors: Sequence[Tensor]) -> kernels.Own | None:
+        asked: Any = tensors
+        if self._last is None or self._last[0] != rows or self._last[1] != list(map(_DTYPE, asked)):
+            return None
+        return self._last[2] if set(map(_LAYOUT, asked)) == {torch.strided} else None
+
+    def remember(self, rows: Sequence[int], tensors: Sequence[Tensor]) -> None:
+        """These have been kept all at once."""
+        rooms = kernels.Own(self._rooms[row] for row in rows)
+        whole = all(self._samples[row].whole for row in rows)
+        self._last = (list(rows), [tensor.dtype for tensor in tensors], rooms) if whole else None
 
     def whole(self, row: int) -> bool:
         """Whether every entry of the row is kept."""
@@ -48,6 +70,7 @@ class Buffer:
         """Where this row is to be kept."""
         room = self._rooms.get(row)
         if room is None or room.dtype != view.dtype:
+            self._last = None
             room = self._rooms[row] = torch.empty_like(view, memory_format=torch.preserve_format, requires_grad=False)
             self._kept.pop(row, None)
         return room
@@ -58,11 +81,17 @@ class Buffer:
 
     def keep(self, rows: Sequence[int], tensors: Sequence[Tensor]) -> None:
         """Copy the tensors' entries."""
+        rooms = self._rooms_of(rows, tensors)
+        if rooms is not None:
+            torch._foreach_copy_(rooms, list(tensors))
+            self._kept.update(zip(rows, rooms, strict=True))
+            return
         views = [self.view(row, tensor) for row, tensor in zip(rows, tensors, strict=True)]
-        rooms = [self.room(row, view) for row, view in zip(rows, views, strict=True)]
+        places = [self.room(row, view) for row, view in zip(rows, views, strict=True)]
         if views:
-            torch._foreach_copy_(rooms, views)
+            torch._foreach_copy_(places, views)
         self.filled(rows)
+        self.remember(rows, tensors)
 
     def forget(self) -> None:
         """What is kept is of another time; the rooms stay."""
@@ -80,6 +109,9 @@ def summarize(
     """Rows of the gradients, and separately the flips of those that are kept by sample; the buffer then has these."""
     if last is None:
         return kernels.summarize(gradients, weights), None
+    rooms = last.together(rows, gradients)
+    if rooms is not None:
+        return kernels.summarize(gradients, weights, rooms, rooms), None
     previous: list[Tensor | None] = []
     keep: list[Tensor | None] = []
     sampled: list[tuple[int, Tensor]] = []
@@ -96,6 +128,8 @@ def summarize(
     numbers = kernels.summarize(gradients, weights, previous, keep)
     flips = _sampled_flips(sampled, last) if sampled else None
     last.filled(kept)
+    if len(kept) == len(rows):
+        last.remember(rows, gradients)
     return numbers, flips
 
 
