@@ -73,3 +73,10 @@ def test_marks_that_cannot_be_meant_are_refused(tmp_path, mark, message):
     with pytest.raises(AssertionError, match=message) as caught:
         _writer("acceptance").text(tmp_path)
     assert "tests/test_it.py::test_it" in str(caught.value)
+
+
+def test_the_code_on_the_page_of_costs_runs(capsys):
+    """docs/performance.md's program says what watching costs."""
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "performance.md").read_text(), re.DOTALL)
+    exec(compile(code, "performance.md", "exec"), {})
+    assert "of the time of 200 steps, 20 of them observed" in capsys.readouterr().out
