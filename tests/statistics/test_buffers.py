@@ -65,7 +65,7 @@ def test_what_is_forgotten_is_kept_again_in_the_same_rooms():
 
 @pytest.mark.parametrize("allowance", [1 << 20, 40])
 def test_flips_are_those_of_the_step_before(allowance):
-    """Over steps, one of them with a sparse gradient and one of another type, each row's flips are against its last dense one."""
+    """With a sparse gradient and another type in between, each row's flips are against its last dense one of that type."""
     last = buffer(allowance)
     steps = [gradients(0), gradients(1), [gradients(2)[0].to_sparse(), *gradients(2)[1:]], gradients(3)]
     steps += [gradients(4, torch.float64), gradients(5, torch.float64)]
