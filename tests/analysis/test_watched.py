@@ -60,6 +60,65 @@ def test_a_missing_zero_grad_is_known_under_clipping_too():
     assert all(f.rule == "stale" and f.severity == Severity.WARNING and len(f.causes) == 1 for f in findings)
 
 
+def test_a_missing_zero_grad_is_known_where_clipping_hides_the_length():
+    """What is used is never longer than what backward gave: the sums tell, at the fourth step."""
+
+    def forgetful(model, optimizer, loss, step):
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+        optimizer.step()
+
+    findings = findings_of(forgetful)
+    assert {f.parameter for f in findings} == {f"{i}.{kind}" for i in (0, 2, 4) for kind in ("weight", "bias")}
+    assert {(f.rule, f.step, f.severity) for f in findings} == {("stale", 3, Severity.WARNING)}
+    assert all("zero_grad() is missing" in f.causes[0] and len(f.causes) == 1 for f in findings)
+
+
+@pytest.mark.parametrize("forgets", [False, True])
+def test_what_the_other_turn_left_is_a_missing_zero_grad(forgets):
+    """The generator's backward runs through the critic, whose gradients stay unless somebody empties them."""
+    torch.manual_seed(0)
+    generator, critic = nn.Linear(4, 8), nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 1))
+    ours, theirs = (torch.optim.SGD(part.parameters(), lr=0.01) for part in (generator, critic))
+    with gradlens.watch({"G": generator, "D": critic}, [theirs, ours]) as lens:
+        for step in range(6):
+            fake = generator(torch.randn(16, 4, generator=torch.Generator().manual_seed(step)))
+            if not forgets:
+                theirs.zero_grad()
+            (critic(fake.detach()).mean() - critic(torch.ones(16, 8)).mean()).backward()
+            theirs.step()
+            ours.zero_grad()
+            (-critic(fake).mean()).backward()
+            ours.step()
+    stale = [f for f in lens.findings() if f.rule == "stale"]
+    assert bool(stale) is forgets
+    assert all(f.parameter.startswith("D.") and "zero_grad() is missing" in f.causes[0] for f in stale)
+
+
+@pytest.mark.parametrize("to_none", [False, True])
+def test_zero_grad_in_the_wrong_place_is_named(to_none):
+    """Between backward and step: one finding, and neither a dead layer nor a small learning rate."""
+
+    def late(model, optimizer, loss, step):
+        loss.backward()
+        optimizer.zero_grad(set_to_none=to_none)
+        optimizer.step()
+
+    (finding,) = findings_of(late, steps=25)
+    assert (finding.rule, finding.step, len(finding.parameters)) == ("lost", 2, 6)
+
+
+def test_a_step_that_nobody_takes_is_named():
+    """After a hundred backward passes."""
+
+    def idle(model, optimizer, loss, step):
+        optimizer.zero_grad()
+        loss.backward()
+
+    (finding,) = findings_of(idle, steps=105)
+    assert finding.rule == "unstepped"
+
+
 def test_a_penalty_added_by_hand_is_an_info():
     """Its gradient is not the step before's."""
 

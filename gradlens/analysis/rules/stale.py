@@ -23,8 +23,10 @@ class Stale:
 
     A sum of vectors is never longer than their lengths together, so the rest came from elsewhere: from earlier steps, as
     `zero_grad()` is missing, or it was added by hand, as a penalty is. Which of the two shows in the entries' sums, as those
-    add: what came on top is what the step before used, if that is still there. Where it is not, this is an info. Where the
-    step before was not observed, or gradients of 16 bits round their sums, nobody knows.
+    add: what was used is what the step before used and all backwards since; or the same times one number, if all gradients
+    were clipped together. Sums are asked first, as what is clipped may not be longer. Where lengths say that there is more
+    and sums that it is not this, it is an info. Where the step before was not observed, or gradients of 16 bits round their
+    sums, nobody knows.
 
     Over several ranks all this says nothing (another rank's part may be larger), and is not asked.
     """
@@ -40,30 +42,35 @@ class Stale:
         newest = history.latest()
         if newest is None or newest.stage != Stage.USED or newest.ranks > 1 or history.latest(Stage.REDUCED) is not None:
             return ()
-        backward = history.recent(self.steps, Stage.BACKWARD)
-        if not backward:
+        backward, used = (history.recent(self.steps + 1, stage) for stage in (Stage.BACKWARD, Stage.USED))
+        own = _of(backward, newest.step)
+        if not own or (len(own) == 1 and _equal(own[0], newest)):
             return ()
-        rows = lasting(history, _more_than(backward), self.steps)
+        rows, left = lasting(history, _carried(backward, used), self.steps), True if used else None
+        if not rows:
+            rows = lasting(history, _more_than(backward), self.steps)
+            left = _left(backward, used, newest, rows)
         if not rows:
             return ()
-        lengths, left = _added(_of(backward, newest.step), newest, "l2"), _left(history, backward, newest, rows)
+        lengths = _added(own, newest, "l2")
         severity = Severity.INFO if left is False else Severity.WARNING
         causes = (_MISSING,) if left else (_BY_HAND,) if left is False else (_MISSING, _BY_HAND)
         remedy = "nothing if it is meant" if left is False else "call optimizer.zero_grad() once a step, before backward()"
 
         def finding(row: int) -> Finding:
-            used, own = newest.column("l2")[row], lengths[row]
+            used, given = newest.column("l2")[row], lengths[row]
             return Finding(
                 rule=self.name,
                 step=newest.step,
                 severity=severity,
                 parameter=newest.names[row],
                 stage=newest.stage,
-                seen=f"the optimizer used a gradient of norm {number(used)}, but this step's backward() gave {number(own)}; "
-                f"it used more at each of the last {self.steps} observed steps",
+                seen=f"the optimizer used a gradient of norm {number(used)}, this step's backward() gave {number(given)}; "
+                + ("what earlier steps left was added " if left else "it used more ")
+                + f"at each of the last {self.steps} observed steps",
                 causes=causes,
                 remedy=remedy,
-                value=float(used / own) if own > 0 else None,
+                value=float(used / given) if given > 0 else None,
             )
 
         return EachRow(self.name, severity, newest, rows, finding)
@@ -82,16 +89,82 @@ def _more_than(backward: list[Snapshot]) -> Condition:
     return more
 
 
-def _left(history: History, backward: list[Snapshot], newest: Snapshot, rows: list[int]) -> bool | None:
-    """Whether what came on top is what the step before used, by most of the rows; None where that step was not seen."""
-    before = _of(history.recent(2, Stage.USED), newest.step - 1)
-    exact = [row for row in rows if newest.parameters.dtypes[row] in _EXACT]
-    if not before or not exact:
+def _left(backward: list[Snapshot], used: list[Snapshot], newest: Snapshot, rows: list[int]) -> bool | None:
+    """Whether what came on top is what was left, by most of the rows; None where the step before was not seen."""
+    exact = np.asarray([row for row in rows if newest.parameters.dtypes[row] in _EXACT], np.int64)
+    if not len(exact) or not _of(used, newest.step - 1):
         return None
-    last, size = (_added(before, newest, name) for name in ("sum", "abs_sum"))
-    rest = newest.column("sum") - _added(_of(backward, newest.step), newest, "sum")
-    near = np.abs(rest - last) <= ROUNDING * (size + newest.column("abs_sum"))
-    return bool(near[exact].mean() > 0.5)
+    return bool(_left_over(backward, used, newest)[exact].mean() > 0.5)
+
+
+def _carried(backward: list[Snapshot], used: list[Snapshot]) -> Condition:
+    """Where what was used is all that was left and given, and not what was given alone."""
+
+    def carried(now: Snapshot) -> np.ndarray:
+        if not _of(used, now.step - 1):
+            return np.full(len(now), -1, np.int8)
+        exact = np.asarray([dtype in _EXACT for dtype in now.parameters.dtypes])
+        known = judged(now) & ~now.has(Status.NONFINITE) & ~unmoved(now) & exact
+        return said(_left_over(backward, used, now), known)
+
+    return carried
+
+
+Sums = tuple[np.ndarray, np.ndarray]  #: `[n]` of entries and of their sizes
+
+
+def _before(backward: list[Snapshot], used: list[Snapshot], now: Snapshot) -> Sums:
+    """What is in `.grad` at this step if nobody emptied it: what the step before used, and all backwards since."""
+    last = [snapshot for snapshot in _of(used, now.step - 1) if _shares(snapshot, now)]
+    since = [snapshot for snapshot in _of(backward, now.step - 1) if last and snapshot.backward > last[-1].backward]
+    parts = (_sums(last, now), _sums(since, now), _sums(_until(backward, now), now))
+    return tuple(np.add.reduce([np.nan_to_num(part[i]) for part in parts]) for i in (0, 1))  # type: ignore[return-value]
+
+
+def _until(backward: list[Snapshot], now: Snapshot) -> list[Snapshot]:
+    return [snapshot for snapshot in _of(backward, now.step) if snapshot.backward <= now.backward]
+
+
+def _sums(snapshots: list[Snapshot], now: Snapshot) -> Sums:
+    return _added(snapshots, now, "sum"), _added(snapshots, now, "abs_sum")
+
+
+def _left_over(backward: list[Snapshot], used: list[Snapshot], now: Snapshot) -> np.ndarray:
+    """`[n]` where the sums agree with what was left; nowhere, if those that tell it from this step's own say no.
+
+    The sums of some parameters are always 0, as those of the last layer under cross entropy, and agree with anything.
+    """
+    own = _sums(_until(backward, now), now)
+    left, factor = _in_proportion(now, *_before(backward, used, now))
+    near = np.abs(now.column("sum") - own[0]) <= ROUNDING * (own[1] + now.column("abs_sum"))
+    alone = near if factor == 1.0 else _in_proportion(now, *own)[0]
+    exact = np.asarray([dtype in _EXACT for dtype in now.parameters.dtypes], bool)
+    telling = exact & judged(now) & ~(left & alone)
+    certain = factor <= 1.0 and (left & telling).sum() > 0.5 * telling.sum()
+    return left if certain else np.zeros(len(now), bool)
+
+
+def _in_proportion(now: Snapshot, total: np.ndarray, size: np.ndarray) -> tuple[np.ndarray, float]:
+    """`[n]` where the entries' sum is c times this one; and c, the same for all rows, as clipping has it."""
+    own, sizes = now.column("sum"), size + now.column("abs_sum")
+    with np.errstate(invalid="ignore", divide="ignore"):
+        weight = np.nan_to_num(np.abs(total) / sizes)
+        best = int(np.argmax(weight)) if len(weight) else 0
+        c = float(own[best] / total[best]) if len(weight) > 1 and weight[best] > 0 else 1.0
+        c = 1.0 if abs(c - 1) <= ROUNDING / weight[best] else c
+        return np.asarray(np.abs(own - c * total) <= ROUNDING * sizes), c
+
+
+def _equal(own: Snapshot, used: Snapshot) -> bool:
+    """Whether the used rows are the backward's: then nothing came on top."""
+    return own.names == used.names and all(
+        own.columns[name] is used.columns[name] or np.array_equal(own.columns[name], used.columns[name], equal_nan=True)
+        for name in ("square_sum", "sum")
+    )
+
+
+def _shares(a: Snapshot, b: Snapshot) -> bool:
+    return not a.parameters.position.keys().isdisjoint(b.names)
 
 
 def _of(snapshots: list[Snapshot], step: int) -> list[Snapshot]:
