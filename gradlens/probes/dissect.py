@@ -112,6 +112,7 @@ class Dissection:
         for i, p in enumerate(self._shelter.tensors()):
             self._wished(i, p, self._pending(i))
         self._handles = [h for o in self._optimizers for h in self._listen(o)]
+        self._bare = [p for p in self._shelter.tensors() if p._post_accumulate_grad_hooks is None]
         for i, p in enumerate(self._shelter.tensors()):
             self._handles.append(p.register_post_accumulate_grad_hook(self._guarded(lambda q, i=i: self._accumulated(i, q))))
         return self
@@ -119,6 +120,10 @@ class Dissection:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for handle in self._handles:
             handle.remove()
+        for p in self._bare:
+            if not p._post_accumulate_grad_hooks:
+                p._post_accumulate_grad_hooks = None  # type: ignore[assignment]
+        self._bare = []
         if kind is not None:
             self._why = f"its block raised {kind.__name__}"
         elif self._failed is None:

@@ -75,7 +75,8 @@ class PartialsCheck:
             )
         if not self.frame["partial"].any():
             lines.append("  every partial checked is 0: little was put to test")
-        hidden = (self.frame["partial"] != 0) & (self.frame["partial"].abs() <= self.frame["tolerance"])
+        size = self.frame["partial"].abs()
+        hidden = (size > 1e-10 * size.max()) & (size <= self.frame["tolerance"])  # what is below that is 0 but for rounding
         if hidden.any():
             lines.append(
                 f"  {hidden.sum()} of them are too small beside the loss to be told from its rounding: leave out of it what "
