@@ -344,7 +344,7 @@ class Pipeline:
             for rows, tensors, now in _by_device(reading.rows, reading.tensors, reading.weights):
                 weights = [self._weight_before(row, w) for row, w in zip(rows, now, strict=True)] if reading.late else now
                 numbers, flips = summarize(rows, tensors, weights, self._last_of(reading))
-                table.pieces.append(Piece(rows, numbers))
+                table.pieces.append(Piece(rows, numbers, reading.skipped))
                 if flips is not None:
                     table.flips.append(Piece(*flips))
         table.summands.update(
@@ -352,9 +352,19 @@ class Pipeline:
         )
         if reading.complete:
             self._complete(table, reading)
-        if reading.gone and self._last is not None:
-            last = self._last
-            table.pieces, table.flips, table.divisor, table.notes = last.pieces, last.flips, last.divisor, last.notes
+        if reading.gone and self._last is not None and len(self._last.parameters) == len(reading.parameters):
+            self._stand_in(table, reading, self._last)
+
+    def _stand_in(self, table: Table, reading: Reading, last: Table) -> None:
+        """`.grad` was cleared before it could be read: the last backward's rows stand in for it."""
+        everything = range(len(reading.parameters))
+        rows = [row for row in everything if not reading.notes or reading.notes[row] != "elsewhere"]
+        table.pieces += [Piece(p.rows, p.numbers, reading.skipped, last.divisor) for p in _only(last.pieces, rows)]
+        table.flips += _only(last.flips, rows)
+        notes, wanted = [*table.notes] or [None] * len(everything), set(rows)
+        table.notes = [
+            last.notes[i] if i in wanted and last.notes else None if i in wanted else notes[i] for i in everything
+        ]
 
     def _gather(self, evidence: Streaming, reading: Reading) -> None:
         if reading.moving:
@@ -384,7 +394,7 @@ class Pipeline:
 
     def _complete(self, table: Table, reading: Reading) -> None:
         table.complete = True
-        table.parameters, table.skipped = self._with_summands(reading.parameters, table), reading.skipped
+        table.parameters = self._with_summands(reading.parameters, table)
         table.divisor, table.scale = reading.divisor, reading.scale
         # Two optimizers read their own parameters each: a row keeps the note of the reading that had it.
         if not reading.notes:

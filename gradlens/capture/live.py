@@ -21,7 +21,7 @@ from gradlens.capture.clock import Clock
 from gradlens.capture.gradients import Gradients, running
 from gradlens.capture.readings import Sink
 from gradlens.capture.scaling import Scaling
-from gradlens.capture.updates import Updates
+from gradlens.capture.updates import Role, Updates
 from gradlens.records import Finding, Severity, Stage
 
 #: Steps between full scans of the module tree. What registers a parameter in the usual way is seen at once; this finds
@@ -157,8 +157,7 @@ class Capture:
             self._rescan()
         # What was unfrozen or added since the last step may be reached later in this very pass.
         late = self.attachment.arm(self.gradients.hooks)
-        if not self.clock.open:
-            self.scaling.begin()
+        self.scaling.look(anew=not self.clock.open)
         self.clock.begin()
         return late
 
@@ -199,8 +198,11 @@ class Capture:
         return self.gradients.elsewhere()
 
     def _close_skipped(self) -> None:
-        if not self.clock.open:
-            return
+        if self.clock.open and any(role.clock for role in self._read_skipped()):
+            self.close_step()
+
+    def _read_skipped(self) -> list[Role]:
+        """Of the optimizers that the scaler let do nothing in this step: what it kept from them."""
         skipped = [
             role
             for role in self.updates.roles
@@ -210,13 +212,13 @@ class Capture:
             role.stepped = True
             if self.clock.observed:
                 self.updates.read_used(role, skipped=True)  # scaler.step() has unscaled what it then skipped
-        if any(role.clock for role in skipped):
-            self.close_step()
+        return skipped
 
     def close_step(self) -> None:
         """The step ended: hand it over, look at the model again, and get ready for the next."""
         step, scalars = self.clock.step, self.clock.scalars
         try:
+            self._read_skipped()
             if not self.updates.roles and self.clock.observed and self.clock.backward:
                 self.updates.manual_step_ends()
             if self.updates.unheard:

@@ -19,7 +19,7 @@ class Scaling:
 
     def __init__(self, scaler: Any | None) -> None:
         self.scaler = scaler if scaler is not None and scaler.is_enabled() else None
-        self._states: Any = None
+        self._books: list[Any] = []  # of the open step: update() begins a new one, and leaves the old as it was
 
     def scale(self) -> float | Tensor:
         """The scale of a backward that runs now."""
@@ -28,10 +28,13 @@ class Scaling:
             return 1.0
         return float(tensor) if tensor.device.type == "cpu" else tensor.detach().clone()
 
-    def begin(self) -> None:
-        """A step opens."""
+    def look(self, *, anew: bool) -> None:
+        """A backward pass starts; with `anew` it opens a step."""
         if self.scaler is not None:
-            self._states = self.scaler._per_optimizer_states
+            if anew:
+                self._books = []
+            if not self._books or self._books[-1] is not self.scaler._per_optimizer_states:
+                self._books.append(self.scaler._per_optimizer_states)
 
     def unscaled(self, optimizer: Any) -> bool:
         """Whether `.grad` of this optimizer's parameters has been unscaled in this step."""
@@ -42,9 +45,5 @@ class Scaling:
 
     def stepped(self, optimizer: Any) -> bool:
         """Whether `scaler.step(optimizer)` has been called in this step, skipped or not."""
-        if self.scaler is None:
-            return False
-        if self.scaler._per_optimizer_states is not self._states:
-            return True
-        state = self._states.get(id(optimizer))
-        return state is not None and state["stage"] is OptState.STEPPED
+        states = [book[id(optimizer)] for book in self._books if id(optimizer) in book]
+        return any(state["stage"] is OptState.STEPPED for state in states)

@@ -28,6 +28,8 @@ class Piece:
 
     rows: Sequence[int]
     numbers: Tensor  # [len(rows), width]
+    skipped: bool | Tensor = False  # the scaler found inf in these gradients' optimizer, which did nothing
+    divisor: float | Tensor | None = None  # where it is not the table's
 
 
 @dataclass(eq=False)
@@ -55,7 +57,6 @@ class Table:
     time: float
     scale: float | Tensor = 1.0
     divisor: float | Tensor = 1.0  # what the numbers still have to be divided by
-    skipped: bool | Tensor = False
     notes: list[str | None] = field(default_factory=list)
     pieces: list[Piece] = field(default_factory=list)
     flips: list[Piece] = field(default_factory=list)  # of sampled parameters
@@ -71,8 +72,9 @@ class Table:
         return [tensor for holder, name in self._slots() if isinstance(tensor := getattr(holder, name), Tensor)]
 
     def _slots(self) -> list[tuple[object, str]]:
-        slots: list[tuple[object, str]] = [(self, "scale"), (self, "divisor"), (self, "skipped")]
-        slots += [(piece, "numbers") for piece in (*self.pieces, *self.flips)]
+        slots: list[tuple[object, str]] = [(self, "scale"), (self, "divisor")]
+        slots += [(piece, name) for piece in self.pieces for name in ("numbers", "skipped", "divisor")]
+        slots += [(piece, "numbers") for piece in self.flips]
         for update in self.updates:
             slots += [(update, "skipped"), (update, "scale"), (update.piece, "numbers")]
             slots += [(piece, "numbers") for piece in (update.ended, update.used) if piece is not None]
@@ -118,11 +120,10 @@ class _Assembly:
             self._take(before[1])
         else:
             self._read()
-        skipped = bool(self._number(table, "skipped"))
         for update in table.updates:
             if not self._number(update, "skipped"):
                 self._fill_update(update)
-        status = self._status(skipped)
+        status = self._status()
         snapshot = Snapshot(
             step=table.step,
             backward=table.backward,
@@ -170,7 +171,11 @@ class _Assembly:
             self._fill(piece)
         for piece in self.table.flips:
             self._fill_group(piece, self._array(piece), fields.FLIPS)
-        self._unscale(self._number(self.table, "divisor"))
+        divisors = np.full(len(self.covered), self._number(self.table, "divisor"))
+        for piece in self.table.pieces:
+            if piece.divisor is not None:
+                divisors[self._rows(piece)] = self._number(piece, "divisor")
+        self._unscale(divisors)
         self.columns.update(fields.quantiles(self.histogram, self.columns))
 
     def _fill_absent(self) -> None:
@@ -204,12 +209,15 @@ class _Assembly:
             return index
         return np.stack([parameters.whole_index(row, at) for row, at in zip(rows, index, strict=True)])
 
-    def _unscale(self, scale: float) -> None:
-        if scale == 1.0 or math.isnan(scale):
+    def _unscale(self, divisors: np.ndarray) -> None:
+        known = np.where(np.isnan(divisors), 1.0, divisors)
+        if (known == 1.0).all():
             return
-        self.columns = fields.unscale(self.columns, np.full(len(self.covered), scale))
-        self.top = Top(self.top.index, self.top.partial / scale, self.top.value)
-        self.histogram = fields.shift(self.histogram, round(math.log2(scale)))
+        self.columns = fields.unscale(self.columns, known)
+        self.top = Top(self.top.index, self.top.partial / known[:, None], self.top.value)
+        for scale in set(known.tolist()) - {1.0}:
+            rows = known == scale
+            self.histogram[rows] = fields.shift(self.histogram[rows], round(math.log2(scale)))
 
     def _fill_update(self, update: UpdatePiece) -> None:
         array = self._array(update.piece).copy()
@@ -238,13 +246,14 @@ class _Assembly:
         after = np.stack([row for i, row in zip(update.used.rows, self._array(update.used), strict=True) if i in ended])
         return _uniform_ratio(before, after, _precision([self.table.parameters.dtypes[i] for i in rows]))
 
-    def _status(self, skipped: bool) -> np.ndarray:
+    def _status(self) -> np.ndarray:
         c = self.columns
         status = np.full(len(self.covered), Status.OK.value, dtype=object)
         status[c["zero"] == c["numel"]] = Status.ZERO.value
         status[c["nan"] + c["inf"] > 0] = Status.NONFINITE.value
-        if skipped:
-            status[self.covered] = Status.NONFINITE.value
+        for piece in self.table.pieces:
+            if self._number(piece, "skipped"):
+                status[self._rows(piece)] = Status.NONFINITE.value
         for i, note in enumerate(self.table.notes):
             if note is None:
                 continue

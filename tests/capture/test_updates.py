@@ -7,6 +7,8 @@ import torch
 from torch import nn
 from torch.amp import GradScaler
 
+import gradlens
+
 
 def linear():
     torch.manual_seed(0)
@@ -429,6 +431,44 @@ def test_a_skipped_step_is_noticed_by_the_next_backward(watched):
     scaled_step(model, optimizer, scaler)
     assert bench.sink.keys("backward") == [(0, 0), (1, 0)]
     assert bench.sink.keys("used") == [(0, 0), (1, 0)]
+
+
+@pytest.mark.situation(
+    "GradScaler over two optimizers, of which it skips one", stages={"used": "marked: status `nonfinite`, of that one"}
+)
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("which", [0, 1])
+def test_the_scaler_skips_one_of_two_optimizers(which, apart):
+    """The one that was skipped has its row, be it the clock or not; the other's are those of a step as any.
+
+    `apart`: each has its own backward and its own `scaler.update()`, as a GAN has.
+    """
+    model = nn.ModuleList([linear(), linear()])
+    optimizers = [torch.optim.SGD(part.parameters(), 0.01) for part in model]
+    scaler = GradScaler("cpu", init_scale=1024.0)
+    bad = [f"{which}.weight", f"{which}.bias"]
+    with gradlens.watch(model, optimizers, scaler=scaler) as lens:
+        for step in range(3):
+            model.zero_grad()
+            for part, optimizer in enumerate(optimizers):
+                scaler.scale(loss_of(model[part], k=1e25 if step == 1 and part == which else 1.0)).backward()
+                if apart:
+                    scaler.step(optimizer)
+                    scaler.update()
+            if not apart:
+                for optimizer in optimizers:
+                    scaler.step(optimizer)
+                scaler.update()
+        history = lens.history()
+        assert sorted(history["step"].unique()) == [0, 1, 2]
+        used = history[history["stage"] == "used"].set_index(["step", "parameter"])
+        assert len(used) == 3 * 4
+        for (step, name), row in used.iterrows():
+            skipped = step == 1 and name in bad
+            assert row["status"] == ("nonfinite" if skipped else "ok"), (step, name)
+            assert (row["update_l2"] > 0) != skipped, (step, name)
+        (finding,) = lens.findings()
+        assert (finding.rule, finding.step) == ("skipped", 1)
 
 
 def test_a_disabled_scaler_is_no_scaler(watched):

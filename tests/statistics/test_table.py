@@ -73,16 +73,19 @@ def test_scaled_rows_are_unscaled(scale):
 def test_scales_may_arrive_as_tensors():
     """A scale that lives on a device travels with the rows."""
     g = gradients()
-    made = table(scale=torch.tensor(2.0), divisor=torch.tensor(2.0), skipped=torch.tensor(0.0))
-    made.pieces = [Piece([0, 1, 2], kernels.summarize([2 * x for x in g], g))]
+    made = table(scale=torch.tensor(2.0), divisor=torch.tensor(2.0))
+    made.pieces = [Piece([0, 1, 2], kernels.summarize([2 * x for x in g], g), torch.tensor(0.0))]
+    assert snapshot(made).status.tolist() == ["ok"] * 3
     assert snapshot(made).column("sum")[0] == pytest.approx(g[0].double().sum().item(), rel=1e-6)
 
 
 def test_a_skipped_step_is_nonfinite_where_there_was_a_gradient():
-    """Every captured row of a skipped step says so; an absent one stays absent."""
-    made = table(skipped=True)
+    """Every captured row of a skipped step says so; an absent one, and one of another optimizer that stepped, do not."""
+    made = table()
     made.notes = [None, None, Status.ABSENT]
-    made.pieces = [Piece([0, 1], kernels.summarize(gradients()[:2]))]
+    made.pieces = [Piece([0], kernels.summarize(gradients()[:1]), True), Piece([1], kernels.summarize(gradients()[1:2]))]
+    assert snapshot(made).status.tolist() == ["nonfinite", "ok", "absent"]
+    made.pieces = [Piece([0, 1], kernels.summarize(gradients()[:2]), torch.tensor(1.0))]
     assert snapshot(made).status.tolist() == ["nonfinite", "nonfinite", "absent"]
 
 

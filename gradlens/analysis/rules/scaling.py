@@ -9,7 +9,7 @@ from typing import ClassVar
 import numpy as np
 
 from gradlens.analysis.history import History
-from gradlens.analysis.rules.base import check_number, check_steps, judged
+from gradlens.analysis.rules.base import check_number, check_steps, judged, unmoved
 from gradlens.records import Finding, Severity, Snapshot, Stage, Status
 
 
@@ -131,7 +131,9 @@ _HOPELESS = ("NaN or inf that no loss scale removes: in the data, in the weights
 
 
 def _skipped(snapshot: Snapshot) -> bool:
-    """Whether this is the record of a step that the scaler skipped."""
+    """Whether this is the record of a step that the scaler skipped, be it for one of several optimizers."""
     rows = judged(snapshot)
     known = np.isfinite(snapshot.scale) & (snapshot.scale != 1.0)
-    return bool(rows.any() and snapshot.has(Status.NONFINITE)[rows].all() and known[rows].all())
+    bad = rows & snapshot.has(Status.NONFINITE) & known
+    finite = snapshot.columns["nan"] + snapshot.columns["inf"] == 0  # and still not finite: a neighbour was not
+    return bool(rows.any() and (bad[rows].all() or (bad & (finite | unmoved(snapshot))).any()))

@@ -125,10 +125,18 @@ def test_ten_in_a_row_are_an_error(row, severity):
     assert f"{row} in a row" in finding.seen
 
 
+def test_one_of_two_optimizers_may_be_skipped():
+    """Finite gradients that are called `nonfinite`, or a parameter that did not move where another did, show it."""
+    one = {"status": ["nonfinite", "ok"], "stage": Stage.USED, "scale": 1024.0}
+    assert last(Skipped(), snapshot(0, nan=[0, 0], **one))
+    assert last(Skipped(), snapshot(0, nan=[1, 0], update_numel=[0, 100], **one))
+    assert last(Skipped(), snapshot(0, nan=[1, 0], update_numel=[100, 100], **one)) == []
+
+
 def test_only_a_scalers_step_is_skipped():
     """A non-finite gradient without a scale was executed, and one finite parameter shows that it was not skipped."""
     assert last(Skipped(), step(0, True, scale=1.0)) == []
     assert last(Skipped(), step(0, True, scale=math.nan)) == []
-    assert last(Skipped(), snapshot(0, status=["nonfinite", "ok"], stage=Stage.USED, scale=1024.0)) == []
+    assert last(Skipped(), snapshot(0, status=["nonfinite", "ok"], nan=[1, 0], stage=Stage.USED, scale=1024.0)) == []
     assert last(Skipped(), snapshot(0, status=["nonfinite", "frozen"], stage=Stage.USED, scale=1024.0))
     assert last(Skipped(), snapshot(0, status=["nonfinite"] * 2, scale=1024.0)) == []
