@@ -15,7 +15,7 @@ import numpy as np
 from gradlens.errors import ArgumentError, choice, nearest
 from gradlens.records import Stage
 from gradlens.store.segment import Segment
-from gradlens.store.tables import STAGES
+from gradlens.store.tables import STAGES, Key
 from gradlens.store.tail import Rows
 
 Steps = int | range | slice | Sequence[int] | None
@@ -30,6 +30,13 @@ class Condition:
     steps: tuple[int, int] | np.ndarray | None = None  #: first and last, or rising numbers
     stage: int | None = None
     stop: int | None = None  #: the step from which on rows are replaced
+
+    @property
+    def first(self) -> int:
+        """The first step that may meet it."""
+        if self.steps is None or not len(self.steps):
+            return 0
+        return int(self.steps[0])
 
     def touches(self, column: str, low: int, high: int) -> bool:
         """Whether rows whose `entry` or `step` lies between these bounds may meet it."""
@@ -85,12 +92,15 @@ class Filter:
         self._patterns = None if parameters is None else [parameters] if isinstance(parameters, str) else list(parameters)
         self._steps = _steps(steps)
         self._stage = None if stage is None else STAGES.index(stage)
+        self._entries: dict[Key, tuple[Segment, np.ndarray]] = {}
 
     def check(self, segments: Sequence[Segment]) -> None:
         """A pattern that fits no parameter is a mistake that the user should hear of."""
+        if not self._patterns:
+            return
         names = dict.fromkeys(name for each in segments for name, *_ in each.parameters)
-        for pattern in self._patterns or ():
-            if names and not any(_fits(name, pattern) for name in names):
+        for pattern in self._patterns:
+            if names and pattern not in names and not any(_fits(name, pattern) for name in names):
                 raise ArgumentError(f"there is no parameter {pattern!r} in this run{nearest(pattern, names)}")
 
     def has(self, step: int) -> bool:
@@ -99,11 +109,18 @@ class Filter:
 
     def within(self, owner: Segment, stop: int | None) -> Condition:
         """As a condition on the segment's rows, which are replaced from step `stop` on."""
-        entries = None
-        if self._patterns is not None:
+        return Condition(self._of(owner), self._steps, self._stage, None if self.superseded else stop)
+
+    def _of(self, owner: Segment) -> np.ndarray | None:
+        """The entries of the parameters that are asked for."""
+        if self._patterns is None:
+            return None
+        known = self._entries.get(owner.key)
+        if known is None or known[0] is not owner:
             named = enumerate(name for name, *_ in owner.parameters)
-            entries = np.array([i for i, name in named if any(_fits(name, p) for p in self._patterns)], np.int64)
-        return Condition(entries, self._steps, self._stage, None if self.superseded else stop)
+            entries = [i for i, name in named if any(_fits(name, p) for p in self._patterns)]
+            known = self._entries[owner.key] = owner, np.array(entries, np.int64)
+        return known[1]
 
 
 def _steps(given: Steps) -> np.ndarray | tuple[int, int] | None:

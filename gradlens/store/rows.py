@@ -2,7 +2,8 @@
 
     files -> those rows that meet the filter -> without what a resumed run has replaced -> in order of moment and model
 
-Row groups that cannot hold what is asked for are not read, nor columns that no answer needs.
+Row groups that cannot hold what is asked for are not read, nor columns that no answer needs. The steps of a segment do not
+fall: files that are older than one that begins before the steps asked for are not opened.
 """
 
 from __future__ import annotations
@@ -78,13 +79,21 @@ def find(run: Path, table: str, values: Sequence[str], asked: Filter) -> Found:
     """
     dtypes = {name: TABLES[table][name] for name in (*_KEYS, *values) if name in TABLES[table]}
     room = MAX_BYTES
+    begins: dict[Key, tuple[int, int]] = {}  # of each segment, the oldest file that was read and its first step
 
     def ask(part: Part, owner: Segment, stop: int | None) -> list[Rows]:
         nonlocal room
         if asked.rank not in (None, part.key.rank):
             return []
         condition, kept = asked.within(owner, stop), []
-        for rows in read(part, owner, table, list(dtypes), condition):
+        newer, begin = begins.get(part.key, (0, condition.first))
+        if part.last < newer and begin < condition.first:
+            return []
+
+        def begun(step: int) -> None:
+            begins[part.key] = part.first, step
+
+        for rows in read(part, owner, table, list(dtypes), condition, begun):
             kept.append(condition.of(rows))
             room -= sum(array.nbytes for array in kept[-1].values())
             if room < 0:
@@ -148,15 +157,27 @@ def _ordered(columns: dict[str, np.ndarray], segments: Sequence[Segment], until:
     return found if (order[1:] > order[:-1]).all() else found.take(order)
 
 
-def read(part: Part, owner: Segment, table: str, columns: Sequence[str], condition: Condition) -> Iterator[Rows]:
-    """These columns of a file, without rows whose group cannot meet the condition."""
+def read(
+    part: Part,
+    owner: Segment,
+    table: str,
+    columns: Sequence[str],
+    condition: Condition,
+    begins: Callable[[int], None] = lambda step: None,
+) -> Iterator[Rows]:
+    """These columns of a file, without rows whose group cannot meet the condition. `begins` is told its first step."""
     if part.tail:
         rows, _ = tail.read(part.path, {name: TABLES[table][name] for name in columns})
         owner.check(part.path, table, rows)
+        if len(rows["step"]):
+            begins(int(rows["step"].min()))
         yield rows
         return
     reader = Reader(part.path, table)
     try:
+        bounds = reader.bounds("step")
+        if bounds is not None:
+            begins(bounds[0])
         for rows in reader.read(columns, condition.touches):
             owner.check(part.path, table, rows)
             yield rows
@@ -165,15 +186,22 @@ def read(part: Part, owner: Segment, table: str, columns: Sequence[str], conditi
 
 
 def last_step(run: Path, table: str, stage: str | None = None) -> int | None:
-    """The last step of a table; None of an empty one. Older files show by their bounds that they have no later one."""
-    asked, last = Filter(stage=stage), -1
+    """The last step of a table; None of an empty one. The newest file of a segment that has rows of this stage tells."""
+    asked = Filter(stage=stage)
+    found: dict[Key, tuple[int, int]] = {}  # the file, and its last step
 
-    def ask(part: Part, owner: Segment, stop: int | None) -> None:
-        nonlocal last
-        last = max(last, _highest(part, owner, table, asked.within(owner, stop), last))
+    def ask(part: Part, owner: Segment, stop: int | None) -> int | None:
+        if part.last < found.get(part.key, (0, 0))[0]:
+            return None
+        condition = asked.within(owner, stop)
+        read_steps = (condition.of(rows)["step"] for rows in read(part, owner, table, ["step", "stage", "entry"], condition))
+        last = max((int(each.max()) for each in read_steps if len(each)), default=None)
+        if last is not None:
+            found[part.key] = part.first, last
+        return last
 
-    _over(run, table, ask)
-    return None if last < 0 else last
+    answers, _ = _over(run, table, ask)
+    return max((last for _, last in answers if last is not None), default=None)
 
 
 def steps(run: Path, table: str, stage: str | None = None) -> list[int]:
@@ -187,20 +215,6 @@ def steps(run: Path, table: str, stage: str | None = None) -> list[int]:
 
     answers, _ = _over(run, table, ask)
     return sorted(set().union(*(found for _, found in answers)))
-
-
-def _highest(part: Part, owner: Segment, table: str, condition: Condition, known: int) -> int:
-    """The last step of a file, or `known` where it has none after that."""
-    if not part.tail:
-        reader = Reader(part.path, table)
-        bounds = reader.bounds("step")
-        reader.close()
-        stop = condition.stop
-        if bounds is not None and (bounds[1] if stop is None else min(bounds[1], stop - 1)) <= known:
-            return known
-    columns = ["step", "stage", "entry"]
-    steps = [condition.of(rows)["step"] for rows in read(part, owner, table, columns, condition)]
-    return max((int(each.max()) for each in steps if len(each)), default=known)
 
 
 def replaced(segments: Sequence[Segment]) -> dict[Key, int | None]:

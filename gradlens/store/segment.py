@@ -5,6 +5,7 @@ Files of others are not trusted: their size is bounded, and each value is checke
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -72,6 +73,7 @@ class Segment:
         """Replace the segment's file."""
         content = {"schema": SCHEMA, "segment": self.key.segment, "rank": self.key.rank}
         content |= {name: getattr(self, name) for name in _CONTENT}
+        content = json.loads(_text_of(content))  # as a reader will have it
         replace(folder / f"{self.key}.json", {**content, "checksum": _checksum(content)})
 
 
@@ -81,7 +83,7 @@ _FILE = re.compile(r"(\d{4,9})-rank(\d{1,9})\.json")
 
 def _checksum(content: Mapping[str, Any]) -> int:
     """Of what a reader makes of it. A file that was edited by hand may do without."""
-    return zlib.crc32(json.dumps(json.loads(_text_of(content)), sort_keys=True).encode())
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
 
 
 def _text_of(content: Any) -> str:
@@ -157,11 +159,15 @@ def segments(run: Path) -> list[Segment]:
     for path in files(run / "segments"):
         match = _FILE.fullmatch(path.name)
         if match:
-            found.append(_segment(path, Key(int(match[1]), int(match[2]))))
+            is_now = path.stat()
+            version = (is_now.st_ino, is_now.st_mtime_ns, is_now.st_size)
+            found.append(_segment(path, Key(int(match[1]), int(match[2])), version))
     return sorted(found, key=lambda segment: segment.key)
 
 
-def _segment(path: Path, key: Key) -> Segment:
+@functools.lru_cache(maxsize=64)
+def _segment(path: Path, key: Key, version: tuple[int, int, int]) -> Segment:
+    """A file is replaced and never changed; of 10,000 parameters it takes 50 ms to check."""
     content = load(path)
     try:
         if "checksum" in content and content.pop("checksum") != _checksum(content):

@@ -7,8 +7,9 @@
     histograms/, weights/, scalars/              the same
     findings/0000-rank0.jsonl                    one finding a line
 
-A *segment* is what one lens wrote on one rank; resuming begins the next. Within it snapshots are numbered. Rows refer to
-parameters by `entry`, their place in the segment's list; Parquet files spell the name too, as a dictionary column.
+A *segment* is what one lens wrote on one rank; resuming begins the next. Within it snapshots are numbered, and their steps
+do not fall. Rows refer to parameters by `entry`, their place in the segment's list; Parquet files spell the name too, as a
+dictionary column.
 
 In tails every column is a number of fixed width, so that their length follows from the number of rows alone. Readers of
 Parquet pass over names that begin with `_` or `.`, so each folder is a data set to them while it is written.

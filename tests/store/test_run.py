@@ -14,7 +14,7 @@ import gradlens
 from gradlens import fields, frames
 from gradlens.errors import ArgumentError, NothingCapturedError, RunDirectoryError
 from gradlens.pooling import pool
-from gradlens.store import parts, rows
+from gradlens.store import parts, rows, segment
 from gradlens.store.run import open_run
 from tests.store import made
 
@@ -145,10 +145,17 @@ def long(tmp_path_factory):
 
 
 class Spy:
-    """Counts the row groups and columns that are read."""
+    """Counts the files that are opened, and the row groups and columns that are read."""
 
     def __init__(self, patch):
-        self.groups, self.columns = 0, set()
+        self.files, self.groups, self.columns = 0, 0, set()
+        opened = parts.Reader.__init__
+
+        def init(reader, *args):
+            self.files += 1
+            opened(reader, *args)
+
+        patch.setattr(parts.Reader, "__init__", init)
         original = pq.ParquetFile.read_row_group
 
         def read_row_group(file, i, columns=None, **options):
@@ -218,9 +225,22 @@ def test_filters_read_fewer_row_groups(long, spy):
 
 
 def test_the_last_step_is_found_in_the_newest_file(long, spy):
-    """`table()` opens the part that has the newest rows; older ones show by their bounds that they cannot."""
+    """`table()` opens the part that has the newest rows, once for its step and once for its rows, and no older one."""
     assert set(open_run(long).table()["step"]) == {399}
+    assert spy.files == 2
     assert spy.groups <= 20
+
+
+def test_files_of_earlier_steps_are_not_opened(long, spy):
+    """Newest first, until one begins before the steps that are asked for."""
+    there = len(list((long / "history").glob("*.parquet")))
+    for steps, most in [(slice(395, None), 1), (slice(200, None), there), (0, there)]:
+        spy.files = 0
+        assert len(open_run(long).history(steps=steps, columns=["step"]))
+        assert spy.files <= most
+    spy.files = 0
+    open_run(long).history(steps=slice(250, None), columns=["step"])
+    assert 1 < spy.files < there
 
 
 def test_questions_that_cannot_be_meant_are_errors(long):
@@ -273,6 +293,22 @@ def test_what_is_no_run_is_an_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunDirectoryError, match="is no directory"):
         open_run(tmp_path / "file")
+
+
+def test_a_segment_is_checked_once_while_its_file_is_the_same(tmp_path, monkeypatch):
+    """Of 10,000 parameters that takes a twentieth of a second; a file that was replaced is read anew."""
+    loads = []
+    real = segment.load
+    monkeypatch.setattr(segment, "load", lambda path: loads.append(path.name) or real(path))
+    with made.store(tmp_path) as store:
+        store.write(made.snapshot(0))
+        store.flush()
+        for _ in range(3):
+            assert open_run(tmp_path).names() == list(made.NAMES)
+        assert loads.count("0000-rank0.json") == 1
+        store.write(made.snapshot(1, of=made.parameters(["other"], [(2,)])))
+        store.flush()
+        assert open_run(tmp_path).names() == [*made.NAMES, "other"]
 
 
 # --- other answers --------------------------------------------------------------------------------------------------
