@@ -1,8 +1,8 @@
 """What a killed process loses: a training is killed at random moments, again and again, and its run is read each time.
 
     python benchmarks/durability.py              # 100 kills, some minutes
-    python benchmarks/durability.py --quick      # five, to see that it runs
-    python benchmarks/durability.py --csv FILE   # a line a kill, as in durability.csv
+    python benchmarks/durability.py --kills 5    # to see that it runs
+    python benchmarks/durability.py --csv FILE   # adds a line a kill, as in durability.csv
 
 Each process trains a small network with `gradlens.watch(..., run=)` as fast as it goes and tells when it began and when each
 step was over, until `kill -9` ends it, after 0.1 to 2.5 seconds. The next one goes on in the same directory. Every second
@@ -161,12 +161,12 @@ def finish(run: Path, expected: dict[int, float]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="five kills")
-    parser.add_argument("--csv", type=Path, help="where to write a line a kill")
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--csv", type=Path, help="where to add a line a kill")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    draw, kills = random.Random(given.seed), 5 if given.quick else 100
+    draw, kills = random.Random(given.seed), given.kills
     results: list[Kill] = []
     root = Path(tempfile.mkdtemp())
     try:
@@ -187,9 +187,11 @@ def main() -> None:
     print(f"opening and reading all losses: {statistics.median(each.read_ms for each in results):.0f} ms in the median")
     late = sum(age > 1e3 * store.INTERVAL for age in ages)
     if given.csv:
-        with open(given.csv, "w", newline="") as file:
+        new = not given.csv.exists()
+        with open(given.csv, "a", newline="") as file:
             writer = csv.DictWriter(file, list(asdict(results[0])))
-            writer.writeheader()
+            if new:
+                writer.writeheader()
             writer.writerows(map(asdict, results))
     if late:
         raise SystemExit(f"{late} kills lost steps that had been over for more than {store.INTERVAL:g} s")

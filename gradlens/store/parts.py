@@ -145,8 +145,8 @@ class Reader:
     def read(self, columns: Sequence[str], keep: Callable[[str, int, int], bool]) -> Iterator[Rows]:
         """Groups of rows; those are left out of which `keep(column, low, high)` of `entry` or `step` says no."""
         for group in range(self._file.metadata.num_row_groups):
-            known = {name: self._bounds(group, name) for name in ("entry", "step")}
-            if all(bound is None or keep(name, *bound) for name, bound in known.items()):
+            known = ((name, self._bounds(group, name)) for name in ("entry", "step"))
+            if all(bound is None or keep(name, *bound) for name, bound in known):
                 with self._guard():
                     table = self._file.read_row_group(group, columns=list(columns))
                     rows = {name: self._numbers(name, table.column(name)) for name in columns}

@@ -175,8 +175,7 @@ def read(
         return
     reader = Reader(part.path, table)
     try:
-        bounds = reader.bounds("step")
-        if bounds is not None:
+        if condition.first and (bounds := reader.bounds("step")) is not None:
             begins(bounds[0])
         for rows in reader.read(columns, condition.touches):
             owner.check(part.path, table, rows)

@@ -182,8 +182,8 @@ class Run:
         long = {
             "step": c["step"],
             "backward": c["backward"],
-            "stage": pd.Series(found.words("stage", STAGES), dtype="str"),
-            "parameter": pd.Series(answers.objects(names)[at], dtype="str"),
+            "stage": answers.texts(STAGES, c["stage"]),
+            "parameter": answers.texts(names, at),
             "bucket": c["bucket"],
             "count": c["count"],
         }

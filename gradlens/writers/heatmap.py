@@ -27,6 +27,8 @@ from PIL import Image, ImageDraw, ImageFont
 from gradlens.writers import grid as cells
 from gradlens.writers.grid import Grid
 
+Image.preinit()  # Pillow's modules for files, 35 ms: not when the first picture is drawn, while records wait behind it
+
 WIDTH, LEFT, RIGHT = 1000, 206, 264  #: pixels: the picture, the names, what stands to the right
 ABOVE, HEIGHT, BELOW = 48, 400, 132  #: the title, the cells, the steps and the legend
 MIDDLE, WORDS = WIDTH - LEFT - RIGHT, 100  #: the cells, and how far from them the findings stand
