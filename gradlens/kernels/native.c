@@ -1220,6 +1220,69 @@ static int may_keep(const task *tasks, int64_t n, const int64_t *layouts) {
     return apart;
 }
 
+/* --- what tensors are ------------------------------------------------------------------------------------------------------------ */
+
+/* DLPack's form of a tensor, version 1. */
+typedef struct {
+    void *data;
+    int32_t device_type, device;
+    int32_t axes;
+    uint8_t code, bits;
+    uint16_t lanes;
+    const int64_t *length, *stride;
+    uint64_t byte_offset;
+} dlpack;
+
+/* Python's functions, to be called with the GIL: an object of a list, and what a tensor is; other than 0 with a Python error. */
+typedef void *(*getter)(void *list, ptrdiff_t at);
+typedef int (*asker)(void *object, dlpack *answer);
+
+static int type_of(const dlpack *d) {
+    if (d->lanes != 1)
+        return -1;
+    if (d->code == 4)
+        return d->bits == 16 ? BFLOAT16 : -1;
+    if (d->code != 2)
+        return -1;
+    return d->bits == 32 ? FLOAT32 : d->bits == 64 ? FLOAT64 : d->bits == 16 ? FLOAT16 : -1;
+}
+
+/* The entries of a tensor without gaps in logical order, -1 of any other. */
+static int64_t straight_count(const dlpack *d) {
+    int64_t count = 1;
+    int straight = 1;
+    for (int axis = d->axes - 1; axis >= 0; axis--) {
+        straight &= d->length[axis] == 1 || !d->stride || d->stride[axis] == count;
+        count *= d->length[axis];
+    }
+    return straight || count == 0 ? count : -1;
+}
+
+/* Fills in an operand of n tasks from a Python list: 1 if all are plain, contiguous and as large as the operands before them, and
+ * lie within their storages. Those have `bytes`, the tensors begin `offsets` entries into them; `nothing` leaves a gap. */
+EXPORT int gradlens_ask(getter get, asker ask, void *list, const void *nothing, const int64_t *offsets, const int64_t *bytes,
+                        int64_t n, task *tasks, int operand) {
+    for (int64_t i = 0; i < n; i++) {
+        task *t = tasks + i;
+        dlpack d;
+        void *object = get(list, (ptrdiff_t)i);
+        if (object == nothing)
+            continue;
+        if (!object || ask(object, &d) != 0)
+            return 0;
+        int type = type_of(&d);
+        int64_t count = type < 0 || d.device_type != 1 ? -1 : straight_count(&d), room = *bytes++, skipped = *offsets++;
+        if (count < 0 || (count > 0 && (!d.data || skipped + count > room / SIZE[type])))
+            return 0;
+        if (t->count >= 0 && t->count != count)
+            return 0;
+        t->count = count;
+        t->type[operand] = type;
+        t->pointer[operand] = count ? (int64_t)(intptr_t)((char *)d.data + d.byte_offset) : 1;
+    }
+    return 1;
+}
+
 /* --- the calls --------------------------------------------------------------------------------------------------------------------- */
 
 /* 0, with nothing done, where a tensor that is to be overwritten shares memory with another that is read. */

@@ -4,7 +4,8 @@ The library knows nothing of Python and torch, so that one build serves every ve
 of the exact class `Tensor` or `Parameter` (or the local part of a distributed one), strided, on the CPU, float32, float64,
 bfloat16 or float16, without lazy bits, in memory that is really there. Everything else goes to the reference, row by row.
 
-All tensors of a call are one call. To ask a tensor costs more than to read a small one, so a list is asked one question
+All tensors of a call are one call. To ask a tensor what it is costs more than to read a small one. So the library asks,
+through the table of functions that torch offers in DLPack's form; where torch has none yet, a list is asked one question
 after the other, by `map`. Only a list in which not all are plain and contiguous is halved until the odd ones are found.
 """
 
@@ -74,7 +75,61 @@ def load(path: Path = LIBRARY) -> Native:
     for call in (library.gradlens_summarize, library.gradlens_compare, library.gradlens_sample):
         call.argtypes = arguments
         call.restype = ctypes.c_int
-    return Native(library, library.gradlens_variant())
+    return Native(library, library.gradlens_variant(), _asker(path))
+
+
+Asker = Callable[[Sequence[Any], array, int], bool]  #: writes an operand of a list of tensors into tasks, if all are plain
+
+
+class _Exchange(ctypes.Structure):
+    """DLPack's table of functions, version 1; the last one that is used here may be missing."""
+
+    _fields_ = (
+        ("major", ctypes.c_uint32),
+        ("minor", ctypes.c_uint32),
+        ("others", ctypes.c_void_p * 4),
+        ("tensor_of_object", ctypes.c_void_p),
+    )
+
+
+def _asker(path: Path) -> Asker | None:
+    """The library's way to ask torch's tensors what they are; None where torch has no such table."""
+    capsule = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+    if capsule is None:
+        return None
+    address = ctypes.pythonapi.PyCapsule_GetPointer
+    address.restype, address.argtypes = ctypes.c_void_p, (ctypes.py_object, ctypes.c_char_p)
+    table = _Exchange.from_address(address(capsule, b"dlpack_exchange_api"))
+    if table.major != 1 or not table.tensor_of_object:
+        return None
+    ask = ctypes.PyDLL(str(path)).gradlens_ask  # with the GIL: it asks Python's objects
+    ask.argtypes = (
+        *[ctypes.c_void_p] * 2,
+        ctypes.py_object,
+        *[ctypes.c_void_p] * 3,
+        ctypes.c_int64,
+        ctypes.c_void_p,
+        ctypes.c_int,
+    )
+    ask.restype = ctypes.c_int
+    functions = ctypes.cast(ctypes.pythonapi.PyList_GetItem, ctypes.c_void_p).value, table.tensor_of_object
+
+    def asked(column: Sequence[Any], tasks: array, operand: int) -> bool:
+        objects, kinds = list(column), set(map(type, column))
+        tensors = [tensor for tensor in objects if tensor is not None] if type(None) in kinds else objects
+        if not kinds <= {*_PLAIN, type(None)}:
+            return False
+        try:
+            if any(map(Tensor.is_neg, tensors)):
+                return False
+            offsets = array("q", map(Tensor.storage_offset, tensors))  # type: ignore[type-var]
+            sizes = array("q", map(len, map(Tensor.untyped_storage, tensors)))
+            there = offsets.buffer_info()[0], sizes.buffer_info()[0]
+            return bool(ask(*functions, objects, id(None), *there, len(objects), tasks.buffer_info()[0], operand))
+        except (RuntimeError, BufferError):  # no storage at all: sparse, opaque, or inside a transform
+            return False
+
+    return asked
 
 
 def _columns() -> str:
@@ -84,10 +139,11 @@ def _columns() -> str:
 
 @dataclass(frozen=True)
 class Native:
-    """The library, and which of its `VARIANTS` runs."""
+    """The library, which of its `VARIANTS` runs, and how it asks tensors."""
 
     library: ctypes.CDLL
     variant: int
+    asker: Asker | None = None
 
     def summarize(
         self,
@@ -115,7 +171,7 @@ class Native:
         if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
             return honest(*columns)  # what is made here would be no ordinary tensor
         with torch._C.DisableTorchFunction(), torch.inference_mode(False):
-            work = _Work(columns)
+            work = _Work(columns, self.asker)
             rows = torch.empty(len(work.taken), width, dtype=torch.float64, device="cpu")
             threads = torch.get_num_threads() if work.entries >= THREADED else 1
             tasks, layouts = (numbers.buffer_info()[0] for numbers in (work.tasks, work.layouts))
@@ -137,9 +193,10 @@ class Native:
 class _Work:
     """The tasks of a call, and which rows are `taken`; what is `left` is not plain."""
 
-    def __init__(self, columns: Sequence[Column]) -> None:
+    def __init__(self, columns: Sequence[Column], asker: Asker | None = None) -> None:
         n = next(len(column) for column in columns if column is not None)
         self._columns = [None if column is None else reference.whole("a list", column, n) for column in columns]
+        self._asker = asker
         self._local: list[Tensor] = []  # parts of distributed tensors, alive while their addresses are in use
         self.tasks, self.layouts = array("q"), array("q", [0])
         self.taken: list[int] = []
@@ -152,7 +209,7 @@ class _Work:
         part = self._columns
         if stop - start < self._n:
             part = [None if column is None else column[start:stop] for column in self._columns]
-        tasks = _tasks(part, stop - start)
+        tasks = _tasks(part, stop - start) if self._asker is None else _asked(part, stop - start, self._asker)
         if tasks is None and stop - start > 1:
             middle = (start + stop) // 2
             self._take(start, middle)
@@ -182,6 +239,43 @@ class _Work:
             for tensor in (*row, *[None] * (_OPERANDS - len(row))):
                 self.layouts.extend([0] * len(shapes[0]) if tensor is None else tensor.stride())
         return task
+
+
+def _asked(columns: Sequence[Column], n: int, asker: Asker) -> array | None:
+    """As `_tasks`, of contiguous tensors."""
+    tasks = array("q", bytes(8 * _TASK * n))
+    tasks[2 * _OPERANDS :: _TASK] = array("q", [_GAP]) * n
+    known: list[tuple[int, Sequence[Any]]] = []
+    for operand, column in enumerate(columns):
+        if column is None:
+            continue
+        twin = next((at for at, earlier in known if earlier is column or all(map(is_, earlier, column))), None)
+        if twin is not None:
+            tasks[operand::_TASK] = tasks[twin::_TASK]
+            tasks[_OPERANDS + operand :: _TASK] = tasks[_OPERANDS + twin :: _TASK]
+        elif isinstance(column, Own) and column.facts is not None:
+            if not _fits(column.facts, tasks, operand):
+                return None
+        elif not asker(column, tasks, operand):
+            return None
+        elif isinstance(column, Own):
+            starts = operand, _OPERANDS + operand, 2 * _OPERANDS
+            pointers, codes, counts = (tasks[start::_TASK].tolist() for start in starts)
+            column.facts = pointers, codes, counts
+        known.append((operand, column))
+    return tasks
+
+
+def _fits(facts: _Facts, tasks: array, operand: int) -> bool:
+    """Writes an operand of known facts, if its tensors are as large as the operands before them."""
+    pointers, codes, counts = facts
+    before = tasks[2 * _OPERANDS :: _TASK].tolist()
+    if before != counts and any(a not in (b, _GAP) for a, b in zip(before, counts, strict=True)):
+        return False
+    tasks[operand::_TASK] = array("q", pointers)
+    tasks[_OPERANDS + operand :: _TASK] = array("q", codes)
+    tasks[2 * _OPERANDS :: _TASK] = array("q", counts)
+    return True
 
 
 def _tasks(columns: Sequence[Column], n: int, *, straight: bool = True) -> array | None:

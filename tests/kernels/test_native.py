@@ -2,6 +2,7 @@
 
 import contextlib
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -19,7 +20,9 @@ if not native.LIBRARY.exists():
     pytest.skip("the native kernel was not built", allow_module_level=True)
 
 BEST = native.load()
-KERNELS = [native.Native(BEST.library, variant) for variant in range(BEST.variant + 1)]
+# The plain one asks tensors by `map`, as where torch has no table of functions.
+KERNELS = [native.Native(BEST.library, variant, BEST.asker if variant else None) for variant in range(BEST.variant + 1)]
+askers = pytest.mark.parametrize("asker", [BEST.asker, None], ids=["by table", "by map"])
 variants = pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: native.VARIANTS[kernel.variant])
 BITS = {torch.float32: torch.int32, torch.float64: torch.int64, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 
@@ -224,6 +227,17 @@ def test_ten_million_entries(kernel, monkeypatch):
         assert row[fields.TOP_INDEX][0] == 5
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_ten_million_entries_of_every_type(dtype, monkeypatch):
+    """Hostile ones, on two threads, in memory order or across it."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    g, w = (made(10**7, dtype, seed, hostile=True) for seed in (1, 2))
+    if dtype in (torch.bfloat16, torch.float64):
+        g, w = g.view(2500, 4000).t(), w.view(4000, 2500)
+    check(BEST.summarize([g], [w]), reference.summarize([g], [w]))
+
+
 # --- rooms ------------------------------------------------------------------------------------------
 
 
@@ -322,29 +336,33 @@ def strange():
     }
 
 
+@askers
 @pytest.mark.parametrize("kind", strange())
-def test_what_is_not_plain_goes_to_the_reference_alone(kind, monkeypatch):
+def test_what_is_not_plain_goes_to_the_reference_alone(kind, asker, monkeypatch):
     """One odd tensor among many takes its own row there, and the rows keep their order."""
+    kernel = native.Native(BEST.library, BEST.variant, asker)
     tensors = [made(n, seed=n) for n in (3, 9, 5, 4)]
     tensors.insert(2, strange()[kind])
     expected = reference.summarize(tensors)
     with spied(monkeypatch) as asked:
-        check(BEST.summarize(tensors), expected)
+        check(kernel.summarize(tensors), expected)
         assert asked == [1]
-        BEST.sample(tensors)
-        BEST.compare([None] * 5, tensors, tensors)
+        kernel.sample(tensors)
+        kernel.compare([None] * 5, tensors, tensors)
         assert asked == [1, 1, 1]
 
 
-def test_gaps_stay_with_the_kernel(monkeypatch):
+@askers
+def test_gaps_stay_with_the_kernel(asker, monkeypatch):
     """Tensors that are not there send no row to the reference."""
+    kernel = native.Native(BEST.library, BEST.variant, asker)
     g, w, p = ([made(n, seed=n + i) for n in (3, 9, 5)] for i in range(3))
     weights, previous = [w[0], None, w[2]], [None, p[1], None]
     expected = reference.summarize(g, weights, previous)
     compared = reference.compare([None, g[1], None], w, p, [g[0], None, None])
     with spied(monkeypatch) as asked:
-        check(BEST.summarize(g, weights, previous, [None, torch.empty(9), None]), expected)
-        check_identical(BEST.compare([None, g[1], None], w, p, [g[0], None, None]), compared, fields.UPDATES)
+        check(kernel.summarize(g, weights, previous, [None, torch.empty(9), None]), expected)
+        check_identical(kernel.compare([None, g[1], None], w, p, [g[0], None, None]), compared, fields.UPDATES)
         assert asked == []
 
 
@@ -361,14 +379,19 @@ def test_inference_tensors_and_parameters_are_plain(monkeypatch):
     assert not rows.requires_grad
 
 
-def test_a_storage_that_is_too_small_is_never_read():
+@askers
+def test_a_storage_that_is_too_small_is_never_read(asker):
     """FSDP frees storages under tensors; a shrunken one is not taken either, in any layout."""
     for left in (0, 3996):
         for view in (lambda t: t, lambda t: t.view(10, 100).t()):
             tensor = view(torch.randn(1000))
             tensor.untyped_storage().resize_(left)
-            assert native._Work([[tensor]]).taken == []
-    assert native._Work([[torch.empty(3, device="meta")]]).taken == []
+            assert native._Work([[tensor]], asker).taken == []
+    begins_later = torch.randn(1000)[10:]
+    begins_later.untyped_storage().resize_(3996)
+    assert native._Work([[begins_later], [None], [begins_later[:-1]]], asker).taken == []
+    assert native._Work([[begins_later[:-1]]], asker).taken == [0]
+    assert native._Work([[torch.empty(3, device="meta")]], asker).taken == []
 
 
 class Noted(TorchDispatchMode):
@@ -397,14 +420,22 @@ def test_under_a_user_s_mode_no_memory_is_touched(monkeypatch):
     assert len(seen) == 2
 
 
-def test_what_escaped_from_a_transform_is_not_taken():
+@askers
+def test_what_escaped_from_a_transform_is_not_taken(asker):
     """It has the class of a tensor and no memory."""
     escaped = []
     for transform in (torch.func.grad, torch.func.vmap):
         argument = torch.randn(7) if transform is torch.func.grad else torch.randn(2, 7)
         transform(lambda x: (escaped.append(x), x.sum())[1])(argument)
     assert {type(tensor) for tensor in escaped} == {torch.Tensor}
-    assert native._Work([escaped]).taken == []
+    assert native._Work([escaped], asker).taken == []
+
+
+def test_torch_s_table_of_functions_is_used_where_there_is_one(monkeypatch):
+    """It asks a thousand tensors in the time in which one after the other asks four hundred."""
+    assert (BEST.asker is not None) == hasattr(torch.Tensor, "__dlpack_c_exchange_api__")
+    monkeypatch.delattr(torch.Tensor, "__dlpack_c_exchange_api__", raising=False)
+    assert native.load().asker is None
 
 
 def test_a_default_device_s_mode_changes_nothing(monkeypatch):
@@ -478,3 +509,28 @@ def test_subnormal_numbers_count_under_flush_denormal(dtype):
         torch.set_flush_denormal(False)
     check(rows[0], expected[0])
     assert torch.equal(rows[1], expected[1])
+
+
+def test_python_runs_while_the_kernel_reads():
+    """The call holds no lock of the interpreter: another thread of Python goes on in the middle of it."""
+    big, ticks, over = torch.ones(2 * 10**7), [], threading.Event()
+
+    def tick():
+        while not over.is_set():
+            ticks.append(time.perf_counter())
+            time.sleep(0)
+
+    thread = threading.Thread(target=tick)
+    thread.start()
+    try:
+        for _ in range(50):
+            start = time.perf_counter()
+            BEST.summarize([big])
+            third = (time.perf_counter() - start) / 3
+            if sum(start + third < at < start + 2 * third for at in ticks) > 1:
+                return
+            ticks.clear()
+    finally:
+        over.set()
+        thread.join()
+    pytest.fail("no other thread ran during fifty calls")
