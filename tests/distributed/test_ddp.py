@@ -1,13 +1,14 @@
 """DistributedDataParallel: this rank's own partials, and their mean over the ranks."""
 
 import warnings
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from torch import distributed, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -56,6 +57,7 @@ class Loop:
 
     def result(self):
         self.lens.close()
+        _after.append(weights(self.net))
         return told(self.keep, self.wanted)
 
 
@@ -75,13 +77,27 @@ def told(keep, wanted):
     return seen, wanted, status, [finding.rule for finding in keep.findings]
 
 
+_after = []  # the weights that loops have ended with
+
+
+def bits(*calls):
+    """The scenarios; then the weights that their loops end with, watched and not."""
+    results, after = {}, []
+    for watch in (gradlens.watch, lambda *_, **__: ExitStack()):
+        with mock.patch.object(gradlens, "watch", watch):
+            _after.clear()
+            results = {call.__name__: call() for call in calls} | results
+            after.append(list(_after))
+    return results | {"after": after}
+
+
 def views():
     """Both ways of bucket views, watched and not."""
     result = {}
     for view in (False, True):
         for watched in (True, False):
-            net = DistributedDataParallel(model(), gradient_as_bucket_view=view)
-            keep, after = train(net, mine(batches()), ("backward", "reduced", "used"), watched)
+            net = DistributedDataParallel(model().double(), gradient_as_bucket_view=view)
+            keep, after = train(net, mine(batches()).double(), ("backward", "reduced", "used"), watched)
             result[view, watched] = ([numbers(s) for s in keep.snapshots], after)
     return result
 
@@ -192,6 +208,26 @@ def compiled():
         loop.wanted["reduced", step, 0] = loop.wanted["used", step, 0] = loop.mean(own)
         loop.optimizer.step()
     return loop.result()
+
+
+def named():
+    """A user's attribute `module`, inside wrappers that have one, too: the names in each answer."""
+
+    class Mine(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.module, self.last = checkpoint_wrapper(nn.Linear(6, 5)), nn.Linear(5, 3)
+
+        def forward(self, x):
+            return self.last(self.module(x))
+
+    net = torch.compile(DistributedDataParallel(Mine()), backend="eager")
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    keep = Keep()
+    with gradlens.watch(net, optimizer, writers=[keep], rules=()) as lens:
+        loss(net, mine(batches())[0]).backward()
+        optimizer.step()
+    return lens.names(), list(keep.snapshots[0].names), lens.table()["parameter"].tolist()
 
 
 def comm_hook():
@@ -386,14 +422,16 @@ def counted():
 
 def two():
     """All scenarios."""
-    return four() | {call.__name__: call() for call in (compiled, by_hand, counted, faults, raised)}
+    others = (views, noise, replicated, named, by_hand, counted, faults, raised)
+    return bits(*LOOPS, compiled) | {call.__name__: call() for call in others}
 
 
 def four():
     """Those in which the number of ranks may matter."""
-    return {call.__name__: call() for call in (views, no_sync, find_unused, static_graph, comm_hook, noise, replicated)}
+    return bits(*LOOPS) | {call.__name__: call() for call in (views, noise, replicated)}
 
 
+LOOPS = (no_sync, find_unused, static_graph, comm_hook)
 BOTH = pytest.mark.parametrize(("group", "count"), [(two, 2), (four, 4)], ids=["2", "4"])
 
 
@@ -414,16 +452,16 @@ def check(result, stages=STAGES, **tolerance):
 def test_stages_are_what_they_say(launched, group, count):
     """`backward` is the local gradient, `reduced` and `used` the mean, bucket views both ways; training is unchanged."""
     ranks = launched(group, count)
-    whole, _ = train(model(), batches(), ("backward", "used"))
+    whole, _ = train(model().double(), batches().double(), ("backward", "used"))
     for rank, result in enumerate(ranks):
-        own, _ = train(model(), batches().chunk(count, dim=1)[rank][:1], ("backward",))
+        own, _ = train(model().double(), batches().double().chunk(count, dim=1)[rank][:1], ("backward",))
         for view in (False, True):
             snapshots, after = result["views"][view, True]
             bits_equal(after, result["views"][view, False][1])
             assert len(snapshots) == 9
             for step, (backward, reduced, used) in enumerate(zip(*[iter(snapshots)] * 3, strict=True)):
                 for seen in (reduced, used):
-                    same(seen, numbers(whole.at("used")[step, 0]), rtol=2e-4, atol=1e-8)
+                    same(seen, numbers(whole.at("used")[step, 0]), rtol=1e-9, atol=1e-12)
                 if step == 0:
                     same(backward, numbers(own.snapshots[0]))
 
@@ -480,6 +518,28 @@ def test_static_graph_with_reentrant_checkpoints(launched, group, count):
         for loop in result["static_graph"].values():
             check(loop, ("backward", "reduced", "used"))
             assert loop[3] == []
+
+
+@BOTH
+@pytest.mark.trap(34)
+@pytest.mark.situation(
+    "DDP: bit-identical", note="`no_sync`, `find_unused_parameters`, `static_graph`, a comm hook, compiled"
+)
+def test_training_is_bit_identical(launched, group, count):
+    """Every loop ends with the weights that it has without us."""
+    for result in launched(group, count):
+        watched, bare = result["after"]
+        assert len(watched) == len(bare) == 4 + 2 + 4 + 1 + (count == 2)
+        for a, b in zip(watched, bare, strict=True):
+            bits_equal(a, b)
+
+
+@pytest.mark.trap(43)
+def test_names_lose_wrappers(launched):
+    """Those of compile, DDP and checkpoints; an attribute that a user called `module` stays."""
+    for result in launched(two):
+        asked, recorded, pooled = result["named"]
+        assert asked == recorded == pooled == ["module.weight", "module.bias", "last.weight", "last.bias"]
 
 
 @pytest.mark.situation("DDP, compiled", stages={"backward": "yes", "reduced": "yes", "used": "yes"})

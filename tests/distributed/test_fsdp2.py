@@ -246,6 +246,8 @@ def test_float32_differs_by_the_order_of_addition_alone(launched, count):
                 np.testing.assert_array_equal(pooled.columns[field.name], whole[step].columns[field.name])
             for name in ("abs_sum", "square_sum", "abs_max"):
                 np.testing.assert_allclose(pooled.columns[name], whole[step].columns[name], rtol=1e-6, err_msg=name)
+            apart = np.abs(pooled.columns["sum"] - whole[step].columns["sum"])
+            assert (apart <= 1e-6 * whole[step].columns["abs_sum"]).all()  # of what was added, before it cancels
 
 
 @COUNTS
