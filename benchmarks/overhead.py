@@ -107,18 +107,25 @@ def trained(task: Task, contender: Contender, template: torch.nn.Module) -> Roun
 
 
 def rounds(task: Task, contenders: Sequence[Contender], seconds: float) -> tuple[dict[str, list[Round]], dict[str, str]]:
-    """As many rounds as fit into the time, two at least; and why some contenders are missing."""
+    """As many whole rounds as fit into the time, two at least, or until Ctrl-C; and why some contenders are missing."""
     torch.manual_seed(0)
     template, times, missing = task.model(), defaultdict(list), dict[str, str]()
     start, last, n = time.monotonic(), 0.0, 0
     while n < 2 or time.monotonic() - start + last < seconds:
-        begun = time.monotonic()
-        for contender in random.sample(contenders, len(contenders)):
-            if contender.name not in missing:
-                try:
-                    times[contender.name].append(trained(task, contender, template))
-                except Exception as error:  # noqa: BLE001 - peers break in many ways, and the reason is the result
-                    missing[contender.name] = f"{type(error).__name__}: {error}".splitlines()[0][:100]
+        begun, fresh = time.monotonic(), dict[str, Round]()
+        try:
+            for contender in random.sample(contenders, len(contenders)):
+                if contender.name not in missing:
+                    try:
+                        fresh[contender.name] = trained(task, contender, template)
+                    except Exception as error:  # noqa: BLE001 - peers break in many ways, and the reason is the result
+                        missing[contender.name] = f"{type(error).__name__}: {error}".splitlines()[0][:100]
+        except KeyboardInterrupt:
+            if n:
+                break
+            raise
+        for name, one in fresh.items():
+            times[name].append(one)
         last, n = time.monotonic() - begun, n + 1
         print(f"  round {n}: {last:.0f} s", file=sys.stderr)
     return times, missing
@@ -137,7 +144,8 @@ def rows(name: str, threads: int, contenders: Sequence[Contender], seconds: floa
         else:
             base, own = times[contender.baseline], times[contender.name]
             quartiles = {
-                field: statistics.quantiles(ratios(base, own, field), n=4) for field in ("wall", "thread", "process")
+                field: statistics.quantiles(ratios(base, own, field) * (2 if len(own) < 2 else 1), n=4)
+                for field in ("wall", "thread", "process")
             }
             row |= {name: f"{value:.4f}" for name, value in zip(("low", "added", "high"), quartiles["wall"], strict=True)}
             row |= {field: f"{quartiles[field][1]:.4f}" for field in ("thread", "process")}
