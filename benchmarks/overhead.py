@@ -1,28 +1,32 @@
 """What watching costs a training step: gradlens in several settings, and what else people use, on four models.
 
     pip install -r benchmarks/requirements.txt      # the peers; those that are missing are left out, with the reason
-    python benchmarks/overhead.py                   # everything: an hour of a quiet machine; overhead.csv and the plot
+    python benchmarks/overhead.py                   # everything: an hour; overhead.csv and the plot
     python benchmarks/overhead.py --model gpt --threads 2 --minutes 4 --only 'bare*' 'gradlens*'
     python benchmarks/overhead.py --budget          # whether budget=0.01 is kept
     python benchmarks/overhead.py --plot            # docs/images/overhead.png from overhead.csv
 
-One process, torch on one thread or two. A round lets each contender train in random order: a fresh copy of the model, some
-steps to warm up, then the steps that are timed as a whole, as a user's loop would see them: zero_grad, forward, backward,
-the optimizer's step, loss.item(). Each figure is the median over rounds of (the contender's seconds a step / those of its
-baseline in the same round - 1), and `bare again`, the baseline against itself, says what it can be by chance:
+One process, torch on one thread or two. Two copies of a model train side by side, one as it is and one with a contender, a
+step of this and a step of that: zero_grad, forward, backward, the optimizer's step, loss.item(). What is compared is
+processor time, since other work on the machine changes it little. Contenders take turns in random order, several rounds.
+Each share is of a step of the bare copy; figures are medians over rounds, and `bare again`, a bare copy beside a bare copy,
+says what they can be by chance:
 
-- `added`: of wall time, with its quartiles `low` and `high`. What one pays, on a machine that does nothing else.
-- `thread`: of the training thread's processor time, which other work on the machine changes little. It leaves out what the
-  thread waits for, and what other threads do.
-- `process`: of all the process's processor time, background threads included, until all that was seen is in files.
-  wandb's own process is not in it.
+- `thread`: of the training thread, the median step of one copy against that of the other. What one pays where a core is
+  free for background threads.
+- `added`: the same and the processor time of all other threads, until all that was seen is in files; `low` and `high` are
+  its extremes over the rounds. What one pays where no core is free. wandb's own process is not in it. With several torch
+  threads it is `thread`, since theirs cannot be told apart.
+- `wall`: of the time that passes, the median step of each. On a busy machine it says little.
 
-`end_ms` is what the end of the run took, once: gradlens draws its pictures and makes its records into Parquet.
+The first steps are left out, and the end: `end_ms` is what closing took, once. gradlens then draws its pictures and makes
+its records into Parquet.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import csv
 import fnmatch
@@ -50,29 +54,17 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "overhead.csv"
 PLOT = HERE.parent / "docs" / "images" / "overhead.png"
 WARM_UP = 6
-FIELDS = [
-    "model",
-    "threads",
-    "contender",
-    "kind",
-    "step_ms",
-    "added",
-    "low",
-    "high",
-    "thread",
-    "process",
-    "end_ms",
-    "rounds",
-]
+FIELDS = ["model", "threads", "contender", "kind", "step_ms", "added", "low", "high", "thread", "wall", "end_ms", "rounds"]
 FIELDS += ["note", "machine"]
 
 
 class Round(NamedTuple):
-    """Seconds a step."""
+    """Of a contender: seconds a step of processor time, and shares of the bare step."""
 
-    wall: float
+    step: float  # the training thread's, with the contender
+    added: float
     thread: float
-    process: float
+    wall: float
     end: float  # of the run, once
 
 
@@ -87,23 +79,41 @@ def machine() -> str:
 
 
 def trained(task: Task, contender: Contender, template: torch.nn.Module) -> Round:
-    """One round of a contender."""
-    with tempfile.TemporaryDirectory() as directory:
-        model = copy.deepcopy(template)
-        training = Training(model, task.optimizer(model), task.loss(), Path(directory), contender.micro)
-        with contender.attach(training):
+    """One round of a contender, beside its baseline."""
+    base = next(each for each in ALL if each.name == contender.baseline)
+    with tempfile.TemporaryDirectory() as here, tempfile.TemporaryDirectory() as there, contextlib.ExitStack() as bare:
+        pair = []
+        for one, directory in ((base, there), (contender, here)):
+            model = copy.deepcopy(template)
+            pair.append(Training(model, task.optimizer(model), task.loss(), Path(directory), one.micro))
+        plain, watched = pair
+        bare.enter_context(base.attach(plain))
+        with contender.attach(watched):
             for _ in range(WARM_UP):
-                training.step()
-            gc.collect()
-            start, thread, process = time.perf_counter(), time.thread_time(), time.process_time()
-            for _ in range(task.steps):
-                training.step()
-            end, thread = time.perf_counter(), time.thread_time() - thread
-            for call in training.at_end:
+                plain.step()
+                watched.step()
+            for call in watched.at_end:
                 call()
-            closing, process = time.perf_counter(), time.process_time() - process
+            gc.collect()
+            times: dict[int, list[tuple[float, float]]] = {0: [], 1: []}
+            process, thread = time.process_time(), time.thread_time()
+            for _ in range(task.steps):
+                for i, training in enumerate(pair):
+                    wall, own = time.perf_counter(), time.thread_time()
+                    training.step()
+                    times[i].append((time.perf_counter() - wall, time.thread_time() - own))
+            for call in watched.at_end:
+                call()
+            others = (time.process_time() - process - (time.thread_time() - thread)) / task.steps
+            closing = time.perf_counter()
         closed = time.perf_counter()
-    return Round((end - start) / task.steps, thread / task.steps, process / task.steps, closed - closing)
+    (wall_before, before), (wall_after, after) = (
+        [statistics.median(t) for t in zip(*times[i], strict=True)] for i in (0, 1)
+    )
+    others *= torch.get_num_threads() == 1  # torch's own threads are not told apart from others
+    return Round(
+        after, (after - before + others) / before, after / before - 1, wall_after / wall_before - 1, closed - closing
+    )
 
 
 def rounds(task: Task, contenders: Sequence[Contender], seconds: float) -> tuple[dict[str, list[Round]], dict[str, str]]:
@@ -142,29 +152,19 @@ def rows(name: str, threads: int, contenders: Sequence[Contender], seconds: floa
         if contender.name in missing:
             row["note"] = missing[contender.name]
         else:
-            base, own = times[contender.baseline], times[contender.name]
-            quartiles = {
-                field: statistics.quantiles(ratios(base, own, field) * (2 if len(own) < 2 else 1), n=4)
-                for field in ("wall", "thread", "process")
-            }
-            row |= {name: f"{value:.4f}" for name, value in zip(("low", "added", "high"), quartiles["wall"], strict=True)}
-            row |= {field: f"{quartiles[field][1]:.4f}" for field in ("thread", "process")}
-            row["step_ms"] = f"{1e3 * statistics.median(one.wall for one in own):.3f}"
-            row["end_ms"] = f"{1e3 * statistics.median(one.end for one in own):.1f}"
-            row |= {"rounds": len(own), "note": f"against {contender.baseline}"}
+            own = times[contender.name]
+            middle = Round(*(statistics.median(values) for values in zip(*own, strict=True)))
+            row |= {field: f"{getattr(middle, field):.4f}" for field in ("added", "thread", "wall")}
+            row |= {"low": f"{min(one.added for one in own):.4f}", "high": f"{max(one.added for one in own):.4f}"}
+            row |= {"step_ms": f"{1e3 * middle.step:.3f}", "end_ms": f"{1e3 * middle.end:.1f}"}
+            row |= {"rounds": len(own), "note": f"beside {contender.baseline}"}
         result.append(row)
     return result
 
 
-def ratios(base: Sequence[Round], own: Sequence[Round], field: str) -> list[float]:
-    """What the contender adds, for each round."""
-    return [getattr(b, field) / getattr(a, field) - 1 for a, b in zip(base, own, strict=True)]
-
-
 def chosen(patterns: Sequence[str]) -> list[Contender]:
-    """The contenders of that name, with their baselines."""
+    """The contenders of that name."""
     wanted = {c.name for c in ALL if not patterns or any(fnmatch.fnmatchcase(c.name, p) for p in patterns)}
-    wanted |= {c.baseline for c in ALL if c.name in wanted}
     return [c for c in ALL if c.name in wanted]
 
 
@@ -197,11 +197,10 @@ def show(results: Sequence[dict]) -> None:
         if row["added"] == "":
             print(f"{row['model']:9} {row['threads']}  {row['contender']:32} {row['note']}")
         else:
-            names = ("added", "low", "high", "thread", "process")
-            added, low, high, thread, process = (100 * float(row[name]) for name in names)
+            added, low, high, thread, wall = (100 * float(row[name]) for name in ("added", "low", "high", "thread", "wall"))
             print(
                 f"{row['model']:9} {row['threads']}  {row['contender']:32} {float(row['step_ms']):9.2f} ms {added:+8.1f} % "
-                f"[{low:+.1f}, {high:+.1f}]  thread {thread:+.1f} %  process {process:+.1f} %  "
+                f"[{low:+.1f}, {high:+.1f}]  thread {thread:+.1f} %  wall {wall:+.1f} %  "
                 f"end {float(row['end_ms']):.0f} ms  {row['rounds']} rounds"
             )
 
@@ -274,7 +273,7 @@ def plot(results: Sequence[dict[str, str]], threads: int = 1) -> None:
         axis.grid(axis="x", alpha=0.3)
         axis.set_axisbelow(True)
     axes[0][0].set_yticks(range(len(labels)), labels)
-    figure.suptitle(f"Time that watching every step adds to a step, {threads} thread{'s' * (threads > 1)} (logarithmic)")
+    figure.suptitle("Processor time that watching every step adds to a step, all threads (logarithmic)")
     figure.tight_layout()
     PLOT.parent.mkdir(exist_ok=True)
     figure.savefig(PLOT, dpi=110)
@@ -285,7 +284,7 @@ def main() -> None:
     parser.add_argument("--model", nargs="+", choices=list(TASKS), default=list(TASKS))
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--minutes", type=float, default=8.0, help="for each model and number of threads")
-    parser.add_argument("--only", nargs="+", default=[], help="contenders by glob pattern; their baselines run too")
+    parser.add_argument("--only", nargs="+", default=[], help="contenders by glob pattern")
     parser.add_argument("--budget", action="store_true", help="whether budget=0.01 is kept")
     parser.add_argument("--plot", action="store_true", help="only draw what overhead.csv has")
     parser.add_argument("--dry", action="store_true", help="print, store nothing")

@@ -14,6 +14,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import is_
 from typing import Any
 
 import torch
@@ -239,6 +240,7 @@ class Pipeline:
         self._flips: dict[str, Buffer] = {}
         self._before = Buffer(plan)
         self.evidence = Streaming(plan) if "evidence" in features else None
+        self._reading = kernels.Fixed()  # what was read at the end of a pass, until its samples were taken
         self._ended: Samples = {}  # `.grad` as the last backward left it
         self._consumed: Samples = {}  # as the optimizer got it
         self._marked: tuple[Parameters, frozenset[int], Parameters] | None = None
@@ -284,7 +286,7 @@ class Pipeline:
         self._open = {key: table for key, table in self._open.items() if table.step > step}
         if self.faults.findings:
             self._do("findings", self._send, [], {})  # what could not be sent with the step
-        self._last, self._ended, self._consumed = None, {}, {}
+        self._last, self._ended, self._consumed, self._reading = None, {}, {}, kernels.Fixed()
         self._before.forget()
 
     def interrupt(self) -> None:
@@ -342,8 +344,11 @@ class Pipeline:
             self._consumed.update(self._sample(reading.rows, reading.tensors))
         if reading.rows and not (used and reading.unchanged and self._copy(table, reading)):
             for rows, tensors, now in _by_device(reading.rows, reading.tensors, reading.weights):
+                fixed = kernels.Fixed(tensors)
+                if reading.complete and reading.key[2] == Stage.BACKWARD:
+                    self._reading = fixed
                 weights = [self._weight_before(row, w) for row, w in zip(rows, now, strict=True)] if reading.late else now
-                numbers, flips = summarize(rows, tensors, weights, self._last_of(reading))
+                numbers, flips = summarize(rows, fixed, weights, self._last_of(reading))
                 table.pieces.append(Piece(rows, numbers, reading.skipped))
                 if flips is not None:
                     table.flips.append(Piece(*flips))
@@ -458,8 +463,11 @@ class Pipeline:
         return {members[0].device: Piece(at, kernels.sample(members)) for at, members, _ in groups}
 
     def _sample_end(self, rows: Sequence[int], gradients: Sequence[Tensor]) -> None:
-        self._ended = {}
-        self._ended = self._sample(rows, gradients)
+        self._ended, last, self._reading = {}, self._reading, kernels.Fixed()
+        if len(last) == len(gradients) and all(map(is_, last, gradients)):  # what was just read, on one device
+            self._ended = {last[0].device: Piece(list(rows), kernels.sample(last))} if last else {}
+        else:
+            self._ended = self._sample(rows, gradients)
 
     def _update(self, update: Update) -> None:
         table = self._open.get(update.key)

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from gradlens.errors import ArgumentError, GradlensWarning
 from gradlens.kernels import batched, native
-from gradlens.kernels.native import Own
+from gradlens.kernels.native import Fixed
 
-__all__ = ["summarize", "compare", "sample", "Own"]
+__all__ = ["summarize", "compare", "sample", "Fixed"]
 
 Holes = Sequence[Tensor | None]  #: one entry a tensor, None where there is none
 

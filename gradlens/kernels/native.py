@@ -15,7 +15,8 @@ import ctypes
 from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from operator import add, ge, is_, mul
+from itertools import repeat
+from operator import add, attrgetter, ge, is_, mul
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ _CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 
 _BYTES = {torch.float32: 4, torch.float64: 8, torch.bfloat16: 2, torch.float16: 2}
 _OPERANDS, _TASK = 4, 10  # numbers of a task: the addresses, the types, a count, and where the layout stands
 _AXES = 8  # tensors of more are left to the reference
+_TYPE, _ON_CPU = attrgetter("dtype"), attrgetter("is_cpu")
 _NOWHERE = 1  # stands for the address of an empty tensor, which is never read: 0 says that there is no tensor
 _GAP = -1  # stands for the count of a tensor that is not there
 
@@ -45,8 +47,9 @@ Holes = Sequence[Tensor | None]
 Column = Sequence[Any] | None
 
 
-class Own(tuple[Tensor, ...]):
-    """Tensors that are gradlens' own: nobody else moves or frees them, so each is asked once where it is."""
+class Fixed(tuple[Tensor, ...]):
+    """Tensors that stay where they are while this is in use: gradlens' own, or others between two lines of code that reads
+    them. Each is asked once where it is."""
 
     facts: _Facts | None = None
 
@@ -309,7 +312,7 @@ _Facts = tuple[list[int], list[int], list[int]]  # addresses, types and counts
 
 def _facts(column: Sequence[Tensor | None], straight: bool) -> _Facts | None:
     """What the library must know of plain tensors; None if any is not plain."""
-    if isinstance(column, Own) and straight:
+    if isinstance(column, Fixed) and straight:
         if column.facts is None:
             column.facts = _facts(list(column), straight)
         return column.facts
@@ -319,18 +322,21 @@ def _facts(column: Sequence[Tensor | None], straight: bool) -> _Facts | None:
     tensors: Any = column
     if not kinds <= _PLAIN:
         return None
-    types = [tensor.dtype for tensor in tensors]
-    if not _CODES.keys() >= set(types):
+    types = list(map(_TYPE, tensors))
+    distinct = set(types)
+    if not _CODES.keys() >= distinct:
         return None
+    one = len(distinct) == 1  # of one type, as models mostly are: not looked up for each
     try:
-        if any(map(Tensor.is_neg, tensors)) or not all(tensor.is_cpu for tensor in tensors):
+        if any(map(Tensor.is_neg, tensors)) or not all(map(_ON_CPU, tensors)):
             return None
         if straight and not all(map(Tensor.is_contiguous, tensors)):
             return None
         counts = list(map(Tensor.numel, tensors))
         ends = map(add, map(Tensor.storage_offset, tensors), counts) if straight else map(_end, tensors)
         there = map(torch.UntypedStorage.nbytes, map(Tensor.untyped_storage, tensors))
-        if not all(map(ge, there, map(mul, ends, map(_BYTES.__getitem__, types)))):
+        sizes = repeat(_BYTES[types[0]]) if one else map(_BYTES.__getitem__, types)
+        if not all(map(ge, there, map(mul, ends, sizes))):
             return None
         pointers = list(map(Tensor.data_ptr, tensors))
     except RuntimeError:  # no storage at all: sparse, opaque, or inside a transform
@@ -339,7 +345,7 @@ def _facts(column: Sequence[Tensor | None], straight: bool) -> _Facts | None:
         pointers = [pointer or (0 if count else _NOWHERE) for pointer, count in zip(pointers, counts, strict=True)]
         if 0 in pointers:
             return None  # a storage without memory
-    return pointers, list(map(_CODES.__getitem__, types)), counts
+    return pointers, [_CODES[types[0]]] * len(types) if one else list(map(_CODES.__getitem__, types)), counts
 
 
 def _spread(column: Sequence[Tensor | None], facts: _Facts | None) -> _Facts | None:

@@ -28,7 +28,7 @@ class Buffer:
         self._parameters: Parameters | None = None
         self._rooms: dict[int, Tensor] = {}
         self._kept: dict[int, Tensor] = {}  # those of the rooms that are filled
-        self._last: tuple[list[int], list[torch.dtype], kernels.Own] | None = None  # rows that were all kept whole at once
+        self._last: tuple[list[int], list[torch.dtype], kernels.Fixed] | None = None  # rows that were all kept whole at once
 
     def use(self, parameters: Parameters) -> Buffer:
         """The buffer, for rows of these parameters."""
@@ -37,12 +37,12 @@ class Buffer:
             self._samples = self._plan.samples_of(parameters)
         return self
 
-    def together(self, rows: Sequence[int], tensors: Sequence[Tensor]) -> kernels.Own | None:
+    def together(self, rows: Sequence[int], tensors: Sequence[Tensor]) -> kernels.Fixed | None:
         """What is kept of these rows, if they were last kept all at once and whole: as from one step to the next."""
         rooms = self._rooms_of(rows, tensors)
         return rooms if rooms is not None and all(map(self._kept.__contains__, rows)) else None
 
-    def _rooms_of(self, rows: Sequence[int], tensors: Sequence[Tensor]) -> kernels.Own | None:
+    def _rooms_of(self, rows: Sequence[int], tensors: Sequence[Tensor]) -> kernels.Fixed | None:
         asked: Any = tensors
         if self._last is None or self._last[0] != rows or self._last[1] != list(map(_DTYPE, asked)):
             return None
@@ -50,7 +50,7 @@ class Buffer:
 
     def remember(self, rows: Sequence[int], tensors: Sequence[Tensor]) -> None:
         """These have been kept all at once."""
-        rooms = kernels.Own(self._rooms[row] for row in rows)
+        rooms = kernels.Fixed(self._rooms[row] for row in rows)
         whole = all(self._samples[row].whole for row in rows)
         self._last = (list(rows), [tensor.dtype for tensor in tensors], rooms) if whole else None
 
