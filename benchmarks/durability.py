@@ -159,6 +159,15 @@ def finish(run: Path, expected: dict[int, float]) -> None:
     assert not left, f"{left} are left over"
 
 
+def add(path: Path, kill: Kill) -> None:
+    new = not path.exists()
+    with open(path, "a", newline="") as file:
+        writer = csv.DictWriter(file, list(asdict(kill)))
+        if new:
+            writer.writeheader()
+        writer.writerow(asdict(kill))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100)
@@ -177,6 +186,8 @@ def main() -> None:
                     finish(run, expected)
                 run, expected = root / f"run{number}", {}
             results.append(measure(run, number, expected, draw.uniform(LEAST, MOST)))
+            if given.csv:
+                add(given.csv, results[-1])
         finish(run, expected)
     finally:
         shutil.rmtree(root)
@@ -186,13 +197,6 @@ def main() -> None:
     print(f"torn frames: {sum(each.torn_bytes > 0 for each in results)}, all told")
     print(f"opening and reading all losses: {statistics.median(each.read_ms for each in results):.0f} ms in the median")
     late = sum(age > 1e3 * store.INTERVAL for age in ages)
-    if given.csv:
-        new = not given.csv.exists()
-        with open(given.csv, "a", newline="") as file:
-            writer = csv.DictWriter(file, list(asdict(results[0])))
-            if new:
-                writer.writeheader()
-            writer.writerows(map(asdict, results))
     if late:
         raise SystemExit(f"{late} kills lost steps that had been over for more than {store.INTERVAL:g} s")
 

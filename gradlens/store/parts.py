@@ -19,22 +19,28 @@ from gradlens.errors import CorruptRunError
 from gradlens.store.tables import STAGES, STATUSES, TABLES, Key
 from gradlens.store.tail import Rows
 
-GROUP = 32_768  #: rows of a group
+#: Rows of a group. One is read whole for one parameter, so small parts have smaller ones: 64 of them, if that leaves 4,096.
+GROUP, LEAST, GROUPS = 32_768, 4096, 64
 CHUNK = 200_000  #: rows that merging holds in memory: about 70 MB
 MAX_GROUP, MAX_ROWS = 1 << 18, 1 << 28  #: what is larger was not written by gradlens
 
 _WORDS = {"stage": STAGES, "status": STATUSES}
+#: Columns by whose bounds one looks for rows; bounds of all would make a file take half as long again to open.
+_BOUNDED = {"segment", "rank", "snapshot", "step", "backward", "stage", "time", "entry", "parameter", "name"}
 
 
-def write(path: Path, table: str, key: Key, names: Sequence[str], chunks: Iterable[Rows]) -> None:
-    """A part of chunks that follow each other by entry; each is sorted here. Appears whole or not at all."""
+def write(path: Path, table: str, key: Key, names: Sequence[str], chunks: Iterable[Rows], count: int) -> None:
+    """A part of `count` rows, in chunks that follow each other by entry, each sorted here. Appears whole or not at all."""
     temporary = path.with_name(f".{path.name}.tmp")
     schema = _schema(table)
+    size = min(GROUP, max(LEAST, count // GROUPS))
     try:
         with pq.ParquetWriter(temporary, schema, **_options(schema)) as writer:
             for rows in chunks:
                 order = np.lexsort((rows["snapshot"], rows["entry"]))
-                writer.write_table(_arrow({c: v[order] for c, v in rows.items()}, key, names, schema), row_group_size=GROUP)
+                for start in range(0, len(order), size):
+                    group = {name: values[order[start : start + size]] for name, values in rows.items()}
+                    writer.write_table(_arrow(group, key, names, schema), row_group_size=size)
         _sync(temporary)
         os.replace(temporary, path)
     finally:
@@ -67,6 +73,7 @@ def _options(schema: pa.Schema) -> dict[str, object]:
         "use_dictionary": words,
         "column_encoding": {**floats, **others},
         "write_page_checksum": True,
+        "write_statistics": [field.name for field in schema if field.name in _BOUNDED],
     }
 
 
@@ -88,7 +95,10 @@ def _arrow(rows: Rows, key: Key, names: Sequence[str], schema: pa.Schema) -> pa.
 
 
 def _words(codes: np.ndarray, words: Sequence[str]) -> pa.DictionaryArray:
-    return pa.DictionaryArray.from_arrays(pa.array(codes.astype(np.int32)), pa.array(words, pa.string()))
+    """With those that occur alone: a group's dictionary is written out."""
+    occurring, places = np.unique(codes, return_inverse=True)
+    chosen = pa.array([words[code] for code in occurring.tolist()], pa.string())
+    return pa.DictionaryArray.from_arrays(pa.array(places.astype(np.int32)), chosen)
 
 
 def _sync(path: Path) -> None:
@@ -219,7 +229,7 @@ def merge(
                 if any(len(rows["step"]) for rows in found):
                     yield {name: np.concatenate([rows[name] for rows in found]) for name in columns}
 
-        write(output, table, key, names, chunks())
+        write(output, table, key, names, chunks(), total)
         return True
     except InterruptedError:
         return False

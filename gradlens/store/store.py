@@ -352,7 +352,8 @@ class Store:
         (part,) = (p for p in tables.parts(path.parent) if p.path == path)
         if len(rows["step"]):
             names = self._names(table, part.key)
-            parts.write(tables.part(path.parent, part.key, part.first, part.first), table, part.key, names, [rows])
+            to = tables.part(path.parent, part.key, part.first, part.first)
+            parts.write(to, table, part.key, names, [rows], len(rows["step"]))
         path.unlink()
 
     def _names(self, table: str, key: Key) -> list[str]:

@@ -33,7 +33,7 @@ def rows(steps, names=NAMES, first=0, seed=0):
 
 
 def write(path, *chunks, names=NAMES):
-    parts.write(path, "history", KEY, names, chunks)
+    parts.write(path, "history", KEY, names, chunks, sum(len(rows["step"]) for rows in chunks))
     return path
 
 
@@ -93,6 +93,19 @@ def test_groups_that_are_not_asked_for_are_not_read(tmp_path, monkeypatch):
     assert reader.rows == 100
 
 
+def test_a_small_part_has_small_groups(tmp_path):
+    """One parameter of a part of 20,000 rows is in two of five groups, each with the names that occur in it alone."""
+    names = [f"layer{i}" for i in range(40)]
+    path = write(tmp_path / "p.parquet", rows(500, names), names=names)
+    meta = pq.read_metadata(path)
+    assert [meta.row_group(i).num_rows for i in range(meta.num_row_groups)] == [4096] * 4 + [20_000 - 4 * 4096]
+    groups = []
+    read(path, ["entry"], lambda name, low, high: name != "entry" or (low <= 8 <= high and not groups.append(low)))
+    assert len(groups) == 2
+    chunk = pq.ParquetFile(path).read_row_group(0, columns=["parameter"])["parameter"].chunk(0)
+    assert chunk.dictionary.to_pylist() == names[:9]
+
+
 def test_nothing_is_there_until_it_is_whole(tmp_path):
     """When writing fails half way no file is left, under either name."""
 
@@ -101,7 +114,7 @@ def test_nothing_is_there_until_it_is_whole(tmp_path):
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        parts.write(tmp_path / "p.parquet", "history", KEY, NAMES, broken())
+        parts.write(tmp_path / "p.parquet", "history", KEY, NAMES, broken(), 1)
     assert list(tmp_path.iterdir()) == []
 
 
