@@ -697,23 +697,27 @@ def two_tasks_in_turn() -> Training:
     return plain(model, adam(model), loss)
 
 
-@well
-def mixture_of_experts() -> Training:
-    """The best of eight experts answers for each example."""
+def _experts(learnt: bool) -> Training:
     model = nn.ModuleDict({"gate": nn.Linear(64, 8), "experts": nn.ModuleList(mlp(64, 32, 10) for _ in range(8))})
 
     def loss(m: Any, k: int) -> Tensor:
         x, y = examples(k)
-        share, chosen = m["gate"](x).softmax(1).max(1)
+        gate = m["gate"](x).softmax(1)
+        chosen = gate.argmax(1) if learnt else (16 * x.sum(1)).long() % 8
         out = torch.zeros(len(x), 10)
         for i, expert in enumerate(m["experts"]):
-            mine = chosen == i
-            if mine.any():
-                out = out.index_add(0, mine.nonzero()[:, 0], share[mine, None] * expert(x[mine]))
-        balance = m["gate"](x).softmax(1).mean(0).square().sum()
-        return F.cross_entropy(out, y) + balance
+            mine = (chosen == i).nonzero()[:, 0]
+            if len(mine):
+                out = out.index_add(0, mine, gate[mine, i, None] * expert(x[mine]))
+        return F.cross_entropy(out, y)
 
     return plain(model, adam(model, 3e-3), loss)
+
+
+@well
+def mixture_of_experts_by_hash() -> Training:
+    """Each example has its expert of eight from the start (Roller et al. 2021)."""
+    return _experts(learnt=False)
 
 
 @well
@@ -988,7 +992,7 @@ def zero_grad_missing_accumulated() -> Training:
     return Training(model, [optimizer], step)
 
 
-@ill("lost", "unused")
+@ill("lost")
 def zero_grad_too_late() -> Training:
     """Between backward() and step(): the optimizer has nothing to use."""
     model = mlp(64, 128, 64, 10)
@@ -1004,7 +1008,7 @@ def zero_grad_too_late() -> Training:
     return Training(model, [optimizer], step)
 
 
-@ill("lost", "unused")
+@ill("lost")
 def zero_grad_too_late_zeros() -> Training:
     model = mlp(64, 128, 64, 10)
     optimizer = adam(model)
@@ -1019,7 +1023,7 @@ def zero_grad_too_late_zeros() -> Training:
     return Training(model, [optimizer], step)
 
 
-@ill("unstepped")
+@ill("unstepped", within=0)
 def step_missing() -> Training:
     """Nobody calls optimizer.step()."""
     model = mlp(64, 128, 64, 10)
@@ -1093,6 +1097,12 @@ def head_not_in_the_loss() -> Training:
     return plain(model, adam(model), loss)
 
 
+@ill("absent")
+def experts_that_nobody_asks() -> Training:
+    """The best of eight experts answers, and nothing balances their load: those that begin badly are asked no more."""
+    return _experts(learnt=True)
+
+
 @ill("vanishing", "update_ratio")
 def loss_scaled_down() -> Training:
     model = mlp(64, 128, 64, 10)
@@ -1117,7 +1127,7 @@ def scaler_not_given() -> Training:
     return _half(given=False, scale=2.0**10)
 
 
-@ill("loss_scaled", "update_ratio", "unscaled")
+@ill("clipped_scaled")
 def clipped_before_unscale() -> Training:
     """The norm of the scaled gradient is clipped to 1: the step is a 65,536th of what it should be."""
     return _half(clipped="scaled")
@@ -1263,7 +1273,7 @@ def bad_batch() -> Training:
     return plain(model, sgd(model, 0.05), loss)
 
 
-@ill("update_ratio", "vanishing", within=100)
+@ill("shrunk", within=100)
 def weight_decay_too_strong() -> Training:
     model = mlp(64, 128, 64, 10)
     return plain(model, torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=100.0), digit)
@@ -1287,9 +1297,9 @@ def studied(study: Study, steps: int, page: bool = False) -> tuple[list[Finding]
 
 def verdict(study: Study, findings: list[Finding]) -> str:
     """Whether the rules were right."""
-    told = [f for f in findings if f.severity != Severity.INFO or f.rule in study.rules]
+    told = [f for f in findings if f.severity != Severity.INFO or f.rule == "frozen"]
     if not study.rules:
-        return "well" if not told else "FALSE"
+        return "FALSE" if any(f.severity != Severity.INFO for f in findings) else "well"
     at = min((f.step for f in told if f.rule in study.rules), default=None)
     return "MISSED" if at is None else "LATE" if at > study.within else "found"
 

@@ -7,15 +7,15 @@ A rule is any callable `history -> findings`: a frozen class as here, or a plain
 
 from __future__ import annotations
 
-from gradlens.analysis.rules.absent import Absent, Uncaptured
+from gradlens.analysis.rules.absent import Absent, Frozen, Uncaptured
 from gradlens.analysis.rules.base import Rule, judged, lasting
 from gradlens.analysis.rules.dead import Dead
 from gradlens.analysis.rules.exploding import Exploding, Spike
 from gradlens.analysis.rules.lost import Lost, Unstepped
 from gradlens.analysis.rules.nonfinite import NonFinite
-from gradlens.analysis.rules.scaling import LossScaled, Skipped
+from gradlens.analysis.rules.scaling import ClippedScaled, LossScaled, Skipped
 from gradlens.analysis.rules.stale import Stale
-from gradlens.analysis.rules.updates import Swallowed, Unmoved, UpdateRatio
+from gradlens.analysis.rules.updates import Shrunk, Swallowed, Unmoved, UpdateRatio
 from gradlens.analysis.rules.vanishing import Vanishing
 
 DEFAULT: tuple[Rule, ...] = (
@@ -25,14 +25,17 @@ DEFAULT: tuple[Rule, ...] = (
     Vanishing(),
     Dead(),
     Absent(),
+    Frozen(),
     Uncaptured(),
     Lost(),
     Unstepped(),
     UpdateRatio(),
     Swallowed(),
+    Shrunk(),
     Unmoved(),
     Stale(),
     LossScaled(),
+    ClippedScaled(),
     Skipped(),
 )
 
@@ -47,16 +50,19 @@ __all__ = [
     "Dead",
     # what it does not reach
     "Absent",
+    "Frozen",
     "Uncaptured",
     "Lost",
     "Unstepped",
     # what the optimizer does with it
     "UpdateRatio",
     "Swallowed",
+    "Shrunk",
     "Unmoved",
     "Stale",
     # loss scaling
     "LossScaled",
+    "ClippedScaled",
     "Skipped",
     # for rules of one's own
     "lasting",

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 
 from gradlens.analysis.history import History
-from gradlens.analysis.rules.base import EachRow, check_steps, lasting, on_steps, remembered
-from gradlens.records import Finding, Severity, Snapshot, Status
+from gradlens.analysis.rules.base import EachRow, check_steps, judged, lasting, on_steps, remembered
+from gradlens.records import Finding, Severity, Snapshot, Stage, Status
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Absent:
 _ABSENT = (
     "its module is not called in forward(), or its output does not reach the loss",
     "the path to it is cut by detach(), .data, .item() or torch.no_grad()",
-    "it is a head or branch that this phase of the training does not use",
+    "it is a head or branch that this phase of the training does not use, or an expert that no example is sent to",
 )
 _UNDEFINED = ("a custom autograd.Function whose backward returns None for this input",)
 
@@ -69,6 +69,48 @@ _UNDEFINED = ("a custom autograd.Function whose backward returns None for this i
 @remembered
 def _absent(snapshot: Snapshot) -> np.ndarray:
     return snapshot.has(Status.ABSENT, Status.UNDEFINED)
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """Parameters with `requires_grad=False` that the optimizer has all the same, and those that have just been frozen.
+
+    An info: fine-tuning means it, and a forgotten `requires_grad_(False)` looks the same.
+    """
+
+    name: ClassVar[str] = "frozen"
+
+    def __call__(self, history: History) -> Iterator[Finding]:
+        newest = history.latest()
+        if newest is None or newest.stage != Stage.USED:
+            return
+        held = newest.has(Status.FROZEN) & (newest.columns["update_numel"] > 0)
+        if not held.any():
+            return
+        rows = np.flatnonzero(held).tolist()
+        names = tuple(newest.names[row] for row in rows)
+        share = newest.columns["numel"][rows].sum() / max(newest.columns["numel"].sum(), 1)
+        before = [snapshot for snapshot in history.recent(2, Stage.USED) if snapshot.step < newest.step]
+        learnt = before and before[-1].names == newest.names and judged(before[-1])[rows].any()
+        few = ", ".join(names[:NAMED]) + ", ..." * (len(names) > NAMED)
+        what, it = ("1 parameter", "it") if len(names) == 1 else (f"{len(names)} parameters", "them")
+        yield Finding(
+            rule=self.name,
+            step=newest.step,
+            severity=Severity.INFO,
+            parameter=names[0] if len(names) == 1 else None,
+            stage=newest.stage,
+            seen=f"{what} ({few}; {share:.0%} of the weights) with requires_grad=False, though the optimizer has {it}"
+            + (f"; they had a gradient at step {before[-1].step}" if learnt else ""),
+            causes=("fine-tuning, as meant", "a requires_grad_(False) that was forgotten, or that reached too many modules"),
+            remedy="nothing if it is meant; else requires_grad_(True)",
+            value=float(len(names)),
+            parameters=names if len(names) > 1 else (),
+        )
+
+
+#: How many parameters a finding on several names.
+NAMED = 3
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import ClassVar
 import numpy as np
 
 from gradlens.analysis.history import History
-from gradlens.analysis.rules.base import check_number, check_steps, judged, unmoved
+from gradlens.analysis.rules.base import check_number, check_steps, judged, number, on_steps, unmoved
 from gradlens.records import Finding, Severity, Snapshot, Stage, Status
 
 
@@ -77,6 +77,59 @@ def _power(backward: Snapshot, used: Snapshot) -> int:
     exponents = np.log2(a / b) / 2
     power = round(float(np.median(exponents)))
     return power if np.abs(exponents - power).max() < 2e-3 else 0
+
+
+@dataclass(frozen=True)
+class ClippedScaled:
+    """Gradients clipped while they still carried the loss scale: what the optimizer used times the scale has the same small
+    norm at each of the last steps, and backward gave far more.
+
+    `scaler.unscale_(optimizer)` has to come before `clip_grad_norm_`, or the clipped gradient is divided by the scale once
+    more (PyTorch's AMP examples): the training hardly moves. `most` is the largest norm that people clip at.
+    """
+
+    steps: int = 3
+    most: float = 100.0
+
+    name: ClassVar[str] = "clipped_scaled"
+
+    def __post_init__(self) -> None:
+        check_steps(self)
+        check_number(self, "most")
+
+    def __call__(self, history: History) -> Iterator[Finding]:
+        newest = history.latest()
+        if newest is None or newest.stage != Stage.USED or not _scale(newest) > 10 * self.most:
+            return
+        used, backward = (history.recent(self.steps, stage) for stage in (Stage.USED, Stage.BACKWARD))
+        if len({snapshot.step for snapshot in used}) < self.steps:
+            return
+        given = {snapshot.step: _norm(snapshot) for snapshot in backward}
+        norms = np.asarray([_norm(snapshot) for snapshot in used])
+        clipped = norms * [_scale(snapshot) for snapshot in used]
+        own = np.asarray([given.get(snapshot.step, np.nan) for snapshot in used])
+        if not (own > 2 * norms).all() or not (clipped <= self.most).all() or np.ptp(clipped) > 0.01 * clipped.max():
+            return
+        yield Finding(
+            rule=self.name,
+            step=newest.step,
+            severity=Severity.WARNING,
+            stage=newest.stage,
+            seen=f"the optimizer used a gradient of norm {number(norms[-1])}, and backward() gave {number(own[-1])}; times "
+            f"the loss scale of {_scale(newest):g} it is {number(clipped[-1])}, the same {on_steps(self.steps)}",
+            causes=("clip_grad_norm_() before scaler.unscale_(optimizer): it clips the scaled gradients",),
+            remedy="scaler.unscale_(optimizer) before torch.nn.utils.clip_grad_norm_(...), then scaler.step(optimizer)",
+            value=float(clipped[-1]),
+        )
+
+
+def _norm(snapshot: Snapshot) -> float:
+    return float(np.nansum(snapshot.columns["square_sum"][judged(snapshot)])) ** 0.5
+
+
+def _scale(snapshot: Snapshot) -> float:
+    """The loss scale, if it is known; else NaN."""
+    return float(snapshot.scale[0]) if len(snapshot) else np.nan
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from gradlens.analysis.rules import Absent, Uncaptured
+from gradlens.analysis.rules import Absent, Frozen, Uncaptured
 from gradlens.records import Severity
 from tests.analysis.made import asked, last, parameters_of, snapshot
 
@@ -58,3 +58,25 @@ def test_parameters_keep_model_order():
     names = ("c", "a", "b")
     said = last(Absent(steps=1), snapshot(0, names, status=["absent", "ok", "absent"]))
     assert parameters_of(said) == ["c", "b"]
+
+
+def held(step, status, **options):
+    """A used gradient of two parameters that the optimizer has."""
+    return snapshot(step, stage="used", status=status, **{"update_numel": 100} | options)
+
+
+def test_what_is_frozen_and_with_the_optimizer_is_an_info():
+    """At once, with its share of the weights; and nothing of what the optimizer does not have."""
+    (finding,) = last(Frozen(), held(0, ["frozen", "ok"]))
+    assert (finding.severity, finding.parameter, finding.parameters) == (Severity.INFO, "a.weight", ())
+    assert finding.seen == "1 parameter (a.weight; 50% of the weights) with requires_grad=False, though the optimizer has it"
+    assert last(Frozen(), held(0, ["frozen", "ok"], update_numel=[0, 100])) == []
+    assert last(Frozen(), held(0, ["ok", "absent"])) == []
+
+
+def test_what_learnt_until_now_is_said_to():
+    """Of several at once there is one finding that names them all."""
+    (finding,) = last(Frozen(), held(0, ["ok", "ok"]), held(1, ["frozen", "frozen"]))
+    assert (finding.parameter, finding.parameters) == (None, ("a.weight", "a.bias"))
+    assert finding.seen.startswith("2 parameters (a.weight, a.bias; 100% of the weights)")
+    assert finding.seen.endswith("they had a gradient at step 0")

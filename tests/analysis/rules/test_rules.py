@@ -70,6 +70,7 @@ def test_a_threshold_is_checked(case):
     [
         (lambda: rules.Vanishing(ratio=0.2), "at most 0.1"),
         (lambda: rules.Swallowed(share=1.1), "at most 1"),
+        (lambda: rules.Shrunk(share=0.6), "at most 0.5"),
         (lambda: rules.Skipped(most=2.0), "at most 1"),
         (lambda: rules.Spike(factor=1.0), "above 1"),
     ],
@@ -99,7 +100,7 @@ def test_a_healthy_training_has_none_either(rule):
 
 
 #: What no rule but these has a word on: parameters without a gradient of their own.
-OF_STATUS = {"absent": {"absent", "undefined"}, "uncaptured": {"uncaptured"}}
+OF_STATUS = {"absent": {"absent", "undefined"}, "uncaptured": {"uncaptured"}, "frozen": {"frozen"}}
 
 
 @pytest.mark.parametrize("rule", rules.DEFAULT, ids=lambda rule: rule.name)

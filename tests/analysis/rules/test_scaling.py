@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from gradlens.analysis.rules import LossScaled, Skipped
+from gradlens.analysis.rules import ClippedScaled, LossScaled, Skipped
 from gradlens.records import Severity, Stage
 from tests.analysis.made import asked, last, snapshot
 
@@ -92,6 +92,43 @@ def test_parameters_without_a_gradient_are_not_compared():
     """And where none has one, there is nothing to say."""
     assert last(LossScaled(), *steps(65536, 65536, 65536, status=["ok", "absent"]))
     assert last(LossScaled(), *steps(65536, 65536, 65536, status=["frozen", "absent"])) == []
+
+
+# --- ClippedScaled --------------------------------------------------------------------------------------------------
+
+
+def clipped(*norms, scale=65536.0, used=None):
+    """Backwards of these norms under a scale, clipped to 1 before they were unscaled: two parameters of the same size."""
+    result = []
+    for k, norm in enumerate(norms):
+        left = 1 / scale if used is None else used
+        result.append(snapshot(k, square_sum=norm**2 / 2, scale=scale))
+        result.append(snapshot(k, square_sum=left**2 / 2, stage=Stage.USED, scale=scale))
+    return result
+
+
+def test_gradients_that_were_clipped_with_their_scale_are_named():
+    """At the third step, with the norm they were clipped to and the call to make."""
+    said = asked(ClippedScaled(), *clipped(0.3, 0.5, 0.2))
+    assert [len(findings) for findings in said] == [0] * 5 + [1]
+    (finding,) = said[-1]
+    assert finding.value == pytest.approx(1.0)
+    assert "unscale_(optimizer)" in finding.causes[0]
+    assert "times the loss scale of 65536 it is 1" in finding.seen
+
+
+def test_clipping_in_the_right_place_is_well():
+    """Unscaled first: the norm itself is 1, and smaller ones are left alone."""
+    assert last(ClippedScaled(), *clipped(3.0, 5.0, 20.0, used=1.0)) == []
+    assert last(ClippedScaled(), *clipped(1e-5, 1e-5, 1e-5, used=1e-5)) == []
+
+
+def test_a_norm_that_varies_was_not_clipped():
+    """Nor one under no scale, or under a scale that is not known."""
+    first, second = clipped(0.3, 0.3, 0.3), clipped(0.3, 0.3, 0.3, used=2e-5)
+    assert last(ClippedScaled(), *first[:4], *second[4:]) == []
+    assert last(ClippedScaled(), *clipped(3.0, 3.0, 3.0, scale=1.0, used=1.0)) == []
+    assert last(ClippedScaled(), *clipped(3.0, 3.0, 3.0, scale=math.nan, used=1e-5)) == []
 
 
 # --- Skipped --------------------------------------------------------------------------------------------------------

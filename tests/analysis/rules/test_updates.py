@@ -2,9 +2,9 @@
 
 import pytest
 
-from gradlens.analysis.rules import Swallowed, Unmoved, UpdateRatio
+from gradlens.analysis.rules import Shrunk, Swallowed, Unmoved, UpdateRatio
 from gradlens.errors import ArgumentError
-from gradlens.records import Parameters, Stage
+from gradlens.records import Parameters, Severity, Stage
 from tests.analysis.made import asked, last, parameters_of, snapshot
 
 
@@ -106,6 +106,13 @@ def test_more_than_half_rounded_away_at_each_step_is_named(count, found):
         assert "rounded away in bfloat16" in finding.seen
 
 
+@pytest.mark.parametrize(("count", "severity"), [(90, Severity.INFO), (91, Severity.WARNING)])
+def test_what_still_moves_may_be_enough(count, severity):
+    """Up to nine in ten it is an info."""
+    (finding,) = last(Swallowed(), *(stuck(step, count) for step in range(10)))
+    assert finding.severity == severity
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_wide_types_are_not_asked(dtype):
     """What they swallow is too small to matter."""
@@ -124,6 +131,26 @@ def test_nothing_is_said_where_nothing_is_known():
 def test_every_narrow_type_is_asked(dtype):
     """All of sixteen bits or fewer."""
     assert last(Swallowed(steps=1), stuck(0, 100, dtype))
+
+
+# --- Shrunk ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("norm", "found"), [(0.051, False), (0.049, True)])
+def test_a_weight_that_lost_nearly_all_of_its_norm_is_named(norm, found):
+    """Beside what it was when it was first seen; a bias is left out."""
+    steps = [moved(0, 1e-3), moved(9, 1e-3, weight_square_sum=norm**2)]
+    findings = last(Shrunk(), *steps)
+    assert parameters_of(findings) == (["a.weight"] if found else [])
+    assert all("weight decay" in f.causes[0] and f.value == pytest.approx(norm) for f in findings)
+
+
+def test_weights_that_were_0_or_not_read_have_lost_nothing():
+    """Nor is another model's first norm a measure."""
+    assert last(Shrunk(), moved(0, 1e-3, weight_square_sum=0.0), moved(1, 1e-3, weight_square_sum=0.0)) == []
+    assert last(Shrunk(), moved(0, 1e-3), moved(1, 1e-3, weight_square_sum=float("nan"))) == []
+    other = snapshot(0, ("b.weight",), "used", weight_square_sum=1e9)
+    assert last(Shrunk(), other, moved(1, 1e-3)) == []
 
 
 # --- Unmoved --------------------------------------------------------------------------------------------------------
