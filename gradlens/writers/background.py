@@ -19,8 +19,8 @@ from typing import Any, Protocol
 from gradlens.errors import GradlensWarning
 from gradlens.records import Finding, Severity
 
-#: Items and bytes that may wait. A step's tables of 150 parameters take 0.8 MB, of 10,000 parameters 54 MB. Small models step
-#: hundreds of times a second, and a busy machine may keep the thread from running for a quarter of one: 64 were too few.
+#: Items and bytes that may wait. A step's tables of 150 parameters take 0.8 MB, of 10,000 parameters 54 MB. Small models
+#: step hundreds of times a second, and a busy machine may keep the thread from running for a quarter of one.
 MAXSIZE, MAX_BYTES = 1000, 256 << 20
 
 
