@@ -256,12 +256,12 @@ def _asked(columns: Sequence[Column], n: int, asker: Asker) -> array | None:
         if twin is not None:
             tasks[operand::_TASK] = tasks[twin::_TASK]
             tasks[_OPERANDS + operand :: _TASK] = tasks[_OPERANDS + twin :: _TASK]
-        elif isinstance(column, Own) and column.facts is not None:
+        elif isinstance(column, Fixed) and column.facts is not None:
             if not _fits(column.facts, tasks, operand):
                 return None
         elif not asker(column, tasks, operand):
             return None
-        elif isinstance(column, Own):
+        elif isinstance(column, Fixed):
             starts = operand, _OPERANDS + operand, 2 * _OPERANDS
             pointers, codes, counts = (tasks[start::_TASK].tolist() for start in starts)
             column.facts = pointers, codes, counts
