@@ -230,6 +230,48 @@ def test_what_the_user_raises_comes_through_and_the_next_step_is_right(kind, acc
     assert lens.findings() == []
 
 
+@pytest.mark.trap(44)
+@pytest.mark.situation(
+    "KeyboardInterrupt inside our own hooks", stages={"backward": "yes: from the step after the next", "used": "yes"}
+)
+@pytest.mark.parametrize("where", [where for where in OURS if where != "a table is packed"])  # on a thread of its own
+def test_an_interrupt_inside_our_own_code(monkeypatch, where):
+    """Ctrl-C may come while we are at work: it reaches the user, who trains on; soon the records are as they should be."""
+    model, optimizer = training()
+    owner, name = OURS[where]
+    real, armed = getattr(owner, name), []
+
+    def interrupted(*args, **kwargs):
+        if armed:
+            armed.pop()
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    with gradlens.watch(model, optimizer) as lens:
+        iterate(model, optimizer, 2)
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, interrupted)
+            armed.append(True)
+            try:
+                iterate(model, optimizer, 1, first=2)
+                came = False
+            except KeyboardInterrupt:
+                came = True
+            assert came != bool(armed), "an interrupt is not swallowed"
+        iterate(model, optimizer, 1, first=3)
+        before = {n: p.detach().clone() for n, p in model.named_parameters()}
+        iterate(model, optimizer, 1, first=4)
+        last = lens.history()
+        last = last[last["step"] == last["step"].max()].set_index(["stage", "backward", "parameter"])
+        assert len(last) == 3 * len(before)
+        for n, p in model.named_parameters():
+            row = last.loc[("used", 1, n)]
+            assert row["status"] == "ok"
+            assert row["l2"] == pytest.approx(p.grad.double().norm().item(), rel=1e-6)
+            assert row["update_l2"] == pytest.approx((p.detach() - before[n]).double().norm().item(), rel=1e-5)
+        assert lens.findings() == []
+
+
 class Broken:
     """A writer whose disk is full."""
 

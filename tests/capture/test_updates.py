@@ -1,5 +1,6 @@
 """Steps: where they open and close, what the optimizer consumed, and what it did."""
 
+import sys
 import warnings
 
 import pytest
@@ -88,19 +89,91 @@ def test_untouched_gradients_are_known_to_be_unchanged(watched):
     assert not bench.sink.readings[-1].unchanged  # it was accumulated onto zeros: not known to be this backward's
 
 
-@pytest.mark.situation("SGD, Adam, AdamW, RMSprop", stages={"updates": "yes"})
-@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.RMSprop])
-def test_updates_are_weights_after_minus_before(watched, optimizer):
-    """The update is the exact difference of the weights, for any optimizer."""
-    model = linear()
-    optimizer = optimizer(model.parameters(), 0.1)
+def muon(parameters, **given):
+    return torch.optim.Muon([p for p in parameters if p.ndim == 2], **given)
+
+
+CAPTURABLE = (
+    torch.optim.Adam,
+    torch.optim.AdamW,
+    torch.optim.NAdam,
+    torch.optim.RAdam,
+    torch.optim.Adamax,
+    torch.optim.RMSprop,
+    torch.optim.Rprop,
+    torch.optim.Adadelta,
+    torch.optim.ASGD,
+)
+
+#: Every optimizer of torch that takes dense gradients, in every way that it steps on a CPU.
+OPTIMIZERS = {
+    **{
+        f"{kind.__name__}, {way}": (kind, given)
+        for kind in (
+            torch.optim.SGD,
+            torch.optim.Adam,
+            torch.optim.AdamW,
+            torch.optim.NAdam,
+            torch.optim.RAdam,
+            torch.optim.Adamax,
+            torch.optim.RMSprop,
+            torch.optim.Rprop,
+            torch.optim.Adagrad,
+            torch.optim.Adadelta,
+            torch.optim.ASGD,
+            torch.optim.Adafactor,
+        )
+        for way, given in {"plain": {"foreach": False}, "foreach": {"foreach": True}}.items()
+    },
+    **{
+        f"{kind.__name__}, fused": (kind, {"fused": True})
+        for kind in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad)
+    },
+    **{
+        f"{kind.__name__}, capturable, {way}": (kind, {"capturable": True, **given})
+        for kind in CAPTURABLE
+        for way, given in {"plain": {"foreach": False}, "foreach": {"foreach": True}}.items()
+    },
+    "Muon": (muon, {}),
+    "Adam, maximize, amsgrad, weight decay": (torch.optim.Adam, {"maximize": True, "amsgrad": True, "weight_decay": 0.1}),
+    "SGD, momentum, weight decay": (torch.optim.SGD, {"momentum": 0.9, "weight_decay": 0.1, "nesterov": True}),
+    "Adam, a tensor as learning rate": (torch.optim.Adam, {"lr": torch.tensor(0.01)}),
+}
+
+
+@pytest.mark.situation(
+    "every optimizer of torch that takes dense gradients: plain, foreach, fused",
+    stages={"backward": "yes", "used": "yes", "updates": "yes"},
+    note="capturable ones too, whose refusal of a CPU the test lifts: they are for CUDA graphs, in which no hook is called",
+)
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_every_optimizer_of_torch(watched, kind, monkeypatch):
+    """`used` is the clipped gradient, bit for bit, and the update the exact difference of the weights, at each step."""
+    make, given = OPTIMIZERS[kind]
+    if "capturable" in given:
+        for name in {make.__module__, "torch.optim.adam"}:
+            monkeypatch.setattr(
+                sys.modules[name], "_get_capturable_supported_devices", lambda *_, **__: ["cpu"], raising=False
+            )
+    model, plain = linear(), linear()
+    optimizer, other = (make(m.parameters(), **{"lr": 0.1, **given}) for m in (model, plain))
     bench = watched(model, optimizer)
-    before = [p.detach().clone() for p in model.parameters()]
-    loss_of(model).backward()
-    optimizer.step()
-    _, moved = bench.sink.updates[0]
-    for i, p in enumerate(model.parameters()):
-        assert torch.equal(moved[i], p.detach() - before[i])
+    for step in range(3):
+        expected, before = {}, [p.detach().clone() for p in model.parameters()]
+        for m, o in ((plain, other), (model, optimizer)):
+            m.zero_grad()
+            for k in (1.0, 0.5):
+                loss_of(m, k).backward()
+            nn.utils.clip_grad_norm_(m.parameters(), 0.3)
+            expected = grads(m)
+            o.step()
+        same(bench.sink.merged(step, 1, "used"), expected)
+        moved = bench.sink.updates[-1][1]
+        for i, (p, q) in enumerate(zip(model.parameters(), plain.parameters(), strict=True)):
+            assert torch.equal(p, q)
+            if i in moved:  # Muon takes matrices only
+                assert torch.equal(moved[i], p.detach() - before[i])
+        assert len(moved) == sum(len(group["params"]) for group in optimizer.param_groups)
 
 
 @pytest.mark.trap(24)
