@@ -140,7 +140,7 @@ def _loss(history: History) -> str:
 
 def _health(found: Sequence[Finding]) -> list[str]:
     groups = _grouped(found)
-    lines = [f"HEALTH: {_counted(found)}"]
+    lines = [f"HEALTH: {_counted(found)}", *_beginning(groups)]
     for group in groups[:GROUPS]:
         lines.append(_fit(f"  {_heading(group)}"))
         lines += _wrapped(group[0].seen, "    ")
@@ -151,6 +151,14 @@ def _health(found: Sequence[Finding]) -> list[str]:
     if len(groups) > GROUPS:
         lines.append(f"  and {len(groups) - GROUPS} more kinds, less severe or later: findings() has all")
     return lines
+
+
+def _beginning(groups: Sequence[list[Finding]]) -> list[str]:
+    """What came first, where that is not what is worst: the others may follow from it."""
+    ill = [group for group in groups if group[0].severity != Severity.INFO]
+    if not ill or (first := min(ill, key=lambda group: group[0].step))[0].step == ill[0][0].step:
+        return []
+    return [_fit(f"  it began with {first[0].rule} at step {first[0].step}: what came later may follow from that")]
 
 
 def _grouped(found: Iterable[Finding]) -> list[list[Finding]]:

@@ -75,6 +75,15 @@ def test_steps_size_and_loss():
 # --- health ---------------------------------------------------------------------------------------------------------
 
 
+def test_what_came_first_is_pointed_out_where_it_is_not_the_worst():
+    """A step that was too large, and NaN three steps later: the first line says where to begin."""
+    nan = finding(severity=Severity.ERROR, rule="nonfinite", step=3, causes=("x",))
+    page = report.text(history(used()), [nan, finding(rule="update_ratio", step=0)])
+    assert rows_of(page, "HEALTH")[0] == "  it began with update_ratio at step 0: what came later may follow from that"
+    for silent in ([nan], [nan, finding(step=3)], [nan, finding(step=5)], [nan, finding(severity=Severity.INFO, step=0)]):
+        assert "it began with" not in report.text(history(used()), silent)
+
+
 def test_a_healthy_model_is_said_to_be():
     """No findings is a sentence, not an empty part."""
     assert "HEALTH: nothing looks ill; no rule found anything" in report.text(history(used()), [])
@@ -91,6 +100,7 @@ def test_findings_are_grouped_and_the_worst_come_first():
     page = report.text(history(used()), found)
     assert "HEALTH: 1 error, 2 warnings, 1 info" in page
     assert rows_of(page, "HEALTH") == [
+        "  it began with mine at step 1: what came later may follow from that",
         "  ERROR worse, at step 9: a.bias",
         "    what was seen of a.bias",
         "  WARNING mine, from step 1: a.weight, a.bias",

@@ -40,11 +40,13 @@ class NonFinite:
             return ()
         everywhere = len(rows) == known.sum()
         forward = not math.isfinite(newest.loss) if "loss" in newest.scalars else everywhere
-        causes = _poisoned(history, newest) + _diverged(history, newest)
-        causes += _FORWARD if forward else _LOSS if everywhere else _BACKWARD
-        causes += _LOSS if forward and "loss" not in newest.scalars else ()
-        causes += _SCALER if newest.stage != Stage.USED else ()
-        remedy = _ANOMALY if forward or everywhere else _behind(newest.names[rows[-1]])
+        poisoned, diverged = _poisoned(history, newest), _diverged(history, newest)
+        causes, remedy = poisoned, _EARLIER
+        if not poisoned:
+            causes = diverged + (_FORWARD if forward else _LOSS if everywhere else _BACKWARD)
+            causes += _LOSS if forward and "loss" not in newest.scalars else ()
+            remedy = _SLOWER if diverged else _ANOMALY if forward or everywhere else _behind(newest.names[rows[-1]])
+        causes += _SCALER if newest.stage != Stage.USED and not diverged else ()
 
         def finding(row: int) -> Finding:
             return Finding(
@@ -83,6 +85,9 @@ _ANOMALY = (
     "look at this step's batch, and at the loss of the steps before; torch.autograd.set_detect_anomaly(True) names the "
     "operation"
 )
+
+_EARLIER = "look at the first of these findings: what comes after it follows from it"
+_SLOWER = "divide the learning rate by 10 or warm it up, or clip with torch.nn.utils.clip_grad_norm_"
 
 
 def _behind(last: str) -> str:

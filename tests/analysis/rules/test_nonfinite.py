@@ -69,6 +69,7 @@ def test_a_training_that_diverged_says_with_which_step(ratio, found):
     assert ("diverged" in causes[0]) is found
     assert ("step 3 moved b.weight by 7 times its own norm" in causes[0]) is found
     assert "forward pass" in causes[found]
+    assert ("divide the learning rate" in last(NonFinite(), *steps)[0].remedy) is found
 
 
 def test_a_step_that_the_scaler_skipped_wrote_nothing():
@@ -81,6 +82,7 @@ def test_the_step_before_is_the_cause_where_it_had_them_already():
     """Weights that a non-finite step was written into make everything non-finite."""
     findings = last(NonFinite(), bad(4, nan=(0, 9, 0)), bad(5, nan=(1, 1, 1)))
     assert all("step 4 wrote non-finite partials (of b.weight)" in finding.causes[0] for finding in findings)
+    assert all("look at the first" in finding.remedy for finding in findings)
 
 
 @pytest.mark.parametrize(("scale", "found"), [(65536.0, False), (1.0, True), (math.nan, True)])
