@@ -9,7 +9,7 @@ from typing import ClassVar
 import numpy as np
 
 from gradlens.analysis.history import History
-from gradlens.analysis.rules.base import Condition, check_steps, judged, lasting, on_steps, said
+from gradlens.analysis.rules.base import Condition, check_steps, judged, lasting, on_steps, remembered, said
 from gradlens.records import Finding, Severity, Snapshot, Stage, Status
 
 
@@ -57,6 +57,7 @@ class Lost:
         )
 
 
+@remembered
 def nothing_used(snapshot: Snapshot) -> np.ndarray:
     """`[n]` rows of which an optimizer had the parameter, saw no gradient, and moved nothing."""
     columns = snapshot.columns

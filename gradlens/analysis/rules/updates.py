@@ -112,6 +112,7 @@ class UpdateRatio:
         return said_of_all(snapshot, bool(fastest < self.smallest) if fastest >= 0 else None)
 
 
+@remembered
 def _ratios(snapshot: Snapshot) -> np.ndarray:
     """Update ratios of weights; NaN for other parameters, and where no gradient made the step."""
     known = layout(snapshot.parameters).matrix & snapshot.has(Status.OK) & ~nothing_used(snapshot)
