@@ -117,25 +117,21 @@ def trained(task: Task, contender: Contender, template: torch.nn.Module) -> Roun
 
 
 def rounds(task: Task, contenders: Sequence[Contender], seconds: float) -> tuple[dict[str, list[Round]], dict[str, str]]:
-    """As many whole rounds as fit into the time, two at least, or until Ctrl-C; and why some contenders are missing."""
+    """As many rounds as fit into the time, one at least, or until Ctrl-C; and why some contenders are missing."""
     torch.manual_seed(0)
     template, times, missing = task.model(), defaultdict(list), dict[str, str]()
     start, last, n = time.monotonic(), 0.0, 0
-    while n < 2 or time.monotonic() - start + last < seconds:
-        begun, fresh = time.monotonic(), dict[str, Round]()
+    while n < 1 or time.monotonic() - start + last < seconds:
+        begun = time.monotonic()
         try:
             for contender in random.sample(contenders, len(contenders)):
                 if contender.name not in missing:
                     try:
-                        fresh[contender.name] = trained(task, contender, template)
+                        times[contender.name].append(trained(task, contender, template))
                     except Exception as error:  # noqa: BLE001 - peers break in many ways, and the reason is the result
                         missing[contender.name] = f"{type(error).__name__}: {error}".splitlines()[0][:100]
         except KeyboardInterrupt:
-            if n:
-                break
-            raise
-        for name, one in fresh.items():
-            times[name].append(one)
+            break
         last, n = time.monotonic() - begun, n + 1
         print(f"  round {n}: {last:.0f} s", file=sys.stderr)
     return times, missing
@@ -151,6 +147,8 @@ def rows(name: str, threads: int, contenders: Sequence[Contender], seconds: floa
         row |= {"model": name, "threads": threads, "contender": contender.name, "kind": contender.kind, "machine": where}
         if contender.name in missing:
             row["note"] = missing[contender.name]
+        elif contender.name not in times:
+            continue
         else:
             own = times[contender.name]
             middle = Round(*(statistics.median(values) for values in zip(*own, strict=True)))
