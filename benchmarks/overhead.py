@@ -147,7 +147,7 @@ def rows(name: str, threads: int, contenders: Sequence[Contender], seconds: floa
         row |= {"model": name, "threads": threads, "contender": contender.name, "kind": contender.kind, "machine": where}
         if contender.name in missing:
             row["note"] = missing[contender.name]
-        elif contender.name not in times:
+        elif not times[contender.name]:
             continue
         else:
             own = times[contender.name]

@@ -282,7 +282,8 @@ class Pipeline:
         """Send what the step gave."""
         if self.evidence is not None:
             self._do("evidence", self._fold, self.evidence, step)
-        self._do("end of a step", self._release, step, scalars)
+        if self._open:
+            self._do("end of a step", self._release, step, scalars)
         self._open = {key: table for key, table in self._open.items() if table.step > step}
         if self.faults.findings:
             self._do("findings", self._send, [], {})  # what could not be sent with the step

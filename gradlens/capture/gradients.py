@@ -667,8 +667,8 @@ class Gradients:
         self._ends = now if len(self._threads) < 2 else {**self._ends, **now}
         self._sink.ended(list(map(self.rows.__getitem__, now)), gradients)
 
-    def step_closed(self) -> None:
-        """Forget the step."""
-        self._marks, _ = self._now(self._attachment.slots)
+    def step_closed(self, *, watched: bool = True) -> None:
+        """Forget the step. What is there now matters only if the next one is `watched`."""
+        self._marks = self._now(self._attachment.slots)[0] if watched else {}
         self.fired, self.undefined, self.excluded, self.given = set(), set(), set(), set()
         self.fresh, self.averaged = True, False

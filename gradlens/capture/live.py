@@ -230,7 +230,7 @@ class Capture:
             self.clock.close()
             self.updates.step_closed()
             self._rescan()
-            self.gradients.step_closed()
+            self.gradients.step_closed(watched=self.watches)
             self._follow_schedule()
         except Exception as error:  # noqa: BLE001 - nothing of ours is raised in a training step
             self._fault("end of a step", error)
