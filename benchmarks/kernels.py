@@ -1,9 +1,14 @@
-"""What reading gradients costs, against one plain read of the same bytes; and how that grows with the tensor.
+"""What reading gradients costs, backend by backend, against one plain read of the same bytes.
 
-    python benchmarks/kernels.py                     # everything: a few minutes; writes kernels.csv
+    python benchmarks/kernels.py                     # every part, some minutes each; writes kernels.csv
+    python benchmarks/kernels.py types sizes         # these parts; the rows of the others stay
     python benchmarks/kernels.py --quick             # few rounds, nothing written
 
-The plain read is a C loop that adds every float of the gradients (`read.c`), on one thread. Cases are measured in
+    models      a ResNet-18, a small GPT and 1,000 tensors of 20 entries, in float32
+    types       4 million entries of float32, bfloat16 and float64
+    sizes       one float32 tensor of 10^3 to 10^8 entries
+
+The plain read is a C loop that adds every eight bytes of the gradients (`read.c`), on one thread. Cases are measured in
 interleaved rounds of one process; figures are medians over rounds, ratios are taken within a round. Needs a C compiler.
 
     gradients   counts, sums, extremes, histogram, the 16 largest: one operand
@@ -12,10 +17,9 @@ interleaved rounds of one process; figures are medians over rounds, ratios are t
     compare     what the optimizer did: gradient, weights before, weights after
     sample      sixteen entries of each
 
-In `kernels.csv`, `reads` is the time over that of the plain read of the gradients alone, `per_tensor` in microseconds. The
-scale rows take one tensor of 10^5 to 10^8 weights. `no top` is the kernel compiled without looking for the largest, `rising`
-a tensor whose every entry is larger than all before it, the worst case for that search. `extra_mib` is by how much one call
-raised the process's peak memory, in a process of its own.
+In `kernels.csv`, `reads` is the time over that of the plain read of the gradients alone, `least` the smallest such ratio of
+all rounds, `per_tensor` microseconds. The last gradients are a list that is known to stay where it is, as in a watched step.
+How the cost grows up to 10^8 weights, and what memory it takes, is in `scale.py`.
 """
 
 from __future__ import annotations
@@ -25,10 +29,8 @@ import csv
 import ctypes
 import os
 import platform
-import resource
 import statistics
 import subprocess
-import sys
 import sysconfig
 import tempfile
 import time
@@ -41,13 +43,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradlens.kernels import native, reference
+from gradlens.kernels import batched, native, reference
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "kernels.csv"
-SCALE = (10**5, 10**6, 10**7, 10**8)
-LINE = "{model:>12} {what:<12} {backend:<12} {threads} {milliseconds:>9} ms {reads:>8} reads {per_tensor:>9} us"
-SEARCH = "if (may_belong(&s->top, above, at, o))"  # in native.c, before the search for the largest in a block
+SIZES = (10**3, 10**4, 10**5, 10**6, 10**7, 10**8)
+TYPES = (torch.float32, torch.bfloat16, torch.float64)
+SLOW = 3  #: rounds of what takes seconds
+LINE = (
+    "{case:>12} {what:<11} {backend:<14} {threads} {milliseconds:>9} ms {reads:>8} reads, at best {least:>8} {per_tensor} us"
+)
 
 
 def resnet() -> list[tuple[int, ...]]:
@@ -85,31 +90,21 @@ def compiled(source: str, name: str, flags: Sequence[str]) -> Path:
 
 def reader() -> Callable[[Sequence[Tensor]], Callable[[], object]]:
     """Makes the plain read of some tensors."""
-    flags = ["-O3", "-march=native", "-ffast-math", "-fopenmp-simd"]
-    library = ctypes.CDLL(str(compiled((HERE / "read.c").read_text(), "read", flags)))
+    library = ctypes.CDLL(str(compiled((HERE / "read.c").read_text(), "read", ["-O3", "-march=native"])))
     library.read_all.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
-    library.read_all.restype = ctypes.c_double
+    library.read_all.restype = ctypes.c_uint64
 
     def of(tensors: Sequence[Tensor]) -> Callable[[], object]:
-        pointers, counts = array("q", [t.data_ptr() for t in tensors]), array("q", [t.numel() for t in tensors])
-        return lambda: library.read_all(pointers.buffer_info()[0], counts.buffer_info()[0], len(tensors))
+        pointers, words = array("q", [t.data_ptr() for t in tensors]), array("q", [t.nbytes // 8 for t in tensors])
+        return lambda: library.read_all(pointers.buffer_info()[0], words.buffer_info()[0], len(tensors))
 
     return of
-
-
-def without_top() -> native.Native:
-    """The kernel that never looks for the largest."""
-    source = (Path(native.__file__).with_name("native.c")).read_text()
-    assert SEARCH in source
-    flags = ["-std=gnu99", "-O3", "-fopenmp-simd", "-ffp-contract=off", "-pthread"]
-    return native.load(compiled(source.replace(SEARCH, "if (0)"), "no_top", flags))
 
 
 @dataclass
 class Case:
     """One thing to time."""
 
-    model: str
     what: str
     backend: str
     threads: int
@@ -122,104 +117,101 @@ class Case:
         return time.perf_counter() - start
 
 
-def timed(cases: Sequence[Case], rounds: int) -> dict[int, list[float]]:
-    """Seconds by case, interleaved; the first case is the plain read, and what ran before warms no one's cache."""
-    for case in cases:
-        case.seconds()
-    taken: dict[int, list[float]] = {i: [] for i in range(len(cases))}
-    for _ in range(rounds):
+def timed(cases: Sequence[Case], rounds: int) -> list[list[float]]:
+    """Seconds of each case by round, interleaved, after one round that does not count."""
+    slow = [case.seconds() > 0.5 for case in cases]
+    taken: list[list[float]] = [[] for _ in cases]
+    for turn in range(rounds):
         for i, case in enumerate(cases):
-            if case.backend == "reference" and len(taken[i]) >= 3:
-                continue
-            taken[i].append(case.seconds())
+            if turn < SLOW or not slow[i]:
+                taken[i].append(case.seconds())
     return taken
 
 
-def rows(cases: Sequence[Case], tensors: Sequence[Tensor], rounds: int) -> list[dict[str, object]]:
-    """The table's rows."""
+def rows(name: str, cases: Sequence[Case], tensors: Sequence[Tensor], rounds: int) -> list[dict[str, object]]:
+    """The table's rows; the first case is the plain read."""
     taken = timed(cases, rounds)
-    found = []
-    for i, case in enumerate(cases):
-        ratios = [seconds / plain for seconds, plain in zip(taken[i], taken[0], strict=False)]
-        middle = statistics.median(taken[i])
+    found: list[dict[str, object]] = []
+    for case, seconds in zip(cases, taken, strict=True):
+        ratios = [mine / plain for mine, plain in zip(seconds, taken[0], strict=False)]
+        middle = statistics.median(seconds)
         found.append(
             {
-                "model": case.model,
+                "case": name,
                 "weights": sum(t.numel() for t in tensors),
                 "tensors": len(tensors),
+                "type": str(tensors[0].dtype).removeprefix("torch."),
                 "what": case.what,
                 "backend": case.backend,
                 "threads": case.threads,
                 "milliseconds": f"{1e3 * middle:.4g}",
                 "reads": f"{statistics.median(ratios):.3g}",
+                "least": f"{min(ratios):.3g}",
                 "per_tensor": f"{1e6 * middle / len(tensors):.3g}",
-                "extra_mib": "",
             }
         )
-        print(LINE.format(**found[-1]))
+        print(LINE.format(**found[-1]), flush=True)
     return found
 
 
-def of_models(kernel: native.Native, read: Callable, rounds: int) -> list[dict[str, object]]:
-    """Every backend on every model."""
-    found = []
-    for model, shapes in MODELS.items():
-        gradients, weights, last, after = ([torch.randn(shape) * scale for shape in shapes] for scale in (1e-3, 1, 1e-3, 1))
-        operands = gradients, [torch.nn.Parameter(w) for w in weights], last, after
-        cases = [Case(model, "plain read", "read.c", 1, read(gradients))]
-        for backend, threads in ((kernel, 1), (kernel, 2), (reference, 1)):
-            name = "reference" if backend is reference else f"native {native.VARIANTS[kernel.variant]}"
-            cases += [Case(model, what, name, threads, call) for what, call in calls(backend, *operands).items()]
-        found += rows(cases, gradients, rounds)
-    return found
+def levels() -> list[tuple[str, int, Any]]:
+    """The native kernel on one thread and on two, then as processors that can less would run it."""
+    best = native.load()
+    name = f"native {native.VARIANTS[best.variant]}"
+    lower = [native.Native(best.library, variant, best.asker) for variant in reversed(range(best.variant))]
+    return [
+        (name, 1, best),
+        (name, 2, best),
+        *((f"native {native.VARIANTS[kernel.variant]}", 1, kernel) for kernel in lower),
+    ]
 
 
-def calls(backend: Any, g: list, w: list, last: list, after: list) -> dict[str, Callable[[], object]]:
+TORCH: list[tuple[str, int, Any]] = [("batched", 1, batched), ("reference", 1, reference)]
+
+
+def calls(backend: Any, g: list, w: list, last: native.Fixed, after: list) -> dict[str, Callable[[], object]]:
     """What is asked of a backend."""
     return {
-        "gradients": lambda: backend.summarize(g),
-        "+ weights": lambda: backend.summarize(g, w),
+        "gradients": lambda: backend.summarize(g, None, None, None),
+        "+ weights": lambda: backend.summarize(g, w, None, None),
         "+ flips": lambda: backend.summarize(g, w, last, last),
-        "compare": lambda: backend.compare(g, w, after),
+        "compare": lambda: backend.compare(g, w, after, None),
         "sample": lambda: backend.sample(g),
     }
 
 
-def of_scale(kernel: native.Native, read: Callable, rounds: int) -> list[dict[str, object]]:
-    """One tensor, larger and larger."""
-    found, bare = [], without_top()
-    name = f"native {native.VARIANTS[kernel.variant]}"
-    for n in SCALE:
-        gradient = torch.randn(n)
-        rising = torch.linspace(1e-6, 1, n)
-        cases = [
-            Case(f"{n:.0e}", "plain read", "read.c", 1, read([gradient])),
-            Case(f"{n:.0e}", "gradients", name, 1, lambda g=gradient: kernel.summarize([g])),
-            Case(f"{n:.0e}", "gradients", name, 2, lambda g=gradient: kernel.summarize([g])),
-            Case(f"{n:.0e}", "no top", name, 1, lambda g=gradient: bare.summarize([g])),
-            Case(f"{n:.0e}", "rising", name, 1, lambda g=rising: kernel.summarize([g])),
-        ]
-        found += rows(cases, [gradient], rounds if n < 10**8 else max(rounds // 3, 3))
-        for row in found[-len(cases) :]:
-            if row["what"] == "gradients":
-                row["extra_mib"] = f"{peak(n, int(str(row['threads']))):.2f}"
+def measured(
+    name: str, shapes: Sequence[Sequence[int]], dtype: torch.dtype, backends: Sequence[tuple[str, int, Any]], rounds: int
+) -> list[dict[str, object]]:
+    """Tensors of these shapes, asked everything of every backend."""
+    g, w, last, after = ([(torch.randn(*shape) * scale).to(dtype) for shape in shapes] for scale in (1e-3, 1, 1e-3, 1))
+    cases = [Case("plain read", "read.c", 1, reader()(g))]
+    for backend, threads, kernel in backends:
+        asked = calls(kernel, g, [torch.nn.Parameter(t) for t in w], native.Fixed(last), after)
+        cases += [Case(what, backend, threads, call) for what, call in asked.items()]
+    return rows(name, cases, g, rounds)
+
+
+def models(rounds: int) -> list[dict[str, object]]:
+    """Every backend on every model."""
+    return [
+        row for name, shapes in MODELS.items() for row in measured(name, shapes, torch.float32, levels() + TORCH, rounds)
+    ]
+
+
+def types(rounds: int) -> list[dict[str, object]]:
+    """Every backend on every type."""
+    many = [(1_000_000,)] * 4
+    return [row for dtype in TYPES for row in measured("4 million", many, dtype, levels() + TORCH, rounds)]
+
+
+def sizes(rounds: int) -> list[dict[str, object]]:
+    """Every backend on tensors of every size; the torch ones up to 10^7, where they take a second and more."""
+    found = []
+    for n in SIZES:
+        backends = levels() + (TORCH if n <= 10**7 else [])
+        found += measured(f"{n:.0e}", [(n,)], torch.float32, backends, rounds if n < 10**8 else SLOW)
     return found
-
-
-def peak(n: int, threads: int) -> float:
-    """MiB by which summarising n weights raises the peak memory, in a process of its own."""
-    code = f"import sys; sys.path.insert(0, {str(HERE)!r}); import kernels; print(kernels.raised({n}, {threads}))"
-    return float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
-
-
-def raised(n: int, threads: int) -> float:
-    """Here: MiB, from before the first call to after it."""
-    torch.set_num_threads(threads)
-    kernel, gradient = native.load(), torch.ones(n)
-    kernel.summarize([torch.ones(10)])
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    kernel.summarize([gradient])
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
 
 
 def machine() -> dict[str, object]:
@@ -232,19 +224,25 @@ def machine() -> dict[str, object]:
     }
 
 
+PARTS: dict[str, Callable[[int], list[dict[str, object]]]] = {"models": models, "types": types, "sizes": sizes}
+
+
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("parts", nargs="*", choices=[[], *PARTS], default=[])
     parser.add_argument("--quick", action="store_true")
-    quick = parser.parse_args().quick
+    given = parser.parse_args()
     torch.manual_seed(0)
-    kernel, read = native.load(), reader()
-    found = of_models(kernel, read, 3 if quick else 25) + of_scale(kernel, read, 3 if quick else 15)
-    if not quick:
+    for part in given.parts or PARTS:
+        found = [{"part": part} | row | machine() for row in PARTS[part](SLOW if given.quick else 21)]
+        if given.quick:
+            continue
+        kept = [row for row in csv.DictReader(RESULTS.open()) if row["part"] != part] if RESULTS.exists() else []
         with RESULTS.open("w", newline="") as file:
-            writer = csv.DictWriter(file, [*found[0], *machine()], lineterminator="\n")
+            writer = csv.DictWriter(file, list(found[0]), lineterminator="\n")
             writer.writeheader()
-            writer.writerows(row | machine() for row in found)
+            writer.writerows(sorted(kept + found, key=lambda row: list(PARTS).index(str(row["part"]))))
 
 
 if __name__ == "__main__":
