@@ -69,7 +69,7 @@ OTHERS = {
     "updates-unavailable": "the feature `updates` without the stage `used`, on whose rows it stands",
     "memory": "an allowance that has no room for even one weight of each parameter",
     "reduced-unavailable": "the stage `reduced` in one process",
-    "not-averaged": "the stage `reduced`, and no backward that ended with averaged gradients",
+    "not-averaged": "the stage `reduced`, and no backward that ended with averaged gradients, or parameters left out",
     "unknown-optimizer": "an optimizer that moves watched parameters, and that `watch()` was not given",
     "partial-gradient": "gradients that are summands which the ranks have yet to add",
     "read-at-step": "FSDP1's original parameters, whose gradients are read at the optimizer's step only",

@@ -223,6 +223,7 @@ class Attachment:
         check(select, found)
         self.slots: list[Slot] = []
         self.aliases: dict[str, str] = {}  # a tied parameter's other names -> the name it is reported by
+        self.ignored = frozenset[Slot]()  # beside what FSDP2 shards: it averages no gradient of these
         self.flat = self._cut = False  # FSDP1 has made one parameter of several, or shows pieces of it
         self.parameters = Parameters((), (), ())
         self.lost = False  # a parameter was deleted since the last scan
@@ -271,7 +272,7 @@ class Attachment:
         old = {slot.name: slot for slot in self.slots}
         fresh: list[Slot] = []
         by_id: dict[int, str] = {}
-        self.aliases, flat = {}, False
+        self.aliases, flat, plain = {}, False, set[Slot]()
         for key, part in self.target().items():
             shards, stretches = sharding.shards(part), sharding.stretches(part)
             for name, owner, leaf, shown in locate(part, key):
@@ -289,6 +290,9 @@ class Attachment:
                     fresh[-1].follow(shard)
                     fresh[-1].stretch = stretch
                     flat |= sharding.flat(tensor)
+                    if shard is None and not hasattr(tensor, "placements"):
+                        plain.add(fresh[-1])
+        self.ignored = frozenset(plain if any(slot._shard is not None for slot in fresh) else ())
         self.flat, self._cut = flat, any(slot.stretch is not None for slot in fresh)
         changed = [id(slot) for slot in fresh] != [id(slot) for slot in self.slots]
         if changed:

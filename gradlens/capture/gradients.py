@@ -578,6 +578,9 @@ class Gradients:
     def _read_accumulated(self, stage: Stage, current: Pass) -> None:
         quiet = self._quiet(current)
         slots = [s for s in quiet if (p := s.tensor()) is not None and p.grad is not None and p.requires_grad]
+        left = self._attachment.ignored if self.local and stage == Stage.REDUCED else ()
+        if left:
+            slots = [slot for slot in slots if slot not in left]
         tensors = [slot.tensor().grad for slot in slots]  # type: ignore[union-attr]
         present = set(slots)
         notes = [
@@ -586,6 +589,9 @@ class Gradients:
         ]
         if quiet is not self._attachment.slots:
             notes = [None if slot in present else "elsewhere" for slot in self._attachment.slots]
+        elif left:
+            notes = notes or [None] * len(quiet)
+            notes = ["elsewhere" if slot in left else note for slot, note in zip(quiet, notes, strict=True)]
         self._emit(stage, slots, tensors, current, complete=True, notes=notes)  # type: ignore[arg-type]
 
     def _notes(self, current: Pass) -> list[str | None]:

@@ -225,8 +225,12 @@ class Capture:
                 self._tell(_unheard(step))
             if self.attachment.flat:
                 self._tell(_flattened(step))
-            if self._reduced and self.clock.observed and self.clock.backward and not self.gradients.averaged:
-                self._tell(_not_averaged(step))
+            if self._reduced and self.clock.observed and self.clock.backward:
+                if not self.gradients.averaged:
+                    self._tell(_not_averaged(step))
+                elif self.gradients.local and self.attachment.ignored:
+                    ignored = self.attachment.ignored
+                    self._tell(_ignored(step, [slot.name for slot in self.attachment.slots if slot in ignored]))
             self.clock.close()
             self.updates.step_closed()
             self._rescan()
@@ -284,6 +288,23 @@ def _not_averaged(step: int) -> Finding:
             "the optimizer's step came after no_sync() alone",
         ),
         remedy="read the stage `used`: what the optimizer consumed, however it was averaged",
+    )
+
+
+def _ignored(step: int, names: Sequence[str]) -> Finding:
+    few = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    return Finding(
+        rule="not-averaged",
+        step=step,
+        severity=Severity.INFO,
+        stage=Stage.REDUCED.value,
+        seen=f"{len(names)} parameters ({few}) are not among those that FSDP2 shards and averages: they have no `reduced` "
+        "rows",
+        causes=("fully_shard(..., ignored_params=...)", "fully_shard was called on parts of the model only"),
+        remedy="average their gradients before the optimizer's step, or the ranks' copies drift apart; `used` has what it "
+        "consumed",
+        parameter=names[0],
+        parameters=tuple(names),
     )
 
 

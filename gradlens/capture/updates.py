@@ -334,13 +334,13 @@ class Updates:
             return "stale"
         if slot in gradients.undefined:
             return Status.UNDEFINED
+        if slot.stretch is not None and (not len(slot.stretch) or gradients.changed(slot, parameter)):
+            self.unheard = True
+            return "stale" if len(slot.stretch) else None  # other ranks have all of it
         if gradients.changed(slot, parameter):
-            self.unheard |= slot.stretch is not None
-            return Status.UNCAPTURED if slot.stretch is None else "stale"
+            return Status.UNCAPTURED
         if slot in gradients.excluded:
             return Status.EXCLUDED
-        if slot.stretch is not None and not len(slot.stretch):
-            return None  # other ranks have all of it
         return Status.ABSENT if parameter.grad is None else "stale"
 
     def _read_update(self, role: Role, optimizer: Optimizer | None, skipped: bool | Tensor) -> None:

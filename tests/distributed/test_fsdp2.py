@@ -130,6 +130,14 @@ def mixed():
     return seen, wanted, *after
 
 
+def ignored():
+    """One weight is left alone: FSDP2 does not average its gradient, and the user does not either."""
+    net = model()
+    fully_shard(net, ignored_params={net[2].weight})
+    keep, _ = train(net, mine(batches())[:1], READ)
+    return keep.records
+
+
 def before():
     """Watched before it is sharded, which replaces every parameter: without an optimizer, since that is made later."""
     net = exact()
@@ -172,7 +180,7 @@ def counted():
 
 def group():
     """All scenarios; collectives are counted where there are two ranks."""
-    calls = (plain, single, offloaded, hybrid, columns, no_sync, mixed, before, rescanned, pooled)
+    calls = (plain, single, offloaded, hybrid, columns, no_sync, mixed, ignored, before, rescanned, pooled)
     return {call.__name__: call() for call in calls + (counted,) * (distributed.get_world_size() == 2)}
 
 
@@ -283,6 +291,22 @@ def test_mixed_precision_is_read_as_it_is_averaged(launched, count):
         for _, step, rows, dtypes in seen:
             assert set(dtypes) == {"float32"}
             same(rows, wanted[step])
+
+
+@COUNTS
+@pytest.mark.situation(
+    "parameters that FSDP2 is told to ignore",
+    stages={"reduced": "no: their gradients are each rank's own, and a finding names them", "used": "yes"},
+)
+def test_what_fsdp2_ignores_is_not_called_reduced(launched, count):
+    """A gradient of this rank alone has no `reduced` row; the one that the optimizer consumed is this rank's own."""
+    for rank, result in enumerate(launched(group, count)):
+        reduced, used = snapshots(result["ignored"])
+        (finding,) = [record for record in result["ignored"] if isinstance(record, gradlens.Finding)]
+        assert reduced.names == ("0.weight", "0.bias", "2.bias")
+        assert (finding.rule, finding.parameters) == ("not-averaged", ("2.weight",))
+        own, _ = train(model(), batches().chunk(count, dim=1)[rank][:1], ("used",))
+        same({"2.weight": numbers(used)["2.weight"]}, {"2.weight": numbers(own.snapshots[0])["2.weight"]})
 
 
 @COUNTS
