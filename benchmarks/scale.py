@@ -1,6 +1,7 @@
 """How the cost of a look grows from 10^5 to 10^8 weights, and how much memory it takes.
 
     python benchmarks/scale.py                       # time and memory; writes scale.csv
+    python benchmarks/scale.py memory                # this part; the rows of the other stay
     python benchmarks/scale.py --quick               # few rounds, nothing written
 
 Time: one tensor, summarised by the native kernel. `no top` is the kernel compiled without the search for the largest, and
@@ -78,9 +79,9 @@ def times(rounds: int) -> list[dict[str, object]]:
 
 
 def peak(weights: int, parameters: int, watched: bool) -> float:
-    """MiB, of a process of its own; the smallest of three."""
+    """MiB, of a process of its own."""
     command = [sys.executable, "-c", TRAINED, str(weights), str(parameters), str(int(watched))]
-    return min(float(subprocess.run(command, check=True, capture_output=True, text=True).stdout) for _ in range(3))
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
 def memory() -> list[dict[str, object]]:
@@ -94,17 +95,29 @@ def memory() -> list[dict[str, object]]:
     return found
 
 
+PARTS = {"time": times, "memory": lambda _: memory()}
+
+
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("parts", nargs="*", choices=[[], *PARTS], default=[])
     parser.add_argument("--quick", action="store_true")
-    quick = parser.parse_args().quick
-    found = [row | machine() for row in times(SLOW if quick else 15) + memory()]
-    if not quick:
-        with RESULTS.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(found[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(found)
+    given = parser.parse_args()
+    for part in given.parts or PARTS:
+        found = [row | machine() for row in PARTS[part](SLOW if given.quick else 15)]
+        if not given.quick:
+            written(found)
+
+
+def written(found: list[dict[str, object]]) -> None:
+    """The rows, beside those of the other part."""
+    old = list(csv.DictReader(RESULTS.open())) if RESULTS.exists() else []
+    kept = [row for row in old if row["what"] not in {row["what"] for row in found}]
+    with RESULTS.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(found[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(kept + found)
 
 
 if __name__ == "__main__":
