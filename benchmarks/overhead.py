@@ -163,7 +163,7 @@ def rows(name: str, threads: int, contenders: Sequence[Contender], seconds: floa
 def chosen(patterns: Sequence[str]) -> list[Contender]:
     """The contenders of that name."""
     wanted = {c.name for c in ALL if not patterns or any(fnmatch.fnmatchcase(c.name, p) for p in patterns)}
-    return [c for c in ALL if c.name in wanted]
+    return [c for c in ALL if c.name in wanted and (c.kind != "bare" or c.name == "bare again")]  # the others are baselines
 
 
 def stored() -> list[dict[str, str]]:
