@@ -1,6 +1,6 @@
 """What the rules say of real trainings: those that are well should hear nothing, those that are ill what is wrong and when.
 
-    python benchmarks/trainings.py [NAME ...] [--steps 300] [--out trainings.csv] [--page]
+    python benchmarks/trainings.py [NAME ...] [--steps 300] [--seed 0] [--out trainings.csv] [--page]
 
 Data are the 1,797 digits and the diabetes study that come with scikit-learn, and as text the topics of Python's own help.
 Every training is a few hundred steps of a small model, as people write them: the function gives a model, its optimizers and
@@ -9,7 +9,10 @@ the rules of which at least one has to find it.
 
 `trainings.csv` has a row for each training, rule and severity: `training, state, steps, loss_first, loss_last, rule,
 severity, found (the step of the first), findings, of (parameters), seen, cause`. A training without findings has one row
-with an empty rule. `--page` prints the report of each, as a user would see it.
+with an empty rule. It is of 120 steps and seed 0: none of 50 that are well heard a warning, and all 47 that are ill were found
+in time. The rules were made with these at hand, so that is no measure of others. At 60 steps of seeds 1 and 2 none of the 40
+quicker ones that are well heard a warning; of the ill, a normalised convolutional net with a learning rate of 5 was missed
+once (and what needs more steps than 60). `--page` prints the report of each, as a user would see it.
 """
 
 from __future__ import annotations
@@ -37,6 +40,7 @@ from gradlens.records import Finding, Severity
 BATCH = 64
 
 _watching: list[gradlens.Lens] = []
+_seed = [0]  #: of models, and of the order in which they see the data
 
 
 def told(loss: Tensor) -> Tensor:
@@ -116,14 +120,16 @@ def text() -> tuple[Tensor, int]:
 def examples(k: int, size: int = BATCH, data: Callable[[], tuple[Tensor, Tensor]] = digits) -> tuple[Tensor, Tensor]:
     """A step's batch, drawn at random."""
     x, y = data()
-    rows = torch.randint(len(x), (size,), generator=torch.Generator().manual_seed(k))
+    rows = torch.randint(len(x), (size,), generator=torch.Generator().manual_seed(k + 1_000_003 * _seed[0]))
     return x[rows], y[rows]
 
 
 def sentences(k: int, size: int = 16, length: int = 48) -> tuple[Tensor, Tensor]:
     """A step's characters, `[size, length]`, and those that follow."""
     whole, _ = text()
-    starts = torch.randint(len(whole) - length - 1, (size,), generator=torch.Generator().manual_seed(k))
+    starts = torch.randint(
+        len(whole) - length - 1, (size,), generator=torch.Generator().manual_seed(k + 1_000_003 * _seed[0])
+    )
     rows = starts[:, None] + torch.arange(length)
     return whole[rows], whole[rows + 1]
 
@@ -1282,9 +1288,10 @@ def weight_decay_too_strong() -> Training:
 # --- the study ------------------------------------------------------------------------------------------------------
 
 
-def studied(study: Study, steps: int, page: bool = False) -> tuple[list[Finding], list[float]]:
+def studied(study: Study, steps: int, page: bool = False, seed: int = 0) -> tuple[list[Finding], list[float]]:
     """What was found, and the losses."""
-    torch.manual_seed(0)
+    _seed[0] = seed
+    torch.manual_seed(seed)
     training = study.make()
     with gradlens.watch(training.model, training.optimizers, **training.options) as lens:
         _watching[:] = [lens]
@@ -1321,6 +1328,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="What the rules say of real trainings.")
     parser.add_argument("names", nargs="*", help="of the trainings; all by default")
     parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--page", action="store_true")
     asked = parser.parse_args()
@@ -1329,7 +1337,7 @@ def main() -> None:
     for study in STUDIES:
         if asked.names and study.name not in asked.names:
             continue
-        findings, losses = studied(study, asked.steps, asked.page)
+        findings, losses = studied(study, asked.steps, asked.page, asked.seed)
         made = list(rows(study, findings, losses))
         table += made
         print(f"{verdict(study, findings):7}{study.name:36}loss {losses[0]:.3g} -> {losses[-1]:.3g}", flush=True)
