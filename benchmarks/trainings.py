@@ -9,7 +9,7 @@ the rules of which at least one has to find it.
 
 `trainings.csv` has a row for each training, rule and severity: `training, state, steps, loss_first, loss_last, rule,
 severity, found (the step of the first), findings, of (parameters), seen, cause`. A training without findings has one row
-with an empty rule. It is of 120 steps and seed 0: none of 50 that are well heard a warning, and all 47 that are ill were found
+with an empty rule. It is of 120 steps and seed 0: none of 50 that are well heard a warning, and all 47 ill ones were found
 in time. The rules were made with these at hand, so that is no measure of others. At 60 steps of seeds 1 and 2 none of the 40
 quicker ones that are well heard a warning; of the ill, a normalised convolutional net with a learning rate of 5 was missed
 once (and what needs more steps than 60). `--page` prints the report of each, as a user would see it.
