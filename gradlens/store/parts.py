@@ -158,9 +158,18 @@ class Reader:
             known = ((name, self._bounds(group, name)) for name in ("entry", "step"))
             if all(bound is None or keep(name, *bound) for name, bound in known):
                 with self._guard():
+                    self._check_size(group, columns)
                     table = self._file.read_row_group(group, columns=list(columns))
                     rows = {name: self._numbers(name, table.column(name)) for name in columns}
                 yield rows
+
+    def _check_size(self, group: int, columns: Sequence[str]) -> None:
+        """A few bytes may say that they unfold to gigabytes: numbers take 8 a row, and words fewer."""
+        meta = self._file.metadata.row_group(group)
+        for name in columns:
+            size = meta.column(self._column[name]).total_uncompressed_size
+            if not 0 <= size <= 16 * meta.num_rows + (1 << 16):
+                raise ValueError(f"the column {name} takes {size:,} bytes of {meta.num_rows:,} rows")
 
     def _numbers(self, name: str, column: pa.ChunkedArray) -> np.ndarray:
         if column.null_count:

@@ -4,6 +4,9 @@ import json
 import os
 import random
 import shutil
+import subprocess
+import sys
+import textwrap
 import tracemalloc
 
 import numpy as np
@@ -246,6 +249,38 @@ def test_a_small_file_of_very_many_rows_does_not_fill_the_memory(tmp_path, monke
     finally:
         tracemalloc.stop()
     assert pa.default_memory_pool().bytes_allocated() < 40 << 20
+
+
+BOMB = """
+    import sys
+    import gradlens
+    run = gradlens.open_run(sys.argv[1])
+    try:
+        run.history()
+    except gradlens.errors.CorruptRunError as error:
+        assert "the column status takes 536,8" in str(error), error
+    else:
+        raise SystemExit("it was read")
+    (peak,) = (line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM"))
+    print(peak)
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux to know the largest memory of a process")
+def test_a_word_of_a_gigabyte_is_not_unfolded(tmp_path):
+    """A file of some hundred KB, whose dictionary has one word of 512 MB, is refused before it takes that memory."""
+    made.write(tmp_path, made.training(3))
+    (part,) = (tmp_path / "history").glob("*.parquet")
+    table = pq.read_table(part)
+    word = pa.DictionaryArray.from_arrays(pa.array([0] * len(table), pa.int32()), pa.array(["a" * (1 << 29)]))
+    at = table.schema.get_field_index("status")
+    table = table.set_column(at, table.schema.field(at), word)
+    pq.write_table(table, part, compression="zstd", use_dictionary=["status"], write_statistics=["step", "entry"])
+    assert part.stat().st_size < 1 << 20
+    command = [sys.executable, "-c", textwrap.dedent(BOMB), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 400_000  # KB; what is imported takes some 170,000 of them
 
 
 def test_a_pipe_among_the_files_is_not_waited_for(tmp_path):
