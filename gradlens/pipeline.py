@@ -495,7 +495,7 @@ class Pipeline:
                     moved=[moved[row] for row in there],
                     skipped=update.skipped,
                     kept=kept is not None,
-                    ended=self._ended.get(device),
+                    ended=self._ended.get(device) if update.own else None,
                     used=self._consumed.get(device),
                     same=same,
                     scale=update.scale,

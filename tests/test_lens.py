@@ -243,6 +243,32 @@ def test_loss_change_is_empty_where_it_cannot_be_known():
         assert lens.table()["used_dot_dw"].notna().all()
 
 
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize(
+    ("features", "backwards"), [(("updates", "flips"), 1), (("updates",), 1), (("updates", "flips"), 2)]
+)
+def test_a_gradient_that_a_users_hook_replaces(in_place, features, backwards):
+    """`backward` is as computed and `used` as replaced; loss_change is of the computed one, empty where it was not kept."""
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    with gradlens.watch(model, optimizer, features=features) as lens:
+        for p in model.parameters():
+            p.register_hook(lambda g: g.mul_(3) if in_place else 3 * g)
+        for _ in range(backwards):
+            model(torch.ones(2, 4)).pow(2).sum().backward()
+        used = {name: p.grad.double() for name, p in model.named_parameters()}
+        optimizer.step()
+        rows = lens.history().set_index(["stage", "backward", "parameter"])
+        for name, g in used.items():
+            assert rows.loc[("used", backwards - 1, name), "l2"] == pytest.approx(g.norm().item(), rel=1e-6)
+            assert rows.loc[("backward", 0, name), "l2"] == pytest.approx(g.norm().item() / 3 / backwards, rel=1e-6)
+            change = rows.loc[("used", backwards - 1, name), "loss_change"]
+            if backwards == 1 and "flips" in features:
+                assert change == pytest.approx(-0.01 * (g * g).sum().item() / 3, rel=1e-4)
+            else:
+                assert math.isnan(change)
+
+
 def test_a_change_through_data_is_not_overlooked():
     """`p.grad.data.mul_()` leaves no version behind; the samples notice, and `used` is read anew."""
     model = mlp()

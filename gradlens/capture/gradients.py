@@ -203,6 +203,7 @@ class Gradients:
         self.undefined: set[Slot] = set()
         self.excluded: set[Slot] = set()
         self.fresh = True  # every pass of the step so far wrote fresh gradients
+        self.own = True  # nobody else hooked what this step reached: what was read is what `.grad` got
         self.averaged = False  # over ranks: `.grad` is of all of them, as far as is known
         self.given: set[Slot] = set()  # of these, those that this rank has given nothing to
         self._marks: dict[Slot, tuple[int, int]] = {}
@@ -256,7 +257,9 @@ class Gradients:
         parameter = slot.tensor()
         if parameter is None:
             return
-        if slot.fleeting or slot.shared(parameter) or (self.local and Stage.BACKWARD in self._stages):
+        shared = slot.shared(parameter)
+        self.own = self.own and not shared
+        if slot.fleeting or shared or (self.local and Stage.BACKWARD in self._stages):
             if current.nested and Stage.BACKWARD in self._stages:
                 self._sum_up(current, slot, parameter, g)
             else:
@@ -677,4 +680,4 @@ class Gradients:
         """Forget the step. What is there now matters only if the next one is `watched`."""
         self._marks = self._now(self._attachment.slots)[0] if watched else {}
         self.fired, self.undefined, self.excluded, self.given = set(), set(), set(), set()
-        self.fresh, self.averaged = True, False
+        self.fresh, self.own, self.averaged = True, True, False

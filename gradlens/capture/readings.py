@@ -48,6 +48,7 @@ class Update:
     weights: Sequence[Tensor]
     moved: Sequence[bool]  #: whether the learning rate was above 0
     single: bool  #: the step had one backward, onto fresh gradients
+    own: bool  #: nobody else hooked the parameters: `.grad` got what backward computed
     unchanged: bool  #: by identity and version, `.grad` at the step was what the last backward left
     scale: float | Tensor = 1.0
     skipped: bool | Tensor = False

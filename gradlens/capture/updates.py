@@ -287,7 +287,7 @@ class Updates:
         now = [w.grad for w in held.values()]
         present = [(slot, g, w) for (slot, w), g in zip(held.items(), now, strict=True) if g is not None and w.requires_grad]
         role.versions = {slot: version(g) for slot, g, _ in present}
-        role.unchanged = gradients.unchanged_since_end(list(held), now)
+        role.unchanged = gradients.own and gradients.unchanged_since_end(list(held), now)
         if not self._used:
             return
         self._sink.read(
@@ -364,6 +364,7 @@ class Updates:
                 moved=moved,
                 single=self._single(),
                 unchanged=role.unchanged,
+                own=self._gradients.own,
                 scale=self._gradients.scale,
                 skipped=skipped,
             )
