@@ -18,8 +18,9 @@ import torch
 import gradlens
 from gradlens import frames
 from gradlens.errors import GradlensWarning
-from gradlens.store import tables
+from gradlens.store import tables, tail
 from gradlens.store.run import open_run
+from gradlens.store.store import Store
 from tests.store import made
 from tests.store.test_run import same
 from tests.store.test_store import until
@@ -182,6 +183,40 @@ def test_a_full_disk_stops_the_records_and_not_the_training(disk):
         run = open_run(disk / "run")
     assert run.steps() == list(range(len(run.steps())))
     assert len(run.steps()) >= 10
+
+
+def test_a_disk_that_is_slower_than_training_thins_the_records(tmp_path, monkeypatch):
+    """Whole steps are left out while it stands still, a finding says which and how many, no more than a queue's worth waits
+    in memory, and training does not: weights and losses bit for bit."""
+    go_on, real = threading.Event(), tail.Tail._write
+
+    def slow(writing, data, at):
+        go_on.wait(60)
+        return real(writing, data, at)
+
+    monkeypatch.setattr(tail.Tail, "_write", slow)
+    case = gradlens.testing.healthy()
+    with gradlens.watch(case.model, case.optimizer, writers=[Store(tmp_path, interval=0.05)]) as lens:
+        lens._pipeline._background._queue.maxsize = 64  # a queue that is soon full
+        losses, most = case.train(5), 0
+        time.sleep(0.2)  # by now a flush stands still
+        for step in range(5, 150):
+            losses += case.train(1, first=step)
+            most = max(most, len(lens._pipeline._background.waiting()))
+        assert most == 64
+        go_on.set()
+        until(lambda: not lens._pipeline.busy())
+        losses += case.train(10, first=150)
+        found = lens.findings()
+    same_training((losses, case.model.state_dict()), alone(160))
+    run = open_run(tmp_path)
+    there, (gap,) = run.steps(), [finding for finding in run.findings() if finding.rule == "records-thinned"]
+    missing = sorted(set(range(160)) - set(there))
+    assert 40 < len(missing) < 145
+    assert missing == list(range(gap.step, gap.step + int(gap.value)))
+    assert f"{len(missing)} observed steps from {missing[0]} to {missing[-1]} left no record" in gap.seen
+    assert gap in found
+    assert run.history().groupby("step").size().unique().tolist() == [12]  # no step has a hole
 
 
 def test_a_removed_directory_stops_the_records_and_not_the_training(tmp_path):
