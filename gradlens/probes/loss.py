@@ -131,6 +131,12 @@ def check_arguments(loss_fn: Callable, batched: bool) -> None:
     if not callable(loss_fn):
         raise ArgumentTypeError(f"loss_fn is a function of the model that gives its loss, not {type(loss_fn).__name__}")
     call = ("model", "batch") if batched else ("model",)
+    if isinstance(loss_fn, nn.modules.loss._Loss) or getattr(loss_fn, "__module__", "") == "torch.nn.functional":
+        of, argument = ("model, batch", "batch[0]), batch[1]") if batched else ("model", "x), y")
+        raise ArgumentTypeError(
+            f"loss_fn is called as loss_fn({of}) here, and {getattr(loss_fn, '__name__', type(loss_fn).__name__)} takes "
+            f"predictions and targets: give lambda {of}: criterion(model({argument})"
+        )
     try:
         inspect.signature(loss_fn).bind(*call)
     except TypeError as error:

@@ -158,10 +158,12 @@ def _print(loss: float, gradient: Sequence[Tensor | None]) -> tuple[float, ...]:
 
 def _weighed(parts: Sequence[Tensor]) -> float:
     random = torch.Generator().manual_seed(0)
-    place, number = (
-        torch.rand(n, generator=random, dtype=torch.float64).to(parts[0].device) for n in (len(parts[0]), len(parts))
-    )
-    return float(torch.stack([part.double() @ place[: len(part)] for part in parts]) @ number)
+    sizes = len(parts[0]), len(parts)
+    place, number = (torch.rand(n, generator=random, dtype=torch.float64).to(parts[0].device) for n in sizes)
+    wide, sums = torch.empty_like(place), torch.empty_like(number)  # one buffer: many of its size would lie side by side
+    for i, part in enumerate(parts):
+        sums[i] = wide[: len(part)].copy_(part) @ place[: len(part)]
+    return float(sums @ number)
 
 
 def _refuse_identical(moments: Moments) -> None:

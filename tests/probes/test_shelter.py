@@ -372,6 +372,15 @@ def test_losses_that_are_none_are_explained(loss, message):
         shelter.gradient()
 
 
+@pytest.mark.parametrize("criterion", [nn.CrossEntropyLoss(), nn.L1Loss(), nn.functional.cross_entropy])
+def test_a_criterion_is_no_loss_function(criterion):
+    """What takes predictions and targets is told from what takes the model, and the error writes the function out."""
+    with pytest.raises(ArgumentTypeError, match=r"give lambda model, batch: criterion\(model\(batch\[0\]\), batch\[1\]\)"):
+        Shelter(nn.Linear(2, 2), criterion, batched=True)
+    with pytest.raises(ArgumentTypeError, match=r"give lambda model: criterion\(model\(x\), y\)"):
+        Shelter(nn.Linear(2, 2), criterion)
+
+
 def test_targets_that_cannot_be_probed_are_explained():
     """Each error says what was given and what to do."""
     loss = lambda m: m  # noqa: E731
