@@ -343,7 +343,8 @@ class Attachment:
     def disarm(self) -> None:
         """Take every hook off."""
         for slot in self.slots:
-            slot.detach()
+            if slot.armed:
+                slot.detach()
 
 
 def _untrainable(found: Mapping[str, Tensor]) -> str:
