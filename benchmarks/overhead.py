@@ -265,7 +265,8 @@ def plot(results: Sequence[dict[str, str]], threads: int = 1) -> None:
             else:
                 axis.annotate("not measured", (0.06, at), va="center", color="#808080")
         axis.set_xscale("symlog", linthresh=1)
-        axis.set_xlim(0, 10_000)
+        axis.set_xlim(0, 40_000)
+        axis.set_xticks([0, 1, 10, 100, 1000])
         axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} %"))
         axis.set_title(TASKS[name].title.replace(", ", ",\n", 1), fontsize=9)
         axis.grid(axis="x", alpha=0.3)
