@@ -205,7 +205,7 @@ print(time.perf_counter() - start)
 """
 
 
-def read(run: Path, rounds: int = 5) -> dict[str, Any]:
+def read(run: Path, rounds: int = 15) -> dict[str, Any]:
     """Seconds of each question: the median over rounds. The first table also from a cold start of Python."""
     result: dict[str, Any] = {}
     cold = [float(subprocess.check_output([sys.executable, "-c", _COLD.format(run=str(run))])) for _ in range(3)]

@@ -99,7 +99,7 @@ typedef struct {
     float narrow[OPERANDS][BLOCK];
     double wide[OPERANDS][BLOCK];
     uint64_t raw[OPERANDS][BLOCK];
-    uint16_t keys[BLOCK];
+    uint16_t keys[BLOCK], pairs[BLOCK / 2];
 } room;
 
 static walk walk_of(const task *t, const int64_t *layouts, int operand) {
@@ -233,6 +233,11 @@ INLINE const double *wide(const void *line, int type, int n, float *between, dou
  * in a row would wait for memory; none for a tensor of FEW entries, whose keys are written down: a table costs more. */
 enum { KEYS = 512, TABLES = 4, FEW = 256, NEGATIVE_KEYS = 256, NOT_FINITE = 255, BIAS = 127 };
 
+/* A long tensor's keys are counted two at a time, by codes of sign and distance below `base`, an exponent that its magnitudes
+ * hardly reach: half as many writes to memory, which is what counting costs. A distance of FAR or more is counted singly. */
+enum { HALF = BLOCK / 2, LONG = 8 * BLOCK, FAR = 31, CODES = 2 * (FAR + 1), SLACK = 4, DEEP = 20, SOME = 64, MISFITS = 8 };
+enum { PENDING = 1 << 22 }; /* blocks that the counts of pairs have room for */
+
 typedef struct {
     double magnitude, partial, value;
     int64_t index;
@@ -249,16 +254,20 @@ typedef struct {
     double sum, abs_sum, square_sum, weight_square_sum, dot, flip_dot, flip_square_sum, flip_previous_square_sum;
     double low, high, abs_max, abs_min, weight_abs_max; /* infinite while there is nothing */
     double update[UPDATES];
-    int tables;
+    int tables, paired, base, pending, misfits;
     largest top;
     uint16_t few[FEW];
     uint64_t keys[TABLES][KEYS];
+    uint32_t pairs[CODES][CODES];
 } state;
 
-static void begin(state *s, int tables) {
+static void begin(state *s, int tables, int paired) {
     memset(s, 0, offsetof(state, top.best));
     memset(s->keys, 0, sizeof s->keys[0] * (size_t)tables);
+    if (paired)
+        memset(s->pairs, 0, sizeof s->pairs);
     s->tables = tables;
+    s->paired = paired;
     s->low = s->abs_min = INFINITY;
     s->high = s->abs_max = s->weight_abs_max = -INFINITY;
 }
@@ -310,7 +319,7 @@ static void merge(state *into, const state *s) {
 
 /* --- the fast way: float, all finite ---------------------------------------------------------------------------------------- */
 
-#define INFINITE_BITS 0x7f800000u
+INLINE int64_t is_finite(double x) { return fabs(x) <= DBL_MAX; }
 
 INLINE void count_keys(state *s, const uint16_t *keys, int n) {
     int i = 0;
@@ -326,35 +335,103 @@ INLINE void count_keys(state *s, const uint16_t *keys, int n) {
         s->keys[0][keys[i]]++;
 }
 
-INLINE void add_fast(state *s, const float *g, const float *w, const float *p, int n, const int has_w, const int has_p) {
-    double sum = 0, abs_sum = 0, square_sum = 0, w_square = 0, dot = 0, p_square = 0, p_dot = 0;
-#pragma omp simd reduction(+ : sum, abs_sum, square_sum, w_square, dot, p_square, p_dot)
+/* Counts of pairs as counts of keys. */
+static void settle(state *s) {
+    uint64_t of_code[CODES] = {0};
+    if (!s->pending)
+        return;
+    for (int second = 0; second < CODES; second++) {
+        uint64_t total = 0;
+        for (int first = 0; first < CODES; first++) {
+            of_code[first] += s->pairs[second][first];
+            total += s->pairs[second][first];
+        }
+        of_code[second] += total;
+    }
+    for (int code = 0; code < CODES; code++) {
+        int distance = code % (FAR + 1);
+        if (distance < FAR && distance <= s->base)
+            s->keys[0][(code > FAR ? NEGATIVE_KEYS : 0) + s->base - distance] += of_code[code];
+    }
+    memset(s->pairs, 0, sizeof s->pairs);
+    s->pending = 0;
+}
+
+/* Whether a block's keys were counted as pairs: `zero` of them are 0, `exponent` is the largest. */
+INLINE int count_pairs(state *s, const uint16_t *keys, uint16_t *pairs, int zero, int exponent) {
+    if (exponent <= FAR || zero > HALF)
+        return 0; /* numbers so small that 0 would not be far; one pair again and again */
+    if (exponent > s->base || exponent + DEEP < s->base || s->pending >= PENDING) {
+        if (s->pending && ++s->misfits < MISFITS)
+            return 0; /* magnitudes may go up and down: to settle takes as long as a block */
+        settle(s);
+        s->base = exponent + SLACK;
+        s->misfits = 0;
+    }
+    uint16_t base = (uint16_t)s->base, far = 0;
+#pragma omp simd reduction(+ : far)
+    for (int i = 0; i < HALF; i++) {
+        uint16_t a = (uint16_t)(base - (keys[i] & 255)), b = (uint16_t)(base - (keys[i + HALF] & 255));
+        a = a < FAR ? a : FAR;
+        b = b < FAR ? b : FAR;
+        far = (uint16_t)(far + (a == FAR) + (b == FAR));
+        pairs[i] = (uint16_t)((a | (keys[i] >> 8) << 5) | (b | (keys[i + HALF] >> 8) << 5) << 6);
+    }
+    if (far > zero + SOME)
+        return 0;
+    if (far == zero)
+        s->keys[0][0] += (uint64_t)zero;
+    else
+        for (int i = 0; i < BLOCK; i++)
+            if (base - (keys[i] & 255) >= FAR)
+                s->keys[0][keys[i]]++;
+    uint32_t *counts = &s->pairs[0][0];
+    for (int i = 0; i < HALF; i++)
+        counts[pairs[i]]++;
+    s->pending++;
+    return 1;
+}
+
+/* a * b + c; with one instruction where there is one, and the same where the product of two floats is exact anyway. */
+INLINE double fused(double a, double b, double c, const int fma) { return fma ? __builtin_fma(a, b, c) : a * b + c; }
+
+/* Sums of a block, in two loops: the registers do not hold more. They are finite if and only if every entry is, for squares of
+ * floats do not overflow. */
+typedef struct {
+    double sum, abs_sum, square_sum, w_square, dot, p_square, p_dot;
+    uint32_t still, flipped; /* entries where one of both gradients is 0, or signs differ */
+} sums;
+
+INLINE void add_fast(sums *t, const float *g, const float *w, int n, const int has_w, const int fma) {
+    double sum = 0, abs_sum = 0, square_sum = 0, w_square = 0, dot = 0;
+#pragma omp simd reduction(+ : sum, abs_sum, square_sum, w_square, dot)
     for (int i = 0; i < n; i++) {
         double x = g[i];
         sum += x;
         abs_sum += fabs(x);
-        square_sum += x * x;
+        square_sum = fused(x, x, square_sum, fma);
         if (has_w) {
             double y = w[i];
-            w_square += y * y;
-            dot += x * y;
-        }
-        if (has_p) {
-            double z = p[i];
-            p_square += z * z;
-            p_dot += x * z;
+            w_square = fused(y, y, w_square, fma);
+            dot = fused(x, y, dot, fma);
         }
     }
-    s->sum += sum;
-    s->abs_sum += abs_sum;
-    s->square_sum += square_sum;
-    s->weight_square_sum += w_square;
-    s->dot += dot;
-    if (has_p) {
-        s->flip_dot += p_dot;
-        s->flip_square_sum += square_sum;
-        s->flip_previous_square_sum += p_square;
+    t->sum = sum, t->abs_sum = abs_sum, t->square_sum = square_sum, t->w_square = w_square, t->dot = dot;
+}
+
+INLINE void add_previous(sums *t, const float *g, const float *p, int n, const int fma) {
+    double p_square = 0, p_dot = 0;
+    uint32_t still = 0, flipped = 0;
+#pragma omp simd reduction(+ : p_square, p_dot, still, flipped)
+    for (int i = 0; i < n; i++) {
+        double x = g[i], z = p[i];
+        uint32_t a = bits_of(g[i]), b = bits_of(p[i]), least = a << 1 < b << 1 ? a << 1 : b << 1;
+        p_square = fused(z, z, p_square, fma);
+        p_dot = fused(x, z, p_dot, fma);
+        still += least == 0;
+        flipped += least == 0 ? 0 : (a ^ b) >> 31;
     }
+    t->p_square = p_square, t->p_dot = p_dot, t->still = still, t->flipped = flipped;
 }
 
 INLINE uint32_t largest_bits(const float *x, int n) {
@@ -367,59 +444,57 @@ INLINE uint32_t largest_bits(const float *x, int n) {
     return top;
 }
 
-/* Whether the block was all finite and is done; `*above` is then its largest magnitude. */
-INLINE int fast(state *s, const float *g, const float *w, const float *p, int n, uint16_t *keys, double *above) {
-    uint32_t top = 0, below = UINT32_MAX, zero = 0;
+/* Whether the block was all finite and is done; `*above` is then its largest magnitude, `*zeros` how many are 0. */
+INLINE int fast(state *s, const float *g, const float *w, const float *p, int n, uint16_t *keys, double *above, int *zeros,
+                const int fma) {
+    uint32_t below = UINT32_MAX, zero = 0;
     float low = INFINITY, high = -INFINITY;
-#pragma omp simd reduction(max : top, high) reduction(min : below, low) reduction(+ : zero)
+#pragma omp simd reduction(max : high) reduction(min : below, low) reduction(+ : zero)
     for (int i = 0; i < n; i++) {
         uint32_t bits = bits_of(g[i]), a = bits & 0x7fffffffu;
-        top = a > top ? a : top;
         below = a - 1 < below ? a - 1 : below; /* a zero becomes the largest */
         zero += a == 0;
         low = g[i] < low ? g[i] : low;
         high = g[i] > high ? g[i] : high;
         keys[i] = (uint16_t)(a ? bits >> 23 : 0);
     }
-    uint32_t w_top = w ? largest_bits(w, n) : 0, p_top = p ? largest_bits(p, n) : 0;
-    if (top >= INFINITE_BITS || w_top >= INFINITE_BITS || p_top >= INFINITE_BITS)
+    sums t = {0};
+    if (w)
+        add_fast(&t, g, w, n, 1, fma);
+    else
+        add_fast(&t, g, w, n, 0, fma);
+    if (p)
+        add_previous(&t, g, p, n, fma);
+    if (!is_finite(t.square_sum) || !is_finite(t.w_square) || !is_finite(t.p_square))
         return 0;
-    if (p) {
-        uint32_t moving = 0, flipped = 0;
-#pragma omp simd reduction(+ : moving, flipped)
-        for (int i = 0; i < n; i++) {
-            uint32_t a = bits_of(g[i]), b = bits_of(p[i]);
-            uint32_t both = (a << 1 != 0) & (b << 1 != 0);
-            moving += both;
-            flipped += both & ((a ^ b) >> 31);
-        }
-        s->compared += n;
-        s->moving += moving;
-        s->flipped += flipped;
-    }
+    s->sum += t.sum;
+    s->abs_sum += t.abs_sum;
+    s->square_sum += t.square_sum;
     s->zero += zero;
     s->low = lesser(s->low, low);
     s->high = greater(s->high, high);
-    *above = from_bits(top);
+    *zeros = (int)zero;
+    *above = greater(high, -low);
     s->abs_max = greater(s->abs_max, *above);
     if (below < UINT32_MAX)
         s->abs_min = lesser(s->abs_min, from_bits(below + 1));
-    if (w)
-        s->weight_abs_max = greater(s->weight_abs_max, from_bits(w_top));
-    if (w && p)
-        add_fast(s, g, w, p, n, 1, 1);
-    else if (w)
-        add_fast(s, g, w, p, n, 1, 0);
-    else if (p)
-        add_fast(s, g, w, p, n, 0, 1);
-    else
-        add_fast(s, g, w, p, n, 0, 0);
+    if (w) {
+        s->weight_square_sum += t.w_square;
+        s->weight_abs_max = greater(s->weight_abs_max, from_bits(largest_bits(w, n)));
+        s->dot += t.dot;
+    }
+    if (p) {
+        s->compared += n;
+        s->moving += n - (int64_t)t.still;
+        s->flipped += t.flipped;
+        s->flip_dot += t.p_dot;
+        s->flip_square_sum += t.square_sum;
+        s->flip_previous_square_sum += t.p_square;
+    }
     return 1;
 }
 
 /* --- the careful way: each entry is asked whether it is finite ---------------------------------------------------------------- */
-
-INLINE int64_t is_finite(double x) { return fabs(x) <= DBL_MAX; }
 
 INLINE void careful(state *s, const double *g, const double *w, const double *p, int n, uint16_t *keys, double *above) {
     double sum = 0, abs_sum = 0, square_sum = 0, low = INFINITY, high = -INFINITY, top = -INFINITY, least = INFINITY;
@@ -629,30 +704,37 @@ enum { RUN = 32 };
         return 1;                                                                                                                 \
     }                                                                                                                             \
                                                                                                                                   \
+    INLINE int name##_counts(int *counts, const real *g, int n, real bar) {                                                       \
+        int total = 0;                                                                                                            \
+        for (int run = 0; run < n; run += RUN)                                                                                    \
+            total += counts[run / RUN] = name##_count(g + run, run + RUN < n ? RUN : n - run, bar);                               \
+        return total;                                                                                                             \
+    }                                                                                                                             \
+                                                                                                                                  \
     INLINE void name(largest *top, const real *g, const real *w, int n, int64_t start, const order *o) {                          \
         real bar = top->count < TOP ? 0 : (real)top->best[TOP - 1].magnitude;                                                     \
-        if (n > RUN && name##_count(g, n, bar) > TOP) {                                                                           \
+        int counts[BLOCK / RUN], raised = name##_counts(counts, g, n, bar) > TOP && n > RUN;                                      \
+        if (raised) {                                                                                                             \
             real higher = name##_bar(g, n);                                                                                       \
             bar = higher > bar ? higher : bar;                                                                                    \
         }                                                                                                                         \
         if (top->count == 0 && !o && name##_first(top, g, w, n, start, bar))                                                      \
             return;                                                                                                               \
-        for (int run = 0; run < n; run += RUN) {                                                                                  \
-            int stop = run + RUN < n ? run + RUN : n;                                                                             \
-            if (!name##_count(g + run, stop - run, bar))                                                                          \
-                continue;                                                                                                         \
-            for (int i = run; i < stop; i++)                                                                                      \
+        if (raised)                                                                                                               \
+            name##_counts(counts, g, n, bar);                                                                                     \
+        for (int run = 0; run < n; run += RUN)                                                                                    \
+            for (int i = run; counts[run / RUN] && i < n && i < run + RUN; i++)                                                   \
                 if (name##_fits(g[i], bar)) {                                                                                     \
                     entry one = name##_entry(g, w, i, o ? logical_index(o, start + i) : start + i);                               \
                     insert(top, &one);                                                                                            \
                 }                                                                                                                 \
-        }                                                                                                                         \
     }
 FIND(find_float, float, fabsf, FLT_MAX)
 FIND(find_double, double, fabs, DBL_MAX)
 
 /* Entries [start, stop) of a tensor. */
-INLINE void summarize_piece(const task *t, const int64_t *layouts, int64_t start, int64_t stop, state *s, room *r) {
+INLINE void summarize_piece(const task *t, const int64_t *layouts, int64_t start, int64_t stop, state *s, room *r,
+                           const int fma) {
     order shared, *o = NULL;
     task straight = *t;
     if (t->layout > 0 && shared_order(t, layouts, &shared)) {
@@ -674,12 +756,12 @@ INLINE void summarize_piece(const task *t, const int64_t *layouts, int64_t start
                 lines[operand] = line_of(&walks[operand], at, n, r->raw[operand]);
         const float *x[3] = {NULL, NULL, NULL};
         double above = 0;
-        int done = 0;
+        int done = 0, zeros = 0;
         if (!is_wide) {
             for (int operand = 0; operand < 3; operand++)
                 if (lines[operand])
                     x[operand] = narrow(lines[operand], walks[operand].type, n, r->narrow[operand]);
-            done = fast(s, x[G], x[W], x[PREVIOUS], n, r->keys, &above);
+            done = fast(s, x[G], x[W], x[PREVIOUS], n, r->keys, &above, &zeros, fma);
         }
         const double *y[3] = {NULL, NULL, NULL};
         if (!done) {
@@ -688,7 +770,8 @@ INLINE void summarize_piece(const task *t, const int64_t *layouts, int64_t start
                     y[operand] = wide(lines[operand], walks[operand].type, n, r->narrow[operand], r->wide[operand]);
             careful(s, y[G], y[W], y[PREVIOUS], n, r->keys, &above);
         }
-        count_keys(s, r->keys, n);
+        if (!(done && s->paired && n == BLOCK && count_pairs(s, r->keys, r->pairs, zeros, (int)(bits_of((float)above) >> 23))))
+            count_keys(s, r->keys, n);
         if (may_belong(&s->top, above, at, o)) {
             if (done)
                 find_float(&s->top, x[G], x[W], n, at, o);
@@ -702,6 +785,8 @@ INLINE void summarize_piece(const task *t, const int64_t *layouts, int64_t start
                 memmove(walks[KEEP].base + at * walks[KEEP].size, lines[G], (size_t)n * (size_t)walks[KEEP].size);
         }
     }
+    if (s->paired)
+        settle(s);
 }
 
 static double or_nothing(double extreme) { return extreme > -INFINITY && extreme < INFINITY ? extreme + 0.0 : NAN; }
@@ -791,53 +876,52 @@ static void write_summary(const task *t, state *s, double *row) {
 
 /* --- compare ------------------------------------------------------------------------------------------------------------------ */
 
-INLINE void add_moves(double *u, const float *used, const float *before, const float *after, const float *loss, int n,
-                      const int has_used, const int has_loss) {
+/* Whether the sums of a block are finite, as where all of its entries are. */
+INLINE int add_moves(double *u, const float *used, const float *before, const float *after, const float *loss, int n,
+                     const int has_used, const int has_loss, const int fma) {
     double squares = 0, before_squares = 0, used_squares = 0, dot = 0, loss_dot = 0;
 #pragma omp simd reduction(+ : squares, before_squares, used_squares, dot, loss_dot)
     for (int i = 0; i < n; i++) {
         double w = before[i], dw = (double)after[i] - w;
-        squares += dw * dw;
-        before_squares += w * w;
+        squares = fused(dw, dw, squares, fma);
+        before_squares = fused(w, w, before_squares, fma);
         if (has_used) {
             double g = used[i];
-            used_squares += g * g;
-            dot += g * dw;
+            used_squares = fused(g, g, used_squares, fma);
+            dot = fused(g, dw, dot, fma);
         }
         if (has_loss)
-            loss_dot += (double)loss[i] * dw;
+            loss_dot = fused(loss[i], dw, loss_dot, fma);
     }
+    if (!is_finite(squares) || !is_finite(used_squares) || !is_finite(loss_dot))
+        return 0;
     u[UPDATE_SQUARE_SUM] += squares;
     u[UPDATE_BEFORE_SQUARE_SUM] += before_squares;
     u[UPDATE_USED_SQUARE_SUM] += used_squares;
     u[UPDATE_DOT] += dot;
     u[UPDATE_LOSS_DOT] += loss_dot;
+    return 1;
 }
 
 /* Whether the block was all finite and is done. */
-INLINE int compare_fast(double *u, const float *used, const float *before, const float *after, const float *loss, int n) {
-    if (largest_bits(before, n) >= INFINITE_BITS || largest_bits(after, n) >= INFINITE_BITS ||
-        (used && largest_bits(used, n) >= INFINITE_BITS) || (loss && largest_bits(loss, n) >= INFINITE_BITS))
-        return 0;
-    if (used) {
-        uint32_t moving = 0, against = 0, stuck = 0;
+INLINE int compare_fast(double *u, const float *used, const float *before, const float *after, const float *loss, int n,
+                        const int fma) {
+    int done = used && loss ? add_moves(u, used, before, after, loss, n, 1, 1, fma)
+               : used       ? add_moves(u, used, before, after, loss, n, 1, 0, fma)
+                            : add_moves(u, used, before, after, loss, n, 0, loss != NULL, fma);
+    if (!done || !used)
+        return done;
+    uint32_t moving = 0, against = 0, stuck = 0;
 #pragma omp simd reduction(+ : moving, against, stuck)
-        for (int i = 0; i < n; i++) {
-            uint32_t asked = used[i] != 0, moved = after[i] != before[i];
-            moving += asked & moved;
-            against += asked & moved & ((used[i] > 0) == (after[i] > before[i]));
-            stuck += asked & !moved;
-        }
-        u[UPDATE_MOVING] += moving;
-        u[UPDATE_AGAINST] += against;
-        u[UPDATE_STUCK] += stuck;
+    for (int i = 0; i < n; i++) {
+        uint32_t asked = used[i] != 0, moved = after[i] != before[i];
+        moving += asked & moved;
+        against += asked & moved & ((used[i] > 0) == (after[i] > before[i]));
+        stuck += asked & !moved;
     }
-    if (used && loss)
-        add_moves(u, used, before, after, loss, n, 1, 1);
-    else if (used)
-        add_moves(u, used, before, after, loss, n, 1, 0);
-    else
-        add_moves(u, used, before, after, loss, n, 0, loss != NULL);
+    u[UPDATE_MOVING] += moving;
+    u[UPDATE_AGAINST] += against;
+    u[UPDATE_STUCK] += stuck;
     return 1;
 }
 
@@ -887,7 +971,7 @@ INLINE void compare_careful(double *u, const double *used, const double *before,
     }
 }
 
-INLINE void compare_piece(const task *t, const int64_t *layouts, int64_t start, int64_t stop, state *s, room *r) {
+INLINE void compare_piece(const task *t, const int64_t *layouts, int64_t start, int64_t stop, state *s, room *r, const int fma) {
     walk walks[OPERANDS];
     int is_wide = 0;
     for (int operand = 0; operand < OPERANDS; operand++)
@@ -907,7 +991,7 @@ INLINE void compare_piece(const task *t, const int64_t *layouts, int64_t start, 
             for (int operand = 0; operand < OPERANDS; operand++)
                 if (lines[operand])
                     x[operand] = narrow(lines[operand], walks[operand].type, n, r->narrow[operand]);
-            if (compare_fast(s->update, x[USED], x[BEFORE], x[AFTER], x[LOSS], n))
+            if (compare_fast(s->update, x[USED], x[BEFORE], x[AFTER], x[LOSS], n, fma))
                 continue;
         }
         for (int operand = 0; operand < OPERANDS; operand++)
@@ -931,18 +1015,18 @@ static void write_update(const task *t, state *s, double *row) {
 
 typedef void (*piece)(const task *, const int64_t *, int64_t, int64_t, state *, room *);
 
-#define VARIANT(name, attributes)                                                                                                 \
+#define VARIANT(name, attributes, fma)                                                                                            \
     attributes static void summarize_##name(const task *t, const int64_t *l, int64_t a, int64_t b, state *s, room *r) {          \
-        summarize_piece(t, l, a, b, s, r);                                                                                        \
+        summarize_piece(t, l, a, b, s, r, fma);                                                                                   \
     }                                                                                                                             \
     attributes static void compare_##name(const task *t, const int64_t *l, int64_t a, int64_t b, state *s, room *r) {            \
-        compare_piece(t, l, a, b, s, r);                                                                                          \
+        compare_piece(t, l, a, b, s, r, fma);                                                                                     \
     }
 
-VARIANT(plain, )
+VARIANT(plain, , 0)
 #ifdef HAVE_VARIANTS
-VARIANT(avx2, __attribute__((target("avx2,fma,bmi,bmi2"))))
-VARIANT(avx512, __attribute__((target("avx2,fma,bmi,bmi2,avx512f,avx512bw,avx512dq,avx512vl"))))
+VARIANT(avx2, __attribute__((target("avx2,fma,bmi,bmi2"))), 1)
+VARIANT(avx512, __attribute__((target("avx2,fma,bmi,bmi2,avx512f,avx512bw,avx512dq,avx512vl"))), 1)
 #endif
 
 static const piece SUMMARIZE[] = {
@@ -1008,7 +1092,7 @@ static void run(job *j) {
         int64_t stop = i == j->to.task ? j->to.entry : t->count;
         int all = start == 0 && stop == t->count;
         state *s = all ? &whole : &j->part[j->parts];
-        begin(s, !j->counts || (all && t->count <= FEW) ? 0 : stop - start < 4 * BLOCK ? 1 : TABLES);
+        begin(s, !j->counts || (all && t->count <= FEW) ? 0 : stop - start < 4 * BLOCK ? 1 : TABLES, j->counts && stop - start >= LONG);
         j->work(t, j->layouts, start, stop, s, &r);
         if (all)
             j->write(t, s, j->rows + i * j->width);

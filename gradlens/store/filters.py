@@ -103,6 +103,11 @@ class Filter:
             if names and pattern not in names and not any(_fits(name, pattern) for name in names):
                 raise ArgumentError(f"there is no parameter {pattern!r} in this run{nearest(pattern, names)}")
 
+    @property
+    def first(self) -> int:
+        """The first step that is asked for."""
+        return Condition(steps=self._steps).first
+
     def has(self, step: int) -> bool:
         """Whether the step is asked for."""
         return Condition(steps=self._steps).touches("step", step, step)
