@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import math
 import os
 import sys
 import tempfile
@@ -41,6 +42,7 @@ class Training:
     after_backward: list[Call] = field(default_factory=list)
     after_step: list[Call] = field(default_factory=list)
     at_end: list[Call] = field(default_factory=list)  #: what waits is worked off, files stay open
+    look: Callable[[], float] = lambda: math.nan  #: seconds of an observed step, as the contender says itself
 
     def step(self) -> None:
         """One step of the optimizer."""
@@ -109,6 +111,7 @@ def gradlens(*, before: Attach = bare, **settings: Any) -> Attach:
             lens = gradlens.watch(training.model, training.optimizer, run=training.directory, **settings)
             training.after_backward.append(lambda: lens.observe(loss=training.last_loss))
             training.at_end.append(lens.flush)
+            training.look = lambda: lens.overhead().look
             with lens:
                 yield
 

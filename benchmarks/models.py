@@ -1,4 +1,7 @@
-"""The four models that costs are stated for, made here: nothing is downloaded. Data is noise, which takes as long as any."""
+"""The four models that costs are stated for, made here: nothing is downloaded. Data is noise, which takes as long as any.
+
+Two of them also with a larger batch: what watching costs does not depend on it, and what a step costs does.
+"""
 
 from __future__ import annotations
 
@@ -124,11 +127,17 @@ def _adamw(model: nn.Module) -> Optimizer:
     return AdamW(model.parameters(), lr=1e-4)
 
 
-_images, _pictures = _classes((64, 1, 28, 28), 10), _classes((16, 3, 32, 32), 1000)
+def _pictures(batch: int) -> Callable[[], Loss]:
+    return _classes((batch, 3, 32, 32), 1000)
+
+
+_images = _classes((64, 1, 28, 28), 10)
 
 TASKS = {
     "convnet": Task("convnet, 14 tensors, 24 thousand weights, 64 images", convnet, _sgd, _images, 30),
-    "resnet": Task("ResNet-18, 62 tensors, 11.7 million weights, 16 images", resnet18, _sgd, _pictures, 4),
+    "resnet": Task("ResNet-18, 62 tensors, 11.7 million weights, 16 images", resnet18, _sgd, _pictures(16), 4),
     "gpt": Task("GPT, 148 tensors, 16.2 million weights, 512 tokens", GPT, _adamw, _text(4, 128), 4),
     "thousand": Task("1,000 tensors of 8 to 64 weights", thousand, _sgd, _classes((32, 8), 8), 12),
+    "resnet-64": Task("ResNet-18, 64 images", resnet18, _sgd, _pictures(64), 4),
+    "gpt-2048": Task("GPT, 2,048 tokens", GPT, _adamw, _text(16, 128), 4),
 }

@@ -18,6 +18,9 @@ says what they can be by chance:
   its extremes over the rounds. What one pays where no core is free. wandb's own process is not in it. With several torch
   threads it is `thread`, since theirs cannot be told apart.
 - `wall`: of the time that passes, the median step of each. On a busy machine it says little.
+- `look_ms`: of gradlens, what the lens says itself that observing a step cost on the training thread (`lens.overhead()`,
+  measured directly). It is no difference of two long times, so it is exact where the others are not; it leaves out the short
+  hooks, and what caches have lost.
 
 The first steps are left out, and the end: `end_ms` is what closing took, once. gradlens then draws its pictures and makes
 its records into Parquet.
@@ -31,6 +34,7 @@ import copy
 import csv
 import fnmatch
 import gc
+import math
 import os
 import platform
 import random
@@ -54,8 +58,8 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "overhead.csv"
 PLOT = HERE.parent / "docs" / "images" / "overhead.png"
 WARM_UP = 6
-FIELDS = ["model", "threads", "contender", "kind", "step_ms", "added", "low", "high", "thread", "wall", "end_ms", "rounds"]
-FIELDS += ["note", "machine"]
+FIELDS = ["model", "threads", "contender", "kind", "step_ms", "added", "low", "high", "thread", "wall", "look_ms", "end_ms"]
+FIELDS += ["rounds", "note", "machine"]
 
 
 class Round(NamedTuple):
@@ -65,6 +69,7 @@ class Round(NamedTuple):
     added: float
     thread: float
     wall: float
+    look: float  # seconds, of an observed step
     end: float  # of the run, once
 
 
@@ -104,6 +109,7 @@ def trained(task: Task, contender: Contender, template: torch.nn.Module) -> Roun
                     times[i].append((time.perf_counter() - wall, time.thread_time() - own))
             for call in watched.at_end:
                 call()
+            look = watched.look()
             others = (time.process_time() - process - (time.thread_time() - thread)) / task.steps
             closing = time.perf_counter()
         closed = time.perf_counter()
@@ -112,7 +118,7 @@ def trained(task: Task, contender: Contender, template: torch.nn.Module) -> Roun
     )
     others *= torch.get_num_threads() == 1  # torch's own threads are not told apart from others
     return Round(
-        after, (after - before + others) / before, after / before - 1, wall_after / wall_before - 1, closed - closing
+        after, (after - before + others) / before, after / before - 1, wall_after / wall_before - 1, look, closed - closing
     )
 
 
@@ -155,6 +161,7 @@ def rows(name: str, threads: int, contenders: Sequence[Contender], seconds: floa
             row |= {field: f"{getattr(middle, field):.4f}" for field in ("added", "thread", "wall")}
             row |= {"low": f"{min(one.added for one in own):.4f}", "high": f"{max(one.added for one in own):.4f}"}
             row |= {"step_ms": f"{1e3 * middle.step:.3f}", "end_ms": f"{1e3 * middle.end:.1f}"}
+            row |= {"look_ms": "" if math.isnan(middle.look) else f"{1e3 * middle.look:.3f}"}
             row |= {"rounds": len(own), "note": f"beside {contender.baseline}"}
         result.append(row)
     return result
@@ -186,7 +193,7 @@ def store(fresh: Sequence[dict[str, object]]) -> None:
     with RESULTS.open("w", newline="") as file:
         writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
         writer.writeheader()
-        writer.writerows(merged[k] for k in sorted(merged))
+        writer.writerows({**dict.fromkeys(FIELDS, ""), **merged[k]} for k in sorted(merged))
 
 
 def show(results: Sequence[dict]) -> None:
@@ -198,7 +205,7 @@ def show(results: Sequence[dict]) -> None:
             added, low, high, thread, wall = (100 * float(row[name]) for name in ("added", "low", "high", "thread", "wall"))
             print(
                 f"{row['model']:9} {row['threads']}  {row['contender']:32} {float(row['step_ms']):9.2f} ms {added:+8.1f} % "
-                f"[{low:+.1f}, {high:+.1f}]  thread {thread:+.1f} %  wall {wall:+.1f} %  "
+                f"[{low:+.1f}, {high:+.1f}]  thread {thread:+.1f} %  wall {wall:+.1f} %  {row.get('look_ms') or '-'} ms  "
                 f"end {float(row['end_ms']):.0f} ms  {row['rounds']} rounds"
             )
 
@@ -248,7 +255,8 @@ def plot(results: Sequence[dict[str, str]], threads: int = 1) -> None:
     from matplotlib import pyplot
     from matplotlib.ticker import FuncFormatter
 
-    names = [name for name in TASKS if any(row["model"] == name and int(row["threads"]) == threads for row in results)]
+    there = [row for row in results if int(row["threads"]) == threads and row["kind"] == "peer"]
+    names = [name for name in TASKS if any(row["model"] == name for row in there)]
     figure, axes = pyplot.subplots(1, len(names), figsize=(4.2 * len(names), 5.2), sharey=True, squeeze=False)
     labels = [c.name for c in ALL if c.kind != "bare" or c.name == "bare again"][::-1]
     for axis, name in zip(axes[0], names, strict=True):

@@ -14,7 +14,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from operator import is_
+from operator import attrgetter, is_
 from typing import Any
 
 import torch
@@ -353,9 +353,8 @@ class Pipeline:
                 table.pieces.append(Piece(rows, numbers, reading.skipped))
                 if flips is not None:
                     table.flips.append(Piece(*flips))
-        table.summands.update(
-            row for row, g in zip(reading.rows, reading.tensors, strict=True) if type(g) not in _PLAIN and summand(g)
-        )
+        if not set(map(type, reading.tensors)) <= _PLAIN:
+            table.summands.update(row for row, g in zip(reading.rows, reading.tensors, strict=True) if summand(g))
         if reading.complete:
             self._complete(table, reading)
         if reading.gone and self._last is not None and len(self._last.parameters) == len(reading.parameters):
@@ -478,7 +477,7 @@ class Pipeline:
         same = update.unchanged and isinstance(update.scale, float) and update.scale == 1.0
         for rows, weights, used in _by_device(update.rows, update.weights, update.used):
             whole, kept = self._before.together(rows, weights), None
-            if whole is not None and same and all(g is None or g.layout == torch.strided for g in used):
+            if whole is not None and same and {_LAYOUT(g) for g in used if g is not None} <= {torch.strided}:
                 there, numbers = rows, kernels.compare(used, whole, weights)
             else:
                 entries = [e for row, w, g in zip(rows, weights, used, strict=True) if (e := self._moved(row, w, g))]
@@ -593,6 +592,7 @@ def _partial(table: Table, names: Sequence[str]) -> Finding:
 
 
 _PLAIN = {Tensor, torch.nn.Parameter}
+_ON_CPU, _LAYOUT = attrgetter("is_cpu"), attrgetter("layout")
 
 
 def plain(tensor: Tensor) -> Tensor:
@@ -613,7 +613,7 @@ def _by_device(
     rows: Sequence[int], tensors: Sequence[Tensor], others: Sequence[Any]
 ) -> list[tuple[list[int], list[Tensor], list[Any]]]:
     """Groups of one device each; tensors without storage (meta) are left out."""
-    if set(map(type, tensors)) <= _PLAIN and all(tensor.is_cpu for tensor in tensors):
+    if set(map(type, tensors)) <= _PLAIN and all(map(_ON_CPU, tensors)):
         return [(list(rows), list(tensors), list(others))] if rows else []
     groups: dict[torch.device, tuple[list[int], list[Tensor], list[Any]]] = {}
     for row, tensor, other in zip(rows, tensors, others, strict=True):

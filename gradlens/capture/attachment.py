@@ -10,6 +10,7 @@ its dictionaries of hooks as they were and disconnects them, which only a gradie
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from operator import attrgetter
@@ -82,6 +83,11 @@ class Slot:
             return self.stretch.tensor()
         shard = None if self._shard is None else self._shard()
         return tensor if shard is None else shard.sharded_param  # type: ignore[no-any-return]
+
+    @property
+    def direct(self) -> bool:
+        """Whether it is a module's parameter as the module shows it."""
+        return self._owner is not None and self._shard is None and self.stretch is None
 
     def gradient(self) -> Tensor | None:
         """What is in `.grad` of what is here; None where it requires none."""
@@ -230,6 +236,9 @@ class Attachment:
         self._layout: list[_Place | None] = []
         self._columns: list[list[Any]] = []  # the same of a model of plain tensors, quicker to compare
         self._listed: list[Slot] | None = None
+        self._direct = False  # each slot is a plain parameter of a module
+        self._still = 0  # how many `still()` are open
+        self._seen: tuple[list[Slot], list[Tensor | None]] | None = None
         self.rescan()
         self.refresh()
         if not any((t := slot.tensor()) is not None and t.requires_grad for slot in self.slots):
@@ -241,7 +250,29 @@ class Attachment:
 
     def tensors(self) -> list[Tensor | None]:
         """What is at the slots now."""
+        if self._seen is not None and self._seen[0] is self.slots:
+            return self._seen[1]
+        found = self._looked_up()
+        if self._still:
+            self._seen = self.slots, found
+        return found
+
+    def _looked_up(self) -> list[Tensor | None]:
+        if self._direct:
+            with contextlib.suppress(AttributeError, KeyError):  # a module or a parameter is gone
+                return [slot._owner()._parameters[slot._leaf] for slot in self.slots]  # type: ignore[misc, union-attr]
         return [slot.tensor() for slot in self.slots]
+
+    @contextlib.contextmanager
+    def still(self) -> Iterator[None]:
+        """While nothing of the user's runs: what is at the slots is looked up once. One thread at a time."""
+        self._still += 1
+        try:
+            yield
+        finally:
+            self._still -= 1
+            if not self._still:
+                self._seen = None
 
     def refresh(self) -> Parameters:
         """Names, shapes and dtypes as they are now: the same object until one of them, or a device, changes."""
@@ -269,6 +300,7 @@ class Attachment:
 
     def rescan(self) -> bool:
         """Look for parameters that came, went or were renamed; True when any did. Slots that stay keep their hooks."""
+        self._seen = None
         old = {slot.name: slot for slot in self.slots}
         fresh: list[Slot] = []
         by_id: dict[int, str] = {}
@@ -293,6 +325,7 @@ class Attachment:
                     if shard is None and not hasattr(tensor, "placements"):
                         plain.add(fresh[-1])
         self.ignored = frozenset(plain if any(slot._shard is not None for slot in fresh) else ())
+        self._direct = all(slot.direct for slot in fresh)
         self.flat, self._cut = flat, any(slot.stretch is not None for slot in fresh)
         changed = [id(slot) for slot in fresh] != [id(slot) for slot in self.slots]
         if changed:
@@ -311,8 +344,8 @@ class Attachment:
         """The slots whose parameter requires a gradient and lacks our hooks."""
         return [
             i
-            for i, slot in enumerate(self.slots)
-            if (t := slot.tensor()) is not None
+            for i, (slot, t) in enumerate(zip(self.slots, self.tensors(), strict=True))
+            if t is not None
             and (slot.armed != id(t) or slot._hooks() is None)  # `slot.arms`, a call less
             and t.requires_grad
             and t.is_leaf

@@ -25,7 +25,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from operator import itemgetter
+from operator import attrgetter, itemgetter
 from typing import Any
 
 import torch
@@ -48,6 +48,7 @@ HELD_BYTES = 32 << 20
 _ENGINE = _engine_run_backward.__code__
 _APPLY = BackwardCFunction.apply.__code__
 _current_task = torch._C._current_graph_task_id
+_VERSION, _GRAD = attrgetter("_version"), attrgetter("grad")
 
 
 def _queue_callback(callback: Callable[[], None]) -> None:
@@ -107,12 +108,17 @@ def version(tensor: Tensor) -> int:
         return -1
 
 
-def _states(gradients: Sequence[Tensor]) -> list[tuple[int, int]]:
+def versions(tensors: Sequence[Tensor]) -> list[int]:
     """The same of many: a call for each would take as long again."""
     try:
-        return [(id(g), g._version) for g in gradients]
+        return list(map(_VERSION, tensors))
     except RuntimeError:
-        return [_state(g) for g in gradients]
+        return list(map(version, tensors))
+
+
+def _states(gradients: Sequence[Tensor]) -> list[tuple[int, int]]:
+    """The states of many."""
+    return list(zip(map(id, gradients), versions(gradients), strict=True))
 
 
 def _state(gradient: Tensor) -> tuple[int, int]:
@@ -339,11 +345,12 @@ class Gradients:
             self._by_task[task] = None
             return None
         if current is None:
-            late = self._before_pass()
-            current = Pass(thread, self._scaling.scale(), run.root)
-            current.late.update(self._attachment.slots[i] for i in late)
-            self._threads.add(thread)
-            current.plain = self._plain()
+            with self._attachment.still():
+                late = self._before_pass()
+                current = Pass(thread, self._scaling.scale(), run.root)
+                current.late.update(self._attachment.slots[i] for i in late)
+                self._threads.add(thread)
+                current.plain = self._plain()
             self._passes.append(current)
         current.tasks.append(task)
         self._by_task[task] = current
@@ -363,8 +370,8 @@ class Gradients:
             return set()
         return {
             slot
-            for slot in self._attachment.slots
-            if (t := slot.tensor()) is not None and t.grad is None and not slot.fleeting and not slot.shared(t)
+            for slot, t in zip(self._attachment.slots, self._attachment.tensors(), strict=True)
+            if t is not None and t.grad is None and not slot.fleeting and not slot.shared(t)
         }
 
     def _parent(self, run: _Run, task: int, thread: int) -> Pass | None:
@@ -481,7 +488,13 @@ class Gradients:
         notes: Sequence[str | None] = (),
     ) -> None:
         rows = self.rows
-        triples = [(rows[slot], g, w) for slot, g in zip(slots, tensors, strict=True) if (w := slot.tensor()) is not None]
+        if len(slots) > 1:
+            with self._attachment.still():
+                now = self._attachment.tensors()
+            found = [(row := rows[slot], g, now[row]) for slot, g in zip(slots, tensors, strict=True)]
+        else:  # inside a hook
+            found = [(rows[slot], g, slot.tensor()) for slot, g in zip(slots, tensors, strict=True)]
+        triples = [(row, g, w) for row, g, w in found if w is not None]
         triples.sort(key=itemgetter(0))  # a pass goes through the model from its end
         with self.lock:
             self._sink.read(
@@ -511,7 +524,7 @@ class Gradients:
         """The pass is over: read what lived to its end."""
         if not current.fired:
             return  # only tensor hooks: torch.autograd.grad
-        with self.lock:
+        with self.lock, self._attachment.still():
             self._key(Stage.BACKWARD, current)  # the pass has its number, whatever is read of it
             self._note(current)
             if Stage.BACKWARD in self._stages:
@@ -559,8 +572,9 @@ class Gradients:
     def _read_backward(self, current: Pass) -> None:
         slots: list[Slot] = []
         tensors: list[Tensor] = []
+        now, rows = self._attachment.tensors(), self.rows
         for slot, remembered in current.fresh.items():
-            parameter = slot.tensor()
+            parameter = now[rows[slot]]
             gradient = remembered if remembered is not None else None if parameter is None else parameter.grad
             if gradient is not None:
                 slots.append(slot)
@@ -652,9 +666,9 @@ class Gradients:
 
     def unchanged_since_end(self, slots: Sequence[Slot], gradients: Sequence[Tensor | None]) -> bool:
         """Whether these, which are in `.grad` now, are what was there when the step's last pass ended."""
-        there = [(slot, g) for slot, g in zip(slots, gradients, strict=True) if g is not None]
-        ends = [end for slot in slots if (end := self._ends.get(slot)) is not None]
-        return len(ends) == len(there) and [self._ends.get(slot) for slot, _ in there] == _states([g for _, g in there])
+        there = {slot: g for slot, g in zip(slots, gradients, strict=True) if g is not None}
+        states = dict(zip(there, _states(list(there.values())), strict=True))
+        return states == {slot: end for slot in slots if (end := self._ends.get(slot)) is not None}
 
     def _quiet(self, current: Pass) -> list[Slot]:
         """The slots whose `.grad` may be read now: where several threads run passes, only those that this one reached.
@@ -666,9 +680,11 @@ class Gradients:
 
     def _now(self, slots: Sequence[Slot]) -> tuple[dict[Slot, tuple[int, int]], list[Tensor]]:
         """The states of the gradients that are there, and these gradients."""
-        there = [(slot, g) for slot in slots if (p := slot.tensor()) is not None and (g := p.grad) is not None]
-        gradients = [g for _, g in there]
-        return dict(zip([slot for slot, _ in there], _states(gradients), strict=True)), gradients
+        all_of_them = slots is self._attachment.slots
+        now = self._attachment.tensors() if all_of_them else [slot.tensor() for slot in slots]
+        there = {slot: g for slot, p in zip(slots, now, strict=True) if p is not None and (g := p.grad) is not None}
+        gradients = list(there.values())
+        return dict(zip(there, _states(gradients), strict=True)), gradients
 
     def _mark_end(self, current: Pass) -> None:
         """Remember the gradients as this pass left them."""

@@ -218,27 +218,31 @@ class Capture:
         """The step ended: hand it over, look at the model again, and get ready for the next."""
         step, scalars = self.clock.step, self.clock.scalars
         try:
-            self._read_skipped()
-            if not self.updates.roles and self.clock.observed and self.clock.backward:
-                self.updates.manual_step_ends()
-            if self.updates.unheard:
-                self._tell(_unheard(step))
-            if self.attachment.flat:
-                self._tell(_flattened(step))
-            if self._reduced and self.clock.observed and self.clock.backward:
-                if not self.gradients.averaged:
-                    self._tell(_not_averaged(step))
-                elif self.gradients.local and self.attachment.ignored:
-                    ignored = self.attachment.ignored
-                    self._tell(_ignored(step, [slot.name for slot in self.attachment.slots if slot in ignored]))
-            self.clock.close()
-            self.updates.step_closed()
-            self._rescan()
-            self.gradients.step_closed(watched=self.watches)
-            self._follow_schedule()
+            with self.gradients.lock, self.attachment.still():
+                self._close(step)
         except Exception as error:  # noqa: BLE001 - nothing of ours is raised in a training step
             self._fault("end of a step", error)
         self._sink.step_closed(step, scalars)
+
+    def _close(self, step: int) -> None:
+        self._read_skipped()
+        if not self.updates.roles and self.clock.observed and self.clock.backward:
+            self.updates.manual_step_ends()
+        if self.updates.unheard:
+            self._tell(_unheard(step))
+        if self.attachment.flat:
+            self._tell(_flattened(step))
+        if self._reduced and self.clock.observed and self.clock.backward:
+            if not self.gradients.averaged:
+                self._tell(_not_averaged(step))
+            elif self.gradients.local and self.attachment.ignored:
+                ignored = self.attachment.ignored
+                self._tell(_ignored(step, [slot.name for slot in self.attachment.slots if slot in ignored]))
+        self.clock.close()
+        self.updates.step_closed()
+        self._rescan()
+        self.gradients.step_closed(watched=self.watches)
+        self._follow_schedule()
 
     def _tell(self, finding: Finding) -> None:
         """Say it once."""

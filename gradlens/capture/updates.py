@@ -23,7 +23,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from gradlens.capture.attachment import Attachment, Slot
 from gradlens.capture.clock import Clock
 from gradlens.capture.compiling import eagerly
-from gradlens.capture.gradients import Gradients, running, version
+from gradlens.capture.gradients import Gradients, running, versions
 from gradlens.capture.readings import Key, Reading, Sink, Update
 from gradlens.records import Finding, Severity, Stage, Status
 
@@ -128,7 +128,7 @@ class Updates:
         try:
             role = self._role(optimizer)
             if role is not None and _active(optimizer) <= 1 and os.getpid() == self._pid:
-                with self._gradients.lock:
+                with self._gradients.lock, self._attachment.still():
                     call(role, optimizer, _closure(args, kwargs))
         except Exception as error:  # noqa: BLE001 - nothing of ours is raised in a training step
             self._fault(where, error)
@@ -249,7 +249,8 @@ class Updates:
     def _held(self, role: Role) -> dict[Slot, Tensor]:
         """The same, with what is there now."""
         if role.clock and len(self.roles) < 2:
-            return {slot: t for slot in self._attachment.slots if (t := slot.tensor()) is not None}
+            everyone = zip(self._attachment.slots, self._attachment.tensors(), strict=True)
+            return {slot: t for slot, t in everyone if t is not None}
         slots, mine = self._by_id(), _owned(role)
         if not role.clock:
             rows = self._gradients.rows
@@ -286,7 +287,7 @@ class Updates:
         gradients, held = self._gradients, self._held(role) if held is None else held
         now = [w.grad for w in held.values()]
         present = [(slot, g, w) for (slot, w), g in zip(held.items(), now, strict=True) if g is not None and w.requires_grad]
-        role.versions = {slot: version(g) for slot, g, _ in present}
+        role.versions = dict(zip([slot for slot, _, _ in present], versions([g for _, g, _ in present]), strict=True))
         role.unchanged = gradients.own and gradients.unchanged_since_end(list(held), now)
         if not self._used:
             return
@@ -298,7 +299,7 @@ class Updates:
                 tensors=[g for _, g, _ in present],
                 weights=[w for _, _, w in present],
                 scale=gradients.scale,
-                notes=self._notes(held, len(present)),
+                notes=self._notes(held, now, len(present)),
                 unchanged=self._single() and role.unchanged,
                 skipped=skipped,
                 late=late,
@@ -311,11 +312,13 @@ class Updates:
         gradients = self._gradients
         return self._clock.backward == 1 and gradients.fresh and not gradients.local
 
-    def _notes(self, held: Mapping[Slot, Tensor], present: int) -> list[str | None]:
+    def _notes(self, held: Mapping[Slot, Tensor], now: Sequence[Tensor | None], present: int) -> list[str | None]:
         """By row of the model; empty where all of it is here, has a gradient, and nothing is special."""
         fired, slots = self._gradients.fired, self._attachment.slots
         special = {
-            slot: self._note(slot) for slot, w in held.items() if slot not in fired or not w.requires_grad or w.grad is None
+            slot: self._note(slot)
+            for (slot, w), g in zip(held.items(), now, strict=True)
+            if slot not in fired or g is None or not w.requires_grad
         }
         for slot, note in special.items():
             if note == Status.UNCAPTURED:
@@ -351,15 +354,17 @@ class Updates:
             rates = _learning_rates(optimizer)
             held = {slot: w for slot, w in held.items() if id(w) in rates}
             moved = [rates[id(w)] for w in held.values()]
-        versions = role.versions
+        before = role.versions
+        now = {slot: g for slot, w in held.items() if (g := w.grad) is not None}
+        # A gradient that the optimizer wrote over is not the one that was used.
+        used = {
+            slot: g for (slot, g), v in zip(now.items(), versions(list(now.values())), strict=True) if v == before.get(slot)
+        }
         self._sink.update(
             Update(
                 key=self.key(),
                 rows=self._rows(held),
-                # A gradient that the optimizer wrote over is not the one that was used.
-                used=[
-                    g if (g := w.grad) is not None and version(g) == versions.get(slot) else None for slot, w in held.items()
-                ],
+                used=list(map(used.get, held)),
                 weights=list(held.values()),
                 moved=moved,
                 single=self._single(),
