@@ -25,6 +25,7 @@ class Task:
     optimizer: Callable[[nn.Module], Optimizer]
     loss: Callable[[], Loss]
     steps: int  #: that a round of the benchmark times
+    warm_up: int = 18  #: steps before that: gradlens draws pictures at the first ones, and ever fewer later
 
 
 def convnet() -> nn.Module:
@@ -134,10 +135,10 @@ def _pictures(batch: int) -> Callable[[], Loss]:
 _images = _classes((64, 1, 28, 28), 10)
 
 TASKS = {
-    "convnet": Task("convnet, 14 tensors, 24 thousand weights, 64 images", convnet, _sgd, _images, 30),
+    "convnet": Task("convnet, 14 tensors, 24 thousand weights, 64 images", convnet, _sgd, _images, 30, 60),
     "resnet": Task("ResNet-18, 62 tensors, 11.7 million weights, 16 images", resnet18, _sgd, _pictures(16), 4),
     "gpt": Task("GPT, 148 tensors, 16.2 million weights, 512 tokens", GPT, _adamw, _text(4, 128), 4),
-    "thousand": Task("1,000 tensors of 8 to 64 weights", thousand, _sgd, _classes((32, 8), 8), 12),
-    "resnet-64": Task("ResNet-18, 64 images", resnet18, _sgd, _pictures(64), 4),
-    "gpt-2048": Task("GPT, 2,048 tokens", GPT, _adamw, _text(16, 128), 4),
+    "thousand": Task("1,000 tensors of 8 to 64 weights", thousand, _sgd, _classes((32, 8), 8), 30, 60),
+    "resnet-64": Task("ResNet-18, 64 images", resnet18, _sgd, _pictures(64), 4, 6),
+    "gpt-2048": Task("GPT, 2,048 tokens", GPT, _adamw, _text(16, 128), 4, 6),
 }

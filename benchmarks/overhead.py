@@ -22,8 +22,8 @@ says what they can be by chance:
   measured directly). It is no difference of two long times, so it is exact where the others are not; it leaves out the short
   hooks, and what caches have lost.
 
-The first steps are left out, and the end: `end_ms` is what closing took, once. gradlens then draws its pictures and makes
-its records into Parquet.
+The first steps are left out (6, 18 or 60), and the end: `end_ms` is what closing took, once. gradlens then draws its
+pictures and makes its records into Parquet.
 """
 
 from __future__ import annotations
@@ -57,7 +57,6 @@ from models import TASKS, Task
 HERE = Path(__file__).parent
 RESULTS = HERE / "overhead.csv"
 PLOT = HERE.parent / "docs" / "images" / "overhead.png"
-WARM_UP = 6
 FIELDS = ["model", "threads", "contender", "kind", "step_ms", "added", "low", "high", "thread", "wall", "look_ms", "end_ms"]
 FIELDS += ["rounds", "note", "machine"]
 
@@ -94,7 +93,7 @@ def trained(task: Task, contender: Contender, template: torch.nn.Module) -> Roun
         plain, watched = pair
         bare.enter_context(base.attach(plain))
         with contender.attach(watched):
-            for _ in range(WARM_UP):
+            for _ in range(task.warm_up):
                 plain.step()
                 watched.step()
             for call in watched.at_end:

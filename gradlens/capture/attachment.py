@@ -250,8 +250,9 @@ class Attachment:
 
     def tensors(self) -> list[Tensor | None]:
         """What is at the slots now."""
-        if self._seen is not None and self._seen[0] is self.slots:
-            return self._seen[1]
+        seen = self._seen
+        if seen is not None and seen[0] is self.slots:
+            return seen[1]
         found = self._looked_up()
         if self._still:
             self._seen = self.slots, found
@@ -265,7 +266,7 @@ class Attachment:
 
     @contextlib.contextmanager
     def still(self) -> Iterator[None]:
-        """While nothing of the user's runs: what is at the slots is looked up once. One thread at a time."""
+        """While nothing of the user's runs: what is at the slots is looked up once. Under the lock of `Gradients`."""
         self._still += 1
         try:
             yield

@@ -487,13 +487,13 @@ class Gradients:
         complete: bool,
         notes: Sequence[str | None] = (),
     ) -> None:
-        rows = self.rows
-        if len(slots) > 1:
-            with self._attachment.still():
+        with self.lock:
+            rows = self.rows
+            if len(slots) > 1:
                 now = self._attachment.tensors()
-            found = [(row := rows[slot], g, now[row]) for slot, g in zip(slots, tensors, strict=True)]
-        else:  # inside a hook
-            found = [(rows[slot], g, slot.tensor()) for slot, g in zip(slots, tensors, strict=True)]
+                found = [(row := rows[slot], g, now[row]) for slot, g in zip(slots, tensors, strict=True)]
+            else:  # inside a hook
+                found = [(rows[slot], g, slot.tensor()) for slot, g in zip(slots, tensors, strict=True)]
         triples = [(row, g, w) for row, g, w in found if w is not None]
         triples.sort(key=itemgetter(0))  # a pass goes through the model from its end
         with self.lock:
@@ -574,7 +574,8 @@ class Gradients:
         tensors: list[Tensor] = []
         now, rows = self._attachment.tensors(), self.rows
         for slot, remembered in current.fresh.items():
-            parameter = now[rows[slot]]
+            row = rows.get(slot)  # None: it was dropped while the pass waited for its end
+            parameter = None if row is None else now[row]
             gradient = remembered if remembered is not None else None if parameter is None else parameter.grad
             if gradient is not None:
                 slots.append(slot)

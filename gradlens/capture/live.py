@@ -171,7 +171,8 @@ class Capture:
         """Finish what backward left open; outside a backward."""
         self.gradients.settle()
         if self._dirty and not running():
-            self._rescan()  # no hook may have fired at all, as where everything that trains is new
+            with self.gradients.lock:
+                self._rescan()  # no hook may have fired at all, as where everything that trains is new
 
     def _look_again(self) -> None:
         """An optimizer stepped that is none of ours. Where its parameters replaced all of ours no hook would ever fire."""
@@ -216,15 +217,24 @@ class Capture:
 
     def close_step(self) -> None:
         """The step ended: hand it over, look at the model again, and get ready for the next."""
+        if os.getpid() != self._pid:
+            return  # a forked child, whose parent may have held the lock
         step, scalars = self.clock.step, self.clock.scalars
         try:
             with self.gradients.lock, self.attachment.still():
-                self._close(step)
+                self._read_rest(step)
+            self.clock.close()  # which asks the user's schedule
+            with self.gradients.lock, self.attachment.still():
+                self.updates.step_closed()
+                self._rescan()
+                self.gradients.step_closed(watched=self.watches)
+                self._follow_schedule()
         except Exception as error:  # noqa: BLE001 - nothing of ours is raised in a training step
             self._fault("end of a step", error)
         self._sink.step_closed(step, scalars)
 
-    def _close(self, step: int) -> None:
+    def _read_rest(self, step: int) -> None:
+        """What is read, and told, once the step is over."""
         self._read_skipped()
         if not self.updates.roles and self.clock.observed and self.clock.backward:
             self.updates.manual_step_ends()
@@ -238,11 +248,6 @@ class Capture:
             elif self.gradients.local and self.attachment.ignored:
                 ignored = self.attachment.ignored
                 self._tell(_ignored(step, [slot.name for slot in self.attachment.slots if slot in ignored]))
-        self.clock.close()
-        self.updates.step_closed()
-        self._rescan()
-        self.gradients.step_closed(watched=self.watches)
-        self._follow_schedule()
 
     def _tell(self, finding: Finding) -> None:
         """Say it once."""

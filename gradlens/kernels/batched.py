@@ -136,6 +136,8 @@ def _matrices(tensors: Iterable[Operands], device: torch.device) -> Iterator[Mat
 
 
 def _matrix(alike: Sequence[_Piece], width: int, device: torch.device) -> Matrices:
+    if len(alike) == 1:  # a large piece: there is nothing to be as long as
+        width = max(fields.TOP, alike[0].length)
     offsets, offset = [], 0
     for piece in alike:
         offsets.append(offset)

@@ -365,7 +365,7 @@ INLINE int count_pairs(state *s, const uint16_t *keys, uint16_t *pairs, int zero
         if (s->pending && ++s->misfits < MISFITS)
             return 0; /* magnitudes may go up and down: to settle takes as long as a block */
         settle(s);
-        s->base = exponent + SLACK;
+        s->base = exponent + SLACK < NOT_FINITE ? exponent + SLACK : NOT_FINITE - 1;
         s->misfits = 0;
     }
     uint16_t base = (uint16_t)s->base, far = 0;
@@ -393,7 +393,7 @@ INLINE int count_pairs(state *s, const uint16_t *keys, uint16_t *pairs, int zero
 }
 
 /* a * b + c; with one instruction where there is one, and the same where the product of two floats is exact anyway. */
-INLINE double fused(double a, double b, double c, const int fma) { return fma ? __builtin_fma(a, b, c) : a * b + c; }
+INLINE double fused(double a, double b, double c, const int has_fma) { return has_fma ? fma(a, b, c) : a * b + c; }
 
 /* Sums of a block, in two loops: the registers do not hold more. They are finite if and only if every entry is, for squares of
  * floats do not overflow. */
@@ -402,32 +402,32 @@ typedef struct {
     uint32_t still, flipped; /* entries where one of both gradients is 0, or signs differ */
 } sums;
 
-INLINE void add_fast(sums *t, const float *g, const float *w, int n, const int has_w, const int fma) {
+INLINE void add_fast(sums *t, const float *g, const float *w, int n, const int has_w, const int has_fma) {
     double sum = 0, abs_sum = 0, square_sum = 0, w_square = 0, dot = 0;
 #pragma omp simd reduction(+ : sum, abs_sum, square_sum, w_square, dot)
     for (int i = 0; i < n; i++) {
         double x = g[i];
         sum += x;
         abs_sum += fabs(x);
-        square_sum = fused(x, x, square_sum, fma);
+        square_sum = fused(x, x, square_sum, has_fma);
         if (has_w) {
             double y = w[i];
-            w_square = fused(y, y, w_square, fma);
-            dot = fused(x, y, dot, fma);
+            w_square = fused(y, y, w_square, has_fma);
+            dot = fused(x, y, dot, has_fma);
         }
     }
     t->sum = sum, t->abs_sum = abs_sum, t->square_sum = square_sum, t->w_square = w_square, t->dot = dot;
 }
 
-INLINE void add_previous(sums *t, const float *g, const float *p, int n, const int fma) {
+INLINE void add_previous(sums *t, const float *g, const float *p, int n, const int has_fma) {
     double p_square = 0, p_dot = 0;
     uint32_t still = 0, flipped = 0;
 #pragma omp simd reduction(+ : p_square, p_dot, still, flipped)
     for (int i = 0; i < n; i++) {
         double x = g[i], z = p[i];
         uint32_t a = bits_of(g[i]), b = bits_of(p[i]), least = a << 1 < b << 1 ? a << 1 : b << 1;
-        p_square = fused(z, z, p_square, fma);
-        p_dot = fused(x, z, p_dot, fma);
+        p_square = fused(z, z, p_square, has_fma);
+        p_dot = fused(x, z, p_dot, has_fma);
         still += least == 0;
         flipped += least == 0 ? 0 : (a ^ b) >> 31;
     }
@@ -446,7 +446,7 @@ INLINE uint32_t largest_bits(const float *x, int n) {
 
 /* Whether the block was all finite and is done; `*above` is then its largest magnitude, `*zeros` how many are 0. */
 INLINE int fast(state *s, const float *g, const float *w, const float *p, int n, uint16_t *keys, double *above, int *zeros,
-                const int fma) {
+                const int has_fma) {
     uint32_t below = UINT32_MAX, zero = 0;
     float low = INFINITY, high = -INFINITY;
 #pragma omp simd reduction(max : high) reduction(min : below, low) reduction(+ : zero)
@@ -460,11 +460,11 @@ INLINE int fast(state *s, const float *g, const float *w, const float *p, int n,
     }
     sums t = {0};
     if (w)
-        add_fast(&t, g, w, n, 1, fma);
+        add_fast(&t, g, w, n, 1, has_fma);
     else
-        add_fast(&t, g, w, n, 0, fma);
+        add_fast(&t, g, w, n, 0, has_fma);
     if (p)
-        add_previous(&t, g, p, n, fma);
+        add_previous(&t, g, p, n, has_fma);
     if (!is_finite(t.square_sum) || !is_finite(t.w_square) || !is_finite(t.p_square))
         return 0;
     s->sum += t.sum;
@@ -734,7 +734,7 @@ FIND(find_double, double, fabs, DBL_MAX)
 
 /* Entries [start, stop) of a tensor. */
 INLINE void summarize_piece(const task *t, const int64_t *layouts, int64_t start, int64_t stop, state *s, room *r,
-                           const int fma) {
+                           const int has_fma) {
     order shared, *o = NULL;
     task straight = *t;
     if (t->layout > 0 && shared_order(t, layouts, &shared)) {
@@ -761,7 +761,7 @@ INLINE void summarize_piece(const task *t, const int64_t *layouts, int64_t start
             for (int operand = 0; operand < 3; operand++)
                 if (lines[operand])
                     x[operand] = narrow(lines[operand], walks[operand].type, n, r->narrow[operand]);
-            done = fast(s, x[G], x[W], x[PREVIOUS], n, r->keys, &above, &zeros, fma);
+            done = fast(s, x[G], x[W], x[PREVIOUS], n, r->keys, &above, &zeros, has_fma);
         }
         const double *y[3] = {NULL, NULL, NULL};
         if (!done) {
@@ -878,20 +878,20 @@ static void write_summary(const task *t, state *s, double *row) {
 
 /* Whether the sums of a block are finite, as where all of its entries are. */
 INLINE int add_moves(double *u, const float *used, const float *before, const float *after, const float *loss, int n,
-                     const int has_used, const int has_loss, const int fma) {
+                     const int has_used, const int has_loss, const int has_fma) {
     double squares = 0, before_squares = 0, used_squares = 0, dot = 0, loss_dot = 0;
 #pragma omp simd reduction(+ : squares, before_squares, used_squares, dot, loss_dot)
     for (int i = 0; i < n; i++) {
         double w = before[i], dw = (double)after[i] - w;
-        squares = fused(dw, dw, squares, fma);
-        before_squares = fused(w, w, before_squares, fma);
+        squares = fused(dw, dw, squares, has_fma);
+        before_squares = fused(w, w, before_squares, has_fma);
         if (has_used) {
             double g = used[i];
-            used_squares = fused(g, g, used_squares, fma);
-            dot = fused(g, dw, dot, fma);
+            used_squares = fused(g, g, used_squares, has_fma);
+            dot = fused(g, dw, dot, has_fma);
         }
         if (has_loss)
-            loss_dot = fused(loss[i], dw, loss_dot, fma);
+            loss_dot = fused(loss[i], dw, loss_dot, has_fma);
     }
     if (!is_finite(squares) || !is_finite(used_squares) || !is_finite(loss_dot))
         return 0;
@@ -905,10 +905,10 @@ INLINE int add_moves(double *u, const float *used, const float *before, const fl
 
 /* Whether the block was all finite and is done. */
 INLINE int compare_fast(double *u, const float *used, const float *before, const float *after, const float *loss, int n,
-                        const int fma) {
-    int done = used && loss ? add_moves(u, used, before, after, loss, n, 1, 1, fma)
-               : used       ? add_moves(u, used, before, after, loss, n, 1, 0, fma)
-                            : add_moves(u, used, before, after, loss, n, 0, loss != NULL, fma);
+                        const int has_fma) {
+    int done = used && loss ? add_moves(u, used, before, after, loss, n, 1, 1, has_fma)
+               : used       ? add_moves(u, used, before, after, loss, n, 1, 0, has_fma)
+                            : add_moves(u, used, before, after, loss, n, 0, loss != NULL, has_fma);
     if (!done || !used)
         return done;
     uint32_t moving = 0, against = 0, stuck = 0;
@@ -971,7 +971,7 @@ INLINE void compare_careful(double *u, const double *used, const double *before,
     }
 }
 
-INLINE void compare_piece(const task *t, const int64_t *layouts, int64_t start, int64_t stop, state *s, room *r, const int fma) {
+INLINE void compare_piece(const task *t, const int64_t *layouts, int64_t start, int64_t stop, state *s, room *r, const int has_fma) {
     walk walks[OPERANDS];
     int is_wide = 0;
     for (int operand = 0; operand < OPERANDS; operand++)
@@ -991,7 +991,7 @@ INLINE void compare_piece(const task *t, const int64_t *layouts, int64_t start, 
             for (int operand = 0; operand < OPERANDS; operand++)
                 if (lines[operand])
                     x[operand] = narrow(lines[operand], walks[operand].type, n, r->narrow[operand]);
-            if (compare_fast(s->update, x[USED], x[BEFORE], x[AFTER], x[LOSS], n, fma))
+            if (compare_fast(s->update, x[USED], x[BEFORE], x[AFTER], x[LOSS], n, has_fma))
                 continue;
         }
         for (int operand = 0; operand < OPERANDS; operand++)
@@ -1015,12 +1015,12 @@ static void write_update(const task *t, state *s, double *row) {
 
 typedef void (*piece)(const task *, const int64_t *, int64_t, int64_t, state *, room *);
 
-#define VARIANT(name, attributes, fma)                                                                                            \
-    attributes static void summarize_##name(const task *t, const int64_t *l, int64_t a, int64_t b, state *s, room *r) {          \
-        summarize_piece(t, l, a, b, s, r, fma);                                                                                   \
+#define VARIANT(name, attributes, has_fma)                                                                                        \
+    attributes static void summarize_##name(const task *t, const int64_t *l, int64_t a, int64_t b, state *s, room *r) {           \
+        summarize_piece(t, l, a, b, s, r, has_fma);                                                                               \
     }                                                                                                                             \
-    attributes static void compare_##name(const task *t, const int64_t *l, int64_t a, int64_t b, state *s, room *r) {            \
-        compare_piece(t, l, a, b, s, r, fma);                                                                                     \
+    attributes static void compare_##name(const task *t, const int64_t *l, int64_t a, int64_t b, state *s, room *r) {             \
+        compare_piece(t, l, a, b, s, r, has_fma);                                                                                 \
     }
 
 VARIANT(plain, , 0)
@@ -1133,7 +1133,7 @@ static void *run_exactly(void *argument) {
     return NULL;
 }
 
-enum { THREADS = 64 };
+enum { THREADS = 64, STACK = 1 << 20 }; /* a room and a state are 120 kB, nearly all that a thread has under musl */
 
 static void write_parts(job *jobs, int threads) {
     job *owner = NULL; /* whose first or last part collects */
@@ -1186,15 +1186,18 @@ static void run_all(const job *model, int64_t n, int threads) {
     }
 #ifdef HAVE_THREADS
     pthread_t handles[THREADS];
-    int started[THREADS] = {0};
+    pthread_attr_t roomy;
+    int started[THREADS] = {0}, asked = pthread_attr_init(&roomy) == 0 && pthread_attr_setstacksize(&roomy, STACK) == 0;
     for (int k = 1; k < threads; k++)
-        started[k] = pthread_create(&handles[k], NULL, run_exactly, &jobs[k]) == 0;
+        started[k] = asked && pthread_create(&handles[k], &roomy, run_exactly, &jobs[k]) == 0;
     run_exactly(&jobs[0]);
     for (int k = 1; k < threads; k++)
         if (started[k])
             pthread_join(handles[k], NULL);
         else
             run_exactly(&jobs[k]);
+    if (asked)
+        pthread_attr_destroy(&roomy);
 #else
     run_exactly(&jobs[0]);
 #endif

@@ -52,7 +52,7 @@ class Columns:
                 result[name] = found.columns[name].astype(np.int64)
             else:
                 result[name] = fields.derive(name, found.columns)
-        return pd.DataFrame(result, columns=self._asked, copy=False)  # the arrays are nobody else's
+        return pd.DataFrame(result, columns=self._asked)
 
 
 def texts(words: Sequence[str], codes: np.ndarray) -> pd.Series:

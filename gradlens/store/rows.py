@@ -141,13 +141,30 @@ def _over(
         def answer(part: Part, owners: dict[Key, Segment] = owners, until: dict[Key, int | None] = until) -> _T:
             return ask(part, owners[part.key], until[part.key])
 
-        try:
-            with ThreadPoolExecutor(threads) as pool:
-                known.update(zip(unknown, pool.map(answer, unknown), strict=True))
+        for part, found in zip(unknown, _at_once(answer, unknown, threads), strict=True):
+            if isinstance(found, FileNotFoundError):
+                error = found
+            else:
+                known[part] = found
+        if all(part in known for part in files):
             return [(part, known[part]) for part in files], segments
-        except FileNotFoundError as gone:
-            error = gone
     raise RunDirectoryError(f"{run} changes faster than it can be read: {error}")
+
+
+def _at_once(ask: Callable[[Part], _T], parts: Sequence[Part], threads: int) -> Iterator[_T | FileNotFoundError]:
+    """What each file gives, in their order, or that it is gone: what others gave meanwhile is not asked twice."""
+
+    def answer(part: Part) -> _T | FileNotFoundError:
+        try:
+            return ask(part)
+        except FileNotFoundError as gone:
+            return gone
+
+    if threads < 2 or len(parts) < 2:
+        yield from map(answer, parts)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        yield from pool.map(answer, parts)
 
 
 def _ordered(columns: dict[str, np.ndarray], segments: Sequence[Segment], until: dict[Key, int | None]) -> Found:

@@ -3,6 +3,7 @@
 import contextlib
 import threading
 import time
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -107,6 +108,42 @@ def test_sizes_around_blocks_equal_the_reference(kernel, n, dtype, seed, hostile
         assert torch.equal(bits(room), bits(g))
     check_identical(kernel.compare([g], [w], [p]), reference.compare([g], [w], [p]), fields.UPDATES)
     torch.testing.assert_close(kernel.sample([g]), reference.sample([g]), rtol=0, atol=0, equal_nan=True)
+
+
+#: Of a long tensor, the power of two that its entries have, by the number of their block and by chance from 0 to 1.
+PROFILES = {
+    "of one size": lambda block, chance: 0 * block,
+    "rising": lambda block, chance: block // 3,
+    "falling": lambda block, chance: -block // 2,
+    "up and down": lambda block, chance: 40.0 * (block % 2),
+    "up once": lambda block, chance: 30.0 * (block > 20),
+    "wide": lambda block, chance: -90 * chance,
+    "some far below": lambda block, chance: -60.0 * (chance < 0.01),
+    "tiny": lambda block, chance: -100 - 40 * chance,
+    "huge": lambda block, chance: 125 - 40 * chance,
+}
+
+
+@variants
+@pytest.mark.parametrize("profile", PROFILES)
+@settings(max_examples=6, deadline=None)
+@given(
+    st.sampled_from(FLOATS), st.integers(0, 99), st.sampled_from([0.0, 0.02, 0.6]), st.booleans(), st.sampled_from([1, 3])
+)
+def test_a_long_tensor_has_each_entry_in_its_bucket(kernel, profile, dtype, seed, zeros, hostile, threads):
+    """Whatever way exponents go from block to block, with zeros of both signs and NaN here and there, on any threads."""
+    n = native.THREADED + 1234 if threads > 1 else 45 * 1024 + 77
+    random = torch.Generator().manual_seed(seed)
+    chance = torch.rand(n, generator=random, dtype=torch.float64)
+    power = PROFILES[profile]((torch.arange(n) // 1024).to(torch.float64), chance)
+    g = torch.randn(n, generator=random, dtype=torch.float64) * torch.exp2(power)
+    g = torch.where(torch.rand(n, generator=random) < zeros, torch.copysign(torch.zeros(()), g), g).to(dtype)
+    if hostile:
+        g[5 * 1024 :: 7 * 1024] = torch.nan
+        g[3 * 1024 + 5] = -torch.inf
+    with mock.patch.object(torch, "get_num_threads", return_value=threads):
+        rows = kernel.summarize([g], [made(n)], [made(n, dtype)])
+    check(rows, reference.summarize([g], [made(n)], [made(n, dtype)]))
 
 
 @variants

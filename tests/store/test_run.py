@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pandas as pd
@@ -15,6 +16,8 @@ from gradlens import fields, frames
 from gradlens.errors import ArgumentError, NothingCapturedError, RunDirectoryError
 from gradlens.pooling import pool
 from gradlens.store import parts, rows, segment
+from gradlens.store.answers import STORED
+from gradlens.store.filters import Filter
 from gradlens.store.run import open_run
 from tests.store import made
 
@@ -149,18 +152,20 @@ class Spy:
 
     def __init__(self, patch):
         self.files, self.groups, self.columns = 0, 0, set()
-        opened = parts.Reader.__init__
+        opened, lock = parts.Reader.__init__, threading.Lock()  # files are read side by side
 
         def init(reader, *args):
-            self.files += 1
+            with lock:
+                self.files += 1
             opened(reader, *args)
 
         patch.setattr(parts.Reader, "__init__", init)
         original = pq.ParquetFile.read_row_group
 
         def read_row_group(file, i, columns=None, **options):
-            self.groups += 1
-            self.columns |= set(columns)
+            with lock:
+                self.groups += 1
+                self.columns |= set(columns)
             return original(file, i, columns=columns, **options)
 
         patch.setattr(pq.ParquetFile, "read_row_group", read_row_group)
@@ -267,6 +272,28 @@ def test_an_answer_that_does_not_fit_is_refused(long, monkeypatch):
     with pytest.raises(ArgumentError, match=r"parameters=.*history"):
         open_run(long).history()
     assert len(open_run(long).history(columns=["step", "l2"], parameters="scale")) == 800
+
+
+def test_what_was_read_is_not_read_again_when_a_file_is_gone(long, monkeypatch):
+    """A file that a writer has just merged is looked for anew; what the others gave is kept, and counted once."""
+    there = {path.name for path in (long / "history").glob("*.parquet")}
+    opened, original, lock = [], parts.Reader.__init__, threading.Lock()
+
+    def init(reader, path, table):
+        with lock:
+            opened.append(path.name)
+            first = opened.count(path.name) == 1
+        if path.name == max(there) and first:  # the newest, which is asked first
+            raise FileNotFoundError(path)
+        original(reader, path, table)
+
+    whole = open_run(long).history()
+    rows_of = rows.find(long, "history", STORED, Filter())
+    monkeypatch.setattr(rows, "MAX_BYTES", sum(values.nbytes for values in rows_of.columns.values()))
+    monkeypatch.setattr(parts.Reader, "__init__", init)
+    same(open_run(long).history(), whole)
+    assert sorted(opened) == sorted([*there, max(there)])
+    assert len(there) > 2
 
 
 def test_a_run_without_records_says_so(tmp_path):
