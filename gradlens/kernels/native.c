@@ -704,16 +704,17 @@ enum { RUN = 32 };
         return 1;                                                                                                                 \
     }                                                                                                                             \
                                                                                                                                   \
-    INLINE int name##_counts(int *counts, const real *g, int n, real bar) {                                                       \
+    /* By run, until there are more than `most`. */                                                                               \
+    INLINE int name##_counts(int *counts, const real *g, int n, real bar, int most) {                                             \
         int total = 0;                                                                                                            \
-        for (int run = 0; run < n; run += RUN)                                                                                    \
+        for (int run = 0; run < n && total <= most; run += RUN)                                                                   \
             total += counts[run / RUN] = name##_count(g + run, run + RUN < n ? RUN : n - run, bar);                               \
         return total;                                                                                                             \
     }                                                                                                                             \
                                                                                                                                   \
     INLINE void name(largest *top, const real *g, const real *w, int n, int64_t start, const order *o) {                          \
         real bar = top->count < TOP ? 0 : (real)top->best[TOP - 1].magnitude;                                                     \
-        int counts[BLOCK / RUN], raised = name##_counts(counts, g, n, bar) > TOP && n > RUN;                                      \
+        int counts[BLOCK / RUN], raised = name##_counts(counts, g, n, bar, n > RUN ? TOP : n) > TOP && n > RUN;                   \
         if (raised) {                                                                                                             \
             real higher = name##_bar(g, n);                                                                                       \
             bar = higher > bar ? higher : bar;                                                                                    \
@@ -721,7 +722,7 @@ enum { RUN = 32 };
         if (top->count == 0 && !o && name##_first(top, g, w, n, start, bar))                                                      \
             return;                                                                                                               \
         if (raised)                                                                                                               \
-            name##_counts(counts, g, n, bar);                                                                                     \
+            name##_counts(counts, g, n, bar, n);                                                                                  \
         for (int run = 0; run < n; run += RUN)                                                                                    \
             for (int i = run; counts[run / RUN] && i < n && i < run + RUN; i++)                                                   \
                 if (name##_fits(g[i], bar)) {                                                                                     \
