@@ -13,20 +13,19 @@ decides how well they compress: every moment has new digits at each step, as man
 Records are given to the store as fast as it takes them: `write` measures what the background thread and the keeper do
 together. `caller` measures what is left on the training thread: to queue a step's tables.
 
-Measured with pyarrow 26.0.1 on two cores (AMD EPYC) that others used too: processor time is what can be compared. store.csv
-has all. Bytes, files and write costs were measured before small parts had small groups, which made those of them 3 % larger.
+Measured with pyarrow 26.0.1 on two cores (AMD EPYC), a kernel's benchmark beside the writing of 10,000 parameters and nothing
+beside the rest. store.csv has all.
 
                                                      150 x 100,000    10,000 x 1,000
     rows                                             30 million       20 million
     bytes a row, all tables                          134              134
-    files at most                                    43               47
-    processor time of the background thread a step   0.42 ms          24 ms
+    files at most                                    42               51
+    processor time of the background thread a step   0.75 ms          33 ms
     training thread a step                           0.06 ms
-    last table, opening included, wall / processor   0.04 / 0.02 s    0.08 / 0.07 s
-    all rows of one parameter, wall / processor      3.0 / 0.59 s     0.17 / 0.17 s
-    three columns of them, wall / processor          0.52 / 0.24 s    0.12 / 0.12 s
-
-One parameter's 200,000 rows of all columns took 0.8 s at a load of 4 and have not been timed on a quiet machine.
+    last table, opening included                     0.02 s           0.10 s
+    all rows of one parameter                        0.44 s           0.16 s
+    four columns of them                             0.19 s           0.11 s
+    the last table, from the start of Python         0.52 s           0.81 s
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ import contextlib
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from operator import attrgetter
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -216,6 +217,22 @@ _FACTS = (attrgetter("shape"), attrgetter("dtype"), attrgetter("device"))
 _Place = tuple[tuple[int, ...], str, torch.dtype, torch.device]
 
 
+class Still:
+    """While nothing of the user's runs: what is at the slots is looked up once. A class, since each step enters it."""
+
+    def __init__(self) -> None:
+        self.depth = 0
+        self.seen: tuple[list[Slot], list[Tensor | None]] | None = None
+
+    def __enter__(self) -> None:
+        self.depth += 1
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.depth -= 1
+        if not self.depth:
+            self.seen = None
+
+
 class Attachment:
     """The slots of a target, in model order, and the hooks on them."""
 
@@ -237,8 +254,7 @@ class Attachment:
         self._columns: list[list[Any]] = []  # the same of a model of plain tensors, quicker to compare
         self._listed: list[Slot] | None = None
         self._direct = False  # each slot is a plain parameter of a module
-        self._still = 0  # how many `still()` are open
-        self._seen: tuple[list[Slot], list[Tensor | None]] | None = None
+        self.still = Still()  # `with attachment.still:`, under the lock of `Gradients`
         self.rescan()
         self.refresh()
         if not any((t := slot.tensor()) is not None and t.requires_grad for slot in self.slots):
@@ -250,12 +266,12 @@ class Attachment:
 
     def tensors(self) -> list[Tensor | None]:
         """What is at the slots now."""
-        seen = self._seen
+        seen = self.still.seen
         if seen is not None and seen[0] is self.slots:
             return seen[1]
         found = self._looked_up()
-        if self._still:
-            self._seen = self.slots, found
+        if self.still.depth:
+            self.still.seen = self.slots, found
         return found
 
     def _looked_up(self) -> list[Tensor | None]:
@@ -263,17 +279,6 @@ class Attachment:
             with contextlib.suppress(AttributeError, KeyError):  # a module or a parameter is gone
                 return [slot._owner()._parameters[slot._leaf] for slot in self.slots]  # type: ignore[misc, union-attr]
         return [slot.tensor() for slot in self.slots]
-
-    @contextlib.contextmanager
-    def still(self) -> Iterator[None]:
-        """While nothing of the user's runs: what is at the slots is looked up once. Under the lock of `Gradients`."""
-        self._still += 1
-        try:
-            yield
-        finally:
-            self._still -= 1
-            if not self._still:
-                self._seen = None
 
     def refresh(self) -> Parameters:
         """Names, shapes and dtypes as they are now: the same object until one of them, or a device, changes."""
@@ -301,7 +306,7 @@ class Attachment:
 
     def rescan(self) -> bool:
         """Look for parameters that came, went or were renamed; True when any did. Slots that stay keep their hooks."""
-        self._seen = None
+        self.still.seen = None
         old = {slot.name: slot for slot in self.slots}
         fresh: list[Slot] = []
         by_id: dict[int, str] = {}

@@ -345,7 +345,7 @@ class Gradients:
             self._by_task[task] = None
             return None
         if current is None:
-            with self._attachment.still():
+            with self._attachment.still:
                 late = self._before_pass()
                 current = Pass(thread, self._scaling.scale(), run.root)
                 current.late.update(self._attachment.slots[i] for i in late)
@@ -524,7 +524,7 @@ class Gradients:
         """The pass is over: read what lived to its end."""
         if not current.fired:
             return  # only tensor hooks: torch.autograd.grad
-        with self.lock, self._attachment.still():
+        with self.lock, self._attachment.still:
             self._key(Stage.BACKWARD, current)  # the pass has its number, whatever is read of it
             self._note(current)
             if Stage.BACKWARD in self._stages:

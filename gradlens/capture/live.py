@@ -221,10 +221,10 @@ class Capture:
             return  # a forked child, whose parent may have held the lock
         step, scalars = self.clock.step, self.clock.scalars
         try:
-            with self.gradients.lock, self.attachment.still():
+            with self.gradients.lock, self.attachment.still:
                 self._read_rest(step)
             self.clock.close()  # which asks the user's schedule
-            with self.gradients.lock, self.attachment.still():
+            with self.gradients.lock, self.attachment.still:
                 self.updates.step_closed()
                 self._rescan()
                 self.gradients.step_closed(watched=self.watches)

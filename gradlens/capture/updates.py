@@ -128,7 +128,7 @@ class Updates:
         try:
             role = self._role(optimizer)
             if role is not None and _active(optimizer) <= 1 and os.getpid() == self._pid:
-                with self._gradients.lock, self._attachment.still():
+                with self._gradients.lock, self._attachment.still:
                     call(role, optimizer, _closure(args, kwargs))
         except Exception as error:  # noqa: BLE001 - nothing of ours is raised in a training step
             self._fault(where, error)
