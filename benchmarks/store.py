@@ -13,7 +13,7 @@ decides how well they compress: every moment has new digits at each step, as man
 Records are given to the store as fast as it takes them: `write` measures what the background thread and the keeper do
 together. `caller` measures what is left on the training thread: to queue a step's tables.
 
-Measured with pyarrow 26.0.1 on two cores (AMD EPYC), a kernel's benchmark beside the writing of 10,000 parameters and nothing
+Measured with pyarrow 26.0.1 on two cores (AMD EPYC), a benchmark of kernels beside the writing of 10,000 parameters, nothing
 beside the rest. store.csv has all.
 
                                                      150 x 100,000    10,000 x 1,000
