@@ -192,7 +192,7 @@ def store(fresh: Sequence[dict[str, object]]) -> None:
     with RESULTS.open("w", newline="") as file:
         writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
         writer.writeheader()
-        writer.writerows({**dict.fromkeys(FIELDS, ""), **merged[k]} for k in sorted(merged))
+        writer.writerows(merged[k] for k in sorted(merged))
 
 
 def show(results: Sequence[dict]) -> None:

@@ -477,7 +477,7 @@ class Pipeline:
         same = update.unchanged and isinstance(update.scale, float) and update.scale == 1.0
         for rows, weights, used in _by_device(update.rows, update.weights, update.used):
             whole, kept = self._before.together(rows, weights), None
-            if whole is not None and same and {_LAYOUT(g) for g in used if g is not None} <= {torch.strided}:
+            if whole is not None and same and all(g is None or g.layout == torch.strided for g in used):
                 there, numbers = rows, kernels.compare(used, whole, weights)
             else:
                 entries = [e for row, w, g in zip(rows, weights, used, strict=True) if (e := self._moved(row, w, g))]
@@ -592,7 +592,7 @@ def _partial(table: Table, names: Sequence[str]) -> Finding:
 
 
 _PLAIN = {Tensor, torch.nn.Parameter}
-_ON_CPU, _LAYOUT = attrgetter("is_cpu"), attrgetter("layout")
+_ON_CPU = attrgetter("is_cpu")
 
 
 def plain(tensor: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from operator import attrgetter
 from types import TracebackType
 from typing import Any
@@ -222,7 +222,7 @@ class Still:
 
     def __init__(self) -> None:
         self.depth = 0
-        self.seen: tuple[list[Slot], list[Tensor | None]] | None = None
+        self.seen: dict[Slot, Tensor | None] | None = None
 
     def __enter__(self) -> None:
         self.depth += 1
@@ -266,13 +266,17 @@ class Attachment:
 
     def tensors(self) -> list[Tensor | None]:
         """What is at the slots now."""
+        return list(self._seen().values()) if self.still.depth else self._looked_up()
+
+    def at(self, slots: Iterable[Slot]) -> list[Tensor | None]:
+        """What is at these slots now."""
+        return list(map(self._seen().get, slots)) if self.still.depth else [slot.tensor() for slot in slots]
+
+    def _seen(self) -> dict[Slot, Tensor | None]:
         seen = self.still.seen
-        if seen is not None and seen[0] is self.slots:
-            return seen[1]
-        found = self._looked_up()
-        if self.still.depth:
-            self.still.seen = self.slots, found
-        return found
+        if seen is None:
+            seen = self.still.seen = dict(zip(self.slots, self._looked_up(), strict=True))
+        return seen
 
     def _looked_up(self) -> list[Tensor | None]:
         if self._direct:

@@ -48,7 +48,7 @@ HELD_BYTES = 32 << 20
 _ENGINE = _engine_run_backward.__code__
 _APPLY = BackwardCFunction.apply.__code__
 _current_task = torch._C._current_graph_task_id
-_VERSION, _GRAD = attrgetter("_version"), attrgetter("grad")
+_VERSION = attrgetter("_version")
 
 
 def _queue_callback(callback: Callable[[], None]) -> None:
@@ -488,15 +488,9 @@ class Gradients:
         notes: Sequence[str | None] = (),
     ) -> None:
         with self.lock:
-            rows = self.rows
-            if len(slots) > 1:
-                now = self._attachment.tensors()
-                found = [(row := rows[slot], g, now[row]) for slot, g in zip(slots, tensors, strict=True)]
-            else:  # inside a hook
-                found = [(rows[slot], g, slot.tensor()) for slot, g in zip(slots, tensors, strict=True)]
-        triples = [(row, g, w) for row, g, w in found if w is not None]
-        triples.sort(key=itemgetter(0))  # a pass goes through the model from its end
-        with self.lock:
+            rows, now = self.rows, self._attachment.at(slots)
+            triples = [(rows[slot], g, w) for slot, g, w in zip(slots, tensors, now, strict=True) if w is not None]
+            triples.sort(key=itemgetter(0))  # a pass goes through the model from its end
             self._sink.read(
                 Reading(
                     key=self._key(stage, current),
@@ -572,10 +566,8 @@ class Gradients:
     def _read_backward(self, current: Pass) -> None:
         slots: list[Slot] = []
         tensors: list[Tensor] = []
-        now, rows = self._attachment.tensors(), self.rows
-        for slot, remembered in current.fresh.items():
-            row = rows.get(slot)  # None: it was dropped while the pass waited for its end
-            parameter = None if row is None else now[row]
+        now = self._attachment.at(current.fresh)
+        for (slot, remembered), parameter in zip(current.fresh.items(), now, strict=True):
             gradient = remembered if remembered is not None else None if parameter is None else parameter.grad
             if gradient is not None:
                 slots.append(slot)
@@ -681,9 +673,8 @@ class Gradients:
 
     def _now(self, slots: Sequence[Slot]) -> tuple[dict[Slot, tuple[int, int]], list[Tensor]]:
         """The states of the gradients that are there, and these gradients."""
-        all_of_them = slots is self._attachment.slots
-        now = self._attachment.tensors() if all_of_them else [slot.tensor() for slot in slots]
-        there = {slot: g for slot, p in zip(slots, now, strict=True) if p is not None and (g := p.grad) is not None}
+        now = zip(slots, self._attachment.at(slots), strict=True)
+        there = {slot: g for slot, p in now if p is not None and (g := p.grad) is not None}
         gradients = list(there.values())
         return dict(zip(there, _states(gradients), strict=True)), gradients
 

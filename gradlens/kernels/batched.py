@@ -1,7 +1,7 @@
 """Many tensors as few matrices: the reference asked about all of them at once, for where no kernel runs.
 
 Tensors are cut into pieces as the reference cuts them. Pieces of about one length are the rows of a matrix, padded with NaN
-to a power of two, so that the torch operations are as many as the bytes ask for and not as the tensors are: on a GPU it is
+to the longest, so that the torch operations are as many as the bytes ask for and not as the tensors are: on a GPU it is
 launches that cost. What `entries` says of the rows is then merged by tensor.
 
     tensors -> pieces -> matrices [pieces, length] -> numbers [pieces] -> numbers [tensors]
@@ -130,14 +130,13 @@ def _matrices(tensors: Iterable[Operands], device: torch.device) -> Iterator[Mat
             alike.append(_Piece(owner, start, length, flat))
             start += length
             if len(alike) * width >= room:
-                yield _matrix(waiting.pop(width), width, device)
-    for width, alike in waiting.items():
-        yield _matrix(alike, width, device)
+                yield _matrix(waiting.pop(width), device)
+    for alike in waiting.values():
+        yield _matrix(alike, device)
 
 
-def _matrix(alike: Sequence[_Piece], width: int, device: torch.device) -> Matrices:
-    if len(alike) == 1:  # a large piece: there is nothing to be as long as
-        width = max(fields.TOP, alike[0].length)
+def _matrix(alike: Sequence[_Piece], device: torch.device) -> Matrices:
+    width = max(fields.TOP, *(piece.length for piece in alike))
     offsets, offset = [], 0
     for piece in alike:
         offsets.append(offset)

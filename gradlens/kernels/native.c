@@ -85,7 +85,7 @@ typedef struct {
 
 /* --- reading ---------------------------------------------------------------------------------------------------------------- */
 
-enum { BLOCK = 1024, AXES = 8 };
+enum { BLOCK = 1024, HALF = BLOCK / 2, AXES = 8 };
 
 /* An operand as a walk through memory in logical order, or, when `axes` is 0, one straight line. */
 typedef struct {
@@ -99,7 +99,7 @@ typedef struct {
     float narrow[OPERANDS][BLOCK];
     double wide[OPERANDS][BLOCK];
     uint64_t raw[OPERANDS][BLOCK];
-    uint16_t keys[BLOCK], pairs[BLOCK / 2];
+    uint16_t keys[BLOCK], pairs[HALF];
 } room;
 
 static walk walk_of(const task *t, const int64_t *layouts, int operand) {
@@ -235,7 +235,7 @@ enum { KEYS = 512, TABLES = 4, FEW = 256, NEGATIVE_KEYS = 256, NOT_FINITE = 255,
 
 /* A long tensor's keys are counted two at a time, by codes of sign and distance below `base`, an exponent that its magnitudes
  * hardly reach: half as many writes to memory, which is what counting costs. A distance of FAR or more is counted singly. */
-enum { HALF = BLOCK / 2, LONG = 8 * BLOCK, FAR = 31, CODES = 2 * (FAR + 1), SLACK = 4, DEEP = 20, SOME = 64, MISFITS = 8 };
+enum { LONG = 8 * BLOCK, FAR = 31, CODES = 2 * (FAR + 1), SLACK = 4, DEEP = 20, SOME = 64, MISFITS = 8 };
 enum { PENDING = 1 << 22 }; /* blocks that the counts of pairs have room for */
 
 typedef struct {
@@ -786,8 +786,7 @@ INLINE void summarize_piece(const task *t, const int64_t *layouts, int64_t start
                 memmove(walks[KEEP].base + at * walks[KEEP].size, lines[G], (size_t)n * (size_t)walks[KEEP].size);
         }
     }
-    if (s->paired)
-        settle(s);
+    settle(s);
 }
 
 static double or_nothing(double extreme) { return extreme > -INFINITY && extreme < INFINITY ? extreme + 0.0 : NAN; }
