@@ -42,7 +42,7 @@ class Training:
     after_backward: list[Call] = field(default_factory=list)
     after_step: list[Call] = field(default_factory=list)
     at_end: list[Call] = field(default_factory=list)  #: what waits is worked off, files stay open
-    look: Callable[[], float] = lambda: math.nan  #: seconds of an observed step, as the contender says itself
+    says: Callable[[], float] = lambda: math.nan  #: the share of the time that the contender says it took
 
     def step(self) -> None:
         """One step of the optimizer."""
@@ -100,18 +100,19 @@ def _nothing(parameter: Tensor) -> None:
 # --- gradlens ---------------------------------------------------------------------------------------------------------
 
 
-def gradlens(*, before: Attach = bare, **settings: Any) -> Attach:
-    """`gradlens.watch` with a run directory: the durable store and TensorBoard are written."""
+def gradlens(*, before: Attach = bare, records: bool = True, **settings: Any) -> Attach:
+    """`gradlens.watch`; with a run directory: the durable store and TensorBoard are written."""
 
     @contextlib.contextmanager
     def attach(training: Training) -> Iterator[None]:
         import gradlens
 
         with before(training), contextlib.redirect_stderr(io.StringIO()):
-            lens = gradlens.watch(training.model, training.optimizer, run=training.directory, **settings)
-            training.after_backward.append(lambda: lens.observe(loss=training.last_loss))
+            lens = gradlens.watch(
+                training.model, training.optimizer, run=training.directory if records else None, **settings
+            )
             training.at_end.append(lens.flush)
-            training.look = lambda: lens.overhead().look
+            training.says = lambda: lens.overhead().share
             with lens:
                 yield
 
@@ -119,6 +120,24 @@ def gradlens(*, before: Attach = bare, **settings: Any) -> Attach:
 
 
 # --- peers ------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def norms(training: Training) -> Iterator[None]:
+    """What many loops have: the norm of each gradient, `.item()`, one `add_scalar` each."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(str(training.directory))
+    training.at_end.append(writer.flush)
+
+    def look() -> None:
+        for name, parameter in training.model.named_parameters():
+            if parameter.grad is not None:
+                writer.add_scalar(f"norm/{name}", parameter.grad.norm().item(), training.steps)
+
+    training.after_backward.append(look)
+    yield
+    writer.close()
 
 
 @contextlib.contextmanager
@@ -268,11 +287,13 @@ ALL = [
     Contender("gradlens", gradlens(), "gradlens"),
     Contender("gradlens, features=()", gradlens(features=()), "gradlens"),
     Contender("gradlens, with evidence", gradlens(features=("updates", "flips", "evidence")), "gradlens"),
+    Contender("gradlens, no run directory", gradlens(records=False), "gradlens"),
     Contender("gradlens, not looking", gradlens(schedule=lambda step: False), "gradlens"),
     Contender("bare, 4 micro-batches", bare, "bare", micro=4),
     Contender("gradlens, 4 micro-batches", gradlens(), "gradlens", baseline="bare, 4 micro-batches", micro=4),
     Contender("bare, hooked by others", hooked, "bare"),
     Contender("gradlens, reading in the hooks", gradlens(before=hooked), "gradlens", baseline="bare, hooked by others"),
+    Contender("one norm a parameter, by hand", norms, "peer"),
     Contender("Composer-like gradient norms", composer, "peer"),
     Contender("Lightning grad_norm", lightning, "peer"),
     Contender("gradviz", gradviz, "peer"),

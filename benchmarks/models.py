@@ -1,6 +1,7 @@
-"""The four models that costs are stated for, made here: nothing is downloaded. Data is noise, which takes as long as any.
+"""The models that costs are stated for, made here: nothing is downloaded. Data is noise, which takes as long as any.
 
-Two of them also with a larger batch: what watching costs does not depend on it, and what a step costs does.
+Three MLPs that differ only in depth, since a small model pays for each parameter; a GPT, a ResNet-18 and a convnet, which
+pay for their weights; and a thousand tiny tensors. Two also with a larger batch: a step costs more then, watching does not.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim import SGD, AdamW, Optimizer
+from torch.optim import SGD, Adam, AdamW, Optimizer
 
 Loss = Callable[[nn.Module], Tensor]
 
@@ -82,13 +83,22 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """148 tensors, 16.2 million weights; the head is tied to the embedding."""
+    """148 tensors, 16.2 million weights by default; the head is tied to the embedding."""
 
-    def __init__(self, vocabulary: int = 4096, length: int = 128, width: int = 320, depth: int = 12, heads: int = 5) -> None:
+    def __init__(
+        self,
+        vocabulary: int = 4096,
+        length: int = 128,
+        width: int = 320,
+        depth: int = 12,
+        heads: int = 5,
+        *,
+        affine: bool = True,  # of the last norm
+    ) -> None:
         super().__init__()
         self.tokens, self.places = nn.Embedding(vocabulary, width), nn.Embedding(length, width)
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
-        self.ln = nn.LayerNorm(width)
+        self.ln = nn.LayerNorm(width, elementwise_affine=affine)
         for embedding in (self.tokens, self.places):
             nn.init.normal_(embedding.weight, std=0.02)
 
@@ -97,6 +107,21 @@ class GPT(nn.Module):
         for block in self.blocks:
             x = block(x)
         return F.linear(self.ln(x), self.tokens.weight)
+
+
+def small_gpt() -> nn.Module:
+    """98 tensors, 8.4 million weights."""
+    return GPT(vocabulary=8192, width=256, depth=8, heads=4, affine=False)
+
+
+def mlp(hidden: int, width: int = 32) -> Callable[[], nn.Module]:
+    """An MLP with that many hidden layers: two parameters a layer, and two of the last one."""
+
+    def make() -> nn.Module:
+        layers = [layer for _ in range(hidden) for layer in (nn.Linear(width, width), nn.Tanh())]
+        return nn.Sequential(*layers, nn.Linear(width, 10))
+
+    return make
 
 
 def thousand() -> nn.Module:
@@ -124,6 +149,10 @@ def _sgd(model: nn.Module) -> Optimizer:
     return SGD(model.parameters(), lr=1e-3, momentum=0.9)
 
 
+def _adam(model: nn.Module) -> Optimizer:
+    return Adam(model.parameters(), lr=1e-3)
+
+
 def _adamw(model: nn.Module) -> Optimizer:
     return AdamW(model.parameters(), lr=1e-4)
 
@@ -134,11 +163,17 @@ def _pictures(batch: int) -> Callable[[], Loss]:
 
 _images = _classes((64, 1, 28, 28), 10)
 
+_vectors = _classes((64, 32), 10)
+
 TASKS = {
-    "convnet": Task("convnet, 14 tensors, 24 thousand weights, 64 images", convnet, _sgd, _images, 30, 60),
-    "resnet": Task("ResNet-18, 62 tensors, 11.7 million weights, 16 images", resnet18, _sgd, _pictures(16), 4),
-    "gpt": Task("GPT, 148 tensors, 16.2 million weights, 512 tokens", GPT, _adamw, _text(4, 128), 4),
-    "thousand": Task("1,000 tensors of 8 to 64 weights", thousand, _sgd, _classes((32, 8), 8), 30, 60),
-    "resnet-64": Task("ResNet-18, 64 images", resnet18, _sgd, _pictures(64), 4, 6),
-    "gpt-2048": Task("GPT, 2,048 tokens", GPT, _adamw, _text(16, 128), 4, 6),
+    "mlp-8": Task("MLP, 8 parameters", mlp(3), _adam, _vectors, 1500, 100),
+    "mlp-42": Task("MLP, 42 parameters", mlp(20), _adam, _vectors, 500, 100),
+    "mlp-202": Task("MLP, 202 parameters", mlp(100), _adam, _vectors, 150, 40),
+    "gpt": Task("GPT, 98 parameters, 8.4 million weights, 256 tokens", small_gpt, _adamw, _text(2, 128, 8192), 12, 6),
+    "convnet": Task("convnet, 14 parameters, 24 thousand weights, 64 images", convnet, _sgd, _images, 60, 30),
+    "resnet": Task("ResNet-18, 62 parameters, 11.7 million weights, 16 images", resnet18, _sgd, _pictures(16), 5, 3),
+    "gpt-16m": Task("GPT, 148 parameters, 16.2 million weights, 512 tokens", GPT, _adamw, _text(4, 128), 5, 3),
+    "thousand": Task("1,000 parameters of 8 to 64 weights", thousand, _sgd, _classes((32, 8), 8), 30, 20),
+    "resnet-64": Task("ResNet-18, 64 images", resnet18, _sgd, _pictures(64), 4, 3),
+    "gpt-2048": Task("GPT, 16.2 million weights, 2,048 tokens", GPT, _adamw, _text(16, 128), 4, 3),
 }

@@ -1,29 +1,21 @@
-"""What watching costs a training step: gradlens in several settings, and what else people use, on four models.
+"""What watching costs a training: gradlens in several settings, and what else people use.
 
-    pip install -r benchmarks/requirements.txt      # the peers; those that are missing are left out, with the reason
-    python benchmarks/overhead.py                   # everything: an hour; overhead.csv and the plot
-    python benchmarks/overhead.py --model gpt --threads 2 --minutes 4 --only 'bare*' 'gradlens*'
-    python benchmarks/overhead.py --budget          # whether budget=0.01 is kept
-    python benchmarks/overhead.py --plot            # docs/images/overhead.png from overhead.csv
+    pip install -c constraints.txt -r benchmarks/requirements.txt   # the peers; those that are missing are left out
+    python benchmarks/overhead.py                                   # everything: an hour or two; overhead.csv and the plot
+    python benchmarks/overhead.py --model mlp-8 gpt --minutes 3 --only 'bare*' 'gradlens*' '*norm*'
+    python benchmarks/overhead.py --budget                          # whether budget=0.01 is kept
+    python benchmarks/overhead.py --plot                            # docs/images/overhead.png from overhead.csv
 
-One process, torch on one thread or two. Two copies of a model train side by side, one as it is and one with a contender, a
-step of this and a step of that: zero_grad, forward, backward, the optimizer's step, loss.item(). What is compared is
-processor time, since other work on the machine changes it little. Contenders take turns in random order, several rounds.
-Each share is of a step of the bare copy; figures are medians over rounds, and `bare again`, a bare copy beside a bare copy,
-says what they can be by chance:
+What is measured is what a person feels: wall time, with everything on. In a round, each contender trains a fresh copy of
+the model for some steps, in random order, and between any two of them a bare copy trains for as many. A contender's cost is
+its time minus the mean of the two bare stretches around it, so slow drifts of the machine cancel; background threads compete
+with the training as they would, for the cores and for Python's lock. Figures are medians over rounds with quartiles; `bare
+again`, a bare stretch between bare stretches, says what they can be by chance. Run it on a machine that does nothing else.
 
-- `thread`: of the training thread, the median step of one copy against that of the other. What one pays where a core is
-  free for background threads.
-- `added`: the same and the processor time of all other threads, until all that was seen is in files; `low` and `high` are
-  its extremes over the rounds. What one pays where no core is free. wandb's own process is not in it. With several torch
-  threads it is `thread`, since theirs cannot be told apart.
-- `wall`: of the time that passes, the median step of each. On a busy machine it says little.
-- `look_ms`: of gradlens, what the lens says itself that observing a step cost on the training thread (`lens.overhead()`,
-  measured directly). It is no difference of two long times, so it is exact where the others are not; it leaves out the short
-  hooks, and what caches have lost.
-
-The first steps are left out (6, 18 or 60), and the end: `end_ms` is what closing took, once. gradlens then draws its
-pictures and makes its records into Parquet.
+Columns: `bare_us` a step; `added_us` a step, `low` and `high` its quartiles; `added` its share of the bare step; `thread_us`
+of that, processor time of the training thread; `others` the share of one core that all other threads take while training
+(torch on one thread only); `says` what the lens itself says it took of the time (`lens.overhead().share`), beside `felt`,
+what it took: added / (bare + added). `end_ms` is what closing took, once.
 """
 
 from __future__ import annotations
@@ -57,19 +49,30 @@ from models import TASKS, Task
 HERE = Path(__file__).parent
 RESULTS = HERE / "overhead.csv"
 PLOT = HERE.parent / "docs" / "images" / "overhead.png"
-FIELDS = ["model", "threads", "contender", "kind", "step_ms", "added", "low", "high", "thread", "wall", "look_ms", "end_ms"]
-FIELDS += ["rounds", "note", "machine"]
+FIELDS = ["model", "threads", "contender", "kind", "bare_us", "added_us", "low", "high", "added", "thread_us", "others"]
+FIELDS += ["says", "felt", "end_ms", "rounds", "note", "machine"]
+BARE = ALL[0]
+
+
+class Stretch(NamedTuple):
+    """Of some steps: seconds each, and what the contender says."""
+
+    wall: float
+    thread: float
+    others: float  # processor time of other threads, as a share of the wall time
+    says: float
+    end: float  # seconds, once
 
 
 class Round(NamedTuple):
-    """Of a contender: seconds a step of processor time, and shares of the bare step."""
+    """Of a contender, beside the bare stretches around it: seconds a step."""
 
-    step: float  # the training thread's, with the contender
+    bare: float
     added: float
     thread: float
-    wall: float
-    look: float  # seconds, of an observed step
-    end: float  # of the run, once
+    others: float
+    says: float
+    end: float
 
 
 def machine() -> str:
@@ -78,63 +81,56 @@ def machine() -> str:
     info = Path("/proc/cpuinfo")
     if info.exists():
         model = next((line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line), model)
-    busy = os.getloadavg()[0]
-    return f"{model}, {os.cpu_count()} cores, torch {torch.__version__}, load {busy:.1f}"
+    return f"{model}, {os.cpu_count()} cores, torch {torch.__version__}, load {os.getloadavg()[0]:.1f}"
 
 
-def trained(task: Task, contender: Contender, template: torch.nn.Module) -> Round:
-    """One round of a contender, beside its baseline."""
-    base = next(each for each in ALL if each.name == contender.baseline)
-    with tempfile.TemporaryDirectory() as here, tempfile.TemporaryDirectory() as there, contextlib.ExitStack() as bare:
-        pair = []
-        for one, directory in ((base, there), (contender, here)):
-            model = copy.deepcopy(template)
-            pair.append(Training(model, task.optimizer(model), task.loss(), Path(directory), one.micro))
-        plain, watched = pair
-        bare.enter_context(base.attach(plain))
-        with contender.attach(watched):
+def stretch(task: Task, contender: Contender, template: torch.nn.Module) -> Stretch:
+    """A fresh copy of the model trained by a contender: some steps to warm up, then those that count."""
+    with tempfile.TemporaryDirectory() as directory:
+        model = copy.deepcopy(template)
+        training = Training(model, task.optimizer(model), task.loss(), Path(directory), contender.micro)
+        steps = max(task.steps // contender.micro, 2)
+        with contender.attach(training):
             for _ in range(task.warm_up):
-                plain.step()
-                watched.step()
-            for call in watched.at_end:
-                call()
+                training.step()
             gc.collect()
-            times: dict[int, list[tuple[float, float]]] = {0: [], 1: []}
-            process, thread = time.process_time(), time.thread_time()
-            for _ in range(task.steps):
-                for i, training in enumerate(pair):
-                    wall, own = time.perf_counter(), time.thread_time()
-                    training.step()
-                    times[i].append((time.perf_counter() - wall, time.thread_time() - own))
-            for call in watched.at_end:
-                call()
-            look = watched.look()
-            others = (time.process_time() - process - (time.thread_time() - thread)) / task.steps
-            closing = time.perf_counter()
-        closed = time.perf_counter()
-    (wall_before, before), (wall_after, after) = (
-        [statistics.median(t) for t in zip(*times[i], strict=True)] for i in (0, 1)
-    )
-    others *= torch.get_num_threads() == 1  # torch's own threads are not told apart from others
-    return Round(
-        after, (after - before + others) / before, after / before - 1, wall_after / wall_before - 1, look, closed - closing
-    )
+            wall, thread, process = time.perf_counter(), time.thread_time(), time.process_time()
+            for _ in range(steps):
+                training.step()
+            wall, thread, process = time.perf_counter() - wall, time.thread_time() - thread, time.process_time() - process
+            says, closing = training.says(), time.perf_counter()
+        end = time.perf_counter() - closing
+    others = (process - thread) / wall if torch.get_num_threads() == 1 else math.nan
+    return Stretch(wall / steps, thread / steps, others, says, end)
+
+
+def compared(before: Stretch, own: Stretch, after: Stretch) -> Round:
+    """A contender's stretch against the bare ones around it."""
+    bare, thread = (statistics.fmean((getattr(before, name), getattr(after, name))) for name in ("wall", "thread"))
+    return Round(bare, own.wall - bare, own.thread - thread, own.others, own.says, own.end)
 
 
 def rounds(task: Task, contenders: Sequence[Contender], seconds: float) -> tuple[dict[str, list[Round]], dict[str, str]]:
     """As many rounds as fit into the time, one at least, or until Ctrl-C; and why some contenders are missing."""
     torch.manual_seed(0)
     template, times, missing = task.model(), defaultdict(list), dict[str, str]()
+    baselines = {c.baseline: next(b for b in ALL if b.name == c.baseline) for c in contenders}
     start, last, n = time.monotonic(), 0.0, 0
     while n < 1 or time.monotonic() - start + last < seconds:
         begun = time.monotonic()
         try:
-            for contender in random.sample(contenders, len(contenders)):
-                if contender.name not in missing:
+            for name, baseline in baselines.items():
+                bare = stretch(task, baseline, template)
+                mine = [c for c in contenders if c.baseline == name and c.name not in missing]
+                for contender in random.sample(mine, len(mine)):
                     try:
-                        times[contender.name].append(trained(task, contender, template))
+                        own = stretch(task, contender, template)
                     except Exception as error:  # noqa: BLE001 - peers break in many ways, and the reason is the result
                         missing[contender.name] = f"{type(error).__name__}: {error}".splitlines()[0][:100]
+                        continue
+                    after = stretch(task, baseline, template)
+                    times[contender.name].append(compared(bare, own, after))
+                    bare = after
         except KeyboardInterrupt:
             break
         last, n = time.monotonic() - begun, n + 1
@@ -155,15 +151,24 @@ def rows(name: str, threads: int, contenders: Sequence[Contender], seconds: floa
         elif not times[contender.name]:
             continue
         else:
-            own = times[contender.name]
-            middle = Round(*(statistics.median(values) for values in zip(*own, strict=True)))
-            row |= {field: f"{getattr(middle, field):.4f}" for field in ("added", "thread", "wall")}
-            row |= {"low": f"{min(one.added for one in own):.4f}", "high": f"{max(one.added for one in own):.4f}"}
-            row |= {"step_ms": f"{1e3 * middle.step:.3f}", "end_ms": f"{1e3 * middle.end:.1f}"}
-            row |= {"look_ms": "" if math.isnan(middle.look) else f"{1e3 * middle.look:.3f}"}
-            row |= {"rounds": len(own), "note": f"beside {contender.baseline}"}
+            row |= _figures(times[contender.name]) | {"note": f"beside {contender.baseline}"}
         result.append(row)
     return result
+
+
+def _figures(own: Sequence[Round]) -> dict[str, object]:
+    middle = Round(*(statistics.median(values) for values in zip(*own, strict=True)))
+    added = sorted(one.added for one in own)
+    low, _, high = statistics.quantiles(added, n=4, method="inclusive") if len(added) > 1 else (added * 3)
+    shares = {"added": middle.added / middle.bare, "felt": middle.added / (middle.bare + middle.added)}
+    shares |= {"others": middle.others, "says": middle.says}
+    times = {"bare_us": middle.bare, "added_us": middle.added, "low": low, "high": high, "thread_us": middle.thread}
+    return {
+        **{name: "" if math.isnan(share) else f"{share:.4f}" for name, share in shares.items()},
+        **{name: f"{1e6 * seconds:.1f}" for name, seconds in times.items()},
+        "end_ms": f"{1e3 * middle.end:.1f}",
+        "rounds": len(own),
+    }
 
 
 def chosen(patterns: Sequence[str]) -> list[Contender]:
@@ -198,47 +203,44 @@ def store(fresh: Sequence[dict[str, object]]) -> None:
 def show(results: Sequence[dict]) -> None:
     """As a table."""
     for row in results:
+        start = f"{row['model']:9} {row['threads']}  {row['contender']:32}"
         if row["added"] == "":
-            print(f"{row['model']:9} {row['threads']}  {row['contender']:32} {row['note']}")
-        else:
-            added, low, high, thread, wall = (100 * float(row[name]) for name in ("added", "low", "high", "thread", "wall"))
-            print(
-                f"{row['model']:9} {row['threads']}  {row['contender']:32} {float(row['step_ms']):9.2f} ms {added:+8.1f} % "
-                f"[{low:+.1f}, {high:+.1f}]  thread {thread:+.1f} %  wall {wall:+.1f} %  {row.get('look_ms') or '-'} ms  "
-                f"end {float(row['end_ms']):.0f} ms  {row['rounds']} rounds"
-            )
+            print(start, row["note"])
+            continue
+        says = f"  says {100 * float(row['says']):.1f} %, felt {100 * float(row['felt']):.1f} %" if row["says"] else ""
+        others = f"  others {100 * float(row['others']):.0f} % of a core" if row["others"] else ""
+        print(
+            f"{start} {float(row['bare_us']):10.0f} us {float(row['added_us']):+9.0f} us [{float(row['low']):+.0f}, "
+            f"{float(row['high']):+.0f}] {100 * float(row['added']):+7.1f} %  thread {float(row['thread_us']):+.0f} us"
+            f"{others}{says}  end {float(row['end_ms']):.0f} ms  {row['rounds']} rounds"
+        )
 
 
 # --- the budget -------------------------------------------------------------------------------------------------------
 
 
 def kept(name: str, budget: float, seconds: float) -> str:
-    """Train under a budget, and say what was spent: as the lens says, and from outside.
-
-    From outside: what all steps took beyond as many of those on which nothing was looked at, nor one or two steps before.
-    """
+    """Train under a budget, and say what was spent: as the lens says, and against bare stretches before and after."""
     import gradlens
 
     task = TASKS[name]
     torch.manual_seed(0)
-    model, seen, durations = task.model(), list[bool](), list[float]()
-    with tempfile.TemporaryDirectory() as directory:
+    template = task.model()
+    before = stretch(task, BARE, template)
+    model = copy.deepcopy(template)
+    with tempfile.TemporaryDirectory() as directory, contextlib.redirect_stderr(None):
         training = Training(model, task.optimizer(model), task.loss(), Path(directory))
         with gradlens.watch(training.model, training.optimizer, run=directory, budget=budget) as lens:
             start = time.perf_counter()
             while time.perf_counter() - start < seconds:
-                before, looked = time.perf_counter(), lens.overhead().observed
                 training.step()
-                durations.append(time.perf_counter() - before)
-                seen.append(lens.overhead().observed > looked)
+            took = (time.perf_counter() - start) / training.steps
             overhead = lens.overhead()
             told = [str(finding.seen) for finding in lens.findings() if finding.rule == "budget"]
-    quiet = [t for i, t in enumerate(durations) if not any(seen[max(i - 2, 0) : i + 1])]
-    outside = 1 - statistics.median(quiet) * len(durations) / sum(durations)
-    middle = sum(t for t, s in zip(durations, seen, strict=True) if s) / sum(seen) - statistics.median(quiet)
-    text = f"{name}: {overhead}\n  from outside: an observed step takes {1e3 * middle:.2f} ms longer than a quiet one, "
-    share = middle * sum(seen) / sum(durations)
-    return text + f"{share:.2%} of all; all steps beyond quiet ones: {outside:.2%}. {' '.join(told)}"
+    after = stretch(task, BARE, template)
+    bare = statistics.fmean((before.wall, after.wall))
+    spread = abs(before.wall - after.wall) / bare
+    return f"{name}: {overhead}\n  felt: {took / bare - 1:+.2%}; the bare stretches differ by {spread:.1%}. {' '.join(told)}"
 
 
 # --- the plot ---------------------------------------------------------------------------------------------------------
@@ -254,16 +256,17 @@ def plot(results: Sequence[dict[str, str]], threads: int = 1) -> None:
     from matplotlib import pyplot
     from matplotlib.ticker import FuncFormatter
 
-    there = [row for row in results if int(row["threads"]) == threads and row["kind"] == "peer"]
+    there = [row for row in results if int(row["threads"]) == threads and row["kind"] == "peer" and row["added"]]
     names = [name for name in TASKS if any(row["model"] == name for row in there)]
-    figure, axes = pyplot.subplots(1, len(names), figsize=(4.2 * len(names), 5.2), sharey=True, squeeze=False)
+    figure, axes = pyplot.subplots(1, len(names), figsize=(3.4 * len(names), 5.6), sharey=True, squeeze=False)
     labels = [c.name for c in ALL if c.kind != "bare" or c.name == "bare again"][::-1]
     for axis, name in zip(axes[0], names, strict=True):
         mine = {r["contender"]: r for r in results if r["model"] == name and int(r["threads"]) == threads and r["added"]}
         for at, label in enumerate(labels):
             if label in mine:
                 row = mine[label]
-                added, low, high = (100 * float(row[field]) for field in ("added", "low", "high"))
+                added = 100 * float(row["added"])
+                low, high = (100 * float(row[field]) / float(row["bare_us"]) for field in ("low", "high"))
                 axis.barh(at, max(added, 0.05), color=COLOURS[row["kind"]], height=0.7)
                 axis.plot([max(low, 0.05), max(high, 0.05)], [at, at], color="#303030", linewidth=1)
                 axis.annotate(
@@ -272,14 +275,14 @@ def plot(results: Sequence[dict[str, str]], threads: int = 1) -> None:
             else:
                 axis.annotate("not measured", (0.06, at), va="center", color="#808080")
         axis.set_xscale("symlog", linthresh=1)
-        axis.set_xlim(0, 40_000)
+        axis.set_xlim(0, 60_000)
         axis.set_xticks([0, 1, 10, 100, 1000])
         axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} %"))
         axis.set_title(TASKS[name].title.replace(", ", ",\n", 1), fontsize=9)
         axis.grid(axis="x", alpha=0.3)
         axis.set_axisbelow(True)
     axes[0][0].set_yticks(range(len(labels)), labels)
-    figure.suptitle("Processor time that watching every step adds to a step, all threads (logarithmic)")
+    figure.suptitle("Wall time that watching every step adds to a step (logarithmic)")
     figure.tight_layout()
     PLOT.parent.mkdir(exist_ok=True)
     figure.savefig(PLOT, dpi=110)
