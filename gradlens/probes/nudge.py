@@ -41,7 +41,7 @@ class Nudge:
     noise: float  #: standard error of `actual`: the spread of the change over batches, and the rounding of the losses
     rounding: float  #: that part of the noise which is rounding
     moved: int  #: how many weights had a verdict
-    swallowed: int  #: of these, how many did not move, since `size` is lost in the precision of their storage
+    rounded_away: int  #: of these, how many did not move, since `size` is lost in the precision of their storage
     size: float
 
     @property
@@ -56,8 +56,8 @@ class Nudge:
         )
         if self.predicted:
             text += f" ({self.actual / self.predicted:.0%} of the prediction)"
-        if self.swallowed:
-            text += f"; {self.swallowed:,} did not move, {self.size:g} being too little for their storage type"
+        if self.rounded_away:
+            text += f"; {self.rounded_away:,} did not move, {self.size:g} being too little for their storage type"
         if self.moved and self.rounding > abs(self.predicted) / 10:
             text += f"; rounding alone makes ± {self.rounding:.2g}: take a larger size"
         return text
@@ -94,11 +94,11 @@ def nudge(
             rows.append((n, before, after))
         pairs = [(kept, move) for kept, move in zip(held, moves, strict=True) if move is not None]
         moved = sum(int(move.count_nonzero()) for _, move in pairs)
-        swallowed = sum(int(((kept + move == kept) & (move != 0)).sum()) for kept, move in pairs)
+        rounded_away = sum(int(((kept + move == kept) & (move != 0)).sum()) for kept, move in pairs)
         precision = max(torch.finfo(w.dtype).eps for w in held)
     if not rows:
         raise ArgumentError("nudge needs at least one batch to see what the loss does")
-    return _result(rows, predicted, precision, moved, swallowed, float(size))
+    return _result(rows, predicted, precision, moved, rounded_away, float(size))
 
 
 def _moved(shelter: Shelter, moves: Sequence[Tensor | None], held: Sequence[Tensor], then: Callable[[], float]) -> float:
@@ -178,7 +178,7 @@ def _result(
     predicted: float,
     precision: float,
     moved: int,
-    swallowed: int,
+    rounded_away: int,
     size: float,
 ) -> Nudge:
     import pandas as pd
@@ -193,4 +193,4 @@ def _result(
     spread = float((share * (frame["change"] - mean) ** 2).sum() / (k - 1)) if k > 1 else float("nan")
     rounding = precision * max(abs(value) for _, before, after in rows for value in (before, after)) / k**0.5
     noise = float(np.sqrt(spread + rounding**2))
-    return Nudge(frame, predicted, noise, rounding, moved, swallowed, size)
+    return Nudge(frame, predicted, noise, rounding, moved, rounded_away, size)

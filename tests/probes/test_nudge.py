@@ -106,7 +106,7 @@ def test_moves_that_the_storage_swallows_are_counted():
     weights = {"w": torch.ones(6, dtype=torch.bfloat16, requires_grad=True)}
     given = [b.bfloat16() for b in made(shift=9)]
     result = nudge(weights, lambda v, b: (v["w"].float() * b.float()).sum(), survey(weights, linear, given), given)
-    assert result.swallowed == result.moved == 6
+    assert result.rounded_away == result.moved == 6
     assert result.actual == 0
     assert "6 did not move" in str(result)
 
