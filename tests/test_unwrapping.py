@@ -12,11 +12,12 @@ def sgd():
 
 def test_optimizers_are_unwrapped():
     """A torch optimizer is itself; accelerate's wrapper, wrappers in wrappers and other objects give what is inside."""
-    from accelerate.optimizer import AcceleratedOptimizer
+    from accelerate import Accelerator
 
     plain = sgd()
     assert unwrap_optimizer(plain) is plain
-    wrapped = AcceleratedOptimizer(plain)
+    wrapped = Accelerator(cpu=True).prepare_optimizer(plain)
+    assert wrapped is not plain
     assert unwrap_optimizer(wrapped) is plain
     assert unwrap_optimizer(type("Outer", (), {"optimizer": wrapped})()) is plain
     assert unwrap_optimizer(None) is None
