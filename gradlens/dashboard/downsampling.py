@@ -19,7 +19,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-SEEN, NONFINITE, MISSING = 1, 2, 4  #: bits of `Cells.flags`: a row, one with values that are not finite, one without a gradient
+SEEN, NONFINITE, MISSING = (
+    1,
+    2,
+    4,
+)  #: bits of `Cells.flags`: a row, one with values that are not finite, one without a gradient
 
 
 def kept(steps: np.ndarray, lines: Sequence[np.ndarray], columns: int) -> np.ndarray:

@@ -38,7 +38,9 @@ def test_new_runs_appear(logdir, monkeypatch):
     assert len(found.names()) == 3
 
 
-@pytest.mark.parametrize("name", ["..", "../logs/a", "a/..", "a/../a", "/etc", "", ".", "no run", "a/", "a\0", "deep/er", "//a"])
+@pytest.mark.parametrize(
+    "name", ["..", "../logs/a", "a/..", "a/../a", "/etc", "", ".", "no run", "a/", "a\0", "deep/er", "//a"]
+)
 def test_only_found_names_are_served(logdir, name):
     """Neither `..`, nor absolute paths, nor spellings that the search did not give."""
     with pytest.raises(UnknownRunError, match="there is no run"):
