@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent / "gradlens"
-BOTTOM = {"errors", "fields", "records", "frames", "noise", "pooling", "schedules", "selection"}
-LIVE = BOTTOM | {"meter", "ranks", "kernels", "statistics", "capture", "analysis", "store", "writers", "native"}
+BOTTOM = {"errors", "fields", "records", "frames", "noise", "pooling", "schedules", "selection", "weight_names"}
+LIVE = BOTTOM | {"kernels", "statistics", "capture", "analysis", "store", "writers", "watching", "unwrapping"}
 
 #: module -> the modules of gradlens it may import. A package may always import itself.
 ALLOWED = {
@@ -21,22 +21,19 @@ ALLOWED = {
     "pooling": {"errors", "fields", "records"},
     "schedules": {"errors"},
     "selection": {"errors"},
-    "unavailable": {"records", "statistics"},
-    "meter": {"schedules"},
-    "ranks": set(),
+    "weight_names": {"errors"},
+    "unwrapping": set(),
     "analysis": BOTTOM,
     "store": BOTTOM,
     "writers": BOTTOM | {"analysis", "store"},
     "kernels": {"errors", "fields"},
     "statistics": {"errors", "fields", "records", "kernels"},
-    "capture": {"errors", "records", "schedules", "selection"},
-    "probes": BOTTOM | {"statistics", "kernels"},
-    "pipeline": LIVE,
-    "arguments": {"errors", "records", "ranks", "capture", "writers"},
-    "weights": {"errors", "records", "frames", "capture", "statistics", "pipeline"},
-    "lens": LIVE | {"pipeline", "unavailable", "arguments", "weights"},
+    "capture": {"errors", "records", "schedules", "selection", "unwrapping"},
+    "probes": BOTTOM | {"statistics", "kernels", "unwrapping"},
+    "watching": LIVE,
+    "lens": LIVE,
     "integrations": {"errors", "lens"},
-    "testing": LIVE | {"pipeline", "lens"},
+    "testing": LIVE | {"lens"},
     "dashboard": BOTTOM | {"analysis", "store", "writers"},
     "cli": BOTTOM | {"analysis", "store", "writers"},
     "__main__": {"cli"},
