@@ -86,8 +86,8 @@ class Catalog:
     def _check(self, link: Path) -> None:
         if not self._inside(link):
             raise RunDirectoryError(
-                f"{link.name} in the run {link.parent.name!r} is a link that leads out of the log directory; start TensorBoard "
-                "on a directory that holds what the link leads to"
+                f"{link.name} in the run {link.parent.name!r} is a link out of the log directory; start "
+                "TensorBoard on a directory that holds what the link leads to"
             )
 
     def _inside(self, path: Path) -> bool:

@@ -1,11 +1,11 @@
 """A million steps as some hundred columns, in which no spike vanishes.
 
-    kept(steps, values, columns)     which points of some lines to draw: of each column the lowest, the highest, the first gap
-    Cells                            a matrix [rows, columns]: of each cell the lowest and the highest value, and what was seen
+    kept(steps, values, columns)     which points of lines to draw: of each column the lowest, the highest, the first gap
+    Cells                            a matrix [rows, columns]: the lowest and highest value of each cell, and what was seen
 
-A column of a matrix is a run of `width` steps, `width` a power of two that begins at a multiple of itself. So two matrices of
-one run always fit: the finer is made coarser by joining neighbours, and both are merged. Joining and merging keep the lowest
-and the highest value, hence a matrix does not depend on the order or the pieces in which a run was read.
+A column of a matrix is a run of `width` steps, `width` a power of two that begins at a multiple of itself. So two matrices
+of one run always fit: the finer is made coarser by joining neighbours, and both are merged. Joining and merging keep the
+lowest and the highest value, hence a matrix does not depend on the order or the pieces in which a run was read.
 
     Cells.of(all rows) == Cells.of(some rows).merge(Cells.of(the others))
 
@@ -89,7 +89,7 @@ class Cells:
         flags = np.zeros(shape, np.uint8)
         np.bitwise_or.at(flags.reshape(-1), at, flag.astype(np.uint8))
         finite = np.isfinite(value)
-        at, value = at[finite], value[finite].astype(np.float32)
+        at, value = at[finite], _narrow(value[finite])
         low, high = np.full(shape, np.inf, np.float32), np.full(shape, -np.inf, np.float32)
         np.minimum.at(low.reshape(-1), at, value)
         np.maximum.at(high.reshape(-1), at, value)
@@ -172,6 +172,14 @@ class Cells:
         with np.errstate(invalid="ignore"):
             upper = np.abs(np.nan_to_num(high - middle, nan=0.0)) >= np.abs(np.nan_to_num(low - middle, nan=0.0))
         return np.where(upper, self.high, self.low)
+
+
+def _narrow(value: np.ndarray) -> np.ndarray:
+    """As float32, in which nothing becomes 0 or infinite that was neither."""
+    most, least = np.finfo(np.float32).max, np.finfo(np.float32).smallest_subnormal
+    with np.errstate(under="ignore"):
+        narrow = np.clip(value, -most, most).astype(np.float32)
+    return np.where((narrow == 0) & (value != 0), np.copysign(least, value).astype(np.float32), narrow)
 
 
 def _middle(low: np.ndarray, high: np.ndarray) -> np.ndarray:

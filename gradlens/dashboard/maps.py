@@ -1,9 +1,9 @@
 """Layer by step matrices of a run, read a piece at a time.
 
 A run may have more rows than fit in memory or in a second. So a matrix is *scanned*: some parameters at a time, over all
-steps, for as long as a request may take; the page shows what is there and asks again until all of it is. What a run has grown
-by is read in later scans. A scan is dropped when the run was continued or replaced, and the least used go first when all of
-them take more than `MAX_BYTES`.
+steps, for as long as a request may take; the page shows what is there and asks again until all of it is. What a run has
+grown by is read in later scans. A scan is dropped when the run was continued or replaced, and the least used go first when
+all of them take more than `MAX_BYTES`.
 """
 
 from __future__ import annotations
@@ -114,8 +114,9 @@ class Scan:
             self._reset(segments, names)
         if self._sweep is None:
             self._sweep = self._pieces(run)
-        for self.share in self._sweep:
-            if time.monotonic() >= until:
+        for share in self._sweep:
+            self.share = share
+            if share < 1 and time.monotonic() >= until:
                 return
         self._sweep, self.share = None, 1.0
 

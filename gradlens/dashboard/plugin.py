@@ -1,8 +1,8 @@
 """The tab **GradLens** for TensorBoard: routes over `views`, and the files of the pages.
 
 Each answer has an ETag, made of the run's files and the question: what has not changed is not sent again. At most `AT_ONCE`
-requests read at a time, each within `MAX_BYTES` of rows; a matrix is read for `SECONDS` at a time. What is wrong with a run is
-told in an answer with the field `error`, which the page shows; what is wrong with a request is a 4xx.
+requests read at a time, each within `MAX_BYTES` of rows; a matrix is read for `SECONDS` at a time. What is wrong with a run
+is told in an answer with the field `error`, which the page shows; what is wrong with a request is a 4xx.
 """
 
 from __future__ import annotations

@@ -84,7 +84,7 @@ def test_links_out_within_a_run_are_refused(logdir, tmp_path, inner):
         secret.write_text("{}")
         target.unlink(missing_ok=True)
     target.symlink_to(secret)
-    with pytest.raises(RunDirectoryError, match="leads out of the log directory"):
+    with pytest.raises(RunDirectoryError, match="link out of the log directory"):
         found.version(path)
 
 

@@ -21,7 +21,7 @@ def lines(draw):
 
 @given(lines(), st.integers(1, 40))
 def test_no_spike_vanishes_from_a_line(drawn, columns):
-    """The drawn points have the lowest and highest value of each line, over all and within any stretch of a column's length."""
+    """The drawn points have the lowest and highest value of each line in each column, and a gap where there is one."""
     steps, several = drawn
     at = kept(steps, several, columns)
     assert (np.diff(at) > 0).all()
