@@ -71,8 +71,8 @@ class Run:
     a range, or a slice, which ends before its stop.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | os.PathLike[str], *, max_bytes: int | None = None) -> None:
+        self.path, self._max_bytes = Path(path), max_bytes
         self.created = segment.marked(self.path).get("created")
         self.notes = self._torn()  #: what a crash has left incomplete
         for note in self.notes:
@@ -245,6 +245,11 @@ class Run:
         """The steps of which there are rows, rising."""
         return rows.steps(self.path, "history", stage)
 
+    def extent(self) -> tuple[int, int, int] | None:
+        """How many rows were recorded, replaced ones included, and the first and last step; None: nothing yet. Files tell it
+        without being read, where `steps()` reads them."""
+        return rows.extent(self.path, "history")
+
     def names(self) -> list[str]:
         """The parameters, in model order."""
         return list(dict.fromkeys(name for each in self._segments() for name, *_ in each.parameters))
@@ -278,7 +283,7 @@ class Run:
         return notes
 
     def _find(self, table: str, values: Sequence[str], asked: Filter) -> Found:
-        return rows.find(self.path, table, values, asked)
+        return rows.find(self.path, table, values, asked, self._max_bytes)
 
     def _last_step(self, table: str, stage: str | None = None) -> int:
         last = rows.last_step(self.path, table, stage)

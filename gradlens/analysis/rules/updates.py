@@ -136,7 +136,7 @@ def _moved(history: History, ratio: float, looks: int = 16) -> bool:
 
 
 @dataclass(frozen=True)
-class Swallowed:
+class RoundedAway:
     """Weights with a partial that did not move, as the step is smaller than their storage type can add to them.
 
     bfloat16 keeps 8 bits: a step below 1/512 of the weight is lost (Micikevicius et al. 2018 keep a float32 copy for that).
@@ -150,7 +150,7 @@ class Swallowed:
     most: float = 0.9
     steps: int = 10
 
-    name: ClassVar[str] = "swallowed"
+    name: ClassVar[str] = "rounded_away"
 
     def __post_init__(self) -> None:
         check_number(self, "share", most=1.0)
@@ -166,7 +166,7 @@ class Swallowed:
         return EachRow(self.name, severity, newest, rows, lambda row: self._finding(newest, row, severity))
 
     def _finding(self, newest: Snapshot, row: int, severity: Severity) -> Finding:
-        share = float(_swallowed(newest)[row])
+        share = float(_rounded_away(newest)[row])
         return Finding(
             rule=self.name,
             step=newest.step,
@@ -183,20 +183,20 @@ class Swallowed:
 
     @remembered
     def _many(self, snapshot: Snapshot) -> np.ndarray:
-        share = _swallowed(snapshot)
+        share = _rounded_away(snapshot)
         return said(share > self.share, ~np.isnan(share))
 
     @remembered
     def _most(self, snapshot: Snapshot) -> np.ndarray:
-        share = _swallowed(snapshot)
+        share = _rounded_away(snapshot)
         return said(share > self.most, ~np.isnan(share))
 
 
-def _swallowed(snapshot: Snapshot) -> np.ndarray:
+def _rounded_away(snapshot: Snapshot) -> np.ndarray:
     """Share of the weights with a partial that stuck; NaN where that is not known or of no concern."""
     moving = snapshot.columns["positive"] + snapshot.columns["negative"]
     known = judged(snapshot) & (snapshot.columns["update_numel"] > 0) & (moving > 0) & layout(snapshot.parameters).narrow
-    return np.where(known, np.minimum(snapshot.column("swallowed") / np.maximum(moving, 1), 1.0), np.nan)
+    return np.where(known, np.minimum(snapshot.column("rounded_away") / np.maximum(moving, 1), 1.0), np.nan)
 
 
 @dataclass(frozen=True)
