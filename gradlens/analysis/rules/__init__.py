@@ -15,7 +15,7 @@ from gradlens.analysis.rules.lost import Lost, Unstepped
 from gradlens.analysis.rules.nonfinite import NonFinite
 from gradlens.analysis.rules.scaling import ClippedScaled, LossScaled, Skipped
 from gradlens.analysis.rules.stale import Stale
-from gradlens.analysis.rules.updates import Shrunk, Swallowed, Unmoved, UpdateRatio
+from gradlens.analysis.rules.updates import RoundedAway, Shrunk, Unmoved, UpdateRatio
 from gradlens.analysis.rules.vanishing import Vanishing
 
 DEFAULT: tuple[Rule, ...] = (
@@ -30,7 +30,7 @@ DEFAULT: tuple[Rule, ...] = (
     Lost(),
     Unstepped(),
     UpdateRatio(),
-    Swallowed(),
+    RoundedAway(),
     Shrunk(),
     Unmoved(),
     Stale(),
@@ -56,7 +56,7 @@ __all__ = [
     "Unstepped",
     # what the optimizer does with it
     "UpdateRatio",
-    "Swallowed",
+    "RoundedAway",
     "Shrunk",
     "Unmoved",
     "Stale",

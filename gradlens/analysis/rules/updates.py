@@ -150,7 +150,7 @@ def _moved(history: History, ratio: float, looks: int = 16) -> bool:
 
 
 @dataclass(frozen=True)
-class Swallowed(ColumnRule):
+class RoundedAway(ColumnRule):
     """Weights with a partial that did not move, as the step is smaller than their storage type can add to them.
 
     bfloat16 keeps 8 bits: a step below 1/512 of the weight is lost (Micikevicius et al. 2018 keep a float32 copy for that).
@@ -164,7 +164,7 @@ class Swallowed(ColumnRule):
     most: float = 0.9
     steps: int = 10
 
-    name: ClassVar[str] = "swallowed"
+    name: ClassVar[str] = "rounded_away"
     stages: ClassVar[tuple[str, ...]] = (Stage.USED,)
     settled: ClassVar[bool] = True
 
@@ -183,7 +183,7 @@ class Swallowed(ColumnRule):
         return RowFindings(self.name, severity, newest, rows, lambda row: self._finding(newest, row, severity))
 
     def _finding(self, newest: Snapshot, row: int, severity: Severity) -> Finding:
-        share = float(_swallowed(newest)[row])
+        share = float(_rounded_away(newest)[row])
         return Finding(
             rule=self.name,
             step=newest.step,
@@ -199,22 +199,22 @@ class Swallowed(ColumnRule):
         )
 
     def _many(self, columns: Columns) -> np.ndarray:
-        share = _swallowed(columns)
+        share = _rounded_away(columns)
         return tristate(share > self.share, ~np.isnan(share))
 
     def _most(self, columns: Columns) -> np.ndarray:
-        share = _swallowed(columns)
+        share = _rounded_away(columns)
         return tristate(share > self.most, ~np.isnan(share))
 
 
-def _swallowed(rows: Rows) -> np.ndarray:
+def _rounded_away(rows: Rows) -> np.ndarray:
     """Share of the weights with a partial that stuck; NaN where that is not known or of no concern."""
     narrow = layout(rows.parameters).narrow
     if not narrow.any():
         return np.full(rows.scale.shape, np.nan)
     moving = rows.columns["positive"] + rows.columns["negative"]
     known = judged(rows) & (rows.columns["update_numel"] > 0) & (moving > 0) & narrow
-    return np.where(known, np.minimum(rows.column("swallowed") / np.maximum(moving, 1), 1.0), np.nan)
+    return np.where(known, np.minimum(rows.column("rounded_away") / np.maximum(moving, 1), 1.0), np.nan)
 
 
 @dataclass(frozen=True)
