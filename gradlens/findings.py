@@ -68,11 +68,11 @@ def unknown_optimizer(step: int, kind: str, names: Sequence[str]) -> Finding:
 
 def foreign_parameters(step: int, kind: str, foreign: int, held: int, shapes: str, *, covered: bool) -> Finding:
     """An optimizer moves tensors that are not the model's; `covered`: all that is watched has an optimizer all the same."""
+    seen = f"{foreign} of the {held} parameters of {kind} are not the model's (shapes {shapes}): "
     if foreign == held:
-        seen = (
-            f"none of the {held} parameters of {kind} (shapes {shapes}) is the model's: its steps are counted and the "
-            "gradients that backward() leaves in the model are read, but what it consumes and what it does to the weights "
-            "is not measured"
+        seen += (
+            "its steps are counted and the gradients that backward() leaves in the model are read, but what it consumes "
+            "and what it does to the weights is not measured"
         )
         causes = (
             "it moves copies of the weights, as mixed precision by hand keeps them in float32",
@@ -82,9 +82,7 @@ def foreign_parameters(step: int, kind: str, foreign: int, held: int, shapes: st
             'watch the copies too: watch({"": model, "master": copy, ...}, optimizer); names map to plain tensors as well'
         )
     else:
-        seen = (
-            f"{foreign} of the {held} parameters of {kind} (shapes {shapes}) are not among the watched ones: no row has them"
-        )
+        seen += "no row has them"
         causes = (
             "watch() was given a part of the model, and the optimizer all of it",
             "layers were replaced after the optimizer was made",
