@@ -25,6 +25,7 @@ from torch import Tensor
 
 from gradlens.errors import ArgumentError, nearest
 from gradlens.probes import second_order
+from gradlens.probes.interrupts import leaves_no_trace
 from gradlens.probes.isolated_loss import IsolatedLoss
 from gradlens.probes.loss import Target
 from gradlens.probes.per_weight import PerWeight
@@ -94,6 +95,7 @@ class Curvature(PerWeight):
         return "\n".join(lines)
 
 
+@leaves_no_trace
 def curvature(
     model: Target,
     loss_fn: Callable[[Any], Tensor],
@@ -139,6 +141,7 @@ def curvature(
         )
 
 
+@leaves_no_trace
 def hessian_product(
     model: Target, loss_fn: Callable[[Any], Tensor], vector: Mapping[str, Tensor], *, select: Select = None
 ) -> dict[str, Tensor]:

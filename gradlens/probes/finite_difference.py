@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from gradlens.errors import ArgumentError, ProbeError
+from gradlens.probes.interrupts import leaves_no_trace
 from gradlens.probes.isolated_loss import IsolatedLoss
 from gradlens.probes.loss import Target
 from gradlens.probes.per_weight import unravelled
@@ -91,6 +92,7 @@ class PartialsCheck:
         return "\n".join(lines)
 
 
+@leaves_no_trace
 def check_partials(
     model: Target,
     loss_fn: Callable[[Any], Tensor],

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from gradlens.errors import ArgumentError, nearest
 from gradlens.probes import second_order
+from gradlens.probes.interrupts import leaves_no_trace
 from gradlens.probes.isolated_loss import IsolatedLoss
 from gradlens.probes.loss import Target
 from gradlens.records import Parameters
@@ -33,6 +34,7 @@ Weight = str | tuple[str, Any]
 MOST = 1_000  #: weights of one block: a backward pass and a row for each
 
 
+@leaves_no_trace
 def mixed_partials(
     target: Target, loss_fn: Callable[[Any], Tensor], weights: Weight | Sequence[Weight] | None = None
 ) -> pd.DataFrame:
@@ -134,6 +136,7 @@ class Symmetry:
         return text + (f"; less than float64: {', '.join(self.narrow)}" if self.narrow else "")
 
 
+@leaves_no_trace
 def check_symmetry(
     model: Target,
     loss_fn: Callable[[Any], Tensor],
