@@ -74,12 +74,18 @@ class Float64(TorchFunctionMode):
         self._written: dict[int, tuple[Tensor, Tensor]] = {}  # by storage: who has it, and what stands for it
         self._constants: dict[int, tuple[Tensor, int, Tensor]] = {}
         self._bytes = 0
+        self._forward = True
 
     def __enter__(self) -> Self:
         self._written.clear()
+        self._forward = True
         if self._cuts is not None:
             self._cuts.begin()
         return super().__enter__()
+
+    def backward_begins(self) -> None:
+        """The loss is there: what runs without gradients from now on is the backward, and cuts nothing off."""
+        self._forward = False
 
     def closed(self) -> Self:
         """Let go of all tensors; the names stay."""
@@ -100,7 +106,7 @@ class Float64(TorchFunctionMode):
             )  # code compares those of inputs and weights
         else:
             result = self._computed(func, name, args, kwargs)
-        if self._cuts is not None and (name == "detach" or func == _DATA or not torch.is_grad_enabled()):
+        if self._cuts is not None and self._forward and (name == "detach" or func == _DATA or not torch.is_grad_enabled()):
             return self._cuts.held(result)
         return result
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, Self, TypeVar
 
 import torch
@@ -64,6 +64,7 @@ class IsolatedLoss:
         check(select, trainable)
         chosen = {name for name, tensor in trainable.items() if predicate(select)(name, tensor)}
         self._chosen = [(name, tensor, owner) for name, tensor, owner in self._named if name in chosen]
+        self.all_names = tuple(trainable)
         self.parameters = _describe([(name, tensor) for name, tensor, _ in self._chosen])
         self.weights: list[Tensor] = []
         self._hold_cuts = hold_cuts
@@ -117,8 +118,13 @@ class IsolatedLoss:
         self._inside = True
         try:
             self._stand_ins.swap_in(self.weights)
-            with self._mode or nullcontext(), explained():
-                result = then(self._loss(self._stand_ins.plain(), batch))
+            if self._mode is not None:
+                self._mode.__enter__()  # and left by `_put_back`, which an interrupt cannot skip
+            with explained():
+                loss = self._loss(self._stand_ins.plain(), batch)
+                if self._mode is not None:
+                    self._mode.backward_begins()
+                result = then(loss)
         finally:
             uninterrupted(self._put_back)
         self._check_written()
@@ -209,6 +215,7 @@ class IsolatedLoss:
     def _put_back(self) -> None:
         """After an evaluation: the modules, and the modes that the evaluation may have been stopped in."""
         if self._inside:
+            self._process.leave_modes()
             self._stand_ins.swap_out()
             self._state.put_back()
             self._inside = False

@@ -104,10 +104,14 @@ class ProcessState:
         *_, of_numpy, of_python = randomness()
         return of_python != self.random[3] or not _same_numpy(of_numpy, self.random[2])
 
-    def put_back(self) -> None:
-        """As it was."""
+    def leave_modes(self) -> None:
+        """Take off the function modes that were entered since; any number of times."""
         while torch._C._len_torch_function_stack() > self._modes:
             torch._C._pop_torch_function_stack()
+
+    def put_back(self) -> None:
+        """As it was."""
+        self.leave_modes()
         if torch.get_default_dtype() != self._dtype:
             torch.set_default_dtype(self._dtype)
         for (_, write), value in zip(_ATTENTION, self._attention, strict=True):

@@ -108,7 +108,7 @@ MOMENTS = 146  #: for each of the seven probes, by a signal and raised where it 
 @pytest.mark.parametrize("raised", [False, True])
 @pytest.mark.parametrize("probe", PROBES)
 def test_an_interrupt_at_any_moment_leaves_no_trace(probe, raised):
-    """Wherever it comes, held back or not, tensors, attributes, hooks, gradients, defaults, modes and random states are as before."""
+    """Wherever it comes, held back or not, tensors, hooks, gradients, defaults and random states are as before."""
     for name in PROBES:  # what is imported or compiled at the first use is no part of it
         interrupted(name, 0)
     events, before, after = interrupted(probe, 0)
