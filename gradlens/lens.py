@@ -293,6 +293,7 @@ class Lens:
             self._watcher.close_skipped_step()
             if not self._watcher.elsewhere():
                 self._watcher.release()
+                self._tables.release_open({})
         finally:
             self._watcher.detach()
             for finalizer in self._finalizers:
