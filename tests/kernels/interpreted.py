@@ -40,6 +40,8 @@ def hostile(n, dtype, seed=0):
 def summaries_agree(gradients, weights=None, previous=None, kernel=KERNEL):
     rows = kernel.summarize(gradients, weights, previous)
     check_identical(rows, reference.summarize(gradients, weights, previous), fields.SUMMARY)
+    light = kernel.summarize(gradients, weights, previous, None, False)
+    check_identical(light, reference.summarize(gradients, weights, previous, detail=False), fields.SUMMARY)
     return rows
 
 
