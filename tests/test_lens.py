@@ -818,6 +818,20 @@ def test_numpy_is_not_needed_to_ask():
         assert np.allclose(lens.gradient().numpy(), [2, 2, 3, 3])
 
 
+def test_a_weight_is_named_as_reports_print_it():
+    """`explain("fc1.weight[3, 1]")` and `weights("fc1.weight[3, 1]")` take one weight, as the pair of name and index does."""
+    model = torch.nn.Sequential(torch.nn.Linear(4, 5))
+    with gradlens.watch(model, rules=()) as lens:
+        model(torch.ones(2, 4)).square().sum().backward()
+        assert lens.explain("0.weight[3, 1]") == lens.explain("0.weight", (3, 1))
+        row = lens.weights("0.weight[3, 1]")
+        assert row["index"].tolist() == [(3, 1)]
+        assert row["partial"][0] == model[0].weight.grad[3, 1].item()
+        assert lens.explain("module.0.weight[3, 1]") == lens.explain("0.weight", (3, 1))
+        with pytest.raises(gradlens.errors.ArgumentError, match="not the index"):
+            lens.explain("0.weight[7, 1]")
+
+
 def test_weights_that_are_not_finite_are_counted_before_and_after_the_step():
     """`weight_nonfinite` counts NaN and infinite weights at the backward, `update_nonfinite` those that the step leaves."""
     model = torch.nn.Linear(3, 2)
