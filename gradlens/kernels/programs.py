@@ -375,7 +375,7 @@ def _quantile(histogram, zero, low, high, q: tl.constexpr):
     negatives = tl.sum(tl.where(bins < _BUCKETS, histogram, 0.0))
     after = tl.where(bins < _BUCKETS, negatives - passed + histogram, zero + passed)
     total = tl.sum(histogram) + zero
-    rank = tl.floor(q * tl.maximum(total - 1, 0.0))
+    rank = (tl.maximum(total - 1, 0.0) * q).to(tl.int64).to(tl.float64)
     here = (after > rank) & (after - histogram <= rank)
     exponent = (bins % _BUCKETS + _LOWEST).to(tl.int64)
     power = ((exponent + 1023) << 52).to(tl.float64, bitcast=True)

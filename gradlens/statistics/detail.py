@@ -1,7 +1,7 @@
 """Which steps get detail: exact histograms of all entries, which cost as much as all other columns together.
 
-Each observed step at first, then one whenever their number has grown by a tenth, and the next one after a request: some hundred
-steps of a run of a million. All stages and backwards of a step are alike.
+Each observed step at first, then one whenever their number has grown by a tenth, and the next one after a request: some 130
+steps of a million. All stages and backwards of a step are alike.
 """
 
 from __future__ import annotations

@@ -219,7 +219,9 @@ class _Assembly:
             return
         self.columns = fields.unscale(self.columns, known)
         self.top = Top(self.top.index, self.top.partial / known[:, None], self.top.value)
-        for scale in set(known.tolist()) - {1.0} if self.histogram is not None else ():
+        if self.histogram is None:
+            return
+        for scale in set(known.tolist()) - {1.0}:
             rows = known == scale
             self.histogram[rows] = fields.shift(self.histogram[rows], round(math.log2(scale)))
 

@@ -1,5 +1,7 @@
 """Which steps get detail."""
 
+import itertools
+
 from gradlens.statistics.detail import DetailSteps
 
 
@@ -8,7 +10,7 @@ def test_each_step_at_first_then_as_the_run_grows():
     detail = DetailSteps()
     steps = [step for step in range(10_000) if detail.of(step)]
     assert steps[:11] == list(range(11))
-    assert all(later - earlier <= max(1, 0.11 * (earlier + 1)) + 1 for earlier, later in zip(steps, steps[1:], strict=False))
+    assert all(later - earlier <= max(1, 0.11 * (earlier + 1)) + 1 for earlier, later in itertools.pairwise(steps))
     assert len([s for s in steps if s < 100]) < 40
     assert len(steps) < 100
 
