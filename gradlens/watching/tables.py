@@ -26,6 +26,7 @@ from gradlens.capture.sharding import summand
 from gradlens.kernels.tensors import PLAIN
 from gradlens.records import PARTIAL, Finding, Note, Parameters, Stage, TableKey
 from gradlens.statistics.buffers import Buffer, summarize
+from gradlens.statistics.detail import DetailSteps
 from gradlens.statistics.memory import Plan
 from gradlens.statistics.streaming import Streaming
 from gradlens.statistics.table import Piece, Table
@@ -56,6 +57,7 @@ class TableBuilder:
         self.evidence = Streaming(plan) if "evidence" in features else None
         self._marked: tuple[Parameters, frozenset[int], Parameters] | None = None
         self._told: set[str] = set()  # parameters whose gradients were found to be summands, why evidence left something out
+        self.detail = DetailSteps()
         self._timed = timed
         self.count = 0  # tables that were made
         self._handlers: dict[type, Callable[[Any], None]] = {
@@ -152,14 +154,15 @@ class TableBuilder:
 
     def _summarize(self, table: Table, reading: Reading) -> None:
         before, last = self._meter.weight_before, self._last_of(reading)
+        detail = process_group.count() > 1 or self.detail.of(reading.key.step)  # what ranks hold merges by its histograms
         if last is not None and reading.replaces is not None:
             last.forget()  # what it has is of this very step
         for rows, tensors, now in by_device(reading.rows, reading.tensors, reading.weights):
-            fixed = kernels.Fixed(tensors)
+            fixed = kernels.StableTensors(tensors)
             if reading.complete and reading.key.stage == Stage.BACKWARD:
                 self._meter.reading(fixed)
             weights = [before(row, w) for row, w in zip(rows, now, strict=True)] if reading.late else now
-            numbers, flips = summarize(rows, fixed, weights, last)
+            numbers, flips = summarize(rows, fixed, weights, last, detail)
             table.pieces.append(Piece(rows, numbers, reading.skipped))
             if flips is not None:
                 table.flips.append(Piece(*flips))

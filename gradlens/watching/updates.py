@@ -46,24 +46,24 @@ class UpdateMeter:
 
     def __init__(self, plan: Plan) -> None:
         self._before = Buffer(plan)
-        self._reading = kernels.Fixed()  # what was read at the end of a pass, until its samples were taken
+        self._reading = kernels.StableTensors()  # what was read at the end of a pass, until its samples were taken
         self._ended: Samples = {}  # `.grad` as the last backward left it
         self._consumed: Samples = {}  # as the optimizer got it
 
     def forget(self) -> None:
         """The step is over."""
-        self._ended, self._consumed, self._reading = {}, {}, kernels.Fixed()
+        self._ended, self._consumed, self._reading = {}, {}, kernels.StableTensors()
         self._before.forget()
 
     # --- gradients --------------------------------------------------------------------------------------------------
 
-    def reading(self, gradients: kernels.Fixed) -> None:
+    def reading(self, gradients: kernels.StableTensors) -> None:
         """These are being read at the end of a pass: their samples are asked for next."""
         self._reading = gradients
 
     def pass_ended(self, rows: Sequence[int], gradients: Sequence[Tensor]) -> None:
         """Sample `.grad` as a backward pass left it, to tell later what was done to it."""
-        self._ended, last, self._reading = {}, self._reading, kernels.Fixed()
+        self._ended, last, self._reading = {}, self._reading, kernels.StableTensors()
         if len(last) == len(gradients) and all(map(is_, last, gradients)):  # what was just read, on one device
             self._ended = {last[0].device: Piece(list(rows), kernels.sample(last))} if last else {}
         else:
