@@ -93,8 +93,9 @@ class Lens:
             features = features - {"evidence"}
         self._plan = _plan(attachment, features, stages, memory)
         self._failures.findings += unavailable(stages, asked, self._plan, process_group.count(), first_step)
-        settings = _settings(attachment, stages, features, self._plan, schedule, first_step)
+        settings = _settings(attachment, optimizers, stages, features, self._plan, schedule, first_step)
         own = [] if run is None else _run_writers(run, settings, first_step, self._failures.findings.append)
+        self._store: Any = own[0] if own else None
         timed = Stopwatch()
         try:
             self._recorder = Recorder(rules, [*own, *writers], on_finding, self._failures)
@@ -301,6 +302,8 @@ class Lens:
             for finalizer in self._finalizers:
                 finalizer.detach()
             _open_lenses.discard(self)
+            if self._store is not None:
+                self._store.annotate(overhead=str(self.overhead()))
             self._recorder.close()
 
     def __enter__(self) -> Lens:
@@ -525,9 +528,17 @@ def _plan(attachment: Attachment, features: frozenset[str], stages: frozenset[st
 
 
 def _settings(
-    attachment: Attachment, stages: frozenset[str], features: frozenset[str], plan: Plan, schedule: Schedule, first_step: int
+    attachment: Attachment,
+    optimizers: Sequence[torch.optim.Optimizer],
+    stages: frozenset[str],
+    features: frozenset[str],
+    plan: Plan,
+    schedule: Schedule,
+    first_step: int,
 ) -> dict[str, Any]:
     return {
+        "command": list(sys.argv),
+        "optimizers": [_described(optimizer) for optimizer in optimizers],
         "stages": sorted(stages),
         "features": sorted(features),
         "schedule": repr(schedule),
@@ -538,6 +549,16 @@ def _settings(
         "ranks": process_group.count(),
         "aliases": dict(attachment.aliases),
     }
+
+
+def _described(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Its type and its numbers by group, as they are now; not its parameters."""
+    plain = (bool, int, float, str, tuple, list)
+    groups = [
+        {name: value for name, value in group.items() if name != "params" and isinstance(value, plain)}
+        for group in optimizer.param_groups
+    ]
+    return {"type": type(optimizer).__name__, "groups": groups}
 
 
 def _run_writers(run: Path, settings: dict[str, Any], first_step: int, tell: Callable[[Finding], None]) -> list[Writer]:

@@ -431,9 +431,14 @@ def _is_first_rank() -> bool:
 
 
 def _say_end(lens: Any) -> None:
-    where = lens._run
-    print(f"\n{lens}".rstrip(), file=sys.stderr)
-    print(f"  gradlens report {where}    gradlens report {where} --html page.html", file=sys.stderr)
+    """The run's first lines, as `gradlens report` has them, and how to see more."""
+    from gradlens.page.summary import Summary
+    from gradlens.store.run import open_run
+
+    where = os.path.relpath(lens._run)
+    where = str(lens._run) if where.startswith("..") else where
+    more = f"the whole page: gradlens report {where}    as HTML: gradlens report {where} --html page.html"
+    print(f"\n{Summary.of(open_run(lens._run)).brief(more)}", file=sys.stderr)
 
 
 def _say(text: str) -> None:

@@ -254,6 +254,10 @@ class Run:
         """The parameters, in model order."""
         return list(dict.fromkeys(name for each in self._segments() for name, *_ in each.parameters))
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Each parameter's shape, in model order."""
+        return {name: shape for each in self._segments() for name, shape, *_ in each.parameters}
+
     @property
     def settings(self) -> dict[str, Any]:
         """What the last lens was told."""
