@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradlens import frames
+from gradlens import frames, markup
 from gradlens.analysis import rules as default_rules
 from gradlens.capture.attachment import Attachment, Target
 from gradlens.capture.clock import Clock
@@ -250,6 +250,27 @@ class Lens:
     def __str__(self) -> str:
         self._catch_up()
         return page.brief(self._recorder.history, self._recorder.found)
+
+    def _repr_html_(self) -> str:
+        self._catch_up()
+        return markup.lens(self._title(), self._recorder.history, self._recorder.found)
+
+    def plot(self, kind: str = "flow", *arguments: Any, **options: Any) -> Any:
+        """A picture of `gradlens.plots`: `flow, directions, sizes, updates, histogram, weight`. Needs matplotlib."""
+        from gradlens import plots
+
+        return plots.plot(self, kind, *arguments, **options)
+
+    def live(self, seconds: float = 1.0) -> Any:
+        """In a notebook: an output that is replaced in place while this cell trains. Returns it; `stop()` ends it."""
+        from gradlens.notebook import LiveView
+
+        return LiveView(self, seconds)
+
+    @property
+    def closed(self) -> bool:
+        """Whether it has seen its last step."""
+        return self._closed
 
     def __reduce__(self) -> tuple[Any, tuple]:
         """None: a copy of a model is not watched, though the model has its lens as an attribute."""

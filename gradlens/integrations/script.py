@@ -39,7 +39,7 @@ from torch.nn.modules.module import (
     register_module_parameter_registration_hook,
 )
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.optim.optimizer import _global_optimizer_pre_hooks, register_optimizer_step_pre_hook
 
 VARIABLE = "GRADLENS_RUN"  #: of the environment: what `gradlens run` was told, as JSON
 FRUITLESS = 16  #: looks that found nothing new, after which no model is looked for any more
@@ -330,7 +330,7 @@ class Session:
 
     def _step_now(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """The global hooks are done. Those that are added here would miss this step, so they are called."""
-        there = torch.optim.optimizer._global_optimizer_pre_hooks
+        there = _global_optimizer_pre_hooks
         before = set(there)
         self._begin(extra=optimizer)
         for key in [key for key in there if key not in before]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gradlens import fields
+from gradlens.progress import tracked
 from gradlens.records import Finding, Parameters, Severity, Snapshot, Stage, Status, directions, total
 from gradlens.writers.report import named
 
@@ -248,7 +249,8 @@ def evenly(count: int, most: int) -> list[int]:
 def _in_parts(summary: Summary, steps: Sequence[int], stage: str, parameters: int) -> Iterable[list[Snapshot]]:
     """Some steps at a time: 50,000 rows are in memory."""
     size = max(1, 50_000 // max(parameters, 1))
-    for start in range(0, len(steps), size):
+    starts = range(0, len(steps), size)
+    for start in tracked(starts, "reading", len(starts), None if len(starts) > 1 else False):
         yield summary.run.snapshots(steps=steps[start : start + size], stage=stage)
 
 

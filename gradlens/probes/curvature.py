@@ -23,12 +23,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gradlens import markup
 from gradlens.errors import ArgumentError, nearest
 from gradlens.probes import second_order
 from gradlens.probes.isolated_loss import IsolatedLoss
 from gradlens.probes.loss import Target
 from gradlens.probes.per_weight import PerWeight
-from gradlens.probes.progress import tracked
+from gradlens.progress import tracked
 from gradlens.selection import Select
 from gradlens.statistics.evidence import Moments, flat
 
@@ -36,8 +37,8 @@ ITERATIONS = 100  #: of Lanczos, at most; a few dozen do on networks
 CONVERGED = 1e-3  #: residual of the top eigenvalue, as a share of it
 
 
-@dataclass(frozen=True, eq=False)
-class Curvature(PerWeight):
+@dataclass(frozen=True, eq=False, repr=False)
+class Curvature(markup.Shown, PerWeight):
     """The curvature of one batch's loss.
 
     One row a weight in `frame`: `parameter, index, value, partial, curvature, noise, newton`; `weights(top=)` takes those of

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gradlens import markup
 from gradlens.errors import ArgumentError, nearest
 from gradlens.probes import second_order
 from gradlens.probes.isolated_loss import IsolatedLoss
@@ -101,8 +102,8 @@ def _entries(parameters: Parameters, weight: object) -> list[tuple[str, tuple[in
     return [(name, index)]
 
 
-@dataclass(frozen=True, eq=False)
-class Symmetry:
+@dataclass(frozen=True, eq=False, repr=False)
+class Symmetry(markup.Shown):
     """What `check_symmetry` found. `ok`: no pair of directions differs by more than `tolerance` of its scale."""
 
     frame: pd.DataFrame  #: a row a pair: `u_Hv, v_Hu, difference, scale, asymmetry` (= |difference| / scale)
