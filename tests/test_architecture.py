@@ -8,20 +8,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent / "gradlens"
-BOTTOM = {
-    "errors",
-    "markup",
-    "progress",
-    "plots",
-    "fields",
-    "records",
-    "frames",
-    "noise",
-    "pooling",
-    "schedules",
-    "selection",
-    "weight_names",
-}
+BOTTOM = {"errors", "markup", "progress", "plots", "fields", "records", "blocks", "frames", "noise", "pooling", "schedules"}
+BOTTOM |= {"selection", "weight_names"}
 LIVE = BOTTOM | {"kernels", "statistics", "capture", "analysis", "store", "writers", "watching", "unwrapping"}
 
 #: module -> the modules of gradlens it may import. A package may always import itself.
@@ -33,6 +21,7 @@ ALLOWED = {
     "notebook": {"errors"},
     "fields": {"errors"},
     "records": {"errors", "fields", "markup"},
+    "blocks": {"fields", "records"},
     "frames": {"errors", "fields", "records"},
     "noise": {"errors", "records"},
     "pooling": {"errors", "fields", "records"},

@@ -32,7 +32,12 @@ from torch import Tensor
 from torch.amp.grad_scaler import OptState
 from torch.optim import Optimizer
 
+<<<<<<< HEAD
 from gradlens.errors import ArgumentTypeError, GradlensError, ProbeError
+=======
+from gradlens.errors import ArgumentTypeError, ProbeError
+from gradlens.probes.interrupts import leaves_no_trace
+>>>>>>> main
 from gradlens.probes.isolated_loss import IsolatedLoss
 from gradlens.probes.loss import Target
 from gradlens.probes.per_weight import sampled
@@ -248,6 +253,7 @@ class Dissection:
         partial = (used if wish is None else wish).double()
         return wide, partial, used.double(), after.double() - wide, bits, summed(blame, moving, error)
 
+    @leaves_no_trace
     def _integrated(self) -> tuple[Path, list[Tensor]]:
         """The loss and its slopes along the way, and each weight's share of the change."""
         with self._isolated as isolated:

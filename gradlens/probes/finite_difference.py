@@ -22,14 +22,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gradlens import markup
 from gradlens.errors import ArgumentError, ProbeError
+from gradlens.probes.interrupts import leaves_no_trace
 from gradlens.probes.isolated_loss import IsolatedLoss
 from gradlens.probes.loss import Target
 from gradlens.probes.per_weight import unravelled
+<<<<<<< HEAD
 from gradlens.progress import tracked
+=======
+from gradlens.probes.progress import tracked
+from gradlens.probes.second_order import kept_at_zero
+>>>>>>> main
 from gradlens.records import Parameters
 from gradlens.selection import Select
 from gradlens.weight_names import label
@@ -92,6 +98,7 @@ class PartialsCheck(markup.Shown):
         return "\n".join(lines)
 
 
+@leaves_no_trace
 def check_partials(
     model: Target,
     loss_fn: Callable[[Any], Tensor],
@@ -117,7 +124,7 @@ def check_partials(
         gradient = [torch.zeros_like(w) if g is None else g for g, w in zip(partials, isolated.weights, strict=True)]
         noise = _noise(isolated, loss.item(), seed)
         places = _draw(
-            gradient, [_kept_at_zero(owner, w) for owner, w in zip(isolated.owners(), gradient, strict=True)], k, seed
+            gradient, [kept_at_zero(owner, w) for owner, w in zip(isolated.owners(), gradient, strict=True)], k, seed
         )
         rows = [
             _row(isolated, gradient, place, loss.item(), noise)
@@ -171,12 +178,6 @@ def _noise(isolated: IsolatedLoss, loss: float, seed: int) -> float:
 def _set(w: Tensor, value: Tensor | float) -> None:
     with torch.no_grad():
         w.copy_(value) if isinstance(value, Tensor) else w.fill_(value)
-
-
-def _kept_at_zero(owner: nn.Module | None, weight: Tensor) -> range:
-    """The flat indices whose partials are 0 by declaration, whatever the loss does: the padding row of an embedding."""
-    row = owner.padding_idx if isinstance(owner, nn.Embedding | nn.EmbeddingBag) else None
-    return range(0) if row is None else range(row * weight.shape[1], (row + 1) * weight.shape[1])
 
 
 def _draw(gradient: Sequence[Tensor], skipped: Sequence[range], k: int, seed: int) -> list[tuple[int, int]]:

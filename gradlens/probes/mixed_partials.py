@@ -3,28 +3,25 @@
     H_ij = d/dw_i (dL/dw_j) = d/dw_j (dL/dw_i)
 
 The two are equal wherever the second derivatives are continuous (Schwarz). A gradient whose mixed partials differ is the
-gradient of no function: some backward in it is wrong. `check_symmetry` tests that along random directions,
-`u.(H v) == v.(H u)`, without forming H. It does not prove each partial right (a gradient that is wrong by one common factor
-is symmetric): that is what `check_partials` does.
+gradient of no function: some backward in it is wrong. That shows only if H is what the *gradient* does when weights move
+(`check_symmetry`, in `symmetry.py`). `mixed_partials` differentiates the backward's formula again, in float64.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from gradlens import markup
 from gradlens.errors import ArgumentError, nearest
 from gradlens.probes import second_order
+from gradlens.probes.interrupts import leaves_no_trace
 from gradlens.probes.isolated_loss import IsolatedLoss
 from gradlens.probes.loss import Target
 from gradlens.records import Parameters
-from gradlens.selection import Select
 from gradlens.weight_names import is_index, label, parse_weight
 
 if TYPE_CHECKING:
@@ -34,6 +31,7 @@ Weight = str | tuple[str, Any]
 MOST = 1_000  #: weights of one block: a backward pass and a row for each
 
 
+@leaves_no_trace
 def mixed_partials(
     target: Target, loss_fn: Callable[[Any], Tensor], weights: Weight | Sequence[Weight] | None = None
 ) -> pd.DataFrame:
@@ -100,6 +98,7 @@ def _entries(parameters: Parameters, weight: object) -> list[tuple[str, tuple[in
     if not inside:
         raise ArgumentError(f"{label(name, index)} is outside of {name!r}, whose shape is {shape}")
     return [(name, index)]
+<<<<<<< HEAD
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -181,3 +180,5 @@ def _frame(found: Sequence[tuple[float, float, float]]) -> pd.DataFrame:
 def _normal(like: Tensor, random: torch.Generator) -> Tensor:
     """Standard normal entries, the same on every device."""
     return torch.randn(like.shape, generator=random, dtype=torch.float64).to(like.device, like.dtype)
+=======
+>>>>>>> main
