@@ -28,23 +28,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-<<<<<<< HEAD
 from gradlens import markup
-from gradlens.errors import ArgumentError, nearest
-from gradlens.probes import second_order
-from gradlens.probes.isolated_loss import IsolatedLoss
-from gradlens.probes.loss import Target
-from gradlens.probes.per_weight import PerWeight
-from gradlens.progress import tracked
-=======
 from gradlens.errors import ArgumentError, ArgumentTypeError, GradlensWarning, nearest
 from gradlens.probes.interrupts import leaves_no_trace
 from gradlens.probes.lanczos import ITERATIONS, End, Spectrum, extremes
 from gradlens.probes.loss import Target
 from gradlens.probes.per_weight import PerWeight
-from gradlens.probes.progress import tracked
 from gradlens.probes.second_order import Agreement, Products, flatten, host, unflatten, with_products
->>>>>>> main
+from gradlens.progress import tracked
 from gradlens.selection import Select
 from gradlens.statistics.evidence import CONSTANT, REASONS, Moments, TestResults, check_level, test_means
 from gradlens.statistics.significance import detectable, q_values

@@ -32,12 +32,8 @@ from torch import Tensor
 from torch.amp.grad_scaler import OptState
 from torch.optim import Optimizer
 
-<<<<<<< HEAD
 from gradlens.errors import ArgumentTypeError, GradlensError, ProbeError
-=======
-from gradlens.errors import ArgumentTypeError, ProbeError
 from gradlens.probes.interrupts import leaves_no_trace
->>>>>>> main
 from gradlens.probes.isolated_loss import IsolatedLoss
 from gradlens.probes.loss import Target
 from gradlens.probes.per_weight import sampled

@@ -30,12 +30,8 @@ from gradlens.probes.interrupts import leaves_no_trace
 from gradlens.probes.isolated_loss import IsolatedLoss
 from gradlens.probes.loss import Target
 from gradlens.probes.per_weight import unravelled
-<<<<<<< HEAD
-from gradlens.progress import tracked
-=======
-from gradlens.probes.progress import tracked
 from gradlens.probes.second_order import kept_at_zero
->>>>>>> main
+from gradlens.progress import tracked
 from gradlens.records import Parameters
 from gradlens.selection import Select
 from gradlens.weight_names import label

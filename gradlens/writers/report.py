@@ -78,13 +78,8 @@ def brief(
     lines.append(f"  health: {_counted(found)}")
     lines += [f"    {_heading(group)}" for group in _grouped(found)[:NAMED]]
     for name, value, partial in _top(history, 1):
-<<<<<<< HEAD
-        lines.append(f"  most sensitive: {name} = {number(value)}, partial {_signed(partial)}: {_toward(partial)}")
-    return "\n".join([*map(_fit, lines), f"  {more}"])
-=======
         lines.append(f"  most sensitive: {name} = {format_number(value)}, partial {_signed(partial)}: {_toward(partial)}")
-    return "\n".join([*map(_fit, lines), "  report() has the whole page."])
->>>>>>> main
+    return "\n".join([*map(_fit, lines), f"  {more}"])
 
 
 def explain(
