@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gradlens import fields
+from gradlens import fields, markup
 
 
 class Stage(enum.StrEnum):
@@ -361,6 +361,9 @@ class Finding:
         if self.remedy:
             lines.append(f"  do: {self.remedy}")
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        return markup.block(markup.finding(self))
 
 
 #: A record is what writers get: a snapshot, or a finding.
