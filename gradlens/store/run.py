@@ -42,6 +42,7 @@ from gradlens.store.segment import Segment
 from gradlens.store.tables import STAGES, TABLES
 
 if TYPE_CHECKING:
+    import numpy as np
     import pandas as pd
 
 ORDERS = ("sensitivity", "saliency", "value", "partial")
@@ -152,6 +153,10 @@ class Run:
     def scalars(self, *, steps: Steps = None) -> pd.DataFrame:
         """Observed numbers: one row a step, one column a name (`loss`, ...)."""
         return answers.scalars(self._find("scalars", ["value"], Filter(steps=steps)))
+
+    def scalar(self, name: str, *, steps: Steps = None) -> tuple[np.ndarray, np.ndarray]:
+        """One observed number as arrays, `(steps, values)`; both empty where it was never observed. Needs no pandas."""
+        return answers.scalar(self._find("scalars", ["value"], Filter(steps=steps)), name)
 
     def noise_scale(self, *, steps: Steps = None, decay: float = DECAY) -> NoiseScale:
         """How noisy the gradient of one micro-batch is: the batch size above which larger ones bring little.

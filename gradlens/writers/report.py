@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -36,13 +36,21 @@ NOTHING = "Nothing was captured yet: no backward() has reached a watched paramet
 USUAL = "about 1e-03 is usual"
 
 
-def text(history: History, found: Sequence[Finding], *, overhead: str = "", title: str = "gradlens") -> str:
-    """The page."""
+def text(
+    history: History,
+    found: Sequence[Finding],
+    *,
+    overhead: str = "",
+    title: str = "gradlens",
+    steps: Sequence[int] | None = None,
+    losses: Mapping[int, float] | None = None,
+) -> str:
+    """The page. `steps` and `losses` are the whole run's, where `history` has only the newest of it."""
     if not len(history):
         return "\n".join([title, NOTHING, *_health(found)] if found else [title, NOTHING])
     now, used = history.at(), _last_update(history)
     blocks = [
-        [title, *_run(history, now)],
+        [title, *_run(history, now, steps, losses)],
         _health(found),
         _directions(now, used, found),
         _sensitive(history),
@@ -112,17 +120,19 @@ def named(name: str, at: tuple[int, ...]) -> str:
 # --- the run --------------------------------------------------------------------------------------------------------
 
 
-def _run(history: History, now: Snapshot) -> list[str]:
-    steps = history.steps()
+def _run(
+    history: History, now: Snapshot, steps: Sequence[int] | None = None, losses: Mapping[int, float] | None = None
+) -> list[str]:
+    steps = history.steps() if steps is None else steps
     seen = f"step {steps[0]}" if len(steps) == 1 else f"{len(steps):,} steps, {steps[0]} to {steps[-1]}"
     weights = int(now.columns["numel"].sum())
     ranks = f", pooled from {now.ranks} ranks" if now.ranks > 1 else ""
     size = f"{len(now):,} parameter{'s' * (len(now) != 1)}, {weights:,} weight{'s' * (weights != 1)}{ranks}"
-    return [f"  {seen}: {size}", f"  {_loss(history)}"]
+    return [f"  {seen}: {size}", f"  {_loss(history, losses)}"]
 
 
-def _loss(history: History) -> str:
-    seen = {s.step: s.loss for s in history if not math.isnan(s.loss)}
+def _loss(history: History, losses: Mapping[int, float] | None) -> str:
+    seen = {s.step: s.loss for s in history if not math.isnan(s.loss)} if losses is None else losses
     if not seen:
         return "no loss: lens.observe(loss=loss) puts it beside the gradients"
     first, last = min(seen), max(seen)
