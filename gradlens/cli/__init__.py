@@ -5,7 +5,8 @@
     gradlens run train.py --lr 0.1             watch a script that knows nothing of gradlens
 
 Exit codes: 0 the command did its work; 1 `--fail-on` found what it looks for; 2 the call or the run is at fault, and
-standard error says why. `run` ends as its script does. What a program reads goes to standard output, all else to standard error.
+standard error says why. `run` ends as its script does. What a program reads goes to standard output, all else to standard
+error.
 """
 
 from __future__ import annotations

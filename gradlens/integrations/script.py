@@ -10,8 +10,8 @@ From then on
     a parameter is registered         ->  a model is being built: look again
 
 Models and optimizers are found among the objects that Python's garbage collector knows: nothing of torch is replaced, and
-no hook is on a module. The hooks that look are torch's global ones, and are gone while everything is watched. Names are those
-of the model; where there are several models, each has the name of the script's variable in front.
+no hook is on a module. The hooks that look are torch's global ones, and are gone while everything is watched. Names are
+those of the model; where there are several models, each has the name of the script's variable in front.
 """
 
 from __future__ import annotations
@@ -321,7 +321,7 @@ class Session:
                 tensor.grad_fn.register_prehook(self._reached)
 
     def _step(self, optimizer: Optimizer) -> None:
-        """Before an optimizer's step. Torch goes through its global hooks right now: none can be added until that is over."""
+        """Before an optimizer's step. Torch is going through its global hooks: none can be added until that is over."""
         for handle in self._late:
             handle.remove()
         self._late = []

@@ -13,11 +13,13 @@ from typing import Any
 import numpy as np
 
 from gradlens.analysis.history import History
-from gradlens.records import Finding, Severity
+from gradlens.records import Finding, Severity, Snapshot
+from gradlens.store import rows
 from gradlens.store.run import Run
 
 STEPS = 64  #: of the newest that a summary has in full
 ROWS = 100_000  #: of history that it holds at most
+KEPT = 24  #: steps of those that kept their most sensitive weights
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +47,12 @@ class Summary:
         for snapshot in self.run.snapshots(steps=self.steps[-count:]) if self.steps else ():
             found.append(snapshot)
         return found
+
+    def weights(self) -> list[Snapshot]:
+        """The newest snapshots whose most sensitive weights were kept, oldest first."""
+        steps = rows.steps(self.run.path, "weights", None)
+        count = max(1, min(KEPT, ROWS // max(32 * len(self.run.names()), 1)))
+        return self.run.snapshots(steps=steps[-count:]) if steps else []
 
     @property
     def overhead(self) -> str:
