@@ -129,7 +129,7 @@ export class Chart {
       },
       axes: [
         { stroke: ink, grid, ticks: grid, size: 26, font: css("--font-small"), values: (_, ticks) => ticks.map((tick) => (Number.isInteger(tick) ? whole(tick) : "")) },
-        { stroke: ink, grid, ticks: grid, size: gutter ?? 62, font: css("--font-small"), values: (_, ticks) => ticks.map((tick) => (tick === null ? "" : told(tick))) },
+        { stroke: ink, grid, ticks: grid, size: gutter ?? 62, font: css("--font-small"), ...(options.log ? { splits: decades } : {}), values: (_, ticks) => ticks.map((tick) => (tick === null ? "" : told(tick))) },
       ],
       series: [
         { label: "step", value: (_, value) => (value === null ? "–" : whole(value)) },
@@ -252,6 +252,20 @@ export function triangle(ctx, x, y, size, colour) {
   ctx.strokeStyle = css("--surface");
   ctx.lineWidth = 1;
   ctx.stroke();
+}
+
+/**
+ * The lines of a logarithmic axis: powers of ten, as many as can be told apart; between few of them, 2 and 5 too.
+ * @param {uPlot} _ @param {number} __ @param {number} low @param {number} high
+ */
+function decades(_, __, low, high) {
+  const [first, last] = [Math.floor(Math.log10(low)), Math.ceil(Math.log10(high))];
+  const between = last - first < 2 ? [1, 2, 3, 5, 7] : last - first < 4 ? [1, 3] : [1];
+  const found = [];
+  for (let power = first; power <= last; power += Math.max(1, Math.ceil((last - first) / 6))) {
+    for (const times of between) found.push(times * 10 ** power);
+  }
+  return found.filter((value) => value >= low * 0.999 && value <= high * 1.001);
 }
 
 /** @param {number} low @param {number} high @returns {[number, number]} */

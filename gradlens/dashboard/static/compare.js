@@ -28,7 +28,7 @@ export class Compare {
     this.charts = {};
     for (const name of SHOWN) {
       const { title, log, unit, bounds, lines } = CHARTS[name];
-      this.charts[name] = pair(`${title}: ${lines[0].label}`, lines[0].name, { log, unit, bounds });
+      this.charts[name] = pair(lines.length > 1 ? `${title}: ${lines[0].label}` : title, lines[0].name, { log, unit, bounds });
     }
     this.body = h("tbody");
     this.tableTitle = h("h2", {}, "Parameters, the most different first");

@@ -65,7 +65,7 @@ function opened(root, most) {
   while (level.length) {
     const next = level.flatMap((branch) => [...branch.children.values()]);
     const more = next.length - level.filter((branch) => branch.children.size).length;
-    if (count + more > most) break;
+    if (count + more > (count < 8 ? 6 * most : most)) break;
     for (const branch of level) if (branch.children.size) open.add(branch.path);
     count += more;
     level = next;
