@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent / "gradlens"
-BOTTOM = {"errors", "fields", "records", "frames", "noise", "pooling", "schedules", "selection", "weight_names"}
+BOTTOM = {"errors", "fields", "records", "blocks", "frames", "noise", "pooling", "schedules", "selection", "weight_names"}
 LIVE = BOTTOM | {"kernels", "statistics", "capture", "analysis", "store", "writers", "watching", "unwrapping"}
 
 #: module -> the modules of gradlens it may import. A package may always import itself.
@@ -16,6 +16,7 @@ ALLOWED = {
     "errors": set(),
     "fields": {"errors"},
     "records": {"errors", "fields"},
+    "blocks": {"fields", "records"},
     "frames": {"errors", "fields", "records"},
     "noise": {"errors", "records"},
     "pooling": {"errors", "fields", "records"},

@@ -22,7 +22,7 @@ import numpy as np
 
 from gradlens import fields
 from gradlens.analysis.history import History
-from gradlens.analysis.rules.base import layout, number
+from gradlens.analysis.rules.base import format_number, layout
 from gradlens.noise import measured
 from gradlens.records import COMPLEX, Finding, Parameters, Severity, Snapshot, Stage, Status, directions, total
 
@@ -69,7 +69,7 @@ def brief(history: History, found: Sequence[Finding]) -> str:
     lines.append(f"  health: {_counted(found)}")
     lines += [f"    {_heading(group)}" for group in _grouped(found)[:NAMED]]
     for name, value, partial in _top(history, 1):
-        lines.append(f"  most sensitive: {name} = {number(value)}, partial {_signed(partial)}: {_toward(partial)}")
+        lines.append(f"  most sensitive: {name} = {format_number(value)}, partial {_signed(partial)}: {_toward(partial)}")
     return "\n".join([*map(_fit, lines), "  report() has the whole page."])
 
 
@@ -138,10 +138,10 @@ def _loss(history: History, losses: Mapping[int, float] | None) -> str:
     first, last = min(seen), max(seen)
     lowest = min(seen, key=seen.__getitem__)
     if first == last:
-        return f"loss {number(seen[first])} at step {first}"
+        return f"loss {format_number(seen[first])} at step {first}"
     return (
-        f"loss {number(seen[first])} at step {first}, {number(seen[last])} at step {last}; "
-        f"lowest {number(seen[lowest])} at step {lowest}"
+        f"loss {format_number(seen[first])} at step {first}, {format_number(seen[last])} at step {last}; "
+        f"lowest {format_number(seen[lowest])} at step {lowest}"
     )
 
 
@@ -265,7 +265,9 @@ def _sensitive(history: History) -> list[str]:
     top = _top(history, WEIGHTS)
     if not top:
         return []
-    entries = [(_cut(name, 2 * NAME), number(value), _signed(partial), _toward(partial)) for name, value, partial in top]
+    entries = [
+        (_cut(name, 2 * NAME), format_number(value), _signed(partial), _toward(partial)) for name, value, partial in top
+    ]
     lines = ["MOST SENSITIVE WEIGHTS: the loss answers most to these"]
     return lines + _aligned([("", "value", "partial", "to lower the loss"), *entries], "<>><")
 
@@ -348,10 +350,11 @@ def _ratios(used: Snapshot) -> list[str]:
     order = rows[np.argsort(ratios[rows], kind="stable")]
     low, high = order[0], order[-1]
     if low == high:
-        return [f"  |dw|/|w| is {number(ratios[low])} ({_cut(used.names[low], NAME)}); {USUAL}"]
+        return [f"  |dw|/|w| is {format_number(ratios[low])} ({_cut(used.names[low], NAME)}); {USUAL}"]
     return _wrapped(
-        f"|dw|/|w|: {number(float(np.median(ratios[rows])))} in the median of the weights, from {number(ratios[low])} "
-        f"({_cut(used.names[low], NAME)}) to {number(ratios[high])} ({_cut(used.names[high], NAME)}); {USUAL}"
+        f"|dw|/|w|: {format_number(float(np.median(ratios[rows])))} in the median of the weights, from "
+        f"{format_number(ratios[low])} ({_cut(used.names[low], NAME)}) to "
+        f"{format_number(ratios[high])} ({_cut(used.names[high], NAME)}); {USUAL}"
     )
 
 
@@ -460,11 +463,11 @@ def _percent(share: float) -> str:
 
 
 def _plain(value: float) -> str:
-    return "-" if math.isnan(value) else number(value)
+    return "-" if math.isnan(value) else format_number(value)
 
 
 def _signed(value: float) -> str:
-    return ("+" if value > 0 else "") + number(value)
+    return ("+" if value > 0 else "") + format_number(value)
 
 
 def _size(count: int) -> str:
