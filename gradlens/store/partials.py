@@ -44,7 +44,7 @@ _MAGIC = b"GRADPART"
 _HEAD = struct.Struct("<8sII")
 _MAX_HEADER = 8 << 20
 _NAME = re.compile(r"(\d{4,9})-rank(\d{1,9})-(\d{12,18})-(\d{1,6})\.partials")
-_DTYPES = {"float32": np.dtype("<f4"), "float64": np.dtype("<f8")}
+_DTYPES: dict[str, np.dtype[Any]] = {"float32": np.dtype("<f4"), "float64": np.dtype("<f8")}
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,7 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from gradlens.dashboard.downsampling import MISSING, NONFINITE, SEEN, Cells, kept, width_for
+from gradlens.dashboard.downsampling import MISSING, NONFINITE, SEEN, Cells, kept, largest_of_squares, width_for
 
 BUSY = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # other tests share the machine
 VALUES = st.sampled_from([0.0, -1.0, 1.0, 1e-30, 1e30, 3.5, np.nan, np.inf, -np.inf])
@@ -154,3 +154,20 @@ def test_the_width_is_the_smallest_that_suffices(steps, columns):
     assert width & (width - 1) == 0
     assert width * columns >= steps
     assert width == 1 or width // 2 * columns < steps
+
+
+@BUSY
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 12), st.data())
+def test_a_small_matrix_keeps_the_largest_weight(rows, columns, most, data):
+    """No more rows and columns than asked, each place the largest of its neighbours, so the largest of all stays."""
+    values = data.draw(arrays(np.float64, (rows, columns), elements=VALUES))
+    index, side = largest_of_squares(values, most)
+    assert max(index.shape) <= most or side == 1
+    assert index.shape == (-(-rows // side), -(-columns // side))
+    size = np.where(np.isfinite(values), np.abs(values), np.inf)
+    for r in range(index.shape[0]):
+        for c in range(index.shape[1]):
+            square = size[r * side : (r + 1) * side, c * side : (c + 1) * side]
+            assert size.ravel()[index[r, c]] == square.max()
+            assert index[r, c] // columns // side == r
+            assert index[r, c] % columns // side == c

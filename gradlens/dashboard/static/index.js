@@ -26,7 +26,7 @@ import { ParameterTable } from "./table.js";
  * @property {number[]} ranks
  * @property {boolean} live
  * @property {string[]} notes
- * @property {string[]} [kept]
+ * @property {Record<string, number[]>} [kept] steps of whole partials, by parameter
  */
 
 const VIEWS = { overview: "Overview", table: "Parameters", parameter: "Parameter", compare: "Compare" };

@@ -121,7 +121,7 @@ export class ParameterPage {
     this.mark(state, info);
     const asking = ++this.asking;
     const charts = this.drawCharts(state, info, stage, asking);
-    const others = [this.drawHistogram(state, info, stage, asking), this.drawWeights(state, info, asking), this.matrix.show(state, info, stage)];
+    const others = [this.drawHistogram(state, info, stage, asking), this.drawWeights(state, info, asking), this.matrix.show(state, info)];
     await Promise.all([charts, ...others]);
   }
 
