@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradlens import frames
+from gradlens import frames, markup
 from gradlens.analysis import rules as default_rules
 from gradlens.capture.attachment import Attachment, Target
 from gradlens.capture.clock import Clock
@@ -95,8 +95,9 @@ class Lens:
             features = features - {"evidence"}
         self._plan = _plan(attachment, features, stages, memory)
         self._failures.findings += unavailable(stages, asked, self._plan, process_group.count(), first_step)
-        settings = _settings(attachment, stages, features, self._plan, schedule, first_step)
+        settings = _settings(attachment, optimizers, stages, features, self._plan, schedule, first_step)
         own = [] if run is None else _run_writers(run, settings, first_step, self._failures.findings.append)
+        self._store: Any = own[0] if own else None
         timed = Stopwatch()
         try:
             self._recorder = Recorder(rules, [*own, *writers], on_finding, self._failures)
@@ -253,6 +254,27 @@ class Lens:
         self._catch_up()
         return page.brief(self._recorder.history, self._recorder.found)
 
+    def _repr_html_(self) -> str:
+        self._catch_up()
+        return markup.lens(self._title(), self._recorder.history, self._recorder.found)
+
+    def plot(self, kind: str = "flow", *arguments: Any, **options: Any) -> Any:
+        """A picture of `gradlens.plots`: `flow, directions, sizes, updates, histogram, weight`. Needs matplotlib."""
+        from gradlens import plots
+
+        return plots.plot(self, kind, *arguments, **options)
+
+    def live(self, seconds: float = 1.0) -> Any:
+        """In a notebook: an output that is replaced in place while this cell trains. Returns it; `stop()` ends it."""
+        from gradlens.notebook import LiveView
+
+        return LiveView(self, seconds)
+
+    @property
+    def closed(self) -> bool:
+        """Whether it has seen its last step."""
+        return self._closed
+
     def __reduce__(self) -> tuple[Any, tuple]:
         """None: a copy of a model is not watched, though the model has its lens as an attribute."""
         return type(None), ()
@@ -306,6 +328,8 @@ class Lens:
             for finalizer in self._finalizers:
                 finalizer.detach()
             _open_lenses.discard(self)
+            if self._store is not None:
+                self._store.annotate(overhead=str(self.overhead()))
             self._recorder.close()
 
     def __enter__(self) -> Lens:
@@ -547,9 +571,17 @@ def _plan(attachment: Attachment, features: frozenset[str], stages: frozenset[st
 
 
 def _settings(
-    attachment: Attachment, stages: frozenset[str], features: frozenset[str], plan: Plan, schedule: Schedule, first_step: int
+    attachment: Attachment,
+    optimizers: Sequence[torch.optim.Optimizer],
+    stages: frozenset[str],
+    features: frozenset[str],
+    plan: Plan,
+    schedule: Schedule,
+    first_step: int,
 ) -> dict[str, Any]:
     return {
+        "command": list(sys.argv),
+        "optimizers": [_described(optimizer) for optimizer in optimizers],
         "stages": sorted(stages),
         "features": sorted(features),
         "schedule": repr(schedule),
@@ -560,6 +592,16 @@ def _settings(
         "ranks": process_group.count(),
         "aliases": dict(attachment.aliases),
     }
+
+
+def _described(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Its type and its numbers by group, as they are now; not its parameters."""
+    plain = (bool, int, float, str, tuple, list)
+    groups = [
+        {name: value for name, value in group.items() if name != "params" and isinstance(value, plain)}
+        for group in optimizer.param_groups
+    ]
+    return {"type": type(optimizer).__name__, "groups": groups}
 
 
 def _run_writers(run: Path, settings: dict[str, Any], first_step: int, tell: Callable[[Finding], None]) -> list[Writer]:

@@ -21,7 +21,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from gradlens import noise
+from gradlens import markup, noise
 from gradlens.errors import (
     ArgumentError,
     CorruptRunError,
@@ -33,6 +33,7 @@ from gradlens.errors import (
 )
 from gradlens.noise import DECAY, NoiseScale
 from gradlens.pooling import pool
+from gradlens.progress import tracked
 from gradlens.records import Finding, Snapshot
 from gradlens.store import answers, lock, partials, rows, segment, tables, tail
 from gradlens.store.answers import Columns
@@ -82,6 +83,10 @@ class Run:
 
     def __repr__(self) -> str:
         return f"<gradlens.Run {self.path}>"
+
+    def _repr_html_(self) -> str:
+        losses = self.scalar("loss")[1].tolist()
+        return markup.run(str(self.path), self.steps(), self.names(), losses, self.findings())
 
     # --- questions ----------------------------------------------------------------------------------------------------
 
@@ -249,6 +254,7 @@ class Run:
         parameters: Names = None,
         stage: str | None = None,
         rank: int | None = None,
+        progress: bool | None = None,
     ) -> None:
         """Hand the records to a writer, as a lens would have done: `run.replay(gradlens.writers.CSV("all.csv"))`.
 
@@ -259,7 +265,8 @@ class Run:
         there = [step for step in self.steps(stage) if asked.has(step)]
         findings = [finding for finding in self.findings() if asked.has(finding.step)]
         together = max(1, REPLAYED // max(2 * len(self.names()), 1))
-        for first in range(0, len(there), together):
+        places = range(0, len(there), together)
+        for first in tracked(places, "replaying", len(places), progress):
             part = there[first : first + together]
             records: list[Snapshot | Finding] = []
             records += self.snapshots(steps=part, parameters=parameters, stage=stage, rank=rank)
@@ -269,6 +276,12 @@ class Run:
             for record in sorted(records, key=lambda record: record.step):
                 writer.write(record)
         writer.flush()
+
+    def plot(self, kind: str = "flow", *arguments: Any, **options: Any) -> Any:
+        """A picture of `gradlens.plots`: `flow, directions, sizes, updates, histogram, weight`. Needs matplotlib."""
+        from gradlens import plots
+
+        return plots.plot(self, kind, *arguments, **options)
 
     def steps(self, stage: str | None = None) -> list[int]:
         """The steps of which there are rows, rising."""
@@ -282,6 +295,10 @@ class Run:
     def names(self) -> list[str]:
         """The parameters, in model order."""
         return list(dict.fromkeys(name for each in self._segments() for name, *_ in each.parameters))
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Each parameter's shape, in model order."""
+        return {name: shape for each in self._segments() for name, shape, *_ in each.parameters}
 
     @property
     def settings(self) -> dict[str, Any]:
