@@ -43,6 +43,7 @@ from gradlens.watching.failures import Failures
 from gradlens.watching.isolation import isolated_compute
 from gradlens.watching.live_weights import Held
 from gradlens.watching.overhead import Meter, Overhead, Pace, Stopwatch
+from gradlens.watching.partials import PartialRecorder, check_keep
 from gradlens.watching.recorder import Recorder
 from gradlens.watching.tables import TableBuilder
 from gradlens.watching.unavailable import unavailable
@@ -84,6 +85,7 @@ class Lens:
         budget: float | None,
         first_step: int,
         local: bool,
+        keep: str | Iterable[str] | None = None,
     ) -> None:
         attachment = Attachment(target, select)
         foreign = arguments.foreign_parameters(optimizers, attachment, first_step)
@@ -117,6 +119,7 @@ class Lens:
             self._failures.step = lambda: self._watcher.step.number
             self._closed = False
             self._closing = threading.Lock()
+            self._partials = self._keep_partials(keep, optimizers, own)
             self._watcher.attach()
         except BaseException:
             for writer in own:
@@ -318,6 +321,8 @@ class Lens:
                 self._tables.release_open({})
         finally:
             self._watcher.detach()
+            if self._partials is not None:
+                self._partials.close()
             for finalizer in self._finalizers:
                 finalizer.detach()
             _open_lenses.discard(self)
@@ -335,6 +340,24 @@ class Lens:
 
     def _floor_above_budget(self, share: float) -> None:
         self._failures.findings.append(findings.floor_above_budget(self._watcher.step.number, share, self._budget or 0.0))
+
+    def _keep_partials(
+        self, keep: str | Iterable[str] | None, optimizers: Sequence[torch.optim.Optimizer], own: Sequence[Writer]
+    ) -> PartialRecorder | None:
+        names = check_keep(keep, self._all_held(), self._run, optimizers)
+        if not names or self._run is None:
+            return None
+        watcher, key = self._watcher, own[0].key  # type: ignore[attr-defined] # the store is the first
+        recorder = PartialRecorder(
+            self._run,
+            key,
+            names,
+            self._all_held,
+            lambda: watcher.step.number if watcher.step.observed else None,
+            self._failures,
+        )
+        recorder.attach(optimizers)
+        return recorder
 
     def _catch_up(self) -> None:
         if not self._closed and not self._watcher.elsewhere():
@@ -467,6 +490,7 @@ def watch(
     on_finding: str | Callable[[Finding], None] = "record",
     budget: float | None = None,
     first_step: int = 0,
+    keep: str | Iterable[str] | None = None,
 ) -> Lens:
     """Watch a model: capture dL/dw of every weight after every `backward()`, and what the optimizer does with it.
 
@@ -486,6 +510,8 @@ def watch(
         on_finding: `"record"`, `"warn"`, `"raise"` (in the training thread, after an update), or a callable.
         budget: the share of the training time that gradlens may cost, such as 0.01; it stretches its schedule to keep it.
         first_step: the number of the first step, for a training that goes on from a checkpoint.
+        keep: names or glob patterns of parameters whose whole partials are kept in the run directory, for heat maps: what
+            the optimizer used and the weights before its step, at steps spread over the run, in 256 MiB at most.
 
     Raises:
         gradlens.GradlensError: an argument that cannot be meant; nothing is attached then.
@@ -512,6 +538,7 @@ def watch(
         budget=budget,
         first_step=first_step,
         local=process_group.count() > 1,
+        keep=keep,
     )
     _announce(lens)
     return lens
