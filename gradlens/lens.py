@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradlens import arguments, frames, ranks, weights
+from gradlens import frames
 from gradlens.analysis import rules as default_rules
 from gradlens.capture.attachment import Attachment, Target
 from gradlens.capture.clock import Clock
@@ -29,17 +29,23 @@ from gradlens.errors import (
     StepError,
     nearest,
 )
-from gradlens.meter import Meter, Overhead, Pace, Stopwatch
 from gradlens.noise import DECAY, NoiseScale, measured
-from gradlens.pipeline import Faults, Pipeline, shielded
 from gradlens.records import Finding, Severity, Snapshot, Stage
 from gradlens.schedules import Schedule, as_schedule
 from gradlens.selection import Select
 from gradlens.statistics.evidence import Evidence
 from gradlens.statistics.memory import Plan, parse_bytes
 from gradlens.statistics.streaming import describe
-from gradlens.unavailable import unavailable
-from gradlens.weights import Held
+from gradlens.watching import live_weights as weights
+from gradlens.watching import process_group
+from gradlens.watching import settings as arguments
+from gradlens.watching.failures import Failures
+from gradlens.watching.isolation import isolated_compute
+from gradlens.watching.live_weights import Held
+from gradlens.watching.overhead import Meter, Overhead, Pace, Stopwatch
+from gradlens.watching.recorder import Recorder
+from gradlens.watching.tables import TableBuilder
+from gradlens.watching.unavailable import unavailable
 from gradlens.writers import report as page
 from gradlens.writers.background import Background
 from gradlens.writers.base import Writer
@@ -80,39 +86,32 @@ class Lens:
         attachment = Attachment(target, select)
         arguments.warn_of_strangers(optimizers, attachment)
         self._run = run
-        self._faults = Faults()
+        self._failures = Failures()
         asked = features
         if Stage.BACKWARD not in stages:
             features = features - {"evidence"}
         self._plan = _plan(attachment, features, stages, memory)
-        self._faults.findings += unavailable(stages, asked, self._plan, ranks.count(), first_step)
+        self._failures.findings += unavailable(stages, asked, self._plan, process_group.count(), first_step)
         settings = _settings(attachment, stages, features, self._plan, schedule, first_step)
-        own = [] if run is None else _run_writers(run, settings, first_step, self._faults.findings.append)
+        own = [] if run is None else _run_writers(run, settings, first_step, self._failures.findings.append)
         timed = Stopwatch()
         try:
-            self._pipeline = Pipeline(
-                plan=self._plan,
-                features=features,
-                rules=rules,
-                writers=[*own, *writers],
-                on_finding=on_finding,
-                faults=self._faults,
-                timed=timed,
-            )
-            self._meter, self._budget = Meter(timed, self._pipeline.busy), budget
+            self._recorder = Recorder(rules, [*own, *writers], on_finding, self._failures)
+            self._tables = TableBuilder(self._recorder, self._plan, features, self._failures, timed)
+            self._meter, self._budget = Meter(timed, self._recorder.busy), budget
             pace = Pace(schedule, budget, self._meter, tell=self._floor_above_budget)
-            self._clock = Clock(pace, first_step, fault=self._faults)
-            self._faults.step = lambda: self._clock.step
+            self._clock = Clock(pace, first_step, fault=self._failures)
+            self._failures.step = lambda: self._clock.step
             self._capture = Capture(
                 attachment,
                 optimizers,
                 self._clock,
                 scaler,
-                self._pipeline,
+                self._tables,
                 stages,
                 updates="updates" in features,
                 local=local,
-                fault=self._faults,
+                fault=self._failures,
                 timed=timed,
             )
             self._closed = False
@@ -138,12 +137,12 @@ class Lens:
     def history(self) -> pd.DataFrame:
         """Long: one row a (step, backward, stage, parameter), of the snapshots in memory."""
         self._catch_up()
-        return frames.frame(list(self._pipeline.history))
+        return frames.frame(list(self._recorder.history))
 
     def findings(self) -> list[Finding]:
         """What the rules found so far, in order."""
         self._catch_up()
-        return list(self._pipeline.found)
+        return list(self._recorder.found)
 
     def names(self) -> list[str]:
         """The parameters, in model order; a tied one once, by its first name."""
@@ -159,7 +158,7 @@ class Lens:
         everything = self._all_held()
         weights.check_whole(everything)
         self._require_gradients(everything)
-        with shielded():
+        with isolated_compute():
             parts = [held.partials(self._scale(held)) for held in everything]
             devices, dtypes = {p.device for p in parts}, {p.dtype for p in parts}
             device = devices.pop() if len(devices) == 1 else torch.device("cpu")
@@ -188,7 +187,7 @@ class Lens:
             return self._kept_weights(asked, top, by)
         if top is None and name is None:
             weights.check_rows(asked)
-        with shielded():
+        with isolated_compute():
             result = weights.joined([held.frame(self._scale(held), top, by) for held in asked], top, by)
             self._add_evidence(result, asked)
         summands = [held.name for held in asked if held.summand]
@@ -203,7 +202,7 @@ class Lens:
         at = (index,) if isinstance(index, int) else tuple(index)
         whole, here = held.at(at)
         self._require_gradients([held])
-        with shielded():
+        with isolated_compute():
             partials, value = held.partials(self._scale(held)), float(held.values()[here])
             partial = float(partials[here])
             larger = int((partials.abs() > abs(partial)).sum()) if np.isfinite(partial) else partials.numel()
@@ -226,12 +225,12 @@ class Lens:
         weight falls by `decay` with each one after it. Where nothing is known the result says why.
         """
         self._catch_up()
-        return measured(self._pipeline.history, decay=decay)
+        return measured(self._recorder.history, decay=decay)
 
     def report(self) -> str:
         """The page that a person reads in a minute."""
         self._catch_up()
-        return page.text(self._pipeline.history, self._pipeline.found, overhead=str(self.overhead()), title=self._title())
+        return page.text(self._recorder.history, self._recorder.found, overhead=str(self.overhead()), title=self._title())
 
     def overhead(self) -> Overhead:
         """What gradlens cost the training so far, measured."""
@@ -239,7 +238,7 @@ class Lens:
 
     def __str__(self) -> str:
         self._catch_up()
-        return page.brief(self._pipeline.history, self._pipeline.found)
+        return page.brief(self._recorder.history, self._recorder.found)
 
     def __reduce__(self) -> tuple[Any, tuple]:
         """None: a copy of a model is not watched, though the model has its lens as an attribute."""
@@ -269,7 +268,7 @@ class Lens:
                 "without the optimizer"
             )
         self._capture.explicit_step()
-        self._pipeline.interrupt()
+        self._recorder.interrupt()
 
     def flush(self) -> None:
         """Everything captured so far is in memory, on disk and with the writers."""
@@ -286,13 +285,13 @@ class Lens:
             if not self._capture.elsewhere():
                 if self._clock.open and not self._capture.updates.roles:
                     self._capture.close_step()
-                self._pipeline.release_open(self._clock.scalars)
+                self._tables.release_open(self._clock.scalars)
         finally:
             self._capture.detach()
             for finalizer in self._finalizers:
                 finalizer.detach()
             _open_lenses.discard(self)
-            self._pipeline.close()
+            self._recorder.close()
 
     def __enter__(self) -> Lens:
         return self
@@ -307,7 +306,7 @@ class Lens:
             f"a step that is not observed costs {share:.1%} of its time already, and the budget is {self._budget:.1%}: it "
             "cannot be kept by looking less often"
         )
-        self._faults.findings.append(
+        self._failures.findings.append(
             Finding(
                 rule="budget",
                 step=self._clock.step,
@@ -322,8 +321,8 @@ class Lens:
     def _catch_up(self) -> None:
         if not self._closed and not self._capture.elsewhere():
             self._capture.poll()
-            self._pipeline.release_open(self._clock.scalars)
-        self._pipeline.flush()
+            self._tables.release_open(self._clock.scalars)
+        self._recorder.flush()
 
     def _require_open(self, call: str) -> None:
         if self._closed:
@@ -344,7 +343,7 @@ class Lens:
         return self._capture.scale_now(held.slot)
 
     def _history_at(self, step: int | None, stage: str | None) -> Snapshot:
-        history = self._pipeline.history
+        history = self._recorder.history
         if not len(history):
             raise NothingCapturedError(_nothing(self._closed))
         try:
@@ -371,7 +370,7 @@ class Lens:
         self._capture.poll()
         if any(held.gradient is not None for held in asked):
             return
-        if not self._pipeline.count:
+        if not self._tables.count:
             raise NothingCapturedError(_nothing(self._closed))
         if len(asked) == 1 and self._has_gradients():
             return  # this one is absent: its partials are 0
@@ -382,28 +381,28 @@ class Lens:
 
     def _kept_weights(self, asked: Sequence[Held], top: int | None, by: str) -> pd.DataFrame:
         self._catch_up()
-        if self._pipeline.history.latest() is None:
+        if self._recorder.history.latest() is None:
             raise NothingCapturedError(_nothing(self._closed))
         if top is None:
             self._require_gradients(asked)
-        snapshot = self._pipeline.history.at()
+        snapshot = self._recorder.history.at()
         result = weights.kept(snapshot, asked, top, by)
-        with shielded():
+        with isolated_compute():
             self._add_evidence(result, asked)
         result.attrs.update(step=snapshot.step, stage=str(snapshot.stage))
         return result
 
     def _add_evidence(self, frame: pd.DataFrame, asked: Sequence[Held]) -> None:
-        if self._pipeline.evidence is not None:
-            weights.add_evidence(frame, asked, self._pipeline.evidence.of)
+        if self._tables.evidence is not None:
+            weights.add_evidence(frame, asked, self._tables.evidence.of)
 
     def _evidence_of(self, held: Held, here: int) -> str:
-        followed = None if self._pipeline.evidence is None else self._pipeline.evidence.of(held.name)
+        followed = None if self._tables.evidence is None else self._tables.evidence.of(held.name)
         return "" if followed is None else describe(followed.columns(np.asarray([here])), followed.backwards)
 
     def _stamped(self, frame: pd.DataFrame, before: bool) -> pd.DataFrame:
         before = before or self._capture.unheard()
-        averaged = ranks.count() > 1 and self._capture.averaged()
+        averaged = process_group.count() > 1 and self._capture.averaged()
         stage = Stage.USED if not before else Stage.REDUCED if averaged else Stage.ACCUMULATED
         frame.attrs.update(step=self._clock.step if before else self._clock.step - 1, stage=stage.value)
         return frame
@@ -411,7 +410,7 @@ class Lens:
     def _seen(self, name: str, flat: int) -> list[float]:
         """This weight's partials, one a step, where it was kept among the most sensitive."""
         seen: dict[int, float] = {}
-        for snapshot in self._pipeline.history:
+        for snapshot in self._recorder.history:
             row = snapshot.parameters.position.get(name)
             if row is not None and snapshot.top is not None:
                 at = np.flatnonzero(snapshot.top.index[row] == flat)
@@ -484,7 +483,7 @@ def watch(
         on_finding=on_finding,
         budget=budget,
         first_step=first_step,
-        local=ranks.count() > 1,
+        local=process_group.count() > 1,
     )
     _announce(lens)
     return lens
@@ -517,8 +516,8 @@ def _settings(
         "first_step": first_step,
         "sampled": plan.share,
         "torch": torch.__version__,
-        "rank": ranks.rank(),
-        "ranks": ranks.count(),
+        "rank": process_group.rank(),
+        "ranks": process_group.count(),
         "aliases": dict(attachment.aliases),
     }
 
@@ -530,7 +529,7 @@ def _run_writers(run: Path, settings: dict[str, Any], first_step: int, tell: Cal
 
     resumed = run.is_dir() and any(run.glob("events.out.tfevents.*"))
     rank, together = settings["rank"], settings["ranks"]
-    shared = ranks.store(run.name) if together > 1 else None
+    shared = process_group.store(run.name) if together > 1 else None
     store = Store(run, settings)
     try:
         if rank:

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent / "gradlens"
 BOTTOM = {"errors", "fields", "records", "frames", "noise", "pooling", "schedules", "selection"}
-LIVE = BOTTOM | {"meter", "ranks", "kernels", "statistics", "capture", "analysis", "store", "writers", "native"}
+LIVE = BOTTOM | {"kernels", "statistics", "capture", "analysis", "store", "writers", "watching"}
 
 #: module -> the modules of gradlens it may import. A package may always import itself.
 ALLOWED = {
@@ -21,9 +21,6 @@ ALLOWED = {
     "pooling": {"errors", "fields", "records"},
     "schedules": {"errors"},
     "selection": {"errors"},
-    "unavailable": {"records", "statistics"},
-    "meter": {"schedules"},
-    "ranks": set(),
     "analysis": BOTTOM,
     "store": BOTTOM,
     "writers": BOTTOM | {"analysis", "store"},
@@ -31,12 +28,10 @@ ALLOWED = {
     "statistics": {"errors", "fields", "records", "kernels"},
     "capture": {"errors", "records", "schedules", "selection"},
     "probes": BOTTOM | {"statistics", "kernels"},
-    "pipeline": LIVE,
-    "arguments": {"errors", "records", "ranks", "capture", "writers"},
-    "weights": {"errors", "records", "frames", "capture", "statistics", "pipeline"},
-    "lens": LIVE | {"pipeline", "unavailable", "arguments", "weights"},
+    "watching": LIVE,
+    "lens": LIVE,
     "integrations": {"errors", "lens"},
-    "testing": LIVE | {"pipeline", "lens"},
+    "testing": LIVE | {"lens"},
     "dashboard": BOTTOM | {"analysis", "store", "writers"},
     "cli": BOTTOM | {"analysis", "store", "writers"},
     "__main__": {"cli"},

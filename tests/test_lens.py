@@ -583,7 +583,7 @@ def test_observed_values_are_with_the_step():
     with gradlens.watch(model, optimizer) as lens:
         losses = train(model, optimizer, lens, steps=2)
         lens.flush()
-        seen = [s.loss for s in lens._pipeline.history if s.stage == "used"]
+        seen = [s.loss for s in lens._recorder.history if s.stage == "used"]
     assert seen == pytest.approx(losses, rel=1e-6)
 
 

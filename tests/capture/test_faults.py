@@ -17,10 +17,10 @@ from gradlens.capture.live import Capture
 from gradlens.capture.scaling import Scaling
 from gradlens.capture.updates import Updates
 from gradlens.errors import GradlensWarning
-from gradlens.meter import Meter
-from gradlens.pipeline import Pipeline
 from gradlens.statistics.buffers import Buffer
 from gradlens.statistics.table import Table
+from gradlens.watching.overhead import Meter
+from gradlens.watching.tables import TableBuilder
 
 
 def net():
@@ -100,10 +100,10 @@ OURS = {
     "the clock begins": (Clock, "begin"),
     "the clock counts": (Clock, "end"),
     "the meter": (Meter, "step_ended"),
-    "the sink": (Pipeline, "_read"),
-    "updates": (Pipeline, "_update"),
-    "samples": (Pipeline, "_sample_end"),
-    "a step is sent": (Pipeline, "_release"),
+    "the sink": (TableBuilder, "_read"),
+    "updates": (TableBuilder, "_update"),
+    "samples": (TableBuilder, "_sample_end"),
+    "a step is sent": (TableBuilder, "_release"),
     "weights are kept": (Buffer, "keep"),
     "statistics": (kernels, "summarize"),
     "a table is packed": (Table, "pack"),

@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import gradlens
 import gradlens.store.store  # before the ranks are forked
-from gradlens import ranks
+from gradlens.watching import process_group
 from gradlens.writers import tags
 from tests.distributed.made import batches, folder, loss, mine, model
 from tests.writers.reading import points
@@ -46,22 +46,22 @@ def train(net, data, run, **arguments):
     """A watched training; what the dashboard has before it is closed, and which threads have used the group's store."""
     threads = set()
 
-    def followed(name, real=ranks.store):
+    def followed(name, real=process_group.store):
         connect = real(name)
         return lambda: Followed(connect(), threads)
 
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-    with mock.patch.object(ranks, "store", followed), gradlens.watch(net, optimizer, run=run, **arguments) as lens:
+    with mock.patch.object(process_group, "store", followed), gradlens.watch(net, optimizer, run=run, **arguments) as lens:
         for x in data:
             optimizer.zero_grad()
             loss(net, x).backward()
             optimizer.step()
         lens.flush()
-        if ranks.count() > 1:
+        if process_group.count() > 1:
             distributed.barrier()  # what the others have sent is there
             lens.flush()
-        live = numbers(run) if ranks.rank() == 0 else None
-    if ranks.count() > 1:
+        live = numbers(run) if process_group.rank() == 0 else None
+    if process_group.count() > 1:
         distributed.barrier()
     return live, threads
 

@@ -14,9 +14,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import gradlens
-from gradlens import pipeline
 from gradlens.capture.gradients import Gradients
 from gradlens.capture.updates import Updates
+from gradlens.watching import tables
 from tests.distributed.made import (
     Keep,
     averaged,
@@ -299,7 +299,7 @@ FAULTS = {
     "the tensor hook": (Gradients, "_on_gradient"),
     "the post hook": (Gradients, "_on_accumulated"),
     "the end of backward": (Gradients, "_task_ended"),
-    "statistics": (pipeline, "summarize"),
+    "statistics": (tables, "summarize"),
     "before the step": (Updates, "_before"),
     "after the step": (Updates, "_after"),
 }

@@ -104,7 +104,7 @@ def test_scaled_gradients_are_unscaled():
             scaler.scale(nn.functional.cross_entropy(model(x), y)).backward()
             scaler.step(optimizer)
             scaler.update()
-        streaming = lens._pipeline.evidence
+        streaming = lens._tables.evidence
         joined = torch.cat([steps.mean for steps in streaming._evidence._steps])
         sizes = streaming._evidence.moments.sizes
         parts = joined.split(sizes)  # in the order in which backward reached them
@@ -135,7 +135,7 @@ def test_memory_is_what_the_plan_says():
     model, optimizer, lens = watched(features=("evidence",))
     with lens:
         train(model, optimizer)
-        evidence = lens._pipeline.evidence._evidence
+        evidence = lens._tables.evidence._evidence
         held = [t for parts in evidence.moments._parts() for t in parts]
         held += [t for steps in evidence._steps for t in vars(steps).values()]
         assert sum(t.numel() * t.element_size() for t in held) == lens._plan.taken == 67 * Evidence.BYTES
@@ -226,7 +226,7 @@ def test_what_a_backward_does_not_compute_is_left_out(how):
             np.testing.assert_allclose(frame["q"][tested], stats.false_discovery_control(expected.pvalue[tested]), rtol=1e-6)
             assert frame["verdict"].isna().tolist() == [False, left_out]
             assert frame["q"].isna().tolist() == [False, left_out]
-        streaming = lens._pipeline.evidence
+        streaming = lens._tables.evidence
         counted = [int(streaming._evidence._steps[0].steps[streaming._at[row]]) for row in range(2)]
         assert counted == [3, 2]
 

@@ -6,9 +6,9 @@ import torch
 from torch import nn
 
 import gradlens
-from gradlens import pipeline
 from gradlens.statistics import transfer
 from gradlens.statistics.transfer import Transfer
+from gradlens.watching import recorder
 from tests.launches import Launches
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -84,7 +84,7 @@ def test_a_step_is_one_transfer(options, monkeypatch):
             started.append(len(tensors))
             super().__init__(tensors)
 
-    monkeypatch.setattr(pipeline, "Transfer", Counted)
+    monkeypatch.setattr(recorder, "Transfer", Counted)
     for backwards, expected in ((1, 5), (3, 15)):
         started.clear()
         for _ in watched(5, backwards, **options):

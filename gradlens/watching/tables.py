@@ -1,124 +1,37 @@
-"""The stages threaded together, on two threads; the one module that knows them all.
+"""From what capture read to tables, on the training thread: which kernel reads what, and which table it belongs to.
 
-    training thread:    capture -> kernels -> Table -> Transfer -> queue
-    background thread:  queue -> Snapshot -> durable writers -> history -> rules -> the other writers
-
-One direction: nothing here calls back into the training loop, but a finding that the user asked to be raised.
+A table is made by its first reading, filled by others, and handed to the recorder when its step is over.
 """
 
 from __future__ import annotations
 
-import contextlib
-import itertools
 import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter, is_
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
-from gradlens import kernels, ranks
-from gradlens.analysis.diagnosis import Diagnosis
-from gradlens.analysis.history import History
+from gradlens import kernels
 from gradlens.capture.readings import Key, Reading, Update
 from gradlens.capture.sharding import summand
-from gradlens.errors import FindingError, GradlensWarning
-from gradlens.meter import Stopwatch
-from gradlens.records import PARTIAL, Finding, Parameters, Severity, Snapshot, Stage, Status
+from gradlens.kernels.tensors import PLAIN, local_part
+from gradlens.records import PARTIAL, Finding, Parameters, Severity, Stage, Status
 from gradlens.statistics.buffers import Buffer, keepable, summarize
 from gradlens.statistics.memory import Plan
 from gradlens.statistics.streaming import Streaming
 from gradlens.statistics.table import Piece, Table, UpdatePiece
-from gradlens.statistics.transfer import Transfer
-from gradlens.writers.background import Background
-from gradlens.writers.base import Writer
-from gradlens.writers.fanout import Fanout
-
-#: Faults of ours after which the part at fault is left out. One may be chance; three in a row are a bug that would repeat.
-FAULTS = 3
-
-
-@contextlib.contextmanager
-def shielded() -> Iterator[None]:
-    """No graph, no autocast, no user's modes: what is computed here is ours alone."""
-    with torch.no_grad(), _disable_current_modes(), torch.autocast("cpu", enabled=False):
-        if torch.cuda.is_initialized():
-            with torch.autocast("cuda", enabled=False):
-                yield
-        else:
-            yield
-
-
-def recording() -> bool:
-    """Whether a CUDA graph is being captured: what is launched now would run at each replay, and hooks never again."""
-    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
-
-
-class Faults:
-    """What went wrong on our side: counted, named once, and after some times switched off."""
-
-    def __init__(self) -> None:
-        self.counts: dict[str, int] = {}
-        self.findings: list[Finding] = []
-        self.step: Callable[[], int] = lambda: 0
-
-    def __call__(self, where: str, error: Exception) -> None:
-        count = self.counts[where] = self.counts.get(where, 0) + 1
-        if count == 1:
-            text = f"{where}: {type(error).__name__}: {error}"
-            self.findings.append(
-                Finding(
-                    rule="gradlens-fault",
-                    step=self.step(),
-                    severity=Severity.WARNING,
-                    seen=f"gradlens failed in {text}; training is not affected",
-                    remedy="please report this with the traceback of gradlens' warning",
-                )
-            )
-            with contextlib.suppress(Exception):  # warnings may be turned into errors; not in a training step
-                warnings.warn(GradlensWarning(f"gradlens failed in {text}; training goes on"), stacklevel=2)
-
-    def off(self, where: str) -> bool:
-        """Whether this part has failed too often to be tried again."""
-        return self.counts.get(where, 0) >= FAULTS
+from gradlens.watching import process_group
+from gradlens.watching.failures import Failures
+from gradlens.watching.isolation import capturing_cuda_graph, isolated_compute
+from gradlens.watching.overhead import Stopwatch
+from gradlens.watching.recorder import Recorder
 
 
 @dataclass(eq=False)
-class Parcel:
-    """Tables on their way to the background thread."""
-
-    step: int
-    tables: list[Table]
-    transfer: Transfer
-    scalars: dict[str, Any]
-    on_device: Sequence[str] = ()  # the scalars that come last in the transfer
-    findings: Sequence[Finding] = ()
-    snapshots: list[Snapshot] | None = None  # once the numbers have been taken
-
-    @property
-    def nbytes(self) -> int:
-        """What waits while the parcel waits."""
-        return sum(tensor.numel() * 8 for table in self.tables for tensor in table.pack())
-
-    def unpack(self) -> Iterator[Snapshot]:
-        """The tables, once their numbers have arrived."""
-        arrays = self.transfer.wait()
-        first = len(arrays) - len(self.on_device)
-        late = {name: array.item() for name, array in zip(self.on_device, arrays[first:], strict=True)}
-        scalars = {name: float(value) for name, value in {**self.scalars, **late}.items()}
-        given, before = iter(arrays[:first]), None
-        for table in self.tables:
-            snapshot = table.unpack(list(itertools.islice(given, len(table.pack()))), scalars, before)
-            before = (table, snapshot)
-            yield snapshot
-
-
-@dataclass(eq=False)
-class Moved:
+class UpdateEntries:
     """The entries of one parameter that the update is measured on."""
 
     row: int
@@ -134,107 +47,14 @@ _NOT_COMPUTED = (Status.FROZEN, Status.EXCLUDED, Status.UNCAPTURED)
 Samples = dict[torch.device, Piece]
 
 
-class Digest:
-    """A writer of parcels: what the background thread does with each.
-
-    A record that waits would be lost with the process. So what is waiting goes to the durable writers first; rules and the
-    other writers, which take longer, get it in its turn.
-    """
+class TableBuilder:
+    """A `capture.Sink`: takes readings on the training thread, and hands complete tables to the recorder."""
 
     def __init__(
-        self,
-        history: History,
-        diagnosis: Diagnosis,
-        writers: Sequence[Writer],
-        on_finding: Callable[[Finding], None],
+        self, recorder: Recorder, plan: Plan, features: frozenset[str], failures: Failures, timed: Stopwatch
     ) -> None:
-        self._history, self._diagnosis, self._on_finding = history, diagnosis, on_finding
-        self._durable = Fanout([writer for writer in writers if _durable(writer)])
-        self._others = Fanout([writer for writer in writers if not _durable(writer)])
-        self.waiting: Callable[[], list[Any]] = list
-        self._ahead: list[Finding] = []  # that waited, and are recorded already
-
-    def write(self, parcel: Parcel | Finding) -> None:
-        """Snapshots, findings, records."""
-        if isinstance(parcel, Finding):
-            self._found(parcel)
-            return
-        snapshots = self._record(parcel)
-        self._record_waiting()
-        for finding in parcel.findings:
-            self._found(finding)
-        for snapshot in snapshots:
-            self._history.append(snapshot)
-            self._others.write(snapshot)
-            for finding in self._diagnosis(self._history):
-                self._found(finding)
-
-    def _record(self, parcel: Parcel) -> list[Snapshot]:
-        if parcel.snapshots is None:
-            parcel.snapshots = list(parcel.unpack())
-            for snapshot in parcel.snapshots:
-                self._durable.write(snapshot)
-        return parcel.snapshots
-
-    def _record_waiting(self) -> None:
-        for parcel in self.waiting():
-            if isinstance(parcel, Finding):  # that steps were left out, say
-                self._record_finding(parcel)
-            elif not parcel.transfer.arrived():
-                return
-            else:
-                with contextlib.suppress(Exception):  # of which is told when its turn has come
-                    self._record(parcel)
-
-    def _record_finding(self, finding: Finding) -> None:
-        if not any(finding is each for each in self._ahead):
-            self._durable.write(finding)
-            self._ahead.append(finding)
-
-    def _found(self, finding: Finding) -> None:
-        self._record_finding(finding)
-        self._ahead = [each for each in self._ahead if each is not finding]
-        self._others.write(finding)
-        self._on_finding(finding)
-
-    def flush(self) -> None:
-        """Hand on."""
-        self._durable.flush()
-        self._others.flush()
-
-    def close(self) -> None:
-        """Hand on."""
-        self._durable.close()
-        self._others.close()
-
-
-def _durable(writer: Writer) -> bool:
-    return bool(getattr(writer, "durable", False))
-
-
-class Pipeline:
-    """A `capture.Sink`: takes readings on the training thread, and owns what follows."""
-
-    def __init__(
-        self,
-        *,
-        plan: Plan,
-        features: frozenset[str],
-        rules: Sequence[Any],
-        writers: Sequence[Writer],
-        on_finding: str | Callable[[Finding], None],
-        faults: Faults,
-        timed: Stopwatch,
-    ) -> None:
-        self.history = History()
-        self.found: list[Finding] = []
-        self.faults = faults
+        self.recorder, self.failures = recorder, failures
         self._plan, self._features = plan, features
-        self._on_finding = on_finding
-        self._to_raise: list[Finding] = []
-        self._digest = Digest(self.history, Diagnosis(rules), writers, self._found)
-        self._background = Background(self._digest)
-        self._digest.waiting = self._background.waiting
         self._open: dict[Key, Table] = {}
         self._last: Table | None = None  # the last `backward` table, which `used` may copy
         self._flips: dict[str, Buffer] = {}
@@ -276,7 +96,7 @@ class Pipeline:
 
     def tell(self, finding: Finding) -> None:
         """Hand a finding on, with what is sent next."""
-        self.faults.findings.append(finding)
+        self.failures.findings.append(finding)
 
     def step_closed(self, step: int, scalars: Mapping[str, Any]) -> None:
         """Send what the step gave."""
@@ -285,28 +105,27 @@ class Pipeline:
         if self._open:
             self._do("end of a step", self._release, step, scalars)
         self._open = {key: table for key, table in self._open.items() if table.step > step}
-        if self.faults.findings:
+        if self.failures.findings:
             self._do("findings", self._send, [], {})  # what could not be sent with the step
         self._last, self._ended, self._consumed, self._reading = None, {}, {}, kernels.Fixed()
         self._before.forget()
 
     def interrupt(self) -> None:
         """Raise what the user asked to be raised."""
-        if self._to_raise:
-            raise FindingError(self._to_raise.pop(0))
+        self.recorder.interrupt()
 
     def _do(self, where: str, call: Callable, *args: Any) -> None:
-        if self.faults.off(where):
+        if self.failures.off(where):
             return
-        if recording():
+        if capturing_cuda_graph():
             self._leave_out_recorded()
             return
         with self._timed:
             try:
-                with shielded():
+                with isolated_compute():
                     call(*args)
             except Exception as error:  # noqa: BLE001 - nothing of ours is raised in a training step
-                self.faults(where, error)
+                self.failures(where, error)
 
     def _leave_out_recorded(self) -> None:
         if "graph" in self._told:
@@ -315,7 +134,7 @@ class Pipeline:
         self.tell(
             Finding(
                 rule="cuda-graph",
-                step=self.faults.step(),
+                step=self.failures.step(),
                 severity=Severity.WARNING,
                 seen="a step was captured as a CUDA graph: it was not read, nor will replays be, for no hook runs in them",
                 remedy="watch the steps before the capture, or train without the graph for as long as you want to look",
@@ -326,7 +145,7 @@ class Pipeline:
         evidence.step_done()
         if evidence.left_out and evidence.left_out not in self._told:
             self._told.add(evidence.left_out)
-            self.faults.findings.append(
+            self.failures.findings.append(
                 Finding(
                     rule="evidence-left-out",
                     step=step,
@@ -353,7 +172,7 @@ class Pipeline:
                 table.pieces.append(Piece(rows, numbers, reading.skipped))
                 if flips is not None:
                     table.flips.append(Piece(*flips))
-        if not set(map(type, reading.tensors)) <= _PLAIN:
+        if not set(map(type, reading.tensors)) <= PLAIN:
             table.summands.update(row for row, g in zip(reading.rows, reading.tensors, strict=True) if summand(g))
         if reading.complete:
             self._complete(table, reading)
@@ -391,7 +210,7 @@ class Pipeline:
                 reading.parameters,
                 time.time(),
                 notes=["elsewhere"] * len(reading.parameters),
-                rank=ranks.rank(),
+                rank=process_group.rank(),
             )
             self._open[reading.key] = table
             self.count += 1
@@ -420,7 +239,7 @@ class Pipeline:
             named = [parameters.names[row] for row in sorted(rows)]
             if not self._told >= set(named):
                 self._told.update(named)
-                self.faults.findings.append(_partial(table, named))
+                self.failures.findings.append(_partial(table, named))
         return self._marked[2]
 
     def _copy(self, table: Table, reading: Reading) -> bool:
@@ -501,14 +320,14 @@ class Pipeline:
                 )
             )
 
-    def _moved(self, row: int, weight: Tensor, used: Tensor | None) -> Moved | None:
+    def _moved(self, row: int, weight: Tensor, used: Tensor | None) -> UpdateEntries | None:
         before = self._before.get(row)
         if before is None:
             return None
         gradient = None if used is None or not keepable(used) else self._before.view(row, used)
-        return Moved(row, gradient, before, self._before.view(row, weight))
+        return UpdateEntries(row, gradient, before, self._before.view(row, weight))
 
-    def _kept(self, entries: Sequence[Moved]) -> list[Tensor | None] | None:
+    def _kept(self, entries: Sequence[UpdateEntries]) -> list[Tensor | None] | None:
         """The loss's own gradient, where `flips` has kept it from the step's only backward."""
         last = self._flips.get(Stage.BACKWARD)
         if last is None:
@@ -532,42 +351,9 @@ class Pipeline:
         self._do("a question in the middle of a step", self._send, tables, scalars)
 
     def _send(self, tables: list[Table], scalars: Mapping[str, Any]) -> None:
-        findings = list(self.faults.findings)
-        if not tables and not findings:
-            return
-        observed = {name: value.detach() for name, value in scalars.items() if isinstance(value, Tensor)}
-        transfer = Transfer([tensor for table in tables for tensor in table.pack()] + list(observed.values()))
-        step = tables[-1].step if tables else self.faults.step()
-        self._background.write(Parcel(step, tables, transfer, dict(scalars), list(observed), findings))
-        del self.faults.findings[: len(findings)]
+        self.recorder.send(tables, scalars)
         for table in tables:
             self._open.pop((table.step, table.backward, table.stage), None)
-
-    # --- the other end ----------------------------------------------------------------------------------------------
-
-    def _found(self, finding: Finding) -> None:
-        self.found.append(finding)
-        if callable(self._on_finding):
-            try:
-                self._on_finding(finding)
-            except Exception as error:  # noqa: BLE001 - the user's callback must not stop the records
-                self.faults("on_finding", error)
-        elif self._on_finding == "warn":
-            warnings.warn(GradlensWarning(str(finding)), stacklevel=2)
-        elif self._on_finding == "raise" and finding.severity != Severity.INFO:
-            self._to_raise.append(finding)
-
-    def busy(self) -> bool:
-        """Whether something that was sent has not arrived yet."""
-        return self._background.busy
-
-    def flush(self) -> None:
-        """Everything that was sent is in history and with the writers."""
-        self._background.flush()
-
-    def close(self) -> None:
-        """Drain, and close the writers."""
-        self._background.close()
 
 
 def _mark(parameters: Parameters, rows: frozenset[int]) -> Parameters:
@@ -591,14 +377,7 @@ def _partial(table: Table, names: Sequence[str]) -> Finding:
     )
 
 
-_PLAIN = {Tensor, torch.nn.Parameter}
 _ON_CPU = attrgetter("is_cpu")
-
-
-def plain(tensor: Tensor) -> Tensor:
-    """The local part of a distributed tensor; any other as it is."""
-    local = getattr(tensor, "_local_tensor", None)
-    return tensor if local is None else local
 
 
 def _bit_equal(a: Piece, b: Piece, rows: Sequence[int]) -> bool:
@@ -613,16 +392,16 @@ def _by_device(
     rows: Sequence[int], tensors: Sequence[Tensor], others: Sequence[Any]
 ) -> list[tuple[list[int], list[Tensor], list[Any]]]:
     """Groups of one device each; tensors without storage (meta) are left out."""
-    if set(map(type, tensors)) <= _PLAIN and all(map(_ON_CPU, tensors)):
+    if set(map(type, tensors)) <= PLAIN and all(map(_ON_CPU, tensors)):
         return [(list(rows), list(tensors), list(others))] if rows else []
     groups: dict[torch.device, tuple[list[int], list[Tensor], list[Any]]] = {}
     for row, tensor, other in zip(rows, tensors, others, strict=True):
-        local = plain(tensor)
+        local = local_part(tensor)
         if local.device.type != "meta":
             group = groups.setdefault(local.device, ([], [], []))
             group[0].append(row)
             group[1].append(local)
-            group[2].append(None if other is None else plain(other))
+            group[2].append(None if other is None else local_part(other))
     return list(groups.values())
 
 

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradlens import ranks
 from gradlens.capture.attachment import Attachment
 from gradlens.capture.updates import inner
 from gradlens.errors import ArgumentError, ArgumentTypeError, GradlensWarning, choice
 from gradlens.records import Finding, Stage
+from gradlens.watching import process_group
 from gradlens.writers.base import Writer
 
 FEATURES = ("updates", "flips", "evidence")
@@ -29,7 +29,7 @@ def check_stage(stage: str | None) -> None:
 def stages_of(given: str | Iterable[str] | None) -> frozenset[str]:
     """The stages to read."""
     if given is None:
-        return frozenset({"reduced", "used"} if ranks.count() > 1 else {"backward", "used"})
+        return frozenset({"reduced", "used"} if process_group.count() > 1 else {"backward", "used"})
     words = _words("stage", given, list(Stage))
     if not words:
         raise ArgumentError(f"stage is empty; name one or several of {', '.join(repr(str(stage)) for stage in Stage)}")

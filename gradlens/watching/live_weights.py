@@ -14,7 +14,7 @@ from gradlens import frames
 from gradlens.capture.attachment import Slot
 from gradlens.capture.sharding import summand
 from gradlens.errors import ArgumentError, choice
-from gradlens.pipeline import plain
+from gradlens.kernels.tensors import local_part
 from gradlens.records import Parameters, Snapshot
 from gradlens.statistics.streaming import Followed, Q
 
@@ -54,18 +54,18 @@ class Held:
         """The parameter's weights: all of them, or those that this rank holds."""
         if isinstance(self._tensor, torch.nn.parameter.UninitializedParameter):
             return 0
-        return plain(self._tensor).numel() * (2 if self._tensor.is_complex() else 1) if here else math.prod(self.shape)
+        return local_part(self._tensor).numel() * (2 if self._tensor.is_complex() else 1) if here else math.prod(self.shape)
 
     def values(self) -> Tensor:
         """The weights, `[n]`."""
-        return _reals(plain(self._tensor.detach()))
+        return _reals(local_part(self._tensor.detach()))
 
     def partials(self, scale: float | Tensor) -> Tensor:
         """What is in `.grad` divided by the scale, `[n]`; zeros where there is nothing."""
         gradient = self.gradient
         if gradient is None:
             return torch.zeros_like(self.values())
-        flat = _reals(plain(gradient))
+        flat = _reals(local_part(gradient))
         return flat.clone() if isinstance(scale, float) and scale == 1.0 else flat / scale
 
     def place(self) -> Parameters:

@@ -3,9 +3,10 @@
 import pytest
 
 import gradlens
-from gradlens import kernels, pipeline
+from gradlens import kernels
 from gradlens.records import Severity
 from gradlens.testing import RecordingWriter, healthy
+from gradlens.watching import tables
 
 
 def told(steps=3, **options):
@@ -89,7 +90,7 @@ def test_a_captured_graph_is_left_alone(monkeypatch):
     case = healthy()
     with gradlens.watch(case.model, case.optimizer, rules=()) as lens:
         case.train(2)
-        monkeypatch.setattr(pipeline, "recording", lambda: True)
+        monkeypatch.setattr(tables, "capturing_cuda_graph", lambda: True)
         monkeypatch.setattr(kernels, "summarize", None)  # not to be asked
         case.train(2, first=2)
         monkeypatch.undo()

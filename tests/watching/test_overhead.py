@@ -7,8 +7,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gradlens.meter import ENOUGH, LEAST, PAUSE, RUSH, SETTLED, START, Comparison, Meter, Overhead, Pace, Stopwatch
 from gradlens.schedules import every
+from gradlens.watching.overhead import (
+    ENOUGH,
+    LEAST,
+    PAUSE,
+    RUSH,
+    SETTLED,
+    START,
+    Comparison,
+    Meter,
+    Overhead,
+    Pace,
+    Stopwatch,
+)
 
 always = every(1)
 

@@ -1,0 +1,25 @@
+"""Our own computing kept apart from the user's: no graph, no autocast, no modes; and whether computing is possible now."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch.utils._python_dispatch import _disable_current_modes
+
+
+@contextlib.contextmanager
+def isolated_compute() -> Iterator[None]:
+    """No graph, no autocast, no user's modes: what is computed here is ours alone."""
+    with torch.no_grad(), _disable_current_modes(), torch.autocast("cpu", enabled=False):
+        if torch.cuda.is_initialized():
+            with torch.autocast("cuda", enabled=False):
+                yield
+        else:
+            yield
+
+
+def capturing_cuda_graph() -> bool:
+    """Whether a CUDA graph is being captured: what is launched now would run at each replay, and hooks never again."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
