@@ -15,15 +15,21 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+
+def words(text: str) -> frozenset[str]:
+    """The words of a text, as names of operations."""
+    return frozenset(text.split())
+
+
 #: Operations that change how a tensor is laid out and none of its numbers.
-LAYOUT = frozenset(
+LAYOUT = words(
     "View Reshape ReshapeAlias UnsafeView Squeeze Unsqueeze Permute Transpose T Clone ToCopy Alias Contiguous Flatten "
-    "Unflatten AsStrided Detach Identity Unbind Movedim Swapaxes MT".split()
+    "Unflatten AsStrided Detach Identity Unbind Movedim Swapaxes MT"
 )
 #: The same, and those that take part of a tensor or repeat it.
-PASSING = LAYOUT | frozenset("Slice Select Narrow Split SplitWithSizes Index IndexSelect Gather Expand Chunk Cat Stack".split())
+PASSING = LAYOUT | words("Slice Select Narrow Split SplitWithSizes Index IndexSelect Gather Expand Chunk Cat Stack")
 #: Operations with weights of their own.
-LAYERS = frozenset("Addmm Mm Bmm Baddbmm Addbmm Linear Convolution MkldnnConvolution CudnnConvolution Embedding".split())
+LAYERS = words("Addmm Mm Bmm Baddbmm Addbmm Linear Convolution MkldnnConvolution CudnnConvolution Embedding")
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent / "gradlens"
-BOTTOM = {"errors", "fields", "records", "frames", "noise", "pooling", "schedules", "selection"}
+BOTTOM = {"errors", "facts", "fields", "records", "frames", "noise", "pooling", "schedules", "selection"}
 LIVE = BOTTOM | {"kernels", "statistics", "capture", "analysis", "store", "writers", "watching"}
 
 #: module -> the modules of gradlens it may import. A package may always import itself.
 ALLOWED = {
     "errors": set(),
+    "facts": set(),
     "fields": {"errors"},
     "records": {"errors", "fields"},
     "frames": {"errors", "fields", "records"},
@@ -26,8 +27,8 @@ ALLOWED = {
     "writers": BOTTOM | {"analysis", "store"},
     "kernels": {"errors", "fields"},
     "statistics": {"errors", "fields", "records", "kernels"},
-    "capture": {"errors", "records", "schedules", "selection"},
-    "probes": BOTTOM | {"statistics", "kernels"},
+    "capture": {"errors", "facts", "records", "schedules", "selection"},
+    "probes": BOTTOM | {"statistics", "kernels", "capture", "analysis"},
     "watching": LIVE,
     "lens": LIVE,
     "integrations": {"errors", "lens"},

@@ -19,11 +19,14 @@ from threading import Lock
 
 import numpy as np
 
+from gradlens.analysis.course import Course
 from gradlens.errors import ArgumentError, NothingCapturedError, choice
+from gradlens.facts import Fact
 from gradlens.records import Parameters, Snapshot, Stage, Top
 
 #: 500,000 rows of 37 columns are about 160 MB: 1,000 snapshots of 500 parameters.
 MAX_ROWS = 500_000
+MAX_FACTS = 500
 
 
 class History:
@@ -37,11 +40,24 @@ class History:
         self._snapshots: deque[Snapshot] = deque()
         self._newest: dict[str, Snapshot] = {}
         self._rows = 0
+        self.course = Course()
+        self.facts: list[Fact] = []
         self._lock = Lock()
+
+    def note(self, fact: Fact) -> None:
+        """Keep what is known beside gradients: all of what is first and last, and fewer and fewer of what is between."""
+        self.facts.append(fact)
+        if len(self.facts) > 2 * MAX_FACTS:
+            self.facts = [
+                *self.facts[: MAX_FACTS // 2],
+                *self.facts[MAX_FACTS // 2 : -MAX_FACTS : 2],
+                *self.facts[-MAX_FACTS:],
+            ]
 
     def append(self, snapshot: Snapshot) -> None:
         """Take the newest snapshot; the oldest leave when it is too many."""
         with self._lock:
+            self.course.add(snapshot)
             self._snapshots.append(snapshot)
             self._newest[snapshot.stage] = snapshot
             self._rows += len(snapshot)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from gradlens.facts import LAYOUT, PASSING, Graph, Operation
+from gradlens.facts import LAYOUT, PASSING, Graph, Leaf, Operation
 from gradlens.records import Finding, Severity
 
 Chain = tuple[int, ...]  #: positions in a graph, the first nearest to the loss
@@ -41,12 +41,13 @@ class Pattern:
     remedy: str
     severity: Severity = Severity.WARNING
     when: Callable[[Graph, Chain], bool] = _always
+    through: frozenset[str] = LAYOUT  #: what may stand between the links
 
     def matches(self, graph: Graph) -> Iterator[Chain]:
         """Where the graph has the chain."""
         for at, op in enumerate(graph.operations):
             if op.name in self.chain[0]:
-                for chain in _extended(graph, (at,), self.chain[1:]):
+                for chain in _extended(graph, (at,), self.chain[1:], self.through):
                     if self.when(graph, chain):
                         yield chain
 
@@ -71,13 +72,13 @@ class Pattern:
         )
 
 
-def _extended(graph: Graph, chain: Chain, rest: tuple[frozenset[str], ...]) -> Iterator[Chain]:
+def _extended(graph: Graph, chain: Chain, rest: tuple[frozenset[str], ...], through: frozenset[str]) -> Iterator[Chain]:
     if not rest:
         yield chain
         return
-    for at in graph.sources(chain[-1], LAYOUT):
+    for at in graph.sources(chain[-1], through):
         if graph.operations[at].name in rest[0]:
-            yield from _extended(graph, (*chain, at), rest[1:])
+            yield from _extended(graph, (*chain, at), rest[1:], through)
 
 
 def _layer(graph: Graph, at: int) -> str:
@@ -157,7 +158,9 @@ def _grows(graph: Graph, chain: Chain) -> bool:
     expand = last.name == "Expand"
     below = last.saved.get("self_sym_sizes") if expand else last.shape
     above = last.shape if expand else first.shape
-    return _square(above, below) and (expand or not _made_room(graph, chain[-1])) and sum(at >= 0 for at in first.inputs) == 1
+    return (
+        _square(above, below) and (expand or not _made_room(graph, chain[-1])) and sum(at >= 0 for at in first.inputs) == 1
+    )
 
 
 def _square(above: object, below: object) -> bool:
@@ -171,7 +174,12 @@ def _spreads(graph: Graph, chain: Chain) -> bool:
     """Whether a loss function repeated the prediction to fit the target, without making n x n of n."""
     last = graph.operations[chain[-1]]
     below = last.saved.get("self_sym_sizes")
-    return isinstance(below, tuple) and last.shape is not None and last.numel > _product(below) and not _square(last.shape, below)
+    return (
+        isinstance(below, tuple)
+        and last.shape is not None
+        and last.numel > _product(below)
+        and not _square(last.shape, below)
+    )
 
 
 def _made_room(graph: Graph, at: int) -> bool:
@@ -230,7 +238,8 @@ def _bootstrapped(graph: Graph, chain: Chain) -> bool:
         return False
     sides = []
     for side in inputs[:2]:
-        at, seen = side, []
+        seen: list[str] = []
+        at = side
         while at >= 0 and len(seen) < 8:
             op = graph.operations[at]
             seen.append(op.name)
@@ -267,7 +276,8 @@ PATTERNS: tuple[Pattern, ...] = (
     Pattern(
         "sigmoid-twice",
         (_any("BinaryCrossEntropyWithLogits"), _any("Sigmoid", "LogSigmoid")),
-        "the loss is binary_cross_entropy_with_logits of a sigmoid ({0} <- {1}, of shape {shape}{layer}): its sigmoid is taken "
+        "the loss is binary_cross_entropy_with_logits of a sigmoid ({0} <- {1}, of shape {shape}{layer}): its sigmoid is "
+        "taken "
         "twice, and no probability below 0.5 can be said",
         ("a sigmoid before a loss that has its own: nn.Sigmoid at the end of the model",),
         "remove the sigmoid from the model, or use F.binary_cross_entropy, which takes probabilities",
@@ -279,6 +289,7 @@ PATTERNS: tuple[Pattern, ...] = (
         ("a sigmoid at the end of the model, before a loss on logits",),
         "remove the sigmoid from the model",
         when=_is_loss,
+        through=LAYOUT | {"Neg"},
     ),
     Pattern(
         "sigmoid-twice",
@@ -290,7 +301,8 @@ PATTERNS: tuple[Pattern, ...] = (
     Pattern(
         "no-log",
         (NLL, _any("Softmax", "Sigmoid", "Relu", "Addmm", "Mm", "Convolution")),
-        "nll_loss gets the output of {1} (of shape {shape}{layer}), and takes log-probabilities: the loss has no lower bound, "
+        "nll_loss gets the output of {1} (of shape {shape}{layer}), and takes log-probabilities: the loss has no lower "
+        "bound, "
         "or hardly any gradient",
         ("a softmax without a log before nll_loss, or logits: nll_loss is cross_entropy without its log_softmax",),
         "F.cross_entropy(logits, target), or F.nll_loss(F.log_softmax(logits, dim=1), target)",
@@ -299,7 +311,8 @@ PATTERNS: tuple[Pattern, ...] = (
     Pattern(
         "clamped-logits",
         (_any("BinaryCrossEntropyWithLogits", "LogSoftmax", "LogSigmoid"), CLAMPS),
-        "{1} is the last operation before the loss on logits ({0} <- {1}, of shape {shape}{layer}): what it cuts off gets no "
+        "{1} is the last operation before the loss on logits ({0} <- {1}, of shape {shape}{layer}): what it cuts off gets "
+        "no "
         "gradient, and a logit below its limit cannot be said",
         ("a ReLU or another clamp on the model's output, before a loss that takes logits",),
         "remove the activation behind the last layer",
@@ -308,7 +321,8 @@ PATTERNS: tuple[Pattern, ...] = (
     Pattern(
         "softmax-over-batch",
         (NLL, _any("LogSoftmax")),
-        "log_softmax runs over axis 0 of {shape}, the batch{layer}: the examples' probabilities add up to 1, not the classes'",
+        "log_softmax runs over axis 0 of {shape}, the batch{layer}: the examples' probabilities add up to 1, not the "
+        "classes'",
         ("log_softmax(dim=0), or a softmax without dim on a tensor of another shape than meant",),
         "log_softmax(dim=1), or F.cross_entropy, which knows where the classes are",
         when=_over_batch,
@@ -340,7 +354,8 @@ PATTERNS: tuple[Pattern, ...] = (
     Pattern(
         "broadcast",
         (_any("Sub", "Add", "Rsub", "Mul", "Div", *ELEMENTWISE), _any("Expand")),
-        "prediction and target do not have the same shape: they are broadcast against each other to {shape} before {0}{layer}, "
+        "prediction and target do not have the same shape: they are broadcast against each other to {shape} before "
+        "{0}{layer}, "
         "so that every prediction is compared with every target",
         ("a prediction of shape [n, 1] and a target of shape [n], or the other way round",),
         "give both the same shape: target[:, None], or prediction.squeeze(1)",
@@ -366,7 +381,11 @@ PATTERNS: tuple[Pattern, ...] = (
     ),
     Pattern(
         "edge",
-        (_any("Sqrt", "Log", "Log2", "Log10", "Log1P", "Acos", "Asin", "Atanh", "Reciprocal", "Rsqrt", "Div", "Pow", "Exp"),),
+        (
+            _any(
+                "Sqrt", "Log", "Log2", "Log10", "Log1P", "Acos", "Asin", "Atanh", "Reciprocal", "Rsqrt", "Div", "Pow", "Exp"
+            ),
+        ),
         "{0} stands where its derivative does not exist: {edge} of its {of} entries, the first in row {row} of the batch "
         "(sqrt, norm or log at 0, 0/0, arccos at 1){layer}",
         ("a square root, a logarithm or a division whose input reached 0, or an arccos whose input reached 1",),
@@ -377,7 +396,8 @@ PATTERNS: tuple[Pattern, ...] = (
     Pattern(
         "masked-row",
         (_any("Softmax", "LogSoftmax"),),
-        "a softmax of shape {shape} has NaN in row {row} of the batch ({edge} of {of} entries): every entry of a row was masked "
+        "a softmax of shape {shape} has NaN in row {row} of the batch ({edge} of {of} entries): every entry of a row was "
+        "masked "
         "with -inf, or its input is not finite",
         ("a softmax row that is all masked: an empty sequence, or padding that nothing may attend to",),
         "mask with a large negative number, leave such rows out, or let each position attend to itself",
@@ -497,7 +517,9 @@ def reach(graph: Graph, parameters: int) -> list[Finding]:
 
 def cut(step: int, *, empty: bool = True, steps: int = 0) -> Finding:
     """The finding on a loss that depends on no parameter of the model."""
-    how = f"at each of the last {steps} observed steps" if steps else "its graph is empty" if empty else "its graph has others"
+    how = (
+        f"at each of the last {steps} observed steps" if steps else "its graph is empty" if empty else "its graph has others"
+    )
     return Finding(
         rule="cut",
         step=step,
@@ -508,13 +530,14 @@ def cut(step: int, *, empty: bool = True, steps: int = 0) -> Finding:
             "the forward pass ran under torch.no_grad() or inference_mode()",
             "another model than the watched one was trained",
         ),
-        remedy="compute the loss from the model's output with torch operations alone, and call backward() on that very tensor",
+        remedy="compute the loss from the model's output with torch operations alone, and call backward() on that very "
+        "tensor",
     )
 
 
-def _unregistered(graph: Graph, leaves: list, severity: Severity) -> Finding:  # type: ignore[type-arg]
+def _unregistered(graph: Graph, leaves: list[Leaf], severity: Severity) -> Finding:
     shapes = ", ".join(str(list(leaf.shape)) for leaf in leaves[:4]) + (", ..." if len(leaves) > 4 else "")
-    causes = (
+    causes: tuple[str, ...] = (
         "layers kept in a Python list or dict, which are not registered: nn.ModuleList and nn.ModuleDict register them",
         "a module made inside forward(), or a part that was not given to watch()",
     )
@@ -524,7 +547,8 @@ def _unregistered(graph: Graph, leaves: list, severity: Severity) -> Finding:  #
         rule="unregistered",
         step=graph.step,
         severity=severity,
-        seen=f"the loss depends on {len(leaves)} parameters (of shapes {shapes}) that are no parameters of the model and in no "
+        seen=f"the loss depends on {len(leaves)} parameters (of shapes {shapes}) that are no parameters of the model and "
+        f"in no "
         "optimizer, and that do not change: they are not trained",
         causes=causes,
         remedy="self.layers = nn.ModuleList([...]), and make the optimizer afterwards; freeze what is not to learn",

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from gradlens.analysis import patterns
 from gradlens.capture.graph import parameter_names, walk
-from gradlens.capture.strangers import within
+from gradlens.capture.unregistered import within
 from gradlens.errors import ArgumentError, ArgumentTypeError
 from gradlens.facts import Graph, Leaf
 from gradlens.frames import to_frame
@@ -64,7 +64,8 @@ class Audit:
 
 
 def _near(graph: Graph) -> str:
-    path, at = [], 0
+    path: list[str] = []
+    at = 0
     while len(path) < 6:
         at = next((j for j in graph.operations[at].inputs if j >= 0), -1) if graph.operations else -1
         if at < 0:
@@ -138,7 +139,8 @@ def _parts(graph: Graph, parameters: int) -> list[Finding]:
             _finding(
                 "unreached",
                 Severity.WARNING,
-                f"the loss does not depend on {len(graph.unreached)} of the {parameters} parameters: {_few(graph.unreached)}",
+                f"the loss does not depend on {len(graph.unreached)} of the {parameters} parameters: "
+                f"{_few(graph.unreached)}",
                 ("a module whose output is not used, or is cut by detach(), .data, .item() or torch.no_grad()",),
                 "use its output in the loss, or freeze it with requires_grad_(False)",
                 graph.unreached,
@@ -149,7 +151,8 @@ def _parts(graph: Graph, parameters: int) -> list[Finding]:
             _finding(
                 "outside",
                 Severity.WARNING,
-                f"the loss depends on {len(graph.outside)} parameters that the optimizer does not have: {_few(graph.outside)}",
+                f"the loss depends on {len(graph.outside)} parameters that the optimizer does not have: "
+                f"{_few(graph.outside)}",
                 ("layers that were added, replaced or unfrozen after the optimizer was made",),
                 "make the optimizer from model.parameters() after the model is complete; or freeze what is not to learn",
                 graph.outside,
@@ -165,7 +168,8 @@ def _mode(model: nn.Module | None) -> list[Finding]:
     names = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) or (isinstance(module, nn.modules.dropout._DropoutNd) and module.p)
+        if isinstance(module, nn.modules.batchnorm._BatchNorm)
+        or (isinstance(module, nn.modules.dropout._DropoutNd) and module.p)
     ]
     if not names:
         return []

@@ -43,7 +43,7 @@ def _takes_leaf(graph: Graph, user: int, but: int) -> bool:
     return False
 
 
-class Strangers:
+class Unregistered:
     """What was seen of leaves that nobody has, from look to look."""
 
     def __init__(self) -> None:
