@@ -5,7 +5,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from gradlens import rules
-from gradlens.analysis import diagnosis, patterns
+from gradlens.analysis import patterns, ruleset
 
 TOP = f"""\
 # Rules
@@ -22,8 +22,8 @@ Steps are *observed* ones: on a schedule of each tenth step, ten of them are a h
 left out, or that the loss does not depend on are not judged.
 
 **What you hear.** A rule repeats itself while an illness lasts; you hear of it once, and again when it gets worse. It
-is over when the rule has kept silent for {diagnosis.HEALED} steps, and for twice as long each time it comes back.
-More than {diagnosis.FLOOD} parameters at once are one finding, whose `parameters` has them all. A rule that raises is
+is over when the rule has kept silent for {ruleset.HEALED} steps, and for twice as long each time it comes back.
+More than {ruleset.FLOOD} parameters at once are one finding, whose `parameters` has them all. A rule that raises is
 named once and asked no more.
 """
 

@@ -78,11 +78,12 @@ MOMENTS = (
     Field("abs_min_nonzero", "moments", "min", "smallest |g| that is not 0", power=1),
 )
 
-#: Over entries where both the weight and its partial are finite; empty when the kernel was given no weights.
+#: Over finite weights, `dot` over entries whose partial is finite too; empty when the kernel was given no weights.
 WEIGHTS = (
     Field("weight_square_sum", "weights", "sum", "sum of w^2, w finite", shown=False),
     Field("weight_abs_max", "weights", "max", "largest finite |w|"),
     Field("dot", "weights", "sum", "w.g: how the loss answers to scaling the parameter", power=1),
+    _count("weight_nonfinite", "weights that are NaN or infinite", "weights"),
 )
 
 #: Against the last observed gradient of the same stage, over entries where both are finite (of the sample, if sampled).
@@ -107,6 +108,7 @@ UPDATES = (
     _count("update_moving", "entries with g_used * dw not 0", "updates", shown=False),
     _count("update_against", "of these, entries that moved up their own gradient", "updates", shown=False),
     _count("update_stuck", "entries with g_used not 0 and dw exactly 0", "updates", shown=False),
+    _count("update_nonfinite", "weights that are NaN or infinite after the step", "updates"),
     Field("update_loss_dot", "updates", "sum", "g.dw, g the unscaled and unclipped gradient of the loss", shown=False),
     Field("update_loss_exact", "updates", "min", "1 where update_loss_dot rests on that gradient itself", shown=False),
 )
@@ -161,7 +163,7 @@ def _whole(c: Columns, name: str) -> np.ndarray:
     return c[name] * _ratio(c["numel"], c["update_numel"])
 
 
-def _swallowed(c: Columns) -> np.ndarray:
+def _rounded_away(c: Columns) -> np.ndarray:
     return np.rint(_whole(c, "update_stuck"))
 
 
@@ -217,7 +219,10 @@ DERIVED: tuple[Derived, ...] = (
         lambda c: _ratio(c["update_against"], c["update_moving"]),
     ),
     Derived(
-        "swallowed", "updates", "weights with a partial that did not move: rounded away by the storage type", _swallowed
+        "rounded_away",
+        "updates",
+        "weights with a partial that did not move: rounded away by the storage type",
+        _rounded_away,
     ),
     Derived("used_dot_dw", "updates", "g_used.dw", lambda c: _whole(c, "update_dot")),
     Derived("loss_change", "updates", "g.dw: the first-order change of the loss", lambda c: _whole(c, "update_loss_dot")),

@@ -46,6 +46,7 @@ from gradlens.watching.overhead import Meter, Overhead, Pace, Stopwatch
 from gradlens.watching.recorder import Recorder
 from gradlens.watching.tables import TableBuilder
 from gradlens.watching.unavailable import unavailable
+from gradlens.weight_names import known_name, label, parse_index, parse_weight
 from gradlens.writers import report as page
 from gradlens.writers.background import Background
 from gradlens.writers.base import Writer
@@ -172,6 +173,8 @@ class Lens:
         size). Read from `.grad` now: `attrs` say of which step and stage that is. When the gradients are gone, or another
         thread trains, `weights(top=k)` answers from what was kept, the 16 most sensitive weights of each parameter.
 
+        `name` may be that of one weight, `"fc1.weight[3, 17]"`.
+
         With the feature `evidence` also `verdict, t, p, q`, over the backwards of the last step (two at least; at a false
         discovery rate of 0.1), and, over steps while the weights move, `agree` (lately, the share of steps with the more
         frequent sign), `flips` (the share where the sign turned) and `gsnr` (mean^2 / variance), which
@@ -181,6 +184,10 @@ class Lens:
         parameters whose partials the ranks have yet to add.
         """
         weights.check_order(top, by)
+        if name is not None:
+            name, index = parse_weight(name, [held.name for held in self._all_held()])
+            if index is not None:
+                return _only(self.weights(name), name, index)
         asked = self._all_held() if name is None else [self._held(name)]
         self._capture.poll()
         if self._capture.elsewhere() or not self._has_gradients():
@@ -194,12 +201,15 @@ class Lens:
         result.attrs.update({"summands": summands} if summands else {})
         return self._stamped(result, self._clock.open)
 
-    def explain(self, name: str, index: int | Sequence[int] = ()) -> str:
-        """One paragraph on one weight: its partial, what that means, and how it compares."""
+    def explain(self, name: str, index: int | Sequence[int] | None = None) -> str:
+        """One paragraph on one weight: its partial, what that means, and how it compares.
+
+        `explain("fc1.weight", (3, 17))` or, as reports print it, `explain("fc1.weight[3, 17]")`.
+        """
+        name, at = self._weight(name, index)
         held = self._held(name)
         self._require_here()
         self._catch_up()
-        at = (index,) if isinstance(index, int) else tuple(index)
         whole, here = held.at(at)
         self._require_gradients([held])
         with isolated_compute():
@@ -337,9 +347,17 @@ class Lens:
         slots = self._capture.attachment.slots
         return [Held(slot, tensor) for slot in slots if (tensor := slot.tensor()) is not None]
 
+    def _weight(self, name: str, index: int | Sequence[int] | None) -> tuple[str, tuple[int, ...]]:
+        """The parameter and the index of one weight, which may be written as text: `fc1.weight[3, 17]`."""
+        if index is not None:
+            return name, parse_index(index)
+        name, written = parse_weight(name, [held.name for held in self._all_held()])
+        return name, written or ()
+
     def _held(self, name: str) -> Held:
         everything = {held.name: held for held in self._all_held()}
-        found = everything.get(self._capture.attachment.aliases.get(name, name))
+        alias = self._capture.attachment.aliases.get(name, name)
+        found = everything.get(known_name(alias, everything) or alias)
         if found is None:
             raise ArgumentError(f"there is no watched parameter {name!r}{nearest(str(name), everything)}")
         return found
@@ -559,6 +577,15 @@ def _apart(step: int) -> Finding:
         "first rank's own table",
         remedy="meet at an address (torchrun does; init_method='env://' or 'tcp://...'); open_run() pools the records",
     )
+
+
+def _only(frame: pd.DataFrame, name: str, index: tuple[int, ...]) -> pd.DataFrame:
+    """The row of one weight."""
+    row = frame[[at == index for at in frame["index"]]].reset_index(drop=True)
+    if row.empty:
+        raise ArgumentError(f"{label(name, index)} is not among the weights of {name} that are here")
+    row.attrs.update(frame.attrs)
+    return row
 
 
 def _nothing(closed: bool) -> str:

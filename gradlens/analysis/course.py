@@ -17,13 +17,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from gradlens.records import Snapshot, Stage, Status
+from gradlens.blocks import Block
+from gradlens.records import Stage, Status
 
 CAPACITY = 2048
 PASSES = 4  #: backward passes of a step whose losses are told apart
 
 
-@dataclass
+@dataclass(eq=False)
 class Course:
     """Points of a run, oldest first."""
 
@@ -31,39 +32,44 @@ class Course:
     seen: int = 0  #: steps that were seen
     steps: list[int] = field(default_factory=list)
     points: dict[int, dict[str, float]] = field(default_factory=dict)
-    first: dict[str, float] = field(default_factory=dict)
     _step: int = -1
     _taken: bool = False
 
-    def add(self, snapshot: Snapshot) -> None:
-        """Take the newest snapshot."""
-        if snapshot.step != self._step:
-            self._step = snapshot.step
+    def add(self, block: Block) -> None:
+        """Take the moments of a block that has just come, in order."""
+        used = block.stage == Stage.USED
+        numbers = _used(block) if used else _pass(block)
+        losses = block.scalar("loss")
+        for at, step in enumerate(block.step.tolist()):
+            point = self._point(step)
+            if point is None:
+                continue
+            backward = int(block.backward[at])
+            if used:
+                point.update((name, value) for name, values in numbers.items() if not math.isnan(value := float(values[at])))
+            elif backward < PASSES:
+                point[f"norm_{backward}"] = float(numbers["norm"][at])
+            if "loss" in block.scalars[at]:
+                _add_loss(point, float(losses[at]), None if used else backward)
+            if not used:
+                point["backwards"] = max(point.get("backwards", 0), backward + 1)
+
+    def _point(self, step: int) -> dict[str, float] | None:
+        """The point of a step; None of one that is left out."""
+        known = self.points.get(step)
+        if known is not None:
+            return known
+        if step != self._step and step > self._step:
+            self._step = step
             self._taken = self.seen % self.stride == 0
             self.seen += 1
             if self._taken:
                 if len(self.steps) >= CAPACITY:
                     self._thin()
-                if snapshot.step not in self.points:
-                    self.steps.append(snapshot.step)
-                    self.points[snapshot.step] = {}
-        if not self._taken or snapshot.step not in self.points:
-            return
-        point = self.points[snapshot.step]
-        if snapshot.stage == Stage.USED:
-            point.update(_used(snapshot))
-        elif snapshot.backward < PASSES:
-            point.update(_pass(snapshot))
-        loss = snapshot.loss
-        if "loss" in snapshot.scalars:
-            if snapshot.stage == Stage.USED:
-                point.setdefault("loss", loss)
-            elif snapshot.backward < PASSES:
-                point[f"loss_{snapshot.backward}"] = loss
-                losses = [point[f"loss_{i}"] for i in range(PASSES) if f"loss_{i}" in point]
-                point["loss"] = sum(losses) / len(losses)
-        if snapshot.stage != Stage.USED:
-            point["backwards"] = max(point.get("backwards", 0), snapshot.backward + 1)
+                self.steps.append(step)
+                self.points[step] = {}
+                return self.points[step]
+        return None
 
     def _thin(self) -> None:
         self.steps = self.steps[::2]
@@ -75,31 +81,43 @@ class Course:
 
     def series(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Steps `[k]` and values `[k]`, of the steps that have one."""
-        steps = [step for step in list(self.steps) if name in self.points.get(step, ())]
-        return np.asarray(steps, np.int64), np.asarray([self.points[step][name] for step in steps], np.float64)
+        points = self.points
+        steps = [step for step in list(self.steps) if name in points.get(step, ())]
+        return np.asarray(steps, np.int64), np.asarray([points[step][name] for step in steps], np.float64)
 
 
-def _used(snapshot: Snapshot) -> dict[str, float]:
-    columns, kept = snapshot.columns, snapshot.has(Status.OK, Status.ZERO, Status.NONFINITE)
-    if not kept.any():
-        return {}
-
-    def total(name: str) -> float:
-        return float(np.nansum(columns[name][kept]))
-
-    gradient, weight = total("square_sum"), total("weight_square_sum")
-    moved, before = total("update_square_sum"), total("update_before_square_sum")
-    flips = math.sqrt(total("flip_square_sum")) * math.sqrt(total("flip_previous_square_sum"))
-    result = {"norm": math.sqrt(gradient), "weight": math.sqrt(weight)}
-    if before > 0:
-        result["ratio"] = math.sqrt(moved / before)
-    if flips > 0:
-        result["cosine"] = total("flip_dot") / flips
-    return result
+def _add_loss(point: dict[str, float], loss: float, backward: int | None) -> None:
+    """The loss of a step is the mean over its backwards; that of what was used stands in where no backward was read."""
+    if backward is None:
+        point.setdefault("loss", loss)
+    elif backward < PASSES:
+        point[f"loss_{backward}"] = loss
+        losses = [point[f"loss_{i}"] for i in range(PASSES) if f"loss_{i}" in point]
+        point["loss"] = sum(losses) / len(losses)
 
 
-def _pass(snapshot: Snapshot) -> dict[str, float]:
-    kept = snapshot.has(Status.OK, Status.ZERO, Status.NONFINITE)
-    if not kept.any():
-        return {}
-    return {f"norm_{snapshot.backward}": math.sqrt(float(np.nansum(snapshot.columns["square_sum"][kept])))}
+def _kept(block: Block) -> np.ndarray:
+    return block.has(Status.OK, Status.ZERO, Status.NONFINITE)
+
+
+def _total(block: Block, name: str, kept: np.ndarray) -> np.ndarray:
+    """`[m]` a column added up over the rows that are kept."""
+    values = block.columns[name]
+    return np.asarray(np.where(kept & ~np.isnan(values), values, 0).sum(axis=1), np.float64)
+
+
+def _used(block: Block) -> dict[str, np.ndarray]:
+    kept = _kept(block)
+    moved, before = (_total(block, name, kept) for name in ("update_square_sum", "update_before_square_sum"))
+    flips = _total(block, "flip_square_sum", kept) ** 0.5 * _total(block, "flip_previous_square_sum", kept) ** 0.5
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return {
+            "norm": np.where(kept.any(axis=1), np.sqrt(_total(block, "square_sum", kept)), np.nan),
+            "weight": np.where(kept.any(axis=1), np.sqrt(_total(block, "weight_square_sum", kept)), np.nan),
+            "ratio": np.where(before > 0, np.sqrt(moved / before), np.nan),
+            "cosine": np.where(flips > 0, _total(block, "flip_dot", kept) / flips, np.nan),
+        }
+
+
+def _pass(block: Block) -> dict[str, np.ndarray]:
+    return {"norm": np.sqrt(_total(block, "square_sum", _kept(block)))}

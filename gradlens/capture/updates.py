@@ -412,20 +412,6 @@ def _holds(wrapper: Any, optimizer: Optimizer) -> bool:
     return any(value is optimizer for value in vars(wrapper).values())
 
 
-def inner(optimizer: Any) -> Any:
-    """The torch optimizer whose step fires the hooks: the one inside a wrapper that has none of its own.
-
-    Lightning's wrapper is no `Optimizer`, accelerate's is one that was never initialised as such.
-    """
-    while not hasattr(getattr(type(optimizer), "step", None), "hooked"):
-        held = [value for value in getattr(optimizer, "__dict__", {}).values() if isinstance(value, Optimizer)]
-        within = getattr(optimizer, "optimizer", held[0] if held else None)
-        if within is None or within is optimizer:
-            break
-        optimizer = within
-    return optimizer
-
-
 def _unknown(step: int, optimizer: Optimizer, names: Sequence[str]) -> Finding:
     kind, few = type(optimizer).__name__, ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
     return Finding(

@@ -182,9 +182,8 @@ def _summaries(tensors: Sequence[Operands], device: torch.device) -> Tensor:
         g, w, p = matrices.operands
         assert g is not None
         numbers = entries.summary(g, w, p)
-        numbers["numel"] = matrices.lengths.to(torch.float64)
-        numbers["nan"] = numbers["nan"] - (g.shape[1] - numbers["numel"])
-        parts.append(numbers)
+        lengths = matrices.lengths.to(torch.float64)
+        parts.append(_without_padding(numbers, g.shape[1] - lengths) | {"numel": lengths})
         owners += matrices.owners
         tops.append(entries.largest(g, w, matrices.starts[:, None]))
     names = entries.GRADIENT + (entries.WEIGHTS if has_weights else []) + (entries.FLIPS if has_previous else [])
@@ -201,13 +200,19 @@ def _updates(tensors: Sequence[Operands], device: torch.device) -> Tensor:
         used, before, after, loss = matrices.operands
         assert before is not None
         assert after is not None
-        parts.append(entries.update(used, before, after, loss) | {"update_numel": matrices.lengths.to(torch.float64)})
+        lengths = matrices.lengths.to(torch.float64)
+        numbers = _without_padding(entries.update(used, before, after, loss), before.shape[1] - lengths)
+        parts.append(numbers | {"update_numel": lengths})
         owners += matrices.owners
     names = entries.MOTION + (entries.USED if has_used else []) + (entries.LOSS if has_loss else [])
     numbers = _merged(names, parts, owners, len(tensors), device)
     if has_loss:
         numbers["update_loss_exact"] = torch.ones_like(numbers["update_numel"])
     return entries.closed(numbers, fields.UPDATES)
+
+
+def _without_padding(numbers: Numbers, padding: Tensor) -> Numbers:
+    return numbers | {name: numbers[name] - padding for name in entries.PADDED if name in numbers}
 
 
 def _merged(names: Sequence[str], parts: Sequence[Numbers], owners: Sequence[int], n: int, device: torch.device) -> Numbers:

@@ -7,8 +7,8 @@ tensor at a time, `batched` for many pieces, one a row.
     pairs (w.g)    run over the places where both entries are finite; dw = after - before must be finite as well
     order          of the largest: by falling |g|, equal ones by rising index
 
-So a row that is padded with NaN has the numbers of what it holds, but for `nan`, `numel` and `update_numel`. An extreme over
-nothing is +-inf until it is `closed`.
+So a row that is padded with NaN has the numbers of its entries, except for the counts of `PADDED`. An extreme over nothing
+is +-inf until it is `closed`.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ HISTOGRAM = "histogram"  #: `[..., 2 * fields.BUCKETS]`, among the numbers of a 
 GRADIENT = [field.name for field in fields.COUNTS + fields.MOMENTS] + [HISTOGRAM]
 WEIGHTS = [field.name for field in fields.WEIGHTS]
 FLIPS = [field.name for field in fields.FLIPS]
-MOTION = ["update_numel", "update_square_sum", "update_before_square_sum"]
+MOTION = ["update_numel", "update_square_sum", "update_before_square_sum", "update_nonfinite"]
 USED = ["update_used_square_sum", "update_dot", "update_moving", "update_against", "update_stuck"]
 LOSS = ["update_loss_dot"]
+PADDED = ("nan", "weight_nonfinite", "update_nonfinite")  #: counts that take the NaN of a padding for entries
 
 _MERGE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"sum": torch.add, "min": torch.minimum, "max": torch.maximum}
 _NEUTRAL = {"sum": 0.0, "min": torch.inf, "max": -torch.inf}
@@ -50,6 +51,7 @@ def update(used: Tensor | None, before: Tensor, after: Tensor, loss: Tensor | No
         "update_numel": torch.full_like(dw[..., 0], dw.shape[-1]),
         "update_square_sum": _sum(dw * dw, finite),
         "update_before_square_sum": _sum(before * before, finite),
+        "update_nonfinite": _count(~torch.isfinite(after)),
     }
     if used is not None:
         numbers |= _used(used, dw, finite & torch.isfinite(used))
@@ -83,7 +85,11 @@ def gradient(g: Tensor) -> Numbers:
 def weights(w: Tensor) -> Numbers:
     """Of weights alone."""
     finite = torch.isfinite(w)
-    return {"weight_square_sum": _sum(w * w, finite), "weight_abs_max": _largest(w.abs(), finite)}
+    return {
+        "weight_square_sum": _sum(w * w, finite),
+        "weight_abs_max": _largest(w.abs(), finite),
+        "weight_nonfinite": _count(~finite),
+    }
 
 
 def _flips(g: Tensor, p: Tensor) -> Numbers:

@@ -46,7 +46,7 @@ enum { EXPONENT_MIN = -96, EXPONENT_MAX = 31, BUCKETS = EXPONENT_MAX - EXPONENT_
 
 enum summary {
     NUMEL, POSITIVE, NEGATIVE, ZERO, NAN_, INF, SUM, ABS_SUM, SQUARE_SUM, MIN, MAX, ABS_MAX, ABS_MIN_NONZERO,
-    WEIGHT_SQUARE_SUM, WEIGHT_ABS_MAX, DOT,
+    WEIGHT_SQUARE_SUM, WEIGHT_ABS_MAX, DOT, WEIGHT_NONFINITE,
     FLIP_COMPARED, FLIP_MOVING, FLIP_COUNT, FLIP_DOT, FLIP_SQUARE_SUM, FLIP_PREVIOUS_SQUARE_SUM,
     HISTOGRAM, TOP_PARTIAL = HISTOGRAM + 2 * BUCKETS, TOP_INDEX = TOP_PARTIAL + TOP, TOP_VALUE = TOP_INDEX + TOP,
     WIDTH = TOP_VALUE + TOP
@@ -54,17 +54,17 @@ enum summary {
 
 enum update {
     UPDATE_NUMEL, UPDATE_SQUARE_SUM, UPDATE_BEFORE_SQUARE_SUM, UPDATE_USED_SQUARE_SUM, UPDATE_DOT, UPDATE_MOVING,
-    UPDATE_AGAINST, UPDATE_STUCK, UPDATE_LOSS_DOT, UPDATE_LOSS_EXACT, UPDATES
+    UPDATE_AGAINST, UPDATE_STUCK, UPDATE_NONFINITE, UPDATE_LOSS_DOT, UPDATE_LOSS_EXACT, UPDATES
 };
 
 /* Python refuses a library whose text differs from what it makes of `fields.py`. The number is that of the calls' form. */
 EXPORT const char *gradlens_columns(void) {
     return "2 | numel positive negative zero nan inf sum abs_sum square_sum min max abs_max abs_min_nonzero "
-           "weight_square_sum weight_abs_max dot "
+           "weight_square_sum weight_abs_max dot weight_nonfinite "
            "flip_compared flip_moving flip_count flip_dot flip_square_sum flip_previous_square_sum "
            "histogram -96 31 top 16 | "
            "update_numel update_square_sum update_before_square_sum update_used_square_sum update_dot update_moving "
-           "update_against update_stuck update_loss_dot update_loss_exact";
+           "update_against update_stuck update_nonfinite update_loss_dot update_loss_exact";
 }
 
 enum { FLOAT32, FLOAT64, BFLOAT16, FLOAT16 };
@@ -250,7 +250,7 @@ typedef struct {
 } largest;
 
 typedef struct {
-    int64_t zero, nan, compared, moving, flipped;
+    int64_t zero, nan, compared, moving, flipped, weight_nonfinite;
     double sum, abs_sum, square_sum, weight_square_sum, dot, flip_dot, flip_square_sum, flip_previous_square_sum;
     double low, high, abs_max, abs_min, weight_abs_max; /* infinite while there is nothing */
     double update[UPDATES];
@@ -295,6 +295,7 @@ static void merge(state *into, const state *s) {
     into->compared += s->compared;
     into->moving += s->moving;
     into->flipped += s->flipped;
+    into->weight_nonfinite += s->weight_nonfinite;
     into->sum += s->sum;
     into->abs_sum += s->abs_sum;
     into->square_sum += s->square_sum;
@@ -536,17 +537,20 @@ INLINE void careful(state *s, const double *g, const double *w, const double *p,
     *above = top;
     if (w) {
         double w_square = 0, dot = 0, w_top = -INFINITY;
-#pragma omp simd reduction(+ : w_square, dot) reduction(max : w_top)
+        int64_t nonfinite = 0;
+#pragma omp simd reduction(+ : w_square, dot, nonfinite) reduction(max : w_top)
         for (int i = 0; i < n; i++) {
             int64_t fine = is_finite(w[i]);
             double x = is_finite(g[i]) ? g[i] : 0, y = fine ? w[i] : 0, size = fine ? fabs(y) : -INFINITY;
             w_square += y * y;
             dot += x * y;
             w_top = size > w_top ? size : w_top;
+            nonfinite += !fine;
         }
         s->weight_square_sum += w_square;
         s->dot += dot;
         s->weight_abs_max = greater(s->weight_abs_max, w_top);
+        s->weight_nonfinite += nonfinite;
     }
     if (p) {
         double p_dot = 0, x_square = 0, p_square = 0;
@@ -858,6 +862,7 @@ static void write_summary(const task *t, state *s, double *row) {
     row[WEIGHT_SQUARE_SUM] = t->pointer[W] ? s->weight_square_sum : NAN;
     row[WEIGHT_ABS_MAX] = t->pointer[W] ? or_nothing(s->weight_abs_max) : NAN;
     row[DOT] = t->pointer[W] ? s->dot : NAN;
+    row[WEIGHT_NONFINITE] = (double)s->weight_nonfinite;
     row[FLIP_COMPARED] = (double)s->compared;
     row[FLIP_MOVING] = (double)s->moving;
     row[FLIP_COUNT] = (double)s->flipped;
@@ -927,16 +932,19 @@ INLINE int compare_fast(double *u, const float *used, const float *before, const
 
 INLINE void compare_careful(double *u, const double *used, const double *before, const double *after, const double *loss, int n) {
     double squares = 0, before_squares = 0;
-#pragma omp simd reduction(+ : squares, before_squares)
+    int64_t nonfinite = 0;
+#pragma omp simd reduction(+ : squares, before_squares, nonfinite)
     for (int i = 0; i < n; i++) {
         double dw = after[i] - before[i];
         int64_t fine = is_finite(dw);
+        nonfinite += !is_finite(after[i]);
         double d = fine ? dw : 0, b = fine ? before[i] : 0;
         squares += d * d;
         before_squares += b * b;
     }
     u[UPDATE_SQUARE_SUM] += squares;
     u[UPDATE_BEFORE_SQUARE_SUM] += before_squares;
+    u[UPDATE_NONFINITE] += (double)nonfinite;
     if (used) {
         double used_squares = 0, dot = 0;
         int64_t moving = 0, against = 0, stuck = 0;

@@ -35,7 +35,7 @@ _POSITIVE, _NEGATIVE, _ZERO, _NANS, _INFS = (
 )
 _ENTRIES, _SUM, _ABS_SUM, _SQUARE_SUM = (tl.constexpr(fields.AT[name]) for name in ("numel", "sum", "abs_sum", "square_sum"))
 _MIN, _MAX, _ABS_MAX, _ABS_MIN = (tl.constexpr(fields.AT[name]) for name in ("min", "max", "abs_max", "abs_min_nonzero"))
-_W_SQUARE, _W_MAX, _DOT = (tl.constexpr(fields.AT[field.name]) for field in fields.WEIGHTS)
+_W_SQUARE, _W_MAX, _DOT, _W_NONFINITE = (tl.constexpr(fields.AT[field.name]) for field in fields.WEIGHTS)
 _COMPARED, _MOVING, _FLIPPED, _P_DOT, _G_SQUARE, _P_SQUARE = (tl.constexpr(fields.AT[field.name]) for field in fields.FLIPS)
 _SUMMARY, _WIDTH, _TOP = tl.constexpr(len(fields.SUMMARY)), tl.constexpr(fields.WIDTH), tl.constexpr(fields.TOP)
 _BUCKETS, _BINS = tl.constexpr(fields.BUCKETS), tl.constexpr(2 * fields.BUCKETS)
@@ -43,9 +43,19 @@ _LOWEST, _HIGHEST = tl.constexpr(fields.EXPONENT_MIN), tl.constexpr(fields.EXPON
 _PARTIALS, _INDICES, _VALUES = (
     tl.constexpr(part.start) for part in (fields.TOP_PARTIAL, fields.TOP_INDEX, fields.TOP_VALUE)
 )
-_MOVE_ENTRIES, _MOVE_SQUARE, _BEFORE_SQUARE, _USED_SQUARE, _MOVE_DOT, _GOING, _AGAINST, _STUCK, _LOSS_DOT, _EXACT = (
-    tl.constexpr(at) for at in range(len(fields.UPDATES))
-)
+(
+    _MOVE_ENTRIES,
+    _MOVE_SQUARE,
+    _BEFORE_SQUARE,
+    _USED_SQUARE,
+    _MOVE_DOT,
+    _GOING,
+    _AGAINST,
+    _STUCK,
+    _NONFINITE,
+    _LOSS_DOT,
+    _EXACT,
+) = (tl.constexpr(at) for at in range(len(fields.UPDATES)))
 _MOVED, _UPDATES, _SAMPLES = tl.constexpr(MOVED), tl.constexpr(len(fields.UPDATES)), tl.constexpr(reference.SAMPLES)
 _INF = tl.constexpr(float("inf"))  # no NaN beside it: Triton refuses a global that differs from itself
 _LATE = tl.constexpr(2**62)  # an index after every real one
@@ -190,7 +200,7 @@ def scan(
         weight = _address(table, tensor, 1, W, AXES, ALIGNED)
         w_none = _bits(tl.zeros([TILE], W))
         w_limit: tl.constexpr = _limit(w_none)
-        w_square, w_largest, dot = total, w_none - 1, total
+        w_square, w_largest, dot, w_odd = total, w_none - 1, total, zeros
     if P is not None:
         previous = _address(table, tensor, 2, P, AXES, ALIGNED)
         p_limit: tl.constexpr = _limit(_bits(tl.zeros([1], P)))
@@ -228,6 +238,7 @@ def scan(
             w_square += w * w
             w_largest = tl.maximum(w_largest, tl.where(w_fine, w_magnitude, -1))
             dot += g * w
+            w_odd += (w_magnitude >= w_limit).to(tl.int32)
         if P is not None:
             z = _read(previous, _place(table, tensor, 2, at, AXES), inside, whole)
             p_bits = _bits(z)
@@ -270,6 +281,7 @@ def scan(
         tl.store(row + _W_SQUARE, tl.sum(w_square))
         tl.store(row + _W_MAX, tl.where(w_top < 0, -1.0, _value(tl.maximum(w_top, 0))))
         tl.store(row + _DOT, tl.sum(dot))
+        tl.store(row + _W_NONFINITE, tl.sum(w_odd).to(tl.float64))
     if P is not None:
         tl.store(row + _COMPARED, tl.sum(compared).to(tl.float64))
         tl.store(row + _MOVING, tl.sum(moving).to(tl.float64))
@@ -364,6 +376,7 @@ def close(
     value = tl.where(columns == _ENTRIES, _field(table, tensor, _NUMEL, AXES).to(tl.float64), value)
     if W is None:
         nothing = nothing | ((columns >= _W_SQUARE) & (columns <= _DOT))
+        value = tl.where(columns == _W_NONFINITE, 0.0, value)
     if P is None:
         nothing = nothing | ((columns >= _P_DOT) & (columns <= _P_SQUARE))
         value = tl.where((columns >= _COMPARED) & (columns <= _FLIPPED), 0.0, value)
@@ -410,7 +423,7 @@ def move(
     square, before_square = tl.zeros([TILE], tl.float64), tl.zeros([TILE], tl.float64)
     used_square, dot, loss_dot = square, square, square
     moving = tl.zeros([TILE], tl.int32)
-    against, stuck = moving, moving
+    against, stuck, nonfinite = moving, moving, moving
     if U is not None:
         used = _address(table, tensor, 0, U, AXES, ALIGNED)
     if L is not None:
@@ -420,7 +433,9 @@ def move(
         at, whole = first + lanes, first + TILE <= stop
         inside = at < stop
         w = _wide(_read(before, _place(table, tensor, 1, at, AXES), inside, whole))
-        dw = _wide(_read(after, _place(table, tensor, 2, at, AXES), inside, whole)) - w
+        new = _wide(_read(after, _place(table, tensor, 2, at, AXES), inside, whole))
+        nonfinite += (inside & ~(tl.abs(new) < _INF)).to(tl.int32)
+        dw = new - w
         finite = (tl.abs(dw) < _INF) & inside
         dw = tl.where(finite, dw, 0.0)
         w = tl.where(finite, w, 0.0)
@@ -451,6 +466,7 @@ def move(
     tl.store(row + _GOING, tl.sum(moving).to(tl.float64))
     tl.store(row + _AGAINST, tl.sum(against).to(tl.float64))
     tl.store(row + _STUCK, tl.sum(stuck).to(tl.float64))
+    tl.store(row + _NONFINITE, tl.sum(nonfinite).to(tl.float64))
     tl.store(row + _LOSS_DOT, tl.sum(loss_dot))
 
 

@@ -197,7 +197,7 @@ def _sparse_numbers(g: Tensor, w: Tensor | None) -> tuple[Numbers, Tensor]:
         values = torch.full_like(index, torch.nan, dtype=torch.float64) if w is None else _at(w, index)
         top = entries.best(torch.cat([top, entries.candidates(torch.zeros_like(values), index, values)], dim=1))
     if w is not None:
-        numbers |= entries.identity(["weight_square_sum", "weight_abs_max"], g.device)
+        numbers |= entries.identity([name for name in entries.WEIGHTS if name != "dot"], g.device)
         for group in pieces([w]):
             entries.merge(numbers, entries.weights(*_read(group)))
     return numbers, top

@@ -25,10 +25,10 @@ from torch import Tensor
 
 from gradlens.errors import ArgumentError, nearest
 from gradlens.probes import second_order
+from gradlens.probes.isolated_loss import IsolatedLoss
 from gradlens.probes.loss import Target
 from gradlens.probes.per_weight import PerWeight
 from gradlens.probes.progress import tracked
-from gradlens.probes.shelter import Shelter
 from gradlens.selection import Select
 from gradlens.statistics.evidence import Moments, flat
 
@@ -115,19 +115,19 @@ def curvature(
         raise ArgumentError(f"samples must be at least 2, to say how noisy the diagonal is, not {samples}")
     if lr is not None and not lr > 0:
         raise ArgumentError(f"lr is the learning rate to compare with, above 0, not {lr!r}")
-    with Shelter(model, loss_fn, select=select) as shelter:
+    with IsolatedLoss(model, loss_fn, select=select) as isolated:
         random = torch.Generator().manual_seed(seed)
 
         def measure(loss: Tensor, gradient: list[Tensor]) -> tuple[float, np.ndarray, Moments, Spectrum]:
-            moments = hutchinson(shelter, gradient, tracked(range(samples), "Hessian diagonal", samples, progress), random)
-            return loss.item(), _host(gradient), moments, lanczos(shelter, gradient, random)
+            moments = hutchinson(isolated, gradient, tracked(range(samples), "Hessian diagonal", samples, progress), random)
+            return loss.item(), _host(gradient), moments, lanczos(isolated, gradient, random)
 
-        loss, partial, moments, spectrum = second_order.differentiated(shelter, measure)
+        loss, partial, moments, spectrum = second_order.differentiated(isolated, measure)
         diagonal, squares = _host(moments.mean), _host(moments.squares)
         return Curvature(
-            parameters=shelter.parameters,
-            index=(None,) * len(shelter.weights),
-            value=_host(shelter.weights),
+            parameters=isolated.parameters,
+            index=(None,) * len(isolated.weights),
+            value=_host(isolated.weights),
             partial=partial,
             curvature=diagonal,
             noise=np.sqrt(squares / (samples - 1) / samples),
@@ -143,25 +143,27 @@ def hessian_product(
     model: Target, loss_fn: Callable[[Any], Tensor], vector: Mapping[str, Tensor], *, select: Select = None
 ) -> dict[str, Tensor]:
     """H v for one vector, given and returned as tensors by parameter name; what `vector` leaves out counts as 0."""
-    with Shelter(model, loss_fn, select=select) as shelter:
-        names = shelter.parameters.names
+    with IsolatedLoss(model, loss_fn, select=select) as isolated:
+        names = isolated.parameters.names
         for name in vector:
             if name not in names:
                 raise ArgumentError(
                     f"the vector has an entry for {name!r}, which is no parameter here{nearest(name, names)}"
                 )
-        given = [vector.get(name, torch.zeros_like(w)) for name, w in zip(names, shelter.weights, strict=True)]
-        v = [x.to(w.device, w.dtype).reshape(w.shape) for x, w in zip(given, shelter.weights, strict=True)]
-        found = second_order.differentiated(shelter, lambda loss, gradient: second_order.product(shelter, gradient, v))
+        given = [vector.get(name, torch.zeros_like(w)) for name, w in zip(names, isolated.weights, strict=True)]
+        v = [x.to(w.device, w.dtype).reshape(w.shape) for x, w in zip(given, isolated.weights, strict=True)]
+        found = second_order.differentiated(isolated, lambda loss, gradient: second_order.product(isolated, gradient, v))
         return {name: x.detach() for name, x in zip(names, found, strict=True)}
 
 
-def hutchinson(shelter: Shelter, gradient: Sequence[Tensor], samples: Iterable[int], random: torch.Generator) -> Moments:
+def hutchinson(
+    isolated: IsolatedLoss, gradient: Sequence[Tensor], samples: Iterable[int], random: torch.Generator
+) -> Moments:
     """Moments of v * (H v) over vectors v of random signs: their mean estimates the diagonal."""
-    moments = Moments(shelter.weights)
+    moments = Moments(isolated.weights)
     for _ in samples:
-        v = [(torch.randint(0, 2, w.shape, generator=random) * 2 - 1).to(w) for w in shelter.weights]
-        moments.update([x * y for x, y in zip(v, second_order.product(shelter, gradient, v), strict=True)])
+        v = [(torch.randint(0, 2, w.shape, generator=random) * 2 - 1).to(w) for w in isolated.weights]
+        moments.update([x * y for x, y in zip(v, second_order.product(isolated, gradient, v), strict=True)])
     return moments
 
 
@@ -174,18 +176,18 @@ class Spectrum:
     residual: float
 
 
-def lanczos(shelter: Shelter, gradient: Sequence[Tensor], random: torch.Generator) -> Spectrum:
+def lanczos(isolated: IsolatedLoss, gradient: Sequence[Tensor], random: torch.Generator) -> Spectrum:
     """Extreme eigenvalues by the three-term recurrence: memory for three vectors, whatever the number of iterations.
 
     Without reorthogonalisation eigenvalues come twice, which does not touch the extreme ones (Paige 1980).
     """
-    v = [torch.randn(w.shape, generator=random, dtype=torch.float64).to(w) for w in shelter.weights]
+    v = [torch.randn(w.shape, generator=random, dtype=torch.float64).to(w) for w in isolated.weights]
     v = [x / second_order.norm(v) for x in v]
     last, beta = [torch.zeros_like(x) for x in v], 0.0
     alphas: list[float] = []
     betas: list[float] = []
     while True:
-        product = second_order.product(shelter, gradient, v)
+        product = second_order.product(isolated, gradient, v)
         alpha = second_order.dot(product, v).item()
         rest = [hv - alpha * x - beta * y for hv, x, y in zip(product, v, last, strict=True)]
         beta = second_order.norm(rest).item()

@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
-from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
 from gradlens.errors import ArgumentTypeError, ProbeError
 from gradlens.probes.untouched import randomness, set_randomness
+from gradlens.unwrapping import plain_name, unwrap_model
 
 Target = nn.Module | Mapping[str, Any]
 T = TypeVar("T")
@@ -32,7 +32,7 @@ class Loss(nn.Module):
         super().__init__()
         given = {"": target} if isinstance(target, nn.Module) else _mapping(target)
         self.single = isinstance(target, nn.Module)
-        self.places = {key: unwrap(part) for key, part in given.items() if isinstance(part, nn.Module)}
+        self.places = {key: unwrap_model(part) for key, part in given.items() if isinstance(part, nn.Module)}
         self.plain = _plain({key: part for key, part in given.items() if not isinstance(part, nn.Module)}, self.places)
         self.parts = nn.ModuleList(self.places.values())
         self.functions = (loss_fn,)  # in a tuple, since a loss that is a module is no part of the model
@@ -58,7 +58,10 @@ class Loss(nn.Module):
         for raw, tensor in self.named_parameters():
             _, place, inner = raw.split(".", 2)
             key = keys[int(place)]
-            found[raw] = (f"{key}.{_shown(self.places[key], inner)}" if key else _shown(self.places[key], inner), tensor)
+            found[raw] = (
+                f"{key}.{plain_name(self.places[key], inner)}" if key else plain_name(self.places[key], inner),
+                tensor,
+            )
         return found | {name: (name, tensor) for name, tensor in self.plain.items()}
 
     def _refuse_ignored(self, batch: tuple) -> None:
@@ -115,17 +118,6 @@ class _Unusable:
     __getattr__ = __call__ = __getitem__ = __iter__ = __len__ = __bool__ = __contains__ = _use
 
 
-def unwrap(module: nn.Module) -> nn.Module:
-    """The model within `torch.compile`, DDP and DataParallel wrappers, which must not see a probe's passes."""
-    while True:
-        if isinstance(module, DistributedDataParallel | DataParallel):
-            module = module.module
-        elif isinstance(getattr(module, "_orig_mod", None), nn.Module):
-            module = module._orig_mod  # type: ignore[assignment]
-        else:
-            return module
-
-
 def check_arguments(loss_fn: Callable, batched: bool) -> None:
     """Raise when the loss function cannot be called the way it will be."""
     if not callable(loss_fn):
@@ -143,18 +135,6 @@ def check_arguments(loss_fn: Callable, batched: bool) -> None:
         raise ArgumentTypeError(f"loss_fn is called as loss_fn({', '.join(call)}) here, and cannot be: {error}") from None
     except ValueError:  # a builtin that does not tell
         pass
-
-
-def _shown(module: nn.Module, raw: str) -> str:
-    """A parameter's name without the prefixes of wrappers."""
-    *path, leaf = raw.split(".")
-    words = []
-    for child in path:
-        wraps = child == "module" and isinstance(module, DistributedDataParallel | DataParallel)
-        if not wraps and child not in ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"):
-            words.append(child)
-        module = module._modules[child]  # type: ignore[assignment]
-    return ".".join([*words, leaf])
 
 
 def _mapping(target: object) -> Mapping[str, Any]:

@@ -10,7 +10,6 @@ is symmetric): that is what `check_partials` does.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -19,13 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradlens.errors import ArgumentError, ArgumentTypeError, nearest
+from gradlens.errors import ArgumentError, nearest
 from gradlens.probes import second_order
+from gradlens.probes.isolated_loss import IsolatedLoss
 from gradlens.probes.loss import Target
-from gradlens.probes.partials import label
-from gradlens.probes.shelter import Shelter
 from gradlens.records import Parameters
 from gradlens.selection import Select
+from gradlens.weight_names import is_index, label, parse_weight
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -51,18 +50,18 @@ def mixed_partials(
     """
     import pandas as pd
 
-    all_of_them = Shelter(target, loss_fn).parameters
+    all_of_them = IsolatedLoss(target, loss_fn).parameters
     places = _places(all_of_them, all_of_them.names if weights is None else weights)
     wanted = {name for name, _ in places}
-    with Shelter(target, loss_fn, select=lambda name, tensor: name in wanted, wide=True) as shelter:
-        position = shelter.parameters.position
+    with IsolatedLoss(target, loss_fn, select=lambda name, tensor: name in wanted, wide=True) as isolated:
+        position = isolated.parameters.position
         at = [(position[name], index) for name, index in places]
 
         def block(loss: Tensor, gradient: list[Tensor]) -> list[list[float]]:
-            rows = [second_order.again(shelter, gradient[p][index]) for p, index in at]
+            rows = [second_order.again(isolated, gradient[p][index]) for p, index in at]
             return [[row[p][index].item() for p, index in at] for row in rows]
 
-        found = second_order.differentiated(shelter, block)
+        found = second_order.differentiated(isolated, block)
     labels = [label(name, index) for name, index in places]
     return pd.DataFrame(np.array(found, np.float64).reshape(len(at), len(at)), index=labels, columns=labels)
 
@@ -85,14 +84,12 @@ def _places(parameters: Parameters, weights: Weight | Sequence[Weight]) -> list[
 
 def _is_one(weights: object) -> bool:
     """Whether this is one weight with its index, and not two weights."""
-    if not isinstance(weights, tuple) or len(weights) != 2 or not isinstance(weights[0], str):
-        return False
-    return not isinstance(weights[1], str) and all(isinstance(i, int) for i in np.atleast_1d(weights[1]).tolist())
+    return isinstance(weights, tuple) and len(weights) == 2 and isinstance(weights[0], str) and is_index(weights[1])
 
 
 def _entries(parameters: Parameters, weight: object) -> list[tuple[str, tuple[int, ...]]]:
     """The place of one weight, or of all those of a parameter that is named without an index."""
-    name, index = _parse(parameters, weight)
+    name, index = parse_weight(weight, parameters.names)
     if name not in parameters.position:
         raise ArgumentError(f"{name!r} is no parameter with partials here{nearest(name, parameters.names)}")
     shape = parameters.shapes[parameters.position[name]]
@@ -102,21 +99,6 @@ def _entries(parameters: Parameters, weight: object) -> list[tuple[str, tuple[in
     if not inside:
         raise ArgumentError(f"{label(name, index)} is outside of {name!r}, whose shape is {shape}")
     return [(name, index)]
-
-
-def _parse(parameters: Parameters, weight: object) -> tuple[str, tuple[int, ...] | None]:
-    if isinstance(weight, str):
-        written = None if weight in parameters.position else re.fullmatch(r"(.*)\[([\d,\s]*)\]", weight)
-        if written is None:
-            return weight, None
-        return written[1], tuple(int(i) for i in written[2].replace(",", " ").split())
-    if isinstance(weight, tuple) and len(weight) == 2 and isinstance(weight[0], str):
-        index = weight[1] if isinstance(weight[1], tuple | list) else (weight[1],)
-        if all(isinstance(i, int | np.integer) and not isinstance(i, bool) for i in index):
-            return weight[0], tuple(int(i) for i in index)
-    raise ArgumentTypeError(
-        f"a weight is ('fc1.weight', (0, 3)), 'fc1.weight[0, 3]', or a name for all its entries, not {weight!r}"
-    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,20 +150,20 @@ def check_symmetry(
     """
     if k < 1:
         raise ArgumentError(f"k is the number of pairs of directions, at least 1, not {k}")
-    with Shelter(model, loss_fn, select=select, wide=True) as shelter:
+    with IsolatedLoss(model, loss_fn, select=select, wide=True) as isolated:
         random = torch.Generator().manual_seed(seed)
-        directions = [[_normal(w, random) for w in shelter.weights] for _ in range(2 * k)]
+        directions = [[_normal(w, random) for w in isolated.weights] for _ in range(2 * k)]
 
         def pairs(loss: Tensor, gradient: list[Tensor]) -> list[tuple[float, float, float]]:
             rows = []
             for u, v in zip(directions[::2], directions[1::2], strict=True):
-                hu, hv = second_order.product(shelter, gradient, u), second_order.product(shelter, gradient, v)
+                hu, hv = second_order.product(isolated, gradient, u), second_order.product(isolated, gradient, v)
                 scale = (second_order.norm(u) * second_order.norm(hv) + second_order.norm(v) * second_order.norm(hu)) / 2
                 rows.append((second_order.dot(u, hv).item(), second_order.dot(v, hu).item(), scale.item()))
             return rows
 
-        found = second_order.differentiated(shelter, pairs)
-        return Symmetry(_frame(found), tolerance, shelter.narrow)
+        found = second_order.differentiated(isolated, pairs)
+        return Symmetry(_frame(found), tolerance, isolated.narrow)
 
 
 def _frame(found: Sequence[tuple[float, float, float]]) -> pd.DataFrame:

@@ -16,37 +16,37 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gradlens.errors import ProbeError
+from gradlens.probes.isolated_loss import IsolatedLoss
 from gradlens.probes.loss import nodes
-from gradlens.probes.shelter import Shelter
 
 T = TypeVar("T")
 _MISSING = re.compile(r"derivative for '?([\w:.]+)'? is not implemented")
 
 
-def differentiated(shelter: Shelter, then: Callable[[Tensor, list[Tensor]], T], *batch: Any) -> T:
+def differentiated(isolated: IsolatedLoss, then: Callable[[Tensor, list[Tensor]], T], *batch: Any) -> T:
     """`then(loss, gradient)`, where the gradient can itself be differentiated; zeros where the loss does not depend."""
 
     def gradient(loss: Tensor) -> T:
         # Autograd takes a backward that is `once_differentiable` for a linear one, in silence. With a seed that requires a
         # gradient it puts a node that would raise into the graph, though off the way to the weights: so look for it.
-        partials = shelter.grad(loss, torch.ones_like(loss).requires_grad_(), create_graph=True)
+        partials = isolated.grad(loss, torch.ones_like(loss).requires_grad_(), create_graph=True)
         if "torch::autograd::Error" in nodes(*(g for g in partials if g is not None)):
             raise _no_second_derivative("a custom autograd.Function marked once_differentiable")
-        return then(loss, [torch.zeros_like(w) if g is None else g for g, w in zip(partials, shelter.weights, strict=True)])
+        return then(loss, [torch.zeros_like(w) if g is None else g for g, w in zip(partials, isolated.weights, strict=True)])
 
     with sdpa_kernel(SDPBackend.MATH), _twice():
-        return shelter.evaluate(gradient, *batch)
+        return isolated.evaluate(gradient, *batch)
 
 
-def product(shelter: Shelter, gradient: Sequence[Tensor], vector: Sequence[Tensor]) -> list[Tensor]:
+def product(isolated: IsolatedLoss, gradient: Sequence[Tensor], vector: Sequence[Tensor]) -> list[Tensor]:
     """H v, one tensor a weight tensor; within `differentiated`."""
-    return again(shelter, dot(gradient, vector))
+    return again(isolated, dot(gradient, vector))
 
 
-def again(shelter: Shelter, output: Tensor) -> list[Tensor]:
+def again(isolated: IsolatedLoss, output: Tensor) -> list[Tensor]:
     """Partials of something made from the gradient; 0 where it does not depend on a weight."""
-    partials = shelter.grad(output, retain_graph=True)
-    return [torch.zeros_like(w) if g is None else g for g, w in zip(partials, shelter.weights, strict=True)]
+    partials = isolated.grad(output, retain_graph=True)
+    return [torch.zeros_like(w) if g is None else g for g, w in zip(partials, isolated.weights, strict=True)]
 
 
 def dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:

@@ -42,6 +42,7 @@ from gradlens.store.segment import Segment
 from gradlens.store.tables import STAGES, TABLES
 
 if TYPE_CHECKING:
+    import numpy as np
     import pandas as pd
 
 ORDERS = ("sensitivity", "saliency", "value", "partial")
@@ -70,8 +71,8 @@ class Run:
     a range, or a slice, which ends before its stop.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | os.PathLike[str], *, max_bytes: int | None = None) -> None:
+        self.path, self._max_bytes = Path(path), max_bytes
         self.created = segment.marked(self.path).get("created")
         self.notes = self._torn()  #: what a crash has left incomplete
         for note in self.notes:
@@ -152,6 +153,10 @@ class Run:
     def scalars(self, *, steps: Steps = None) -> pd.DataFrame:
         """Observed numbers: one row a step, one column a name (`loss`, ...)."""
         return answers.scalars(self._find("scalars", ["value"], Filter(steps=steps)))
+
+    def scalar(self, name: str, *, steps: Steps = None) -> tuple[np.ndarray, np.ndarray]:
+        """One observed number as arrays, `(steps, values)`; both empty where it was never observed. Needs no pandas."""
+        return answers.scalar(self._find("scalars", ["value"], Filter(steps=steps)), name)
 
     def noise_scale(self, *, steps: Steps = None, decay: float = DECAY) -> NoiseScale:
         """How noisy the gradient of one micro-batch is: the batch size above which larger ones bring little.
@@ -240,6 +245,11 @@ class Run:
         """The steps of which there are rows, rising."""
         return rows.steps(self.path, "history", stage)
 
+    def extent(self) -> tuple[int, int, int] | None:
+        """How many rows were recorded, replaced ones included, and the first and last step; None: nothing yet. Files tell it
+        without being read, where `steps()` reads them."""
+        return rows.extent(self.path, "history")
+
     def names(self) -> list[str]:
         """The parameters, in model order."""
         return list(dict.fromkeys(name for each in self._segments() for name, *_ in each.parameters))
@@ -273,7 +283,7 @@ class Run:
         return notes
 
     def _find(self, table: str, values: Sequence[str], asked: Filter) -> Found:
-        return rows.find(self.path, table, values, asked)
+        return rows.find(self.path, table, values, asked, self._max_bytes)
 
     def _last_step(self, table: str, stage: str | None = None) -> int:
         last = rows.last_step(self.path, table, stage)

@@ -17,8 +17,8 @@ from typing import Any
 
 from torch import Tensor
 
-from gradlens.analysis.diagnosis import Diagnosis
 from gradlens.analysis.history import History
+from gradlens.analysis.ruleset import RuleSet
 from gradlens.errors import FindingError, GradlensWarning
 from gradlens.facts import Fact
 from gradlens.records import Finding, Severity, Snapshot
@@ -78,11 +78,11 @@ class RecordConsumer:
     def __init__(
         self,
         history: History,
-        diagnosis: Diagnosis,
+        rules: RuleSet,
         writers: Sequence[Writer],
         on_finding: Callable[[Finding], None],
     ) -> None:
-        self._history, self._diagnosis, self._on_finding = history, diagnosis, on_finding
+        self._history, self._rules, self._on_finding = history, rules, on_finding
         self._durable = Fanout([writer for writer in writers if _durable(writer)])
         self._others = Fanout([writer for writer in writers if not _durable(writer)])
         self.waiting: Callable[[], list[Any]] = list
@@ -102,7 +102,7 @@ class RecordConsumer:
         for snapshot in snapshots:
             self._history.append(snapshot)
             self._others.write(snapshot)
-            for finding in self._diagnosis(self._history):
+            for finding in self._rules(self._history):
                 self._found(finding)
 
     def _record(self, parcel: TableBatch) -> list[Snapshot]:
@@ -169,7 +169,7 @@ class Recorder:
         self._failures, self._on_finding = failures, on_finding
         self._to_raise: list[Finding] = []
         self._facts: list[Fact] = []
-        self._consumer = RecordConsumer(self.history, Diagnosis(rules), writers, self._found)
+        self._consumer = RecordConsumer(self.history, RuleSet(rules), writers, self._found)
         self._background = Background(self._consumer)
         self._consumer.waiting = self._background.waiting
 

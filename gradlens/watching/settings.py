@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from gradlens.capture.attachment import Attachment
-from gradlens.capture.updates import inner
 from gradlens.errors import ArgumentError, ArgumentTypeError, GradlensWarning, choice
 from gradlens.records import Finding, Stage
+from gradlens.unwrapping import unwrap_optimizer
 from gradlens.watching import process_group
 from gradlens.writers.base import Writer
 
@@ -78,7 +78,7 @@ def optimizers_of(given: Any) -> list[torch.optim.Optimizer]:
     if given is None:
         return []
     listed = list(given) if isinstance(given, list | tuple | set | frozenset) else [given]
-    result = [inner(optimizer) for optimizer in listed]
+    result = [unwrap_optimizer(optimizer) for optimizer in listed]
     for optimizer, original in zip(result, listed, strict=True):
         if not isinstance(optimizer, torch.optim.Optimizer):
             hint = "; the model comes first: watch(model, optimizer)" if isinstance(original, torch.nn.Module) else ""

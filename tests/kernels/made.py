@@ -77,12 +77,12 @@ def expected_scalars(g, w=None, p=None):
         "abs_max": extreme(max, [abs(x) for x in fine]),
         "abs_min_nonzero": extreme(min, [abs(x) for x in fine if x != 0]),
     }
-    row |= dict.fromkeys([f.name for f in fields.WEIGHTS], math.nan)
-    row |= {f.name: 0 if f.dtype == "int64" else math.nan for f in fields.FLIPS}
+    row |= {f.name: 0 if f.dtype == "int64" else math.nan for f in fields.WEIGHTS + fields.FLIPS}
     if w is not None:
         finite = [x for x in w if math.isfinite(x)]
         row["weight_square_sum"] = total(x * x for x in finite)
         row["weight_abs_max"] = extreme(max, [abs(x) for x in finite])
+        row["weight_nonfinite"] = len(w) - len(finite)
         row["dot"] = total(x * y for x, y in zip(g, w, strict=True) if math.isfinite(x) and math.isfinite(y))
     if p is not None:
         pairs = [(x, y) for x, y in zip(g, p, strict=True) if math.isfinite(x) and math.isfinite(y)]
@@ -188,6 +188,7 @@ def expected_update(used, before, after, loss=None):
         "update_numel": len(before),
         "update_square_sum": total(dw * dw for _, dw, _ in places),
         "update_before_square_sum": total(w * w for w, _, _ in places),
+        "update_nonfinite": sum(not math.isfinite(w) for w in after),
     }
     row |= {f.name: 0 if f.dtype == "int64" else math.nan for f in fields.UPDATES if f.name not in row}
     if used is not None:

@@ -9,7 +9,7 @@ from gradlens.errors import ArgumentError, ProbeError
 from gradlens.probes.curvature import curvature, hessian_product
 from gradlens.probes.mixed_partials import mixed_partials
 
-from .traces import trace
+from .helpers import trace
 
 
 def quadratic(seed=0, n=12):

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from gradlens.errors import ArgumentError, ArgumentTypeError, ProbeError
 from gradlens.probes.mixed_partials import check_symmetry, mixed_partials
 
-from .traces import trace
+from .helpers import trace
 
 numbers = st.floats(-10, 10, allow_nan=False)
 

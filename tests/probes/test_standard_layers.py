@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from gradlens.probes.finite_difference import check_partials
 
-from .traces import trace
+from .helpers import trace
 
 WORDS = torch.tensor([[0, 3], [1, 1], [4, 2]])
 CLASSES = torch.tensor([0, 2, 1, 3])

@@ -21,7 +21,7 @@ from gradlens.analysis.rules.scaling import ClippedScaled, LossScaled, Skipped
 from gradlens.analysis.rules.settings import Epsilon, EvalMode, ForeignParameters, LearningRateGone, WeightDecay
 from gradlens.analysis.rules.stale import Stale
 from gradlens.analysis.rules.structure import Fading, Identical, InputScale
-from gradlens.analysis.rules.updates import Shrunk, Swallowed, Unmoved, UpdateRatio
+from gradlens.analysis.rules.updates import RoundedAway, Shrunk, Unmoved, UpdateRatio
 from gradlens.analysis.rules.vanishing import Vanishing
 
 DEFAULT: tuple[Rule, ...] = (
@@ -36,7 +36,7 @@ DEFAULT: tuple[Rule, ...] = (
     Lost(),
     Unstepped(),
     UpdateRatio(),
-    Swallowed(),
+    RoundedAway(),
     Shrunk(),
     Unmoved(),
     Stale(),
@@ -81,7 +81,7 @@ __all__ = [
     "Unstepped",
     # what the optimizer does with it
     "UpdateRatio",
-    "Swallowed",
+    "RoundedAway",
     "Shrunk",
     "Unmoved",
     "Stale",

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 
 from gradlens.analysis.history import History
-from gradlens.analysis.rules.base import check_steps, judged, number, on_steps
-from gradlens.analysis.rules.occasional import graphs, loss_trend, settings
+from gradlens.analysis.rules.base import check_steps, format_number, judged, on_steps
+from gradlens.analysis.rules.occasional import Occasional, graphs, loss_trend, settings
 from gradlens.records import Finding, Severity, Snapshot, Stage, Status
 
 #: How far equal sums may be apart, beside their sizes.
@@ -18,7 +18,7 @@ EQUAL = 1e-6
 
 
 @dataclass(frozen=True)
-class LastOnly:
+class LastOnly(Occasional):
     """The optimizer used the gradient of the last backward alone, though each had some: `zero_grad()` for each micro-batch.
 
     The weights must not have moved between the passes: where they do (SAM), the last gradient is meant. Asked on `steps`
@@ -32,9 +32,10 @@ class LastOnly:
     def __post_init__(self) -> None:
         check_steps(self)
 
-    def __call__(self, history: History) -> Iterable[Finding]:
-        newest = history.latest()
-        if newest is None or newest.stage != Stage.USED or newest.backward < 1:
+    def look(self, history: History) -> Iterator[Finding]:
+        """At the last steps."""
+        newest = history.latest(Stage.USED)
+        if newest is None or newest.backward < 1:
             return
         checked = 0
         for now in reversed(history.recent(self.steps, Stage.USED)):
@@ -61,7 +62,7 @@ class LastOnly:
 
 def _passes(history: History, now: Snapshot) -> list[Snapshot]:
     """The backward passes of a step up to its update."""
-    own = [s for s in history.recent(4, Stage.BACKWARD) if s.step == now.step and s.backward <= now.backward]
+    own = [s for s in history.recent(8, Stage.BACKWARD) if s.step == now.step and s.backward <= now.backward]
     return own if len(own) > 1 and all(s.names == now.names for s in own) else []
 
 
@@ -88,7 +89,7 @@ def _near(a: np.ndarray, b: np.ndarray, size: np.ndarray) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Undivided:
+class Undivided(Occasional):
     """Micro-batches whose gradients add up, of losses that were not divided: the step is that many times too large.
 
     An info where the training learns all the same, as a smaller learning rate makes up for it.
@@ -103,9 +104,10 @@ class Undivided:
         check_steps(self, "least")
         check_steps(self)
 
-    def __call__(self, history: History) -> Iterable[Finding]:
-        newest = history.latest()
-        if newest is None or newest.stage != Stage.USED or newest.backward + 1 < self.least or len(settings(history)) > 1:
+    def look(self, history: History) -> Iterator[Finding]:
+        """At the last steps."""
+        newest = history.latest(Stage.USED)
+        if newest is None or newest.backward + 1 < self.least or len(settings(history)) > 1:
             return
         looked = graphs(history)
         if not looked or any(_divided(graph.operations[0].name) for graph in looked if graph.operations):
@@ -122,7 +124,7 @@ class Undivided:
             stage=newest.stage,
             seen=f"the gradients of {passes} backwards are summed and their losses are not divided by {passes}: the step is "
             f"{passes} times that of their mean"
-            + (f", and the loss went from {number(trend.start)} to {number(trend.now)}" if trend.ill else ""),
+            + (f", and the loss went from {format_number(trend.start)} to {format_number(trend.now)}" if trend.ill else ""),
             causes=(f"gradient accumulation without dividing the loss: the sum of {passes} micro-batches, not their mean",),
             remedy=f"(loss / {passes}).backward(), or a learning rate for the sum",
             value=float(passes),

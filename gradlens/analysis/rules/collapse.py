@@ -9,7 +9,7 @@ from typing import ClassVar
 import numpy as np
 
 from gradlens.analysis.history import History
-from gradlens.analysis.rules.base import check_number, check_steps, number
+from gradlens.analysis.rules.base import check_number, check_steps, format_number
 from gradlens.analysis.rules.occasional import (
     Occasional,
     features,
@@ -57,8 +57,8 @@ class Collapse(Occasional):
                 severity=Severity.WARNING,
                 seen=f"the model says nearly the same for every example: the features that {layer or 'the last layer'!r} "
                 f"gets "
-                f"differ by {number(now.spread)} of their size over the batch (at the start by "
-                f"{number(facts[0].spread)}){dead}, "
+                f"differ by {format_number(now.spread)} of their size over the batch (at the start by "
+                f"{format_number(facts[0].spread)}){dead}, "
                 "and the loss does not fall",
                 causes=_causes(facts[0].spread, self.spread, now.dead),
                 remedy="a smaller learning rate; for embeddings a loss that is 0 only when they differ (semi-hard "
@@ -107,9 +107,10 @@ class EmptyLatent(Occasional):
                 rule=self.name,
                 step=newest_step(history),
                 severity=Severity.WARNING,
-                seen=f"the latent carries nothing: {name or 'mu'} differs between examples by {number(ratios[-1])} of the "
+                seen=f"the latent carries nothing: {name or 'mu'} differs between examples by {format_number(ratios[-1])} "
+                f"of the "
                 f"noise "
-                f"that is added (at the start by {number(ratios[0])}), so the decoder gets noise alone",
+                f"that is added (at the start by {format_number(ratios[0])}), so the decoder gets noise alone",
                 causes=(
                     "posterior collapse: the KL term is too heavy beside the reconstruction (one summed, the other "
                     "averaged)",
@@ -160,7 +161,8 @@ class DiscriminatorWon(Occasional):
             rule=self.name,
             step=newest_step(history),
             severity=Severity.WARNING,
-            seen=f"the discriminator {judge!r} has won: its loss fell from {number(began)} to {number(now)}, and what its "
+            seen=f"the discriminator {judge!r} has won: its loss fell from {format_number(began)} to {format_number(now)}, "
+            f"and what its "
             f"verdict "
             f"tells {maker!r} " + (f"fell to {faded:.1%} of what it was" if faded < 0.1 else "no longer lowers its loss"),
             causes=(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import ClassVar
@@ -10,11 +10,11 @@ from typing import ClassVar
 import numpy as np
 
 from gradlens.analysis import patterns
-from gradlens.analysis.history import History
-from gradlens.analysis.rules.base import check_steps, lasting, remembered
+from gradlens.analysis.history import Columns, History
+from gradlens.analysis.rules.base import ColumnRule, check_steps, newest_of, of_whole_model
 from gradlens.analysis.rules.occasional import Occasional, graphs, loss_trend, newest_step
 from gradlens.facts import Graph
-from gradlens.records import Finding, Severity, Snapshot, Stage, Status
+from gradlens.records import Finding, Severity, Stage, Status
 
 
 @lru_cache(maxsize=64)
@@ -45,32 +45,24 @@ class GraphAudit(Occasional):
 
 
 @dataclass(frozen=True)
-class Cut:
+class Cut(ColumnRule):
     """The optimizer steps, and the loss reaches none of its parameters, on each of the last steps."""
 
     steps: int = 5
 
     name: ClassVar[str] = "cut"
+    stages: ClassVar[tuple[str, ...]] = (Stage.USED,)
+    settled: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_steps(self)
 
-    def __call__(self, history: History) -> Iterable[Finding]:
-        newest = history.latest()
-        if newest is None or newest.stage != Stage.USED or not nothing_reached(newest).any():
-            return ()
-        rows = lasting(history, _nothing, self.steps)
-        return (patterns.cut(newest.step, steps=self.steps),) if len(rows) == len(newest) else ()
+    def holds(self, columns: Columns) -> np.ndarray:
+        """Whether every parameter that trains is absent."""
+        trained = ~columns.has(Status.FROZEN)
+        absent = columns.has(Status.ABSENT) | ~trained
+        return of_whole_model(columns, np.asarray(absent.all(axis=1)), np.asarray(trained.any(axis=1)))
 
-
-def nothing_reached(snapshot: Snapshot) -> np.ndarray:
-    """`[n]` whether the loss reached no parameter at all."""
-    trained = ~snapshot.has(Status.FROZEN)
-    absent = snapshot.has(Status.ABSENT)
-    cut = bool(len(snapshot) and trained.any() and absent[trained].all())
-    return np.full(len(snapshot), cut)
-
-
-@remembered
-def _nothing(snapshot: Snapshot) -> np.ndarray:
-    return nothing_reached(snapshot).astype(np.int8)
+    def findings(self, history: History, rows: Sequence[int]) -> Iterable[Finding]:
+        """One for the whole model."""
+        return (patterns.cut(newest_of(history).step, steps=self.steps),)

@@ -10,7 +10,7 @@ from typing import ClassVar
 import numpy as np
 
 from gradlens.analysis.history import History
-from gradlens.analysis.rules.base import check_number, check_steps, number
+from gradlens.analysis.rules.base import check_number, check_steps, format_number
 from gradlens.analysis.rules.occasional import Occasional, features, loss_trend, middle, newest_step, operations, settings
 from gradlens.analysis.trend import State, Trend
 from gradlens.facts import words
@@ -24,7 +24,8 @@ SUPERVISED = words(
 
 
 def _loss(trend: Trend) -> str:
-    return f"the loss went from {number(trend.start)} to {number(trend.now)} in {trend.last - trend.first + 1} steps"
+    start, now = format_number(trend.start), format_number(trend.now)
+    return f"the loss went from {start} to {now} in {trend.last - trend.first + 1} steps"
 
 
 @dataclass(frozen=True)
@@ -60,11 +61,12 @@ class TooSlow(Occasional):
             rule=self.name,
             step=newest_step(history),
             severity=Severity.WARNING,
-            seen=f"the training creeps: a step moves the weights by {number(ratio)} of their norm (about 1e-3 is usual), "
+            seen=f"the training creeps: a step moves the weights by {format_number(ratio)} of their norm (about 1e-3 is "
+            f"usual), "
             f"successive gradients still agree (cosine {late:.2f}), and {_loss(trend)}",
             causes=(
                 "the learning rate is too small",
-                "the loss is multiplied by a small number, or its gradient is clipped far below its norm",
+                "the loss is multiplied by a small format_number, or its gradient is clipped far below its norm",
             ),
             remedy="raise the learning rate by factors of 10, until |dw|/|w| is near 1e-3 or the loss falls",
             value=ratio,
@@ -115,7 +117,7 @@ class TooFast(Occasional):
         if not bounces and not (leaps and (trend.state == State.RISES or late > self.ratio or early > 0.5)):
             return
         how = f"successive gradients point against each other (cosine {cosine:.2f})" if bounces else ""
-        size = f"steps move the weights by up to {number(max(early, late))} of their norm" if leaps else ""
+        size = f"steps move the weights by up to {format_number(max(early, late))} of their norm" if leaps else ""
         yield Finding(
             rule=self.name,
             step=newest_step(history),
@@ -167,7 +169,7 @@ class Disagreement(Occasional):
             severity=Severity.WARNING,
             seen=f"batches agree on nothing: successive gradients have a cosine of {whole:.2f} from the start on, with "
             f"steps of "
-            f"a usual size (|dw|/|w| {number(ratio)}), and {_loss(trend)}",
+            f"a usual size (|dw|/|w| {format_number(ratio)}), and {_loss(trend)}",
             causes=(
                 "labels or targets that do not belong to their inputs: one of the two was shuffled, sorted or cut alone",
                 "inputs that say nothing about the target",

@@ -1,7 +1,7 @@
 """Rules about the whole run: what they look at changes slowly, so they are asked now and then.
 
-An `Occasional` rule looks at the run when it has grown by a tenth since its last look, and repeats its answer in between:
-what it found stays found until it looks again.
+An `Occasional` rule looks at the run when it has grown by a tenth since its last look: what it found stays found until it
+looks again.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
+from gradlens.analysis.course import Course
 from gradlens.analysis.history import History
 from gradlens.analysis.trend import Trend, trend
 from gradlens.facts import Features, Graph, Modes, Settings
@@ -22,25 +23,19 @@ GROWTH = 1.1
 #: A look is taken at most each so many steps.
 EVERY = 5
 
-_looks: WeakKeyDictionary[History, dict[object, tuple[int, tuple[Finding, ...]]]] = WeakKeyDictionary()
-_trends: WeakKeyDictionary[History, tuple[int, int, Trend]] = WeakKeyDictionary()
+_trends: WeakKeyDictionary[Course, tuple[int, int, Trend]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
 class Occasional:
-    """A rule about the run as a whole. Subclasses give `look(history)`."""
+    """A rule about the run as a whole. Subclasses give `look(history)`, which the rule set asks when one is due."""
 
     def __call__(self, history: History) -> Iterable[Finding]:
-        newest = history.latest()
-        if newest is None or (newest.stage != Stage.USED and history.latest(Stage.USED) is not None):
-            return ()
-        seen = history.course.seen
-        answers = _looks.setdefault(history, {})
-        due, found = answers.get(self, (0, ()))
-        if seen >= due:
-            found = tuple(self.look(history))
-            answers[self] = (max(seen + EVERY, math.ceil(seen * GROWTH)), found)
-        return found
+        return tuple(self.look(history)) if history.newest() is not None else ()
+
+    def next_look(self, seen: int) -> int:
+        """At how many steps it looks again, after it looked at so many."""
+        return max(seen + EVERY, math.ceil(seen * GROWTH))
 
     def look(self, history: History) -> Iterator[Finding]:
         """What is found in the run so far."""
@@ -49,10 +44,10 @@ class Occasional:
 
 def loss_trend(history: History) -> Trend:
     """What the loss did so far; asked by many rules at the same step."""
-    key = (history.course.seen, len(history.facts))
-    known = _trends.get(history)
+    course, key = history.course, (history.course.seen, len(history.facts))
+    known = _trends.get(course)
     if known is None or known[:2] != key:
-        known = _trends[history] = (*key, trend(history.course, history.facts))
+        known = _trends[course] = (*key, trend(course, history.facts))
     return known[2]
 
 

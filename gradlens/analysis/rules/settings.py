@@ -9,7 +9,7 @@ from typing import ClassVar
 import numpy as np
 
 from gradlens.analysis.history import History
-from gradlens.analysis.rules.base import check_number, check_steps, number
+from gradlens.analysis.rules.base import check_number, check_steps, format_number
 from gradlens.analysis.rules.occasional import Occasional, graphs, loss_trend, middle, modes, newest_step, settings
 from gradlens.records import Finding, Severity
 
@@ -55,7 +55,8 @@ class LearningRateGone(Occasional):
                 self.name,
                 history,
                 Severity.WARNING,
-                f"the learning rate fell from {number(peak)} to {number(changes[-1].lr)}: it has been gone since step "
+                f"the learning rate fell from {format_number(peak)} to {format_number(changes[-1].lr)}: it has been gone "
+                f"since step "
                 f"{since}, for {now - since} of {whole} steps",
                 (
                     "the schedule is stepped for each batch, and its numbers are meant for epochs: step_size, T_max, gamma",
@@ -203,9 +204,11 @@ class WeightDecay(Occasional):
             self.name,
             history,
             Severity.WARNING,
-            f"weight decay {decay:g} wins against the gradient: it pulls {number(pull)} times as hard in the first half of "
+            f"weight decay {decay:g} wins against the gradient: it pulls {format_number(pull)} times as hard in the first "
+            f"half of "
             f"the "
-            f"run, the weights' norm went from {number(weights[0])} to {number(float(weights[-1]))}, and the loss does not "
+            f"run, the weights' norm went from {format_number(weights[0])} to {format_number(float(weights[-1]))}, and the "
+            f"loss does not "
             f"fall",
             ("weight_decay is too large beside the gradient",),
             "divide weight_decay by 10 or 100: 1e-4 to 5e-4 is usual for SGD and Adam, 0.01 to 0.1 for AdamW",

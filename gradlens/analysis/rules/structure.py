@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 
-from gradlens.analysis.history import History
+from gradlens.analysis.history import Columns, History
 from gradlens.analysis.rules.base import (
-    EachRow,
+    BlockCondition,
+    ColumnRule,
     check_number,
     check_steps,
+    format_number,
     judged,
-    lasting,
     layout,
-    number,
+    newest_of,
     on_steps,
-    remembered,
-    said,
+    tristate,
 )
 from gradlens.analysis.rules.learning import last_spread
 from gradlens.analysis.rules.occasional import Occasional, features, graphs, loss_trend, newest_step, used
@@ -29,8 +29,8 @@ from gradlens.records import Finding, Severity, Snapshot, Stage, Status
 
 
 @dataclass(frozen=True)
-class Identical:
-    """All partials of a weight are the same number, at each of the last steps: its units are copies of each other.
+class Identical(ColumnRule):
+    """All partials of a weight are the same format_number, at each of the last steps: its units are copies of each other.
 
     Units that start with the same weights get the same gradient and stay the same (symmetry is broken by random
     initialisation). `spread`: the standard deviation of the partials beside their rms; a healthy weight has near 1.
@@ -40,19 +40,32 @@ class Identical:
     steps: int = 3
 
     name: ClassVar[str] = "identical"
+    stages: ClassVar[tuple[str, ...]] = (Stage.USED,)
 
     def __post_init__(self) -> None:
         check_number(self, "spread", most=0.1)
         check_steps(self)
 
-    def __call__(self, history: History) -> Iterable[Finding]:
-        newest = history.latest()
-        if newest is None or newest.stage != Stage.USED:
-            return ()
-        if history.course.seen <= 1 and (constant := _constant(newest)):
-            return [self._initial(newest, constant)]
-        rows = lasting(history, self._same, self.steps)
-        return EachRow(self.name, Severity.WARNING, newest, rows, lambda row: self._finding(newest, row))
+    def conditions(self) -> tuple[tuple[BlockCondition, int], ...]:
+        """Partials that are one number for some steps, and weights that begin with entries of one size."""
+        return ((self.holds, self.steps), (_constant, 1))
+
+    def findings(self, history: History, rows: Sequence[int], constant: Sequence[int]) -> Iterable[Finding]:
+        """Of what begins so, one for all; of partials one a parameter."""
+        newest = newest_of(history)
+        if constant:
+            yield self._initial(newest, tuple(newest.names[row] for row in constant))
+        yield from (self._finding(newest, row) for row in rows)
+
+    def holds(self, columns: Columns) -> np.ndarray:
+        """Where all partials of a weight are the same number."""
+        of = columns.columns
+        known = layout(columns.parameters).matrix & columns.has(Status.OK) & (of["numel"] >= 4)
+        n = np.maximum(of["numel"], 1)
+        with np.errstate(invalid="ignore"):
+            mean, square = of["sum"] / n, of["square_sum"] / n
+            same = (square > 0) & (np.abs(square - mean**2) < self.spread**2 * square)
+        return tristate(same & (of["zero"] == 0), known)
 
     def _finding(self, newest: Snapshot, row: int) -> Finding:
         return Finding(
@@ -62,7 +75,7 @@ class Identical:
             parameter=newest.names[row],
             stage=newest.stage,
             seen=f"all {int(newest.columns['numel'][row])} partials are the same number "
-            f"({number(float(newest.column('mean')[row]))}) "
+            f"({format_number(float(newest.column('mean')[row]))}) "
             f"{on_steps(self.steps)}: its units are identical and stay so",
             causes=(
                 "a constant initialisation (nn.init.constant_, ones_, zeros_): nothing breaks the symmetry of the units",
@@ -88,27 +101,18 @@ class Identical:
             value=float(len(names)),
         )
 
-    @remembered
-    def _same(self, snapshot: Snapshot) -> np.ndarray:
-        columns = snapshot.columns
-        known = layout(snapshot.parameters).matrix & snapshot.has(Status.OK) & (columns["numel"] >= 4)
-        n = np.maximum(columns["numel"], 1)
-        mean, square = columns["sum"] / n, columns["square_sum"] / n
-        with np.errstate(invalid="ignore"):
-            same = (square > 0) & (np.abs(square - mean**2) < self.spread**2 * square)
-        return said(same & (columns["zero"] == 0), known)
 
-
-def _constant(snapshot: Snapshot) -> tuple[str, ...]:
-    """Weights whose entries have one size, where they are most of the model's: one alone may be a scale."""
-    columns = snapshot.columns
-    matrix = layout(snapshot.parameters).matrix & judged(snapshot) & (columns["numel"] >= 4)
+def _constant(columns: Columns) -> np.ndarray:
+    """At the first moment, weights whose entries have one size, where they are most of the model's: one may be a scale."""
+    of = columns.columns
+    matrix = layout(columns.parameters).matrix & judged(columns) & (of["numel"] >= 4)
     with np.errstate(invalid="ignore"):
-        even = columns["weight_square_sum"] > (1 - 1e-6) * columns["numel"] * columns["weight_abs_max"] ** 2
-    constant = matrix & even & (columns["weight_abs_max"] > 0)
-    if constant.sum() < 2 or constant.sum() < 0.5 * matrix.sum():
-        return ()
-    return tuple(snapshot.names[row] for row in np.flatnonzero(constant))
+        even = of["weight_square_sum"] > (1 - 1e-6) * of["numel"] * of["weight_abs_max"] ** 2
+    constant = matrix & even & (of["weight_abs_max"] > 0)
+    count = constant.sum(axis=1, keepdims=True)
+    begins = (columns.first is None) | (columns.step == (-1 if columns.first is None else columns.first.step))
+    many = (count >= 2) & (count >= 0.5 * matrix.sum(axis=1, keepdims=True))
+    return (constant & many & np.asarray(begins)[:, None]).astype(np.int8)
 
 
 @dataclass(frozen=True)
@@ -141,7 +145,7 @@ class InputScale(Occasional):
             rule=self.name,
             step=newest_step(history),
             severity=Severity.WARNING if trend.ill else Severity.INFO,
-            seen=f"the inputs of {layer!r} have an rms of {number(size)}: they are not normalised"
+            seen=f"the inputs of {layer!r} have an rms of {format_number(size)}: they are not normalised"
             + (", and the loss does not fall" if trend.ill else ""),
             causes=("input data on their own scale: pixels up to 255, prices, raw sensor values",),
             remedy="normalise the inputs to mean 0 and standard deviation 1 with the training set's numbers; or begin the "
@@ -193,9 +197,9 @@ class Fading(Occasional):
             severity=Severity.WARNING,
             seen=f"the gradient {'fades' if fades else 'grows'} by a factor of {each:.1f} from layer to layer towards the "
             f"input, "
-            f"{number(whole)} over {len(sizes)} layers, and the loss does not fall"
+            f"{format_number(whole)} over {len(sizes)} layers, and the loss does not fall"
             + (
-                f"; what reaches the last layer differs by {number(spread)} of its size between examples"
+                f"; what reaches the last layer differs by {format_number(spread)} of its size between examples"
                 if spread < 1
                 else ""
             ),

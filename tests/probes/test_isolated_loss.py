@@ -11,10 +11,10 @@ from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint
 
 from gradlens.errors import ArgumentError, ArgumentTypeError, ProbeError
+from gradlens.probes.isolated_loss import IsolatedLoss
 from gradlens.probes.mixed_partials import check_symmetry
-from gradlens.probes.shelter import Shelter
 
-from .traces import trace
+from .helpers import trace
 
 
 class Everything(nn.Module):
@@ -67,9 +67,9 @@ def test_nothing_is_left_behind(wide):
     """Weights, buffers, gradients, modes, attributes, hooks and random states are bit-identical after a gradient."""
     model, x = everything()
     before = trace(model)
-    with Shelter(model, lambda m: noisy(m, x), wide=wide) as shelter:
-        loss, partials = shelter.gradient()
-        shelter.gradient()
+    with IsolatedLoss(model, lambda m: noisy(m, x), wide=wide) as isolated:
+        loss, partials = isolated.gradient()
+        isolated.gradient()
     assert trace(model) == before
     assert loss.dtype == (torch.float64 if wide else torch.float32)
     assert all(torch.isfinite(g).all() for g in partials)
@@ -85,8 +85,8 @@ def test_nothing_is_left_behind_when_the_loss_raises(wide):
         noisy(m, x)
         raise KeyError("mine")
 
-    with pytest.raises(KeyError, match="mine"), Shelter(model, failing, wide=wide) as shelter:
-        shelter.gradient()
+    with pytest.raises(KeyError, match="mine"), IsolatedLoss(model, failing, wide=wide) as isolated:
+        isolated.gradient()
     assert trace(model) == before
 
 
@@ -98,9 +98,9 @@ def test_the_gradient_is_that_of_a_plain_backward():
     torch.manual_seed(5)
     noisy(twin, x).backward()
     torch.manual_seed(5)
-    with Shelter(model, lambda m: noisy(m, x)) as shelter:
-        _, partials = shelter.gradient()
-        names = shelter.parameters.names
+    with IsolatedLoss(model, lambda m: noisy(m, x)) as isolated:
+        _, partials = isolated.gradient()
+        names = isolated.parameters.names
     assert names == tuple(name for name, _ in model.named_parameters())
     for name, g, p in zip(names, partials, twin.parameters(), strict=True):
         assert torch.equal(g, p.grad), name
@@ -109,11 +109,11 @@ def test_the_gradient_is_that_of_a_plain_backward():
 def test_evaluations_start_from_the_same_state():
     """Buffers and attributes that one evaluation changes are back for the next; rewind() replays the random numbers."""
     model, x = everything()
-    with Shelter(model, lambda m: noisy(m, x)) as shelter:
-        first = shelter.loss()
-        assert shelter.loss() != first
-        shelter.rewind()
-        assert shelter.loss() == first
+    with IsolatedLoss(model, lambda m: noisy(m, x)) as isolated:
+        first = isolated.loss()
+        assert isolated.loss() != first
+        isolated.rewind()
+        assert isolated.loss() == first
 
 
 class Keeps(nn.Module):
@@ -143,9 +143,9 @@ def test_state_within_containers_is_left_alone(wide):
     """Tensors, lists and sets within lists, tuples, dicts and deques are as they were, and the same for each evaluation."""
     model, x = Keeps(), torch.randn(2, 3)
     before = trace(model)
-    with Shelter(model, lambda m: m(x).square().sum(), wide=wide) as shelter:
-        assert shelter.loss() == shelter.loss() > 0
-        shelter.gradient()
+    with IsolatedLoss(model, lambda m: m(x).square().sum(), wide=wide) as isolated:
+        assert isolated.loss() == isolated.loss() > 0
+        isolated.gradient()
     assert trace(model) == before
 
 
@@ -153,9 +153,9 @@ def test_weights_that_the_forward_writes_into_stay_where_they_are():
     """An embedding that renormalises its rows in the forward changes neither the model nor the private weights."""
     model = nn.Embedding(5, 3, max_norm=0.1)
     before = trace(model)
-    with Shelter(model, lambda m: m(torch.arange(5)).sum()) as shelter:
-        shelter.gradient()
-        assert torch.equal(shelter.weights[0], model.weight)
+    with IsolatedLoss(model, lambda m: m(torch.arange(5)).sum()) as isolated:
+        isolated.gradient()
+        assert torch.equal(isolated.weights[0], model.weight)
     assert trace(model) == before
 
 
@@ -173,9 +173,9 @@ def test_wide_computes_in_float64_whatever_the_inputs_are():
             return self.out(h).float() + self.offset + torch.zeros(1, dtype=torch.float16) + torch.ones(1)
 
     model, x, y = Mixed(), torch.randn(5, 2, 3), torch.randn(5, 2, 1)
-    with Shelter(model, lambda m: nn.functional.mse_loss(m(x), y), wide=True) as shelter:
-        loss, partials = shelter.gradient()
-        assert shelter.narrow == ()
+    with IsolatedLoss(model, lambda m: nn.functional.mse_loss(m(x), y), wide=True) as isolated:
+        loss, partials = isolated.gradient()
+        assert isolated.narrow == ()
     assert loss.dtype == torch.float64
     assert {g.dtype for g in partials} == {torch.float64}
     assert torch.get_default_dtype() == torch.float32
@@ -193,9 +193,11 @@ def test_wide_names_what_stays_narrow():
         def backward(ctx, g):
             return g.double()
 
-    with Shelter(nn.Linear(2, 2), lambda m: Narrow.apply(m.weight.type("torch.FloatTensor")).sum(), wide=True) as shelter:
-        shelter.gradient()
-        assert shelter.narrow == ("NarrowBackward", "type")
+    with IsolatedLoss(
+        nn.Linear(2, 2), lambda m: Narrow.apply(m.weight.type("torch.FloatTensor")).sum(), wide=True
+    ) as isolated:
+        isolated.gradient()
+        assert isolated.narrow == ("NarrowBackward", "type")
 
 
 @pytest.mark.parametrize("wide", [False, True])
@@ -207,8 +209,8 @@ def test_checkpointed_blocks_compute_again_with_the_private_weights(wide):
     before = trace(block)
     found = []
     for run in (lambda m: m(x), lambda m: checkpoint(m, x, use_reentrant=False)):
-        with Shelter(block, lambda m, run=run: run(m).square().mean(), wide=wide) as shelter:
-            found.append(shelter.gradient()[1])
+        with IsolatedLoss(block, lambda m, run=run: run(m).square().mean(), wide=wide) as isolated:
+            found.append(isolated.gradient()[1])
     assert trace(block) == before
     for plain, again in zip(*found, strict=True):
         assert torch.equal(plain, again)
@@ -218,47 +220,49 @@ def test_reentrant_checkpoints_are_explained():
     """A reentrant checkpoint gives gradients to live parameters only, and the error says what to use."""
     block, x = nn.Linear(3, 3), torch.randn(2, 3, requires_grad=True)
     with (
-        Shelter(block, lambda m: checkpoint(m, x, use_reentrant=True).sum()) as shelter,
+        IsolatedLoss(block, lambda m: checkpoint(m, x, use_reentrant=True).sum()) as isolated,
         pytest.raises(ProbeError, match="use_reentrant=False"),
     ):
-        shelter.gradient()
+        isolated.gradient()
 
 
 def test_mappings_of_modules_and_tensors():
     """A mapping gives the loss the same mapping, and names are prefixed by its keys."""
     g, d, w = nn.Linear(2, 2), nn.Linear(2, 1), torch.tensor([1.0, 2.0], requires_grad=True)
-    with Shelter({"G": g, "D": d, "w": w}, lambda m: (m["D"](m["G"](torch.ones(2))) * m["w"]).sum()) as shelter:
-        _, partials = shelter.gradient()
-        assert shelter.parameters.names == ("G.weight", "G.bias", "D.weight", "D.bias", "w")
+    with IsolatedLoss({"G": g, "D": d, "w": w}, lambda m: (m["D"](m["G"](torch.ones(2))) * m["w"]).sum()) as isolated:
+        _, partials = isolated.gradient()
+        assert isolated.parameters.names == ("G.weight", "G.bias", "D.weight", "D.bias", "w")
     assert torch.equal(partials[-1], d(g(torch.ones(2))).detach().expand(2))
     assert w.grad is None
 
 
 def test_numbers_and_tensors_without_requires_grad_are_variables():
     """Where nothing in a mapping says that it requires a gradient, everything real does."""
-    with Shelter({"x": 2.0, "y": torch.tensor(3.0), "n": torch.tensor(2)}, lambda v: v["x"] ** v["n"] * v["y"]) as shelter:
-        assert shelter.parameters.names == ("x", "y")
-        assert [float(g) for g in shelter.gradient()[1]] == [12.0, 4.0]
+    with IsolatedLoss(
+        {"x": 2.0, "y": torch.tensor(3.0), "n": torch.tensor(2)}, lambda v: v["x"] ** v["n"] * v["y"]
+    ) as isolated:
+        assert isolated.parameters.names == ("x", "y")
+        assert [float(g) for g in isolated.gradient()[1]] == [12.0, 4.0]
 
 
 def test_complex_weights_are_two_reals():
     """The partials of |z|^2 by the real and the imaginary part are 2a and 2b."""
     z = torch.tensor([3 + 4j], requires_grad=True)
-    with Shelter({"z": z}, lambda v: (v["z"].abs() ** 2).sum()) as shelter:
-        assert shelter.parameters.shapes == ((1, 2),)
-        torch.testing.assert_close(shelter.gradient()[1][0], torch.tensor([[6.0, 8.0]]))
+    with IsolatedLoss({"z": z}, lambda v: (v["z"].abs() ** 2).sum()) as isolated:
+        assert isolated.parameters.shapes == ((1, 2),)
+        torch.testing.assert_close(isolated.gradient()[1][0], torch.tensor([[6.0, 8.0]]))
 
 
 def test_wrappers_are_looked_through():
     """Names carry no wrapper's prefix, and the wrapped model is what the loss gets."""
     inner = nn.Linear(2, 1)
-    with Shelter(nn.DataParallel(inner), lambda m: m(torch.ones(2)).sum()) as shelter:
-        shelter.gradient()
-        assert shelter.parameters.names == ("weight", "bias")
+    with IsolatedLoss(nn.DataParallel(inner), lambda m: m(torch.ones(2)).sum()) as isolated:
+        isolated.gradient()
+        assert isolated.parameters.names == ("weight", "bias")
     compiled = torch.compile(nn.Sequential(inner), backend="eager")
-    with Shelter(compiled, lambda m: m(torch.ones(2)).sum()) as shelter:
-        shelter.gradient()
-        assert shelter.parameters.names == ("0.weight", "0.bias")
+    with IsolatedLoss(compiled, lambda m: m(torch.ones(2)).sum()) as isolated:
+        isolated.gradient()
+        assert isolated.parameters.names == ("0.weight", "0.bias")
 
 
 def test_compiled_parts_run_eagerly():
@@ -268,11 +272,11 @@ def test_compiled_parts_run_eagerly():
     model = nn.Sequential(torch.compile(plain[0], backend="aot_eager"), plain[1])
     model[1].compile(backend="aot_eager")
     x = torch.randn(4, 3)
-    with Shelter(model, lambda m: m(x).square().mean()) as shelter:
-        found = shelter.gradient()[1]
-        assert shelter.parameters.names == ("0.weight", "0.bias", "1.weight", "1.bias")
-    with Shelter(plain, lambda m: m(x).square().mean()) as shelter:
-        for a, b in zip(found, shelter.gradient()[1], strict=True):
+    with IsolatedLoss(model, lambda m: m(x).square().mean()) as isolated:
+        found = isolated.gradient()[1]
+        assert isolated.parameters.names == ("0.weight", "0.bias", "1.weight", "1.bias")
+    with IsolatedLoss(plain, lambda m: m(x).square().mean()) as isolated:
+        for a, b in zip(found, isolated.gradient()[1], strict=True):
             assert torch.equal(a, b)
     assert check_symmetry(model, lambda m: m(x).pow(4).mean()).ok
     assert model[1]._compiled_call_impl is not None
@@ -282,19 +286,19 @@ def test_a_chosen_part_is_differentiated_and_frozen_parameters_are_not():
     """`select` takes the patterns of watch(); what requires no gradient is no weight of a probe."""
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
     model[0].weight.requires_grad_(False)
-    with Shelter(model, lambda m: m(torch.ones(2)).sum(), select="!*.weight") as shelter:
-        assert shelter.parameters.names == ("0.bias", "1.bias")
-    with Shelter(model, lambda m: m(torch.ones(2)).sum()) as shelter:
-        assert shelter.parameters.names == ("0.bias", "1.weight", "1.bias")
+    with IsolatedLoss(model, lambda m: m(torch.ones(2)).sum(), select="!*.weight") as isolated:
+        assert isolated.parameters.names == ("0.bias", "1.bias")
+    with IsolatedLoss(model, lambda m: m(torch.ones(2)).sum()) as isolated:
+        assert isolated.parameters.names == ("0.bias", "1.weight", "1.bias")
     with pytest.raises(ArgumentError, match=r"'wieght' matches no parameter"):
-        Shelter(model, lambda m: 0, select="wieght")
+        IsolatedLoss(model, lambda m: 0, select="wieght")
 
 
 def test_works_under_inference_mode():
     """Gradients are taken also where the caller has them off."""
     model = nn.Linear(2, 1)
-    with torch.inference_mode(), Shelter(model, lambda m: m(torch.ones(1, 2)).sum()) as shelter:
-        assert torch.equal(shelter.gradient()[1][0], torch.ones(1, 2))
+    with torch.inference_mode(), IsolatedLoss(model, lambda m: m(torch.ones(1, 2)).sum()) as isolated:
+        assert torch.equal(isolated.gradient()[1][0], torch.ones(1, 2))
 
 
 @pytest.mark.parametrize(
@@ -309,8 +313,8 @@ def test_any_use_of_the_argument_counts(touch):
             touch(m)
         return model(torch.ones(2)).sum()
 
-    with Shelter(model, loss) as shelter:
-        assert shelter.gradient()[1][0] is not None
+    with IsolatedLoss(model, loss) as isolated:
+        assert isolated.gradient()[1][0] is not None
 
 
 def test_a_loss_that_ignores_its_argument_is_refused_without_trace():
@@ -319,9 +323,9 @@ def test_a_loss_that_ignores_its_argument_is_refused_without_trace():
     before = trace(model)
     with (
         pytest.raises(ProbeError, match="ignores the model it is given"),
-        Shelter(model, lambda m: noisy(model, x)) as shelter,
+        IsolatedLoss(model, lambda m: noisy(model, x)) as isolated,
     ):
-        shelter.gradient()
+        isolated.gradient()
     assert trace(model) == before
 
 
@@ -347,15 +351,18 @@ def test_a_loss_that_reaches_live_weights_is_refused(wide):
         return m(torch.ones(1, 2)).sum() + sum(p.square().sum() for p in captured[:2])
 
     before = trace(model)
-    with pytest.raises(ProbeError, match=r"2 parameters.*0\.weight.*0\.bias"), Shelter(model, decayed, wide=wide) as shelter:
-        shelter.gradient()
+    with (
+        pytest.raises(ProbeError, match=r"2 parameters.*0\.weight.*0\.bias"),
+        IsolatedLoss(model, decayed, wide=wide) as isolated,
+    ):
+        isolated.gradient()
     assert trace(model) == before
     listed = Listed()
     with (
         pytest.raises(ProbeError, match="weight"),
-        Shelter(listed, lambda m: m(torch.ones(1, 2)).sum(), wide=wide) as shelter,
+        IsolatedLoss(listed, lambda m: m(torch.ones(1, 2)).sum(), wide=wide) as isolated,
     ):
-        shelter.gradient()
+        isolated.gradient()
 
 
 @pytest.mark.parametrize(
@@ -368,35 +375,35 @@ def test_a_loss_that_reaches_live_weights_is_refused(wide):
 )
 def test_losses_that_are_none_are_explained(loss, message):
     """A loss is one real number, as a tensor."""
-    with Shelter(nn.Linear(2, 1), loss) as shelter, pytest.raises(ProbeError, match=message):
-        shelter.gradient()
+    with IsolatedLoss(nn.Linear(2, 1), loss) as isolated, pytest.raises(ProbeError, match=message):
+        isolated.gradient()
 
 
 @pytest.mark.parametrize("criterion", [nn.CrossEntropyLoss(), nn.L1Loss(), nn.functional.cross_entropy])
 def test_a_criterion_is_no_loss_function(criterion):
     """What takes predictions and targets is told from what takes the model, and the error writes the function out."""
     with pytest.raises(ArgumentTypeError, match=r"give lambda model, batch: criterion\(model\(batch\[0\]\), batch\[1\]\)"):
-        Shelter(nn.Linear(2, 2), criterion, batched=True)
+        IsolatedLoss(nn.Linear(2, 2), criterion, batched=True)
     with pytest.raises(ArgumentTypeError, match=r"give lambda model: criterion\(model\(x\), y\)"):
-        Shelter(nn.Linear(2, 2), criterion)
+        IsolatedLoss(nn.Linear(2, 2), criterion)
 
 
 def test_targets_that_cannot_be_probed_are_explained():
     """Each error says what was given and what to do."""
     loss = lambda m: m  # noqa: E731
     with pytest.raises(ArgumentTypeError, match="not Adam"):
-        Shelter(torch.optim.Adam([nn.Parameter(torch.ones(1))]), loss)
+        IsolatedLoss(torch.optim.Adam([nn.Parameter(torch.ones(1))]), loss)
     with pytest.raises(ArgumentTypeError, match="loss_fn is a function"):
-        Shelter(nn.Linear(1, 1), 3)
+        IsolatedLoss(nn.Linear(1, 1), 3)
     with pytest.raises(ArgumentTypeError, match="'x' is str"):
-        Shelter({"x": "1"}, loss)
+        IsolatedLoss({"x": "1"}, loss)
     with pytest.raises(ArgumentError, match="no parameter of the model requires"):
-        Shelter(nn.ReLU(), loss)
+        IsolatedLoss(nn.ReLU(), loss)
     with pytest.raises(ProbeError, match="has no shape yet"):
-        Shelter(nn.LazyLinear(2), loss)
+        IsolatedLoss(nn.LazyLinear(2), loss)
     with pytest.raises(ProbeError, match="meta device"):
-        Shelter(nn.Linear(2, 2, device="meta"), loss)
+        IsolatedLoss(nn.Linear(2, 2, device="meta"), loss)
     with pytest.warns(DeprecationWarning, match="jit"):
         scripted = torch.jit.script(nn.Linear(2, 2))
     with pytest.raises(ProbeError, match="scripted module"):
-        Shelter(scripted, loss)
+        IsolatedLoss(scripted, loss)

@@ -2,8 +2,8 @@
 
     L(w, batch) = loss_fn(the model with weights w, batch)
 
-`Shelter` makes of a model and a loss function that function of its weights. The weights are private copies, put into the
-model for the time of one evaluation by `torch.func.functional_call`: tied weights stay tied, and hooks that sit on the live
+`IsolatedLoss` makes of a model and a loss function that function of its weights. The weights are private copies, put into
+the model for the time of one evaluation by `torch.func.functional_call`: tied weights stay tied, and hooks that sit on the live
 parameters (a watching lens, the user's own) never see them. Afterwards parameters, buffers, `.grad`, training modes,
 attributes and hook dictionaries of every module, and the random states of torch, CUDA, numpy and Python are as they were,
 also when the loss raises. Each evaluation starts from the same weights, buffers and attributes.
@@ -32,7 +32,7 @@ from gradlens.selection import Select, check, predicate
 T = TypeVar("T")
 
 
-class Shelter:
+class IsolatedLoss:
     """`loss_fn` as a function of private weights; a context manager.
 
     `weights` are the leaves to differentiate by and to move, one real tensor a chosen parameter (a complex one ends with an

@@ -4,9 +4,9 @@ import warnings
 
 import pytest
 
-from gradlens.analysis.diagnosis import FLOOD, HEALED, NAMED, Diagnosis, named
 from gradlens.analysis.history import History
-from gradlens.analysis.rules.base import EachRow
+from gradlens.analysis.rules.base import RowFindings
+from gradlens.analysis.ruleset import FLOOD, HEALED, NAMED, RuleSet, named
 from gradlens.errors import GradlensWarning
 from gradlens.records import Finding, Severity
 from tests.analysis.made import snapshot
@@ -30,11 +30,11 @@ def told(script, *, stage="backward"):
 
 def diagnosed(rules, steps, names=MANY, stages=("backward",)):
     """`{step: findings}` of the steps at which there were any."""
-    diagnosis, history, result = Diagnosis(rules), History(), {}
+    ruleset, history, result = RuleSet(rules), History(), {}
     for step in steps:
         for stage in stages:
             history.append(snapshot(step, names, stage))
-            if found := diagnosis(history):
+            if found := ruleset(history):
                 result.setdefault(step, []).extend(found)
     return result
 
@@ -109,20 +109,20 @@ def test_only_the_stage_where_it_spoke_can_heal_it():
 
 def test_a_parameter_that_is_not_looked_at_does_not_heal():
     """Where two optimizers step in turn, each parameter's silence is counted in its own snapshots."""
-    diagnosis, history, steps = Diagnosis([ill(range(1), range(18, 99))]), History(), []
+    ruleset, history, steps = RuleSet([ill(range(1), range(18, 99))]), History(), []
     for step in range(30):
         history.append(snapshot(step, ("layer0.weight",) if step % 2 == 0 else ("layer1.weight",)))
-        steps += [step] * len(diagnosis(history))
+        steps += [step] * len(ruleset(history))
     assert steps == [0]
 
 
 def test_several_backwards_of_a_step_are_one_step_of_silence():
     """Patience counts steps."""
-    diagnosis, history, steps = Diagnosis([ill(range(1), range(5, 9))]), History(), []
+    ruleset, history, steps = RuleSet([ill(range(1), range(5, 9))]), History(), []
     for step in range(9):
         for backward in range(4):
             history.append(snapshot(step, MANY, backward=backward))
-            steps += [step] * len(diagnosis(history))
+            steps += [step] * len(ruleset(history))
     assert steps == [0]
 
 
@@ -176,7 +176,7 @@ def each(worded, count):
             worded.append((newest.step, row))
             return Finding("each", newest.step, Severity.WARNING, "seen", newest.names[row])
 
-        return EachRow("each", Severity.WARNING, newest, range(count), word)
+        return RowFindings("each", Severity.WARNING, newest, range(count), word)
 
     return rule
 
@@ -194,7 +194,7 @@ def test_wording_that_raises_switches_the_rule_off():
     """As the rule itself would."""
 
     def rule(history):
-        return EachRow("each", Severity.WARNING, history.latest(), [0], lambda row: 1 / 0)
+        return RowFindings("each", Severity.WARNING, history.latest(), [0], lambda row: 1 / 0)
 
     with pytest.warns(GradlensWarning, match="ZeroDivisionError"):
         (found,) = diagnosed([rule], range(3)).values()
@@ -228,7 +228,7 @@ def test_a_rule_that_raises_is_named_once_and_asked_no_more():
     assert list(found) == [2, 5]
     (finding,) = found[2]
     assert (finding.rule, finding.severity, finding.parameter) == ("broken", Severity.WARNING, None)
-    assert "test_diagnosis.py, line" in finding.seen
+    assert "test_ruleset.py, line" in finding.seen
     assert "switched off" in finding.seen
 
 
@@ -285,7 +285,7 @@ def test_an_interrupt_is_not_swallowed():
 def test_an_empty_history_is_not_asked_about():
     """Rules are called once there is a snapshot."""
     broken = Broken(RuntimeError())
-    assert Diagnosis([broken])(History()) == []
+    assert RuleSet([broken])(History()) == []
     assert broken.asked == 0
 
 

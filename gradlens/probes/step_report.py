@@ -39,7 +39,7 @@ class Path:
 
 
 @dataclass(frozen=True, eq=False)
-class Deed(PerWeight):
+class StepReport(PerWeight):
     """One step of an optimizer, beside what the gradient asked for.
 
     One row a weight in `frame`: `parameter, index, value` (before the step)`, partial, used, dw, against, cause,
