@@ -146,10 +146,15 @@ def _saved(node: Any) -> dict[str, Any]:
 
 
 def saved_tensor(node: Any, name: str) -> Tensor | None:
-    """A tensor that an operation keeps for its backward; None where it is gone, or was never kept."""
+    """A tensor that an operation keeps for its backward; None where it is gone, was never kept, or was packed.
+
+    What saved-tensor hooks packed (checkpointing, offloading) may be unpacked once: backward is the one to do that.
+    """
     try:
+        if getattr(node, f"_raw_saved_{name}").unpack_hook is not None:
+            return None
         value = getattr(node, f"_saved_{name}")
-    except Exception:  # noqa: BLE001 - freed by backward, or a type without such a name
+    except Exception:  # noqa: BLE001 - freed by backward, written over in place, or a type without such a name
         return None
     return value if isinstance(value, Tensor) else None
 

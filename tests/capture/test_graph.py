@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
+from gradlens.capture import features
 from gradlens.capture.graph import LIMIT, plain_name, walk
 from gradlens.facts import Graph
 
@@ -67,6 +69,19 @@ def test_values_are_facts_on_tensors_that_are_still_there():
     assert (facts["edge"], facts["row"], facts["of"]) == (1, 0, 2)
     loss.backward()
     assert "edge" not in walk(loss, values=True).operations[1].saved
+
+
+def test_what_a_checkpoint_has_packed_is_left_alone():
+    """Its saved tensors may be unpacked once, by backward: a walk with values does not touch them."""
+    layer = nn.Linear(4, 4)
+    x = torch.randn(3, 4)
+    loss = checkpoint(lambda h: layer(h).exp().sqrt(), x, use_reentrant=False).sum()
+    graph = walk(loss, named(layer), values=True)
+    assert [op.saved.get("edge") for op in graph.operations if op.name == "Sqrt"] == [None]
+    assert features.last_layer(loss) is not None
+    assert features.features_of(features.last_layer(loss)) is None
+    loss.backward()
+    assert layer.weight.grad is not None
 
 
 def test_the_walk_is_bounded():
