@@ -11,6 +11,9 @@ ROOT = Path(__file__).parent.parent / "gradlens"
 BOTTOM = {
     "errors",
     "facts",
+    "markup",
+    "progress",
+    "plots",
     "fields",
     "records",
     "blocks",
@@ -18,17 +21,20 @@ BOTTOM = {
     "noise",
     "pooling",
     "schedules",
-    "selection",
-    "weight_names",
 }
+BOTTOM |= {"selection", "weight_names"}
 LIVE = BOTTOM | {"kernels", "statistics", "capture", "analysis", "store", "writers", "watching", "unwrapping"}
 
 #: module -> the modules of gradlens it may import. A package may always import itself.
 ALLOWED = {
     "errors": set(),
     "facts": set(),
+    "markup": set(),
+    "progress": {"markup"},
+    "plots": {"errors", "fields"},
+    "notebook": {"errors"},
     "fields": {"errors"},
-    "records": {"errors", "fields"},
+    "records": {"errors", "fields", "markup"},
     "blocks": {"fields", "records"},
     "frames": {"errors", "fields", "records"},
     "noise": {"errors", "records"},
@@ -45,7 +51,7 @@ ALLOWED = {
     "capture": {"errors", "facts", "records", "schedules", "selection", "unwrapping"},
     "probes": BOTTOM | {"statistics", "kernels", "unwrapping", "capture", "analysis"},
     "watching": LIVE,
-    "lens": LIVE,
+    "lens": LIVE | {"notebook"},
     "integrations": {"errors", "lens", "watching", "page", "store"},
     "testing": LIVE | {"lens"},
     "dashboard": BOTTOM | {"analysis", "store", "writers"},
