@@ -14,6 +14,8 @@ CATALOGUE = {
     "evidence-unavailable": "the feature `evidence` without the stage `backward`, on which it rests",
     "evidence-left-out": "backwards while the weights may move within the step: evidence does without them",
     "updates-unavailable": "the feature `updates` without the stage `used`, on whose rows it stands",
+    "cut": "a loss that depends on no parameter of the model: it was detached, or re-created",
+    "unregistered": "parameters that the loss depends on and that neither the model nor an optimizer has",
     "memory": "an allowance that has no room for even one weight of each parameter",
     "reduced-unavailable": "the stage `reduced` in one process",
     "not-averaged": "the stage `reduced`, and no backward that ended with averaged gradients, or parameters left out",

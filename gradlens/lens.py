@@ -290,6 +290,11 @@ class Lens:
         `batch_size`: the examples of one backward, which makes examples the unit of the noise scale.
         """
         self._require_open("observe()")
+        if loss is not None and not self._watcher.step.open:
+            if self._watcher.roots.step_of(loss) is not None:
+                loss = None  # it was the root of a backward whose step is over, and stands there
+            else:
+                self._watcher.auditor.observed(loss, self._watcher.step.number)
         given = {"loss": loss, "batch_size": batch_size, **scalars}
         self._watcher.observe({name: arguments.number_of(name, value) for name, value in given.items() if value is not None})
 

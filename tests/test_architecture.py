@@ -8,13 +8,27 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent / "gradlens"
-BOTTOM = {"errors", "markup", "progress", "plots", "fields", "records", "blocks", "frames", "noise", "pooling", "schedules"}
+BOTTOM = {
+    "errors",
+    "facts",
+    "markup",
+    "progress",
+    "plots",
+    "fields",
+    "records",
+    "blocks",
+    "frames",
+    "noise",
+    "pooling",
+    "schedules",
+}
 BOTTOM |= {"findings", "selection", "weight_names"}
 LIVE = BOTTOM | {"_torch", "kernels", "statistics", "capture", "analysis", "store", "writers", "watching", "unwrapping"}
 
 #: module -> the modules of gradlens it may import. A package may always import itself.
 ALLOWED = {
     "errors": set(),
+    "facts": set(),
     "markup": set(),
     "progress": {"markup"},
     "plots": {"errors", "fields"},
@@ -36,8 +50,8 @@ ALLOWED = {
     "statistics": {"errors", "fields", "records", "kernels"},
     "_torch": set(),
     "findings": {"errors", "records"},
-    "capture": {"_torch", "errors", "findings", "records", "schedules", "selection", "unwrapping"},
-    "probes": BOTTOM | {"statistics", "kernels", "unwrapping"},
+    "capture": {"_torch", "errors", "facts", "findings", "records", "schedules", "selection", "unwrapping"},
+    "probes": BOTTOM | {"_torch", "statistics", "kernels", "unwrapping", "capture", "analysis"},
     "watching": LIVE,
     "lens": LIVE | {"notebook"},
     "integrations": {"errors", "lens", "watching", "page", "store"},

@@ -85,6 +85,8 @@ class Pass:
         self.late: set[Any] = set()  # slots that got their hooks when it had begun
         self.last: Any = None  # over ranks: what was accumulated last
         self.read = True  # else it is only counted
+        self.loss: float | Tensor | None = None  # its root, where that is one number, unscaled
+        self.root: Any = None  # while the pass lasts
 
     def alive(self) -> bool:
         """Whether one of its engine runs goes on."""

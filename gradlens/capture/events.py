@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from gradlens.facts import Fact
 from gradlens.records import Finding, Note, Parameters, TableKey
 
 
@@ -93,6 +94,22 @@ class ScaleFound:
 
 
 @dataclass(frozen=True, slots=True)
+class LossSeen:
+    """The loss of a backward pass, unscaled, before its table is complete."""
+
+    step: int
+    backward: int
+    value: float | Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Noted:
+    """Something is known beside gradients."""
+
+    fact: Fact
+
+
+@dataclass(frozen=True, slots=True)
 class TableDone:
     """Nothing more is added to the `used` table of this backward."""
 
@@ -107,6 +124,18 @@ class StepClosed:
     scalars: Mapping[str, Any]
 
 
-Event = Reading | WeightsBefore | Update | PassEnded | PassFailed | ScaleFound | TableDone | StepClosed | Finding
+Event = (
+    Reading
+    | WeightsBefore
+    | Update
+    | PassEnded
+    | PassFailed
+    | ScaleFound
+    | LossSeen
+    | Noted
+    | TableDone
+    | StepClosed
+    | Finding
+)
 
 Sink = Callable[[Event], None]  #: where events go

@@ -24,9 +24,12 @@ from gradlens import _torch, findings
 from gradlens.capture import provenance
 from gradlens.capture.arrivals import HELD_BYTES, Arrival, PlainPass, State
 from gradlens.capture.attachment import Attachment, Slot
+from gradlens.capture.auditor import Auditor
 from gradlens.capture.engine import Engine, Pass, Run, TrainingThreads, running
 from gradlens.capture.events import (
     GradientFacts,
+    LossSeen,
+    Noted,
     PassFailed,
     Reading,
     ScaleFound,
@@ -37,6 +40,7 @@ from gradlens.capture.events import (
     WeightsBefore,
 )
 from gradlens.capture.guards import Guard, eagerly, guarded
+from gradlens.capture.losses import Roots, loss_of, roots_elsewhere
 from gradlens.capture.marks import Marks, version
 from gradlens.capture.optimizers import CallStack, Optimizers, WatchedOptimizer, found_inf, positive_rates
 from gradlens.capture.readings import PassReader, UsedNotes, changed, gradients_at
@@ -167,6 +171,8 @@ class Watcher:
         self.reader = PassReader(self.attachment, self.engine, sink, watched.stages, local=watched.local)
         self.hooks = Hooks(self.engine, self.reader, watched.stages, guard)
         self.optimizers = Optimizers(watched.optimizers, watched.wrapped, self.attachment, self, guard)
+        self.auditor = Auditor(self.attachment, self._alive, lambda fact: sink(Noted(fact)), guard.fault)
+        self.roots = Roots()
         self._notes = UsedNotes(self.attachment, self._reached)
         self._by_hand = WatchedOptimizer()  # stands in where the user moves the weights
         self.explicit = False  # `lens.step()` says where a step ends
@@ -214,6 +220,9 @@ class Watcher:
     def watches(self) -> bool:
         """Whether this step has hooks on the parameters. Without an optimizer a backward counts steps, so they stay."""
         return self.step.observed or not self.optimizers.watched
+
+    def _alive(self) -> list[Optimizer]:
+        return [optimizer for watched in self.optimizers.watched if (optimizer := watched.ref()) is not None]
 
     def _follow_schedule(self) -> None:
         if self.watches:
@@ -266,7 +275,16 @@ class Watcher:
             self.scaling.look(anew=not step.open)
             entered.scale = self.scaling.scale()
             step.begin()
+            if entered.read:
+                self._look_at_roots(run, entered)
             self._start_plain(entered)
+
+    def _look_at_roots(self, run: Run, entered: Pass) -> None:
+        """What backward was called on: the loss, and its graph."""
+        roots = roots_elsewhere() if run.depth == 0 and not run.roots else run.roots
+        entered.loss = loss_of(roots, entered.scale)
+        entered.root = roots[0] if len(roots) == 1 else None
+        self.auditor.pass_begins(roots, self.step.number)
 
     def _start_plain(self, entered: Pass) -> None:
         """Let the hooks of this pass only note, as far as nothing else needs to be done in them."""
@@ -298,7 +316,11 @@ class Watcher:
         step = entered.step
         with self.engine.lock, self.attachment.cache:
             if entered.read:
-                self.reader.key(Stage.BACKWARD, entered)  # the pass has its number, whatever is read of it
+                key = self.reader.key(Stage.BACKWARD, entered)  # the pass has its number, whatever is read of it
+                if entered.loss is not None:
+                    self.roots.add(entered.root, key.step, entered.loss)
+                    self._sink(LossSeen(key.step, key.backward, entered.loss))
+                entered.root = None
                 self.reader.read_pass(entered)
                 step.scale = entered.scale
                 step.passes += 1
@@ -371,6 +393,7 @@ class Watcher:
                 self._adopt(stack.scaler, step)
             if not step.observed:
                 return None
+            self.auditor.optimizer_steps(self.optimizers.watched.index(watched), optimizer, step.number)
             held = self.optimizers.held(watched)
             if self._weights:
                 self._keep(step, watched, held)

@@ -10,9 +10,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
+
 from gradlens import findings, kernels
 from gradlens.capture.events import (
     Event,
+    LossSeen,
+    Noted,
     PassEnded,
     PassFailed,
     Reading,
@@ -50,6 +54,7 @@ class TableBuilder:
         self.recorder, self.failures = recorder, failures
         self._plan, self._features = plan, features
         self._open: dict[TableKey, Table] = {}
+        self._losses: dict[tuple[int, int], float | Tensor] = {}  # by step and backward
         self._last: Table | None = None  # the last `backward` table, which `used` may copy
         self._flips: dict[str, Buffer] = {}
         self._copied = False  # the `used` rows of the open step are those of `backward`
@@ -67,6 +72,8 @@ class TableBuilder:
             WeightsBefore: lambda e: self._do("weights before the step", self._meter.keep, e),
             Update: lambda e: self._do("updates", self._update, e),
             ScaleFound: self._on_scale_found,
+            LossSeen: self._on_loss,
+            Noted: lambda e: self.recorder.note(e.fact),
             TableDone: lambda e: self._do("end of a backward's step", self._send_until, e.key),
             StepClosed: self._on_step_closed,
             Finding: self._on_finding,
@@ -94,6 +101,9 @@ class TableBuilder:
             if key.step == event.step and key.stage != Stage.USED:
                 table.divisor = table.scale = event.scale
 
+    def _on_loss(self, event: LossSeen) -> None:
+        self._losses[event.step, event.backward] = event.value
+
     def _on_finding(self, finding: Finding) -> None:
         self.failures.findings.append(finding)
 
@@ -104,6 +114,7 @@ class TableBuilder:
         if self._open:
             self._do("end of a step", self._release, step, event.scalars)
         self._open = {key: table for key, table in self._open.items() if key.step > step}
+        self._losses = {key: loss for key, loss in self._losses.items() if key[0] > step}
         if self.failures.findings:
             self._do("findings", self._send, [], {})  # what could not be sent with the step
         self._last, self._copied = None, False
@@ -276,7 +287,7 @@ class TableBuilder:
         self._do("a question in the middle of a step", self._send, tables, scalars)
 
     def _send(self, tables: list[Table], scalars: Mapping[str, Any]) -> None:
-        self.recorder.send(tables, scalars)
+        self.recorder.send(tables, scalars, [self._losses.get((table.step, table.backward)) for table in tables])
         for table in tables:
             self._open.pop(TableKey(table.step, table.backward, Stage(table.stage)), None)
 

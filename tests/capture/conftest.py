@@ -37,6 +37,8 @@ class RecordingSink:
     closed: list = field(default_factory=list)
     events: list = field(default_factory=list)
     kept: dict = field(default_factory=dict)
+    losses: dict = field(default_factory=dict)
+    facts: list = field(default_factory=list)
 
     def __call__(self, event):
         getattr(self, f"on_{type(event).__name__}", self.events.append)(event)
@@ -67,6 +69,12 @@ class RecordingSink:
         pass
 
     on_TableDone = on_PassEnded  # noqa: N815
+
+    def on_LossSeen(self, event):
+        self.losses[event.step, event.backward] = event.value
+
+    def on_Noted(self, event):
+        self.facts.append(event.fact)
 
     def on_StepClosed(self, event):
         self.closed.append((event.step, dict(event.scalars)))
