@@ -132,6 +132,21 @@ class LiveParameter:
         for start, part, _ in self.chunks(scale):
             out[start : start + len(part)].copy_(part)
 
+    def partials(self, scale: float | Tensor) -> Tensor:
+        """A copy of all partials, `[n]`."""
+        device, dtype = self.kind()
+        out = torch.empty(self.numel(here=True), dtype=dtype, device=device)
+        self.write_partials(out, scale)
+        return out
+
+    def values(self) -> Tensor:
+        """A copy of all weights, `[n]`."""
+        weight = local_part(self._tensor.detach())
+        out = torch.empty(self.numel(here=True), dtype=weight.dtype.to_real(), device=weight.device)
+        for start, _, value in self.chunks(1.0):
+            out[start : start + len(value)].copy_(value)
+        return out
+
     def place(self) -> Parameters:
         """Which entries of the whole these are."""
         dtype = str(self._tensor.dtype).removeprefix("torch.")
