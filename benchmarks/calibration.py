@@ -202,9 +202,9 @@ def measure(name: str, seed: int) -> Iterator[dict[str, Any]]:
                     sign = everything if mode != "held-out" else np.sign(gradient(task, model, truth))
                     with warnings.catch_warnings():
                         warnings.simplefilter("ignore", GradlensWarning)
-                        judged = survey(model, task.loss, batches).judged
+                        results = survey(model, task.loss, batches).results
                     where = {"task": name, "stage": stage, "mode": mode, "batches": k, "seed": seed}
-                    yield from rows_of(where, judged, sign, np.random.default_rng(repeat))
+                    yield from rows_of(where, results, sign, np.random.default_rng(repeat))
 
 
 def single_batches(
@@ -218,14 +218,14 @@ def single_batches(
         yield {**where, "batches": 1, **blank, "signs": float(signs[truth != 0].mean())}
 
 
-def rows_of(where: dict[str, Any], judged: Any, truth: np.ndarray, random: np.random.Generator) -> Iterator[dict[str, Any]]:
+def rows_of(where: dict[str, Any], results: Any, truth: np.ndarray, random: np.random.Generator) -> Iterator[dict[str, Any]]:
     for share in SHARES:
         chosen = (
             np.arange(len(truth)) if share == 1 else np.sort(random.choice(len(truth), round(share * len(truth)), False))
         )
-        p, mean = judged.p[chosen], judged.mean[chosen]
+        p, mean = results.p[chosen], results.mean[chosen]
         right = np.sign(mean) == truth[chosen]
-        tested = ~np.isnan(p) & np.isfinite(judged.t[chosen])
+        tested = ~np.isnan(p) & np.isfinite(results.t[chosen])
         for method in METHODS:
             q = np.full(len(p), np.nan)
             q[tested] = q_values(torch.from_numpy(p[tested]), method).numpy()
@@ -303,14 +303,14 @@ def by_layer(name: str, seed: int) -> Iterator[dict[str, Any]]:
         random = torch.Generator().manual_seed(2000 + seed)
         for k in BATCHES[1:]:
             for _ in range(SURVEYS):
-                judged = survey(model, task.loss, drawn(task, "iid", k, random)[0]).judged
-                tested = ~np.isnan(judged.p)
+                results = survey(model, task.loss, drawn(task, "iid", k, random)[0]).results
+                tested = ~np.isnan(results.p)
                 for method in METHODS:
                     q = np.full(len(truth), np.nan)
-                    q[tested] = q_values(torch.from_numpy(judged.p[tested]), method).numpy()
+                    q[tested] = q_values(torch.from_numpy(results.p[tested]), method).numpy()
                     for layer, mine in layers.items():
                         kept = mine & (q <= 0.1)
-                        wrong = np.sign(judged.mean[kept]) != truth[kept]
+                        wrong = np.sign(results.mean[kept]) != truth[kept]
                         yield {
                             "task": name, "stage": stage, "batches": k, "method": method, "layer": layer, "seed": seed,
                             "kept": len(wrong), "wrong": float(wrong.mean()) if len(wrong) else 0.0,

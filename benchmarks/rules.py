@@ -38,8 +38,8 @@ import numpy as np
 import torch
 
 from gradlens import fields, kernels, rules
-from gradlens.analysis.diagnosis import Diagnosis
 from gradlens.analysis.history import History
+from gradlens.analysis.ruleset import RuleSet
 from gradlens.records import Parameters, Snapshot, Stage
 from gradlens.statistics.table import Piece, Table, UpdatePiece
 from gradlens.statistics.transfer import Transfer
@@ -88,14 +88,14 @@ def snapshot(model: Parameters, step: int, stage: Stage, *, ill: bool) -> Snapsh
 
 
 def run(asked: Sequence[rules.Rule], made: Sequence[Sequence[Snapshot]]) -> float:
-    """Milliseconds a step of these rules, the diagnosis included."""
-    history, diagnosis, spent = History(), Diagnosis(asked), []
+    """Milliseconds a step of these rules, what is new of them included."""
+    history, ruleset, spent = History(), RuleSet(asked), []
     for step in range(FILL + STEPS):
         took = 0.0
         for one in made[step % len(made)]:
             history.append(replace(one, step=step))
             start = time.thread_time()
-            diagnosis(history)
+            ruleset(history)
             took += time.thread_time() - start
         spent.append(took)
     return 1e3 * statistics.median(spent[FILL:])

@@ -1192,7 +1192,7 @@ def head_replaced_after_the_optimizer() -> Training:
     return plain(model, optimizer, digit)
 
 
-@ill("swallowed")
+@ill("rounded_away")
 def all_bfloat16() -> Training:
     model = mlp(64, 128, 64, 10).bfloat16()
 
@@ -1203,13 +1203,13 @@ def all_bfloat16() -> Training:
     return plain(model, sgd(model, 1e-3), loss)
 
 
-@ill("swallowed")
+@ill("rounded_away")
 def all_bfloat16_transformer() -> Training:
     model = Language().bfloat16()
     return plain(model, adamw(model, 1e-5), spoken)
 
 
-@ill("dead", "vanishing", "swallowed")
+@ill("dead", "vanishing", "rounded_away")
 def all_float16_underflow() -> Training:
     model = mlp(64, 128, 64, 10).half()
 

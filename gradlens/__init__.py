@@ -17,13 +17,15 @@ if TYPE_CHECKING:
     from gradlens import testing, writers
     from gradlens.analysis import rules
     from gradlens.lens import Lens, watch
+    from gradlens.probes.audit import audit
     from gradlens.probes.curvature import curvature, hessian_product
     from gradlens.probes.dissect import dissect
     from gradlens.probes.finite_difference import check_partials
-    from gradlens.probes.mixed_partials import check_symmetry, mixed_partials
+    from gradlens.probes.mixed_partials import mixed_partials
     from gradlens.probes.nudge import nudge
     from gradlens.probes.partials import partials
     from gradlens.probes.survey import survey
+    from gradlens.probes.symmetry import check_symmetry
     from gradlens.store.run import Run, open_run
 
 __version__ = "0.1.0"
@@ -43,6 +45,7 @@ __all__ = [
     "curvature",
     "hessian_product",
     "dissect",
+    "audit",
     # what was recorded
     "open_run",
     "Run",
@@ -74,13 +77,14 @@ _LAZY: dict[str, tuple[str, str | None]] = {
     "Lens": ("gradlens.lens", "Lens"),
     "partials": ("gradlens.probes.partials", "partials"),
     "mixed_partials": ("gradlens.probes.mixed_partials", "mixed_partials"),
-    "check_symmetry": ("gradlens.probes.mixed_partials", "check_symmetry"),
+    "check_symmetry": ("gradlens.probes.symmetry", "check_symmetry"),
     "check_partials": ("gradlens.probes.finite_difference", "check_partials"),
     "survey": ("gradlens.probes.survey", "survey"),
     "nudge": ("gradlens.probes.nudge", "nudge"),
     "curvature": ("gradlens.probes.curvature", "curvature"),
     "hessian_product": ("gradlens.probes.curvature", "hessian_product"),
     "dissect": ("gradlens.probes.dissect", "dissect"),
+    "audit": ("gradlens.probes.audit", "audit"),
     "open_run": ("gradlens.store.run", "open_run"),
     "Run": ("gradlens.store.run", "Run"),
     "rules": ("gradlens.analysis.rules", None),

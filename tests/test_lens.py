@@ -190,7 +190,7 @@ def test_updates_say_what_the_optimizer_did():
         assert row["used_dot_dw"] == pytest.approx(-0.1 * square, rel=1e-9)
         assert row["loss_change"] == pytest.approx(-0.1 * square, rel=1e-9)
         assert row["loss_change_exact"]
-        assert row["swallowed"] == 0
+        assert row["rounded_away"] == 0
 
 
 @pytest.mark.parametrize(("accumulate", "features", "exact"), [(1, ("updates", "flips"), True), (3, ("updates",), False)])
@@ -306,15 +306,15 @@ def test_flips_compare_with_the_last_gradient():
         assert second.loc[name, "flip_share"] == pytest.approx((a * b < 0)[moving].double().mean().item())
 
 
-def test_swallowed_updates_are_counted():
-    """In bf16 a step that is too small for the storage type is swallowed."""
+def test_updates_that_are_rounded_away_are_counted():
+    """In bf16 a step that is too small for the storage type is rounded away."""
     w = nn.Parameter(torch.full((8,), 100.0, dtype=torch.bfloat16))
     holder = nn.ParameterList([w])
     optimizer = torch.optim.SGD(holder.parameters(), 1e-6)
     with gradlens.watch(holder, optimizer) as lens:
         w.sum().backward()
         optimizer.step()
-        assert lens.table()["swallowed"].tolist() == [8]
+        assert lens.table()["rounded_away"].tolist() == [8]
 
 
 def test_a_learning_rate_of_zero_swallows_nothing():
@@ -323,7 +323,7 @@ def test_a_learning_rate_of_zero_swallows_nothing():
     optimizer = torch.optim.SGD(model.parameters(), 0.0)
     with gradlens.watch(model, optimizer) as lens:
         train(model, optimizer)
-        assert lens.table()["swallowed"].eq(0).all()
+        assert lens.table()["rounded_away"].eq(0).all()
 
 
 def test_a_small_allowance_works_on_a_sample_and_says_so():
@@ -816,3 +816,33 @@ def test_numpy_is_not_needed_to_ask():
         ((a**2).sum() + (b**3).sum()).backward()
         assert lens.gradient().dtype == torch.float32
         assert np.allclose(lens.gradient().numpy(), [2, 2, 3, 3])
+
+
+def test_a_weight_is_named_as_reports_print_it():
+    """`explain("fc1.weight[3, 1]")` and `weights("fc1.weight[3, 1]")` take one weight, as a pair does."""
+    model = torch.nn.Sequential(torch.nn.Linear(4, 5))
+    with gradlens.watch(model, rules=()) as lens:
+        model(torch.ones(2, 4)).square().sum().backward()
+        assert lens.explain("0.weight[3, 1]") == lens.explain("0.weight", (3, 1))
+        row = lens.weights("0.weight[3, 1]")
+        assert row["index"].tolist() == [(3, 1)]
+        assert row["partial"][0] == model[0].weight.grad[3, 1].item()
+        assert lens.explain("module.0.weight[3, 1]") == lens.explain("0.weight", (3, 1))
+        with pytest.raises(gradlens.errors.ArgumentError, match="not the index"):
+            lens.explain("0.weight[7, 1]")
+
+
+def test_weights_that_are_not_finite_are_counted_before_and_after_the_step():
+    """`weight_nonfinite` counts NaN and infinite weights at the backward, `update_nonfinite` those that the step leaves."""
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with gradlens.watch(model, optimizer) as lens:
+        with torch.no_grad():
+            model.weight[0, 0], model.weight[1, 2] = math.nan, -math.inf
+        (model.weight[1, :2].sum() * 2 + model.bias.sum()).backward()
+        with torch.no_grad():
+            model.bias.grad[1] = math.inf
+        optimizer.step()
+        table = lens.table().set_index("parameter")
+    assert table["weight_nonfinite"].tolist() == [2, 0]
+    assert table["update_nonfinite"].tolist() == [2, 1]

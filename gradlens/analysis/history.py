@@ -1,102 +1,295 @@
-"""What has been seen, newest last: a bounded succession of snapshots that rules, reports and the lens ask.
+"""What has been seen, newest last: a bounded succession of moments that rules, reports and the lens ask.
 
-Several snapshots share a step: one for each backward and stage, and each may cover only some of the parameters (two
+Blocks come in, and are kept as they are; a `Snapshot` of one moment is a view that is made when somebody asks for it.
+Several moments share a step: one for each backward and stage, and each may cover only some of the parameters (two
 optimizers read their own). `at` lays them over each other, so that a step has one row a parameter: the last one read.
 
-Memory is bounded in snapshots and in rows. Only the newest keep their histogram and their most sensitive weights, which are
-the larger part of a snapshot: 2.5 KB of its 2.8 KB a parameter.
+Memory is bounded in moments and in rows. Only the newest keep their histogram and their most sensitive weights, which are
+the larger part of a row: 2.5 KB of its 2.8 KB.
 
-One thread appends and any number read: every answer is taken from one moment of the history.
+`history.until(moment)` is the history as it was when that moment was the newest: rules are asked about many moments at
+once, and must not know what came later. One thread appends and any number read: every answer is taken from one moment.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import groupby
+from operator import attrgetter
 from threading import Lock
+from typing import Any
 
 import numpy as np
 
+from gradlens.analysis.course import Course
+from gradlens.blocks import Block, block_of
 from gradlens.errors import ArgumentError, NothingCapturedError, choice
-from gradlens.records import Parameters, Snapshot, Stage, Top
+from gradlens.facts import Fact
+from gradlens.records import Parameters, Snapshot, Stage, Status, Top
 
-#: 500,000 rows of 37 columns are about 160 MB: 1,000 snapshots of 500 parameters.
+#: 500,000 rows of 37 columns are about 160 MB: 1,000 moments of 500 parameters.
 MAX_ROWS = 500_000
+MAX_FACTS = 500
+LAYOUTS = 16  #: stages times sets of parameters whose first rows are kept
+
+
+@dataclass(frozen=True, eq=False)
+class Columns(Block):
+    """A block that knows its place: what a rule's condition is asked of."""
+
+    first: Snapshot | None = None  #: of the run, the first moment of this stage with these parameters
+    moments: list[Moment] = field(default_factory=list, repr=False)  #: [m]
+    history: History | None = field(default=None, repr=False)
+
+    def per_step(self, stage: str, name: str) -> np.ndarray:
+        """`[m, n]` what a column of another stage adds up to over the moments of the same step that came before.
+
+        NaN where there is none, and where a row is not finite.
+        """
+        result = np.full(self.status.shape, np.nan)
+        assert self.history is not None
+        others = self.history.columns_of(stage, int(self.step[0]), int(self.step[-1]))
+        if not others:
+            return result
+        seqs = np.array([moment.seq for other in others for moment in other.moments])
+        steps = np.concatenate([other.step for other in others])
+        start = np.searchsorted(steps, self.step)
+        stop = np.minimum(
+            np.searchsorted(steps, self.step, side="right"), np.searchsorted(seqs, [moment.seq for moment in self.moments])
+        )
+        known = np.flatnonzero(stop > start)
+        if len(known):
+            each = [
+                _aligned(self, other, np.where(other.has(Status.NONFINITE), np.nan, other.column(name))) for other in others
+            ]
+            values = np.concatenate([*each, np.zeros((1, len(self.parameters)))])  # reduceat wants a row behind the last
+            pairs = np.stack([start[known], stop[known]], axis=1).ravel()
+            result[known] = np.add.reduceat(values, pairs, axis=0)[::2]
+        return result
+
+    def split(self) -> list[Columns]:
+        """Each moment as a block of its own."""
+        return [
+            Columns(**_parts_of(self.part(at, at + 1)), first=self.first, moments=[moment], history=self.history)
+            for at, moment in enumerate(self.moments)
+        ]
+
+
+def _parts_of(block: Block) -> dict[str, Any]:
+    return {each.name: getattr(block, each.name) for each in fields(Block)}
+
+
+def _aligned(to: Block, other: Block, values: np.ndarray) -> np.ndarray:
+    """Another block's values in the rows of this one; NaN for parameters that it does not have."""
+    if other.parameters is to.parameters or other.names == to.names:
+        return values
+    position = other.parameters.position
+    at = np.array([position.get(name, -1) for name in to.names], np.int64)
+    return np.where(at < 0, np.nan, values[:, at])
+
+
+class Moment:
+    """One moment's place in the history."""
+
+    __slots__ = ("at", "block", "ordinal", "rows", "seq", "step")
+
+    def __init__(self, block: Columns, at: int, seq: int, rows: int, ordinal: int) -> None:
+        self.block, self.at = block, at
+        self.step = int(block.step[at])
+        self.seq = seq  #: of all moments ever
+        self.rows = rows  #: of all moments so far
+        self.ordinal = ordinal  #: of its step among those of its stage
+
+    @property
+    def snapshot(self) -> Snapshot:
+        """It as a snapshot."""
+        return self.block.snapshot(self.at)
+
+
+_SEQ, _ROWS = attrgetter("seq"), attrgetter("rows")
 
 
 class History:
-    """The last `maxlen` snapshots, fewer of a model with very many parameters."""
+    """The last `maxlen` moments, fewer of a model with very many parameters."""
 
     def __init__(self, maxlen: int = 1000, keep_histograms: int = 32, max_rows: int = MAX_ROWS) -> None:
         for name, value in (("maxlen", maxlen), ("max_rows", max_rows)):
             if value < 1:
                 raise ArgumentError(f"{name}={value} keeps nothing; give at least 1")
         self._maxlen, self._keep, self._max_rows = maxlen, max(keep_histograms, 0), max_rows
-        self._snapshots: deque[Snapshot] = deque()
-        self._newest: dict[str, Snapshot] = {}
-        self._rows = 0
+        self._moments: list[Moment] = []
+        self._by_stage: dict[str, list[Moment]] = {}
+        self._firsts: dict[tuple[str, tuple[str, ...]], Snapshot] = {}
+        self._heavy = 0  #: the number of the first moment that has what is large
         self._lock = Lock()
+        self.course = Course()  #: of the whole run
+        self.facts: list[Fact] = []  #: oldest first
+
+    # --- growth -----------------------------------------------------------------------------------------------------
+
+    def note(self, fact: Fact) -> None:
+        """Keep what is known beside gradients: all of what is first and last, and fewer and fewer of what is between."""
+        self.facts.append(fact)
+        if len(self.facts) > 2 * MAX_FACTS:
+            first, last = MAX_FACTS // 2, len(self.facts) - MAX_FACTS
+            self.facts[:] = [*self.facts[:first], *self.facts[first:last:2], *self.facts[last:]]
 
     def append(self, snapshot: Snapshot) -> None:
         """Take the newest snapshot; the oldest leave when it is too many."""
+        self.extend([(block_of(snapshot), 0)])
+        self.trim()
+
+    def extend(self, moments: Sequence[tuple[Block, int]]) -> list[Columns]:
+        """Take moments, each a block and a place in it, in the order in which they came. The oldest stay until `trim`.
+
+        The moments of a block have to be all of it, in order; those of several blocks may alternate.
+        """
+        placed: dict[int, Columns] = {}
         with self._lock:
-            self._snapshots.append(snapshot)
-            self._newest[snapshot.stage] = snapshot
-            self._rows += len(snapshot)
-            if len(self._snapshots) > self._keep:
-                self._lighten(-1 - self._keep)
-            while len(self._snapshots) > self._maxlen or (self._rows > self._max_rows and len(self._snapshots) > 1):
-                self._forget(self._snapshots.popleft())
+            seq = self._moments[-1].seq + 1 if self._moments else self._heavy
+            rows = self._moments[-1].rows if self._moments else 0
+            for number, (block, at) in enumerate(moments, start=seq):
+                columns = placed.get(id(block))
+                if columns is None:
+                    columns = placed[id(block)] = self._place(block)
+                rows += len(block.parameters)
+                self._add(columns, at, number, rows)
+        for block in placed.values():
+            self.course.add(block)
+        return list(placed.values())
 
-    def _lighten(self, at: int) -> None:
-        old = self._snapshots[at]
-        new = self._snapshots[at] = replace(old, histogram=None, top=None)
-        if self._newest[old.stage] is old:
-            self._newest[old.stage] = new
+    def _place(self, block: Block) -> Columns:
+        key = block.stage, block.names
+        first = self._firsts.get(key)
+        if first is None and len(block) and len(self._firsts) < LAYOUTS:
+            first = self._firsts[key] = _alone(block.snapshot(0))
+        parts = _parts_of(block)
+        parts["_views"] = {at: view for at, view in block._views.items() if type(view) is Snapshot}  # that came so
+        return Columns(**parts, first=first, history=self)
 
-    def _forget(self, snapshot: Snapshot) -> None:
-        self._rows -= len(snapshot)
-        if self._newest[snapshot.stage] is snapshot:
-            del self._newest[snapshot.stage]
+    def _add(self, columns: Columns, at: int, seq: int, rows: int) -> None:
+        known = self._by_stage.setdefault(columns.stage, [])
+        ordinal = 0
+        if known:
+            ordinal = known[-1].ordinal + (known[-1].step != columns.step[at])
+        moment = Moment(columns, at, seq, rows, ordinal)
+        columns.moments.append(moment)
+        known.append(moment)
+        self._moments.append(moment)
+
+    def trim(self) -> None:
+        """Let the oldest leave that are too many, and what is large of all but the newest."""
+        with self._lock:
+            if not self._moments:
+                return
+            newest = self._moments[-1]
+            first = self._first(newest)
+            gone = bisect_left(self._moments, first, key=_SEQ)
+            del self._moments[:gone]
+            for stage in list(self._by_stage) if gone else ():
+                known = self._by_stage[stage]
+                del known[: bisect_left(known, first, key=_SEQ)]
+            light = max(newest.seq + 1 - self._keep, first)
+            for moment in self._between(max(self._heavy, first), light):
+                moment.block.lighten(moment.at)
+            self._heavy = max(light, self._heavy)
+
+    def _first(self, newest: Moment) -> int:
+        """The number of the oldest moment that stays while this one is the newest."""
+        least = newest.seq + 1 - self._maxlen
+        if newest.rows - self._max_rows > self._moments[0].rows - len(self._moments[0].block.parameters):
+            at = bisect_left(self._moments, newest.rows - self._max_rows, key=lambda m: m.rows - len(m.block.parameters))
+            return max(least, min(self._moments[min(at, len(self._moments) - 1)].seq, newest.seq))
+        return max(least, self._moments[0].seq)
+
+    def _between(self, first: int, stop: int) -> list[Moment]:
+        return self._moments[bisect_left(self._moments, first, key=_SEQ) : bisect_left(self._moments, stop, key=_SEQ)]
+
+    # --- windows ----------------------------------------------------------------------------------------------------
+
+    def until(self, moment: Moment) -> History:
+        """The history as it was when this moment was the newest."""
+        return _Until(self, moment)
+
+    def columns_of(self, stage: str, first: int, last: int) -> list[Columns]:
+        """The blocks of a stage that have steps from `first` to `last`, in order, each once."""
+        with self._lock:
+            known = self._by_stage.get(stage, [])
+            start, stop = bisect_left(known, first, key=_STEP), bisect_right(known, last, key=_STEP)
+            found = {id(moment.block): moment.block for moment in known[start:stop]}
+        return list(found.values())
+
+    def _end(self) -> Moment | None:
+        """The newest moment that this history has; asked under the lock."""
+        return self._moments[-1] if self._moments else None
+
+    def _window(self, stage: str | None = None) -> list[Moment]:
+        """The moments (of a stage), oldest first."""
+        with self._lock:
+            end = self._end()
+            if end is None:
+                return []
+            known = self._moments if stage is None else self._by_stage.get(stage, [])
+            return known[bisect_left(known, self._first(end), key=_SEQ) : bisect_right(known, end.seq, key=_SEQ)]
 
     def __len__(self) -> int:
-        return len(self._snapshots)
+        return len(self._window())
 
     def __iter__(self) -> Iterator[Snapshot]:
-        return iter(self._all())
+        return iter([moment.snapshot for moment in self._window()])
 
-    def _all(self) -> tuple[Snapshot, ...]:
+    def newest(self, stage: str | None = None) -> Moment | None:
+        """The newest moment (of a stage), or None."""
         with self._lock:
-            return tuple(self._snapshots)
+            end = self._end()
+            if end is None or stage is None or stage == end.block.stage:
+                return end
+            known = self._by_stage.get(stage, [])
+            at = bisect_right(known, end.seq, key=_SEQ)
+            return known[at - 1] if at and known[at - 1].seq >= self._first(end) else None
 
     def latest(self, stage: str | None = None) -> Snapshot | None:
         """The newest snapshot (of a stage), or None."""
+        newest = self.newest(stage)
+        return None if newest is None else newest.snapshot
+
+    def since(self, seq: int) -> list[Moment]:
+        """The moments whose number is larger, oldest first."""
         with self._lock:
-            if stage is None:
-                return self._snapshots[-1] if self._snapshots else None
-            return self._newest.get(stage)
+            return self._moments[bisect_right(self._moments, seq, key=_SEQ) :]
+
+    def first(self) -> Snapshot:
+        """The first snapshot of the run of the newest one's stage and parameters, as far as it was kept."""
+        newest = self.newest()
+        assert newest is not None
+        return newest.block.first or newest.snapshot
+
+    def recent_moments(self, steps: int, stage: str | None = None) -> list[Moment]:
+        """Every moment (of a stage) of the last `steps` steps that have one, oldest first."""
+        with self._lock:
+            end = self._end()
+            if end is None:
+                return []
+            known = self._moments if stage is None else self._by_stage.get(stage, [])
+            at = stop = bisect_right(known, end.seq, key=_SEQ)
+            first, seen, last = self._first(end), 0, None
+            while at and known[at - 1].seq >= first and (known[at - 1].step == last or seen < steps):
+                at -= 1
+                if known[at].step != last:
+                    last, seen = known[at].step, seen + 1
+            return known[at:stop]
 
     def recent(self, steps: int, stage: str | None = None) -> list[Snapshot]:
         """Every snapshot (of a stage) of the last `steps` steps that have one, oldest first."""
-        result: list[Snapshot] = []
-        last, seen = None, 0
-        with self._lock:
-            if stage is not None and stage not in self._newest:
-                return []
-            for snapshot in reversed(self._snapshots):
-                if stage in (None, snapshot.stage):
-                    if snapshot.step != last:
-                        last, seen = snapshot.step, seen + 1
-                    if seen > steps:
-                        break
-                    result.append(snapshot)
-        return result[::-1]
+        return [moment.snapshot for moment in self.recent_moments(steps, stage)]
 
     def steps(self) -> list[int]:
         """The steps of which something is known, rising."""
-        return sorted({snapshot.step for snapshot in self._all()})
+        return sorted({moment.step for moment in self._window()})
+
+    # --- questions --------------------------------------------------------------------------------------------------
 
     def parts(self, step: int | None = None, stage: str | None = None) -> list[Snapshot]:
         """What `at` lays over each other, cut so that no parameter is in two: each part says its own backward and stage."""
@@ -115,25 +308,48 @@ class History:
     def series(self, parameter: str, column: str, stage: str | None = None) -> tuple[np.ndarray, np.ndarray]:
         """One column of one parameter over time: steps `[k]` and values `[k]`, for each step the last one read."""
         _check(stage)
-        having = [s for s in self._all() if stage in (None, s.stage) and parameter in s.parameters.position]
-        last = [list(readings)[-1] for _, readings in groupby(having, key=lambda snapshot: snapshot.step)]
-        steps = np.asarray([snapshot.step for snapshot in last], np.int64)
-        return steps, np.asarray([snapshot.value(column, parameter) for snapshot in last])
+        having = [moment for moment in self._window(stage) if parameter in moment.block.parameters.position]
+        last = [list(readings)[-1] for _, readings in groupby(having, key=_STEP)]
+        steps = np.asarray([moment.step for moment in last], np.int64)
+        return steps, np.asarray([moment.snapshot.value(column, parameter) for moment in last])
 
     def _of_step(self, step: int | None, stage: str | None) -> list[Snapshot]:
         _check(stage)
-        known = [snapshot for snapshot in self._all() if stage in (None, snapshot.stage)]
+        known = self._window(stage)
         if not known:
             what = "no gradient" if stage is None else f"no gradient of stage {str(stage)!r}"
             raise NothingCapturedError(f"{what} has been captured yet; run loss.backward() after watch()")
         wanted = known[-1].step if step is None else step
-        readings = [snapshot for snapshot in known if snapshot.step == wanted]
+        readings = [moment.snapshot for moment in known if moment.step == wanted]
         if not readings:
-            steps = sorted({snapshot.step for snapshot in known})
+            steps = sorted({moment.step for moment in known})
             near = min(steps, key=lambda s: abs(s - wanted))
             there = f"{len(steps)} steps are, from {steps[0]} to {steps[-1]}"
             raise ArgumentError(f"step {step} is not in memory: {there}; the nearest is {near}")
         return readings
+
+
+_STEP = attrgetter("step")
+
+
+class _Until(History):
+    """A history that ends at a moment: the same lists, cut where they are asked."""
+
+    def __init__(self, whole: History, newest: Moment) -> None:
+        self.__dict__.update(whole.__dict__, _newest=newest)
+
+    def _end(self) -> Moment:
+        return self._newest  # type: ignore[attr-defined,no-any-return]
+
+    def extend(self, moments: Sequence[tuple[Block, int]]) -> list[Columns]:
+        """Refused: this is the past."""
+        raise TypeError("a history that a rule is given is there to read; it takes no snapshot")
+
+
+def _alone(snapshot: Snapshot) -> Snapshot:
+    """A copy without what is large, which keeps no block alive."""
+    light = replace(snapshot, histogram=None, top=None)
+    return replace(light, columns={name: values.copy() for name, values in light.columns.items()}, scale=light.scale.copy())
 
 
 def _check(stage: str | None) -> None:

@@ -23,29 +23,45 @@ import triton.language as tl
 from gradlens import fields
 from gradlens.kernels import reference
 
-HEAD = 8  #: integers of a table's entry before its layout: the addresses of four operands, and the next four
-NUMEL, FIRST, COUNT, ROW = 4, 5, 6, 7  #: entries, the first of its chunks, how many they are, the row of the result
-PADDED = 32  #: columns of a partial row before its histogram: `fields.SUMMARY`, and room
+HEAD = 10  #: integers of a table's entry before its layout: the addresses of four operands, the next five, and room
+#: Entries, the first of its chunks, how many they are, the row of the result, the lines of a stratum (`entries.stride`).
+NUMEL, FIRST, COUNT, ROW, STRIDE = 4, 5, 6, 7, 8
+PADDED = 32  #: columns of a partial row before its histogram: `fields.SUMMARY`, zeros that the histogram counts, and room
 PARTIAL = PADDED + 2 * fields.BUCKETS
 MOVED = 16  #: columns of a partial row of an update: `fields.UPDATES`, and room
 
-_HEAD, _NUMEL, _FIRST, _COUNT, _ROW, _PADDED, _PARTIAL = map(tl.constexpr, (HEAD, NUMEL, FIRST, COUNT, ROW, PADDED, PARTIAL))
+_HEAD, _NUMEL, _FIRST, _COUNT, _ROW, _STRIDE = map(tl.constexpr, (HEAD, NUMEL, FIRST, COUNT, ROW, STRIDE))
+_PADDED, _PARTIAL, _COUNTED_ZERO = map(tl.constexpr, (PADDED, PARTIAL, len(fields.SUMMARY)))
+_LINE = tl.constexpr(fields.LINE)
 _POSITIVE, _NEGATIVE, _ZERO, _NANS, _INFS = (
     tl.constexpr(fields.AT[name]) for name in ("positive", "negative", "zero", "nan", "inf")
 )
 _ENTRIES, _SUM, _ABS_SUM, _SQUARE_SUM = (tl.constexpr(fields.AT[name]) for name in ("numel", "sum", "abs_sum", "square_sum"))
 _MIN, _MAX, _ABS_MAX, _ABS_MIN = (tl.constexpr(fields.AT[name]) for name in ("min", "max", "abs_max", "abs_min_nonzero"))
-_W_SQUARE, _W_MAX, _DOT = (tl.constexpr(fields.AT[field.name]) for field in fields.WEIGHTS)
+_W_SQUARE, _W_MAX, _DOT, _W_NONFINITE = (tl.constexpr(fields.AT[field.name]) for field in fields.WEIGHTS)
 _COMPARED, _MOVING, _FLIPPED, _P_DOT, _G_SQUARE, _P_SQUARE = (tl.constexpr(fields.AT[field.name]) for field in fields.FLIPS)
-_SUMMARY, _WIDTH, _TOP = tl.constexpr(len(fields.SUMMARY)), tl.constexpr(fields.WIDTH), tl.constexpr(fields.TOP)
+_SUMMARY, _TOP = tl.constexpr(len(fields.SUMMARY)), tl.constexpr(fields.TOP)
+_WIDTH, _LIGHT_WIDTH, _HISTOGRAM = (tl.constexpr(at) for at in (fields.WIDTH, fields.LIGHT_WIDTH, fields.HISTOGRAM.start))
+_QUANTILE = tl.constexpr(fields.QUANTILE.start)
+_Q05, _Q25, _Q50, _Q75, _Q95 = map(tl.constexpr, fields.QUANTILES.values())
 _BUCKETS, _BINS = tl.constexpr(fields.BUCKETS), tl.constexpr(2 * fields.BUCKETS)
 _LOWEST, _HIGHEST = tl.constexpr(fields.EXPONENT_MIN), tl.constexpr(fields.EXPONENT_MAX)
 _PARTIALS, _INDICES, _VALUES = (
     tl.constexpr(part.start) for part in (fields.TOP_PARTIAL, fields.TOP_INDEX, fields.TOP_VALUE)
 )
-_MOVE_ENTRIES, _MOVE_SQUARE, _BEFORE_SQUARE, _USED_SQUARE, _MOVE_DOT, _GOING, _AGAINST, _STUCK, _LOSS_DOT, _EXACT = (
-    tl.constexpr(at) for at in range(len(fields.UPDATES))
-)
+(
+    _MOVE_ENTRIES,
+    _MOVE_SQUARE,
+    _BEFORE_SQUARE,
+    _USED_SQUARE,
+    _MOVE_DOT,
+    _GOING,
+    _AGAINST,
+    _STUCK,
+    _NONFINITE,
+    _LOSS_DOT,
+    _EXACT,
+) = (tl.constexpr(at) for at in range(len(fields.UPDATES)))
 _MOVED, _UPDATES, _SAMPLES = tl.constexpr(MOVED), tl.constexpr(len(fields.UPDATES)), tl.constexpr(reference.SAMPLES)
 _INF = tl.constexpr(float("inf"))  # no NaN beside it: Triton refuses a global that differs from itself
 _LATE = tl.constexpr(2**62)  # an index after every real one
@@ -165,6 +181,14 @@ def _bucket(bits):
 
 
 @triton.jit
+def _sampled(at, stride):
+    """Whether entries are in the sample: see `entries.sampled`."""
+    line = at // _LINE
+    stratum = line // stride
+    return line == stratum * stride + (((stratum * 2654435761) & 0xFFFFFFFF) >> 8) % stride
+
+
+@triton.jit
 def scan(
     table, owners, partials, length,
     G: tl.constexpr, W: tl.constexpr, P: tl.constexpr, KEEP: tl.constexpr,
@@ -186,11 +210,13 @@ def scan(
     abs_total, square_total = total, total
     least, most, smallest = none + limit, none - limit, none + limit
     histogram = tl.zeros([_BINS], tl.int32)
+    stride = _field(table, tensor, _STRIDE, AXES)
+    negatives, positives, counted, counted_zeros = zeros, zeros, zeros, zeros
     if W is not None:
         weight = _address(table, tensor, 1, W, AXES, ALIGNED)
         w_none = _bits(tl.zeros([TILE], W))
         w_limit: tl.constexpr = _limit(w_none)
-        w_square, w_largest, dot = total, w_none - 1, total
+        w_square, w_largest, dot, w_odd = total, w_none - 1, total, zeros
     if P is not None:
         previous = _address(table, tensor, 2, P, AXES, ALIGNED)
         p_limit: tl.constexpr = _limit(_bits(tl.zeros([1], P)))
@@ -213,9 +239,15 @@ def scan(
         least = tl.minimum(least, tl.where(fine, key, limit))
         most = tl.maximum(most, tl.where(fine, key, -limit))
         smallest = tl.minimum(smallest, tl.where(there, magnitude, limit))
-        # What has no bucket is counted in the first one, and taken out of it in the end.
-        bucket = tl.where(there, _bucket(bits), 0)
-        histogram += tl.histogram(bucket, _BINS)
+        negatives += (there & (bits < 0)).to(tl.int32)
+        positives += (there & (bits > 0)).to(tl.int32)
+        taken = _sampled(at, stride) & inside
+        chosen = there & taken
+        counted_zeros += ((magnitude == 0) & taken).to(tl.int32)
+        counted += chosen.to(tl.int32)
+        if tl.max(chosen.to(tl.int32)) > 0:
+            # What has no bucket is counted in the first one, and taken out of it in the end.
+            histogram += tl.histogram(tl.where(chosen, _bucket(bits), 0), _BINS)
         g = tl.where(fine, _wide(x), 0.0)
         total += g
         abs_total += tl.abs(g)
@@ -228,6 +260,7 @@ def scan(
             w_square += w * w
             w_largest = tl.maximum(w_largest, tl.where(w_fine, w_magnitude, -1))
             dot += g * w
+            w_odd += (w_magnitude >= w_limit).to(tl.int32)
         if P is not None:
             z = _read(previous, _place(table, tensor, 2, at, AXES), inside, whole)
             p_bits = _bits(z)
@@ -247,13 +280,13 @@ def scan(
 
     row = partials + chunk.to(tl.int64) * _PARTIAL
     bins = tl.arange(0, _BINS)
-    tiles = tl.cdiv(stop - start, TILE)
     zero, nan, inf = tl.sum(zeros), tl.sum(odd & 0xFFFF), tl.sum(odd >> 16)
-    bucketless = tiles * TILE - (stop - start - zero - nan - inf)
+    bucketless = tl.sum(histogram) - tl.sum(counted)
     histogram -= tl.where(bins == 0, bucketless, 0).to(tl.int32)
     tl.store(row + _PADDED + bins, histogram.to(tl.float64))
-    tl.store(row + _NEGATIVE, tl.sum(tl.where(bins < _BUCKETS, histogram, 0)).to(tl.float64))
-    tl.store(row + _POSITIVE, tl.sum(tl.where(bins < _BUCKETS, 0, histogram)).to(tl.float64))
+    tl.store(row + _COUNTED_ZERO, tl.sum(counted_zeros).to(tl.float64))
+    tl.store(row + _NEGATIVE, tl.sum(negatives).to(tl.float64))
+    tl.store(row + _POSITIVE, tl.sum(positives).to(tl.float64))
     tl.store(row + _ZERO, zero.to(tl.float64))
     tl.store(row + _NANS, nan.to(tl.float64))
     tl.store(row + _INFS, inf.to(tl.float64))
@@ -270,6 +303,7 @@ def scan(
         tl.store(row + _W_SQUARE, tl.sum(w_square))
         tl.store(row + _W_MAX, tl.where(w_top < 0, -1.0, _value(tl.maximum(w_top, 0))))
         tl.store(row + _DOT, tl.sum(dot))
+        tl.store(row + _W_NONFINITE, tl.sum(w_odd).to(tl.float64))
     if P is not None:
         tl.store(row + _COMPARED, tl.sum(compared).to(tl.float64))
         tl.store(row + _MOVING, tl.sum(moving).to(tl.float64))
@@ -334,22 +368,40 @@ def top(
 
 
 @triton.jit
+def _quantile(histogram, zero, low, high, q: tl.constexpr):
+    """As `fields.quantiles`: the one bucket that holds the rank, and the place in it. Negative buckets rise by magnitude."""
+    bins = tl.arange(0, _BINS)
+    passed = tl.cumsum(histogram, axis=0)
+    negatives = tl.sum(tl.where(bins < _BUCKETS, histogram, 0.0))
+    after = tl.where(bins < _BUCKETS, negatives - passed + histogram, zero + passed)
+    total = tl.sum(histogram) + zero
+    rank = (tl.maximum(total - 1, 0.0) * q).to(tl.int64).to(tl.float64)
+    here = (after > rank) & (after - histogram <= rank)
+    exponent = (bins % _BUCKETS + _LOWEST).to(tl.int64)
+    power = ((exponent + 1023) << 52).to(tl.float64, bitcast=True)
+    start = tl.where(bins < _BUCKETS, -2 * power, power)
+    share = (rank - (after - histogram) + 0.5) / tl.maximum(histogram, 1.0)
+    value = tl.sum(tl.where(here, start + share * power, 0.0))  # 0 where no bucket is: the rank is that of a zero
+    return tl.where(total > 0, tl.minimum(tl.maximum(value, low), high), float("nan"))
+
+
+@triton.jit
 def close(
     table, partials, magnitudes, indices, slots, rows,
-    G: tl.constexpr, W: tl.constexpr, P: tl.constexpr, AXES: tl.constexpr, MERGED: tl.constexpr,
+    G: tl.constexpr, W: tl.constexpr, P: tl.constexpr, DETAIL: tl.constexpr, AXES: tl.constexpr, MERGED: tl.constexpr,
 ):  # fmt: skip
     """The row of a tensor."""
     tensor = tl.program_id(0)
     chunks = _field(table, tensor, _FIRST, AXES)
     count = _field(table, tensor, _COUNT, AXES)
-    row = rows + _field(table, tensor, _ROW, AXES) * _WIDTH
+    row = rows + _field(table, tensor, _ROW, AXES) * (_WIDTH if DETAIL else _LIGHT_WIDTH)
     columns, bins = tl.arange(0, _PADDED), tl.arange(0, _BINS)
     total, histogram = tl.zeros([_PADDED], tl.float64), tl.zeros([_BINS], tl.float64)
     least, most = total + _INF, total - _INF
     for first in range(0, count, MERGED):
         at = first + tl.arange(0, MERGED).to(tl.int64)[:, None]
         line = partials + (chunks + at) * _PARTIAL
-        there = (at < count) & (columns < _SUMMARY)[None, :]
+        there = (at < count) & (columns <= _COUNTED_ZERO)[None, :]
         part = tl.load(line + columns[None, :], mask=there, other=0.0)
         total += tl.sum(part, axis=0)
         least = tl.minimum(least, tl.min(tl.where(there, part, _INF), axis=0))
@@ -364,11 +416,21 @@ def close(
     value = tl.where(columns == _ENTRIES, _field(table, tensor, _NUMEL, AXES).to(tl.float64), value)
     if W is None:
         nothing = nothing | ((columns >= _W_SQUARE) & (columns <= _DOT))
+        value = tl.where(columns == _W_NONFINITE, 0.0, value)
     if P is None:
         nothing = nothing | ((columns >= _P_DOT) & (columns <= _P_SQUARE))
         value = tl.where((columns >= _COMPARED) & (columns <= _FLIPPED), 0.0, value)
     tl.store(row + columns, tl.where(nothing, float("nan"), value), mask=columns < _SUMMARY)
-    tl.store(row + _SUMMARY + bins, histogram)
+    zero = tl.sum(tl.where(columns == _COUNTED_ZERO, total, 0.0))
+    low = tl.min(tl.where(columns == _MIN, least, _INF))
+    high = tl.max(tl.where(columns == _MAX, most, -_INF))
+    tl.store(row + _QUANTILE, _quantile(histogram, zero, low, high, _Q05))
+    tl.store(row + _QUANTILE + 1, _quantile(histogram, zero, low, high, _Q25))
+    tl.store(row + _QUANTILE + 2, _quantile(histogram, zero, low, high, _Q50))
+    tl.store(row + _QUANTILE + 3, _quantile(histogram, zero, low, high, _Q75))
+    tl.store(row + _QUANTILE + 4, _quantile(histogram, zero, low, high, _Q95))
+    if DETAIL:
+        tl.store(row + _HISTOGRAM + bins, histogram)
 
     lanes = tl.arange(0, _TOP * _TOP)
     there = lanes < slots * _TOP
@@ -410,7 +472,7 @@ def move(
     square, before_square = tl.zeros([TILE], tl.float64), tl.zeros([TILE], tl.float64)
     used_square, dot, loss_dot = square, square, square
     moving = tl.zeros([TILE], tl.int32)
-    against, stuck = moving, moving
+    against, stuck, nonfinite = moving, moving, moving
     if U is not None:
         used = _address(table, tensor, 0, U, AXES, ALIGNED)
     if L is not None:
@@ -420,7 +482,9 @@ def move(
         at, whole = first + lanes, first + TILE <= stop
         inside = at < stop
         w = _wide(_read(before, _place(table, tensor, 1, at, AXES), inside, whole))
-        dw = _wide(_read(after, _place(table, tensor, 2, at, AXES), inside, whole)) - w
+        new = _wide(_read(after, _place(table, tensor, 2, at, AXES), inside, whole))
+        nonfinite += (inside & ~(tl.abs(new) < _INF)).to(tl.int32)
+        dw = new - w
         finite = (tl.abs(dw) < _INF) & inside
         dw = tl.where(finite, dw, 0.0)
         w = tl.where(finite, w, 0.0)
@@ -451,6 +515,7 @@ def move(
     tl.store(row + _GOING, tl.sum(moving).to(tl.float64))
     tl.store(row + _AGAINST, tl.sum(against).to(tl.float64))
     tl.store(row + _STUCK, tl.sum(stuck).to(tl.float64))
+    tl.store(row + _NONFINITE, tl.sum(nonfinite).to(tl.float64))
     tl.store(row + _LOSS_DOT, tl.sum(loss_dot))
 
 

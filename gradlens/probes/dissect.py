@@ -32,14 +32,16 @@ from torch import Tensor
 from torch.amp.grad_scaler import OptState
 from torch.optim import Optimizer
 
-from gradlens.errors import ArgumentTypeError, ProbeError
-from gradlens.probes.deed import Deed, Path
+from gradlens.errors import ArgumentTypeError, GradlensError, ProbeError
+from gradlens.probes.interrupts import leaves_no_trace
+from gradlens.probes.isolated_loss import IsolatedLoss
 from gradlens.probes.loss import Target
 from gradlens.probes.per_weight import sampled
-from gradlens.probes.shelter import Shelter
+from gradlens.probes.step_report import Path, StepReport
 from gradlens.selection import Select
 from gradlens.statistics.attribution import CAUSES, KINDS, causes, kind_of, summed
 from gradlens.statistics.evidence import flat
+from gradlens.unwrapping import unwrap_optimizer
 
 #: Nodes and weights of the five-point Gauss-Lobatto rule on [0, 1]: exact for polynomials of degree seven, ends included.
 NODES = (0.0, 0.5 - (3 / 28) ** 0.5, 0.5, 0.5 + (3 / 28) ** 0.5, 1.0)
@@ -56,7 +58,7 @@ def dissect(
     sample: int | float | None = None,
     select: Select = None,
 ) -> Dissection:
-    """Take apart the optimizer's step that is made within the `with` block; what comes of it answers as a `Deed`.
+    """Take apart the optimizer's step that is made within the `with` block; what comes of it answers as a `StepReport`.
 
     Enter it after `backward()` and before clipping, or before `backward()`: the gradient of the loss is the one that
     backward left. `loss_fn(model) -> scalar`, the loss on the step's batch, adds what the step did to it, by parameter and
@@ -72,7 +74,7 @@ def dissect(
 
 
 class Dissection:
-    """The context manager of `dissect`. Once its block is over, it has the attributes of a `Deed`, and prints as one."""
+    """The context manager of `dissect`. Once its block is over, it has what a `StepReport` has, and prints as one."""
 
     def __init__(
         self,
@@ -85,35 +87,35 @@ class Dissection:
     ) -> None:
         self._optimizers = _unwrapped(optimizer)
         self._explained = loss_fn is not None
-        self._shelter = Shelter(model, loss_fn or _none, select=select, wide=self._explained)
+        self._isolated = IsolatedLoss(model, loss_fn or _none, select=select, wide=self._explained)
         self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
-        self._at = sampled([w.numel() for w in self._shelter.live()], sample)
-        self._deed: Deed | None = None
+        self._at = sampled([w.numel() for w in self._isolated.live()], sample)
+        self._report: StepReport | None = None
         self._failed: Exception | None = None
         self._why = "its block has not been run yet"
 
     # --- the block --------------------------------------------------------------------------------------------------
 
     def __enter__(self) -> Self:
-        live = self._shelter.live()
+        live = self._isolated.live()
         self._indices = [
             None if i is None else torch.from_numpy(i).to(w.device) for i, w in zip(self._at, live, strict=True)
         ]
         self._whole = [w.clone() for w in live] if self._explained else []
         self._before = [self._part(i, w) for i, w in enumerate(self._whole or live)]
         owner = {id(p): (o, group) for o in self._optimizers for group in o.param_groups for p in group["params"]}
-        self._owners = [owner.get(id(p)) for p in self._shelter.tensors()]
+        self._owners = [owner.get(id(p)) for p in self._isolated.tensors()]
         n = len(live)
         self._wish: list[Tensor | None] = [None] * n
         self._used: list[Tensor | None] = [None] * n
         self._state: list[dict[str, Any]] = [{} for _ in range(n)]
         self._hyper: list[dict[str, Any]] = [{} for _ in range(n)]
         self._steps, self._active, self._wish_known = 0, set[int](), True
-        for i, p in enumerate(self._shelter.tensors()):
+        for i, p in enumerate(self._isolated.tensors()):
             self._wished(i, p, self._pending(i))
         self._handles = [h for o in self._optimizers for h in self._listen(o)]
-        self._bare = [p for p in self._shelter.tensors() if p._post_accumulate_grad_hooks is None]
-        for i, p in enumerate(self._shelter.tensors()):
+        self._bare = [p for p in self._isolated.tensors() if p._post_accumulate_grad_hooks is None]
+        for i, p in enumerate(self._isolated.tensors()):
             self._handles.append(p.register_post_accumulate_grad_hook(self._guarded(lambda q, i=i: self._accumulated(i, q))))
         return self
 
@@ -128,7 +130,7 @@ class Dissection:
             self._why = f"its block raised {kind.__name__}"
         elif self._failed is None:
             try:
-                self._deed = self._taken_apart() if self._steps else None
+                self._report = self._taken_apart() if self._steps else None
                 self._why = "no optimizer's step() ran in its block (a GradScaler skips steps that are not finite)"
             except Exception as failure:  # noqa: BLE001 - the training loop goes on; asking for the result raises it
                 self._failed = failure
@@ -196,7 +198,7 @@ class Dissection:
                 self._use(i, p)
 
     def _members(self, optimizer: Optimizer) -> list[tuple[int, Tensor]]:
-        tensors = self._shelter.tensors()
+        tensors = self._isolated.tensors()
         return [(i, tensors[i]) for i, owner in enumerate(self._owners) if owner is not None and owner[0] is optimizer]
 
     def _use(self, i: int, p: Tensor) -> None:
@@ -212,14 +214,14 @@ class Dissection:
 
     # --- the result -------------------------------------------------------------------------------------------------
 
-    def _taken_apart(self) -> Deed:
-        parts = [self._judged(i, w) for i, w in enumerate(self._shelter.live())]
+    def _taken_apart(self) -> StepReport:
+        parts = [self._attributed(i, w) for i, w in enumerate(self._isolated.live())]
         path, shares = (
             self._integrated() if self._explained else (None, [torch.full_like(part[0], np.nan) for part in parts])
         )
         value, partial, used, dw, blame = (_host([part[k] for part in parts]) for k in range(5))
-        return Deed(
-            parameters=self._shelter.parameters,
+        return StepReport(
+            parameters=self._isolated.parameters,
             index=tuple(self._at),
             value=value,
             partial=partial,
@@ -234,7 +236,7 @@ class Dissection:
             clipping_known=self._wish_known,
         )
 
-    def _judged(self, i: int, now: Tensor) -> tuple[Any, ...]:
+    def _attributed(self, i: int, now: Tensor) -> tuple[Any, ...]:
         before, after = self._before[i], self._part(i, now)
         used = self._used[i]
         used = torch.zeros_like(before) if used is None else used
@@ -247,36 +249,37 @@ class Dissection:
         partial = (used if wish is None else wish).double()
         return wide, partial, used.double(), after.double() - wide, bits, summed(blame, moving, error)
 
+    @leaves_no_trace
     def _integrated(self) -> tuple[Path, list[Tensor]]:
         """The loss and its slopes along the way, and each weight's share of the change."""
-        with self._shelter as shelter:
-            start = [w.to(v.dtype) for w, v in zip(self._whole, shelter.weights, strict=True)]
-            move = [v.detach() - w for w, v in zip(start, shelter.weights, strict=True)]
+        with self._isolated as isolated:
+            start = [w.to(v.dtype) for w, v in zip(self._whole, isolated.weights, strict=True)]
+            move = [v.detach() - w for w, v in zip(start, isolated.weights, strict=True)]
             sums = [torch.zeros_like(w) for w in start]
             slopes, losses = [], []
             for node, share in zip(NODES, SHARES, strict=True):
-                for v, w, dw in zip(shelter.weights, start, move, strict=True):
+                for v, w, dw in zip(isolated.weights, start, move, strict=True):
                     with torch.no_grad():
                         v.copy_(w + node * dw)
-                shelter.rewind()
-                loss, gradient = shelter.gradient()
+                isolated.rewind()
+                loss, gradient = isolated.gradient()
                 losses.append(loss.item())
                 products = [torch.zeros_like(dw) if g is None else g * dw for g, dw in zip(gradient, move, strict=True)]
                 slopes.append([product.sum().item() for product in products])
                 for total, product in zip(sums, products, strict=True):
                     total.add_(product, alpha=share)
             allocated = np.array([total.sum().item() for total in sums])
-            path = Path(losses[0], losses[-1], np.array(slopes), allocated, shelter.narrow)
+            path = Path(losses[0], losses[-1], np.array(slopes), allocated, isolated.narrow)
             return path, [self._part(i, total) for i, total in enumerate(sums)]
 
     @property
-    def result(self) -> Deed:
+    def result(self) -> StepReport:
         """What was found. Raises `ProbeError` where there is nothing, with the reason."""
         if self._failed is not None:
             raise ProbeError(f"the step could not be taken apart: {self._failed}") from self._failed
-        if self._deed is None:
+        if self._report is None:
             raise ProbeError(f"this dissection has found nothing: {self._why}")
-        return self._deed
+        return self._report
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
@@ -286,6 +289,12 @@ class Dissection:
     def __str__(self) -> str:
         return str(self.result)
 
+    def _repr_html_(self) -> str | None:
+        try:
+            return self.result._repr_html_()
+        except GradlensError:  # within its block: there is no result yet
+            return None
+
 
 def _none(model: Any) -> Tensor:
     raise AssertionError("there is no loss function")
@@ -294,13 +303,10 @@ def _none(model: Any) -> Tensor:
 def _unwrapped(given: Any) -> list[Optimizer]:
     listed = list(given) if isinstance(given, list | tuple | set | frozenset) else [given]
     found = []
-    for optimizer in listed:
-        while not isinstance(optimizer, Optimizer) and hasattr(optimizer, "optimizer"):
-            optimizer = optimizer.optimizer  # accelerate's wrapper
+    for wrapper in listed:
+        optimizer = unwrap_optimizer(wrapper)
         if not isinstance(optimizer, Optimizer):
-            raise ArgumentTypeError(
-                f"optimizer is a torch.optim.Optimizer, or a list of them, not {type(optimizer).__name__}"
-            )
+            raise ArgumentTypeError(f"optimizer is a torch.optim.Optimizer, or a list of them, not {type(wrapper).__name__}")
         found.append(optimizer)
     return found
 

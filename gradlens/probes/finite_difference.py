@@ -22,16 +22,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from gradlens import markup
 from gradlens.errors import ArgumentError, ProbeError
+from gradlens.probes.interrupts import leaves_no_trace
+from gradlens.probes.isolated_loss import IsolatedLoss
 from gradlens.probes.loss import Target
-from gradlens.probes.partials import label
 from gradlens.probes.per_weight import unravelled
-from gradlens.probes.progress import tracked
-from gradlens.probes.shelter import Shelter
+from gradlens.probes.second_order import kept_at_zero
+from gradlens.progress import tracked
 from gradlens.records import Parameters
 from gradlens.selection import Select
+from gradlens.weight_names import label
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -42,8 +45,8 @@ OF_LARGEST = 1e-6  #: truncation does not shrink with the partial: allow this sh
 ROUNDING = 10  #: times the measured rounding noise of the loss
 
 
-@dataclass(frozen=True, eq=False)
-class PartialsCheck:
+@dataclass(frozen=True, eq=False, repr=False)
+class PartialsCheck(markup.Shown):
     """What `check_partials` found. `ok`: no partial was wrong."""
 
     frame: pd.DataFrame  #: a row a weight: `parameter, index, value, partial, difference, error, tolerance, result`
@@ -91,6 +94,7 @@ class PartialsCheck:
         return "\n".join(lines)
 
 
+@leaves_no_trace
 def check_partials(
     model: Target,
     loss_fn: Callable[[Any], Tensor],
@@ -111,19 +115,19 @@ def check_partials(
     """
     if k < 1:
         raise ArgumentError(f"k is the number of weights to check, at least 1, not {k}")
-    with Shelter(model, loss_fn, select=select, wide=True) as shelter:
-        loss, partials = shelter.gradient()
-        gradient = [torch.zeros_like(w) if g is None else g for g, w in zip(partials, shelter.weights, strict=True)]
-        noise = _noise(shelter, loss.item(), seed)
+    with IsolatedLoss(model, loss_fn, select=select, wide=True) as isolated:
+        loss, partials = isolated.gradient()
+        gradient = [torch.zeros_like(w) if g is None else g for g, w in zip(partials, isolated.weights, strict=True)]
+        noise = _noise(isolated, loss.item(), seed)
         places = _draw(
-            gradient, [_kept_at_zero(owner, w) for owner, w in zip(shelter.owners(), gradient, strict=True)], k, seed
+            gradient, [kept_at_zero(owner, w) for owner, w in zip(isolated.owners(), gradient, strict=True)], k, seed
         )
         rows = [
-            _row(shelter, gradient, place, loss.item(), noise)
+            _row(isolated, gradient, place, loss.item(), noise)
             for place in tracked(places, "checking partials", len(places), progress)
         ]
-        weights = sum(w.numel() for w in shelter.weights)
-        return _result(shelter.parameters, rows, weights, shelter.narrow)
+        weights = sum(w.numel() for w in isolated.weights)
+        return _result(isolated.parameters, rows, weights, isolated.narrow)
 
 
 @dataclass(frozen=True)
@@ -137,32 +141,32 @@ class _Row:
     result: str
 
 
-def _evaluate(shelter: Shelter) -> float:
-    shelter.rewind()
-    return shelter.loss()
+def _evaluate(isolated: IsolatedLoss) -> float:
+    isolated.rewind()
+    return isolated.loss()
 
 
-def _noise(shelter: Shelter, loss: float, seed: int) -> float:
+def _noise(isolated: IsolatedLoss, loss: float, seed: int) -> float:
     """How far rounding moves the loss; an error when something else does."""
     if not np.isfinite(loss):
         raise ProbeError(
             f"the loss is {loss}: there is nothing to compare at this point; check a batch whose loss is finite"
         )
-    again = _evaluate(shelter)
+    again = _evaluate(isolated)
     size = max(abs(loss), abs(again))
     if abs(again - loss) > 1e-9 * size:
         raise ProbeError(
             f"loss_fn gives {loss:.9g} and then {again:.9g} at the same weights with the same random numbers: fix the batch "
             f"outside of it (no next(iterator)), and draw from torch's, numpy's or Python's global generators only"
         )
-    held, random = [w.detach().clone() for w in shelter.weights], torch.Generator().manual_seed(seed)
+    held, random = [w.detach().clone() for w in isolated.weights], torch.Generator().manual_seed(seed)
     moved = [again]
     for _ in range(4):
-        for w, kept in zip(shelter.weights, held, strict=True):
+        for w, kept in zip(isolated.weights, held, strict=True):
             signs = torch.randint(0, 2, w.shape, generator=random).to(w) * 2 - 1
             _set(w, kept * (1 + 2.0**-52 * signs))
-        moved.append(_evaluate(shelter))
-    for w, kept in zip(shelter.weights, held, strict=True):
+        moved.append(_evaluate(isolated))
+    for w, kept in zip(isolated.weights, held, strict=True):
         _set(w, kept)
     return max(abs(other - loss) for other in moved) + 2.0**-52 * size
 
@@ -170,12 +174,6 @@ def _noise(shelter: Shelter, loss: float, seed: int) -> float:
 def _set(w: Tensor, value: Tensor | float) -> None:
     with torch.no_grad():
         w.copy_(value) if isinstance(value, Tensor) else w.fill_(value)
-
-
-def _kept_at_zero(owner: nn.Module | None, weight: Tensor) -> range:
-    """The flat indices whose partials are 0 by declaration, whatever the loss does: the padding row of an embedding."""
-    row = owner.padding_idx if isinstance(owner, nn.Embedding | nn.EmbeddingBag) else None
-    return range(0) if row is None else range(row * weight.shape[1], (row + 1) * weight.shape[1])
 
 
 def _draw(gradient: Sequence[Tensor], skipped: Sequence[range], k: int, seed: int) -> list[tuple[int, int]]:
@@ -193,34 +191,34 @@ def _draw(gradient: Sequence[Tensor], skipped: Sequence[range], k: int, seed: in
     return sorted(rounds[:k])
 
 
-def _row(shelter: Shelter, gradient: Sequence[Tensor], place: tuple[int, int], loss: float, noise: float) -> _Row:
+def _row(isolated: IsolatedLoss, gradient: Sequence[Tensor], place: tuple[int, int], loss: float, noise: float) -> _Row:
     position, index = place
     flat = gradient[position].reshape(-1)
     partial = flat[index].item()
     largest = flat.abs().nan_to_num(0, 0, 0).max().item()
-    weight = shelter.weights[position].detach().view(-1)[index]
+    weight = isolated.weights[position].detach().view(-1)[index]
     value = weight.item()
     rows = []
     for step in STEPS:
         h = step * max(1.0, abs(value))
-        above, below = (_moved(shelter, weight, value + move) for move in (h, -h))
-        rows.append(_judge(place, value, partial, (below, loss, above), h, OF_LARGEST * largest + ROUNDING * noise / h))
+        above, below = (_moved(isolated, weight, value + move) for move in (h, -h))
+        rows.append(_compared(place, value, partial, (below, loss, above), h, OF_LARGEST * largest + ROUNDING * noise / h))
         if rows[-1].result == "right":
             return rows[-1]
     return next((row for row in rows if row.result == "kink"), rows[0])
 
 
-def _moved(shelter: Shelter, weight: Tensor, target: float) -> float:
+def _moved(isolated: IsolatedLoss, weight: Tensor, target: float) -> float:
     """The loss with one weight moved and all others as they are."""
     value = weight.item()
     _set(weight, target)
     try:
-        return _evaluate(shelter)
+        return _evaluate(isolated)
     finally:
         _set(weight, value)
 
 
-def _judge(place: tuple[int, int], value: float, partial: float, losses: Sequence[float], h: float, floor: float) -> _Row:
+def _compared(place: tuple[int, int], value: float, partial: float, losses: Sequence[float], h: float, floor: float) -> _Row:
     below, at, above = losses
     difference, left, right = (above - below) / (2 * h), (at - below) / h, (above - at) / h
     tolerance = RELATIVE * max(abs(partial), abs(difference)) + floor

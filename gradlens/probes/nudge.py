@@ -17,10 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gradlens import markup
 from gradlens.errors import ArgumentError, ArgumentTypeError, nearest
-from gradlens.probes.batches import check_batches, counted, kept_generators
+from gradlens.probes.batches import check_batches, counted, generators
+from gradlens.probes.interrupts import leaves_no_trace
+from gradlens.probes.isolated_loss import IsolatedLoss
 from gradlens.probes.loss import Target
-from gradlens.probes.shelter import Shelter
 from gradlens.probes.untouched import randomness, set_randomness
 from gradlens.probes.verdicts import MOVE, Survey
 from gradlens.statistics.evidence import VERDICTS
@@ -32,8 +34,8 @@ SIGN = {"increase": 1.0, "decrease": -1.0, "undecided": 0.0}
 NEEDED = ("parameter", "index", "verdict", "partial")
 
 
-@dataclass(frozen=True, eq=False)
-class Nudge:
+@dataclass(frozen=True, eq=False, repr=False)
+class Nudge(markup.Shown):
     """What moving the weights did to the loss."""
 
     frame: pd.DataFrame  #: a row a batch: `size, before, after, change`
@@ -41,7 +43,7 @@ class Nudge:
     noise: float  #: standard error of `actual`: the spread of the change over batches, and the rounding of the losses
     rounding: float  #: that part of the noise which is rounding
     moved: int  #: how many weights had a verdict
-    swallowed: int  #: of these, how many did not move, since `size` is lost in the precision of their storage
+    rounded_away: int  #: of these, how many did not move, since `size` is lost in the precision of their storage
     size: float
 
     @property
@@ -56,13 +58,14 @@ class Nudge:
         )
         if self.predicted:
             text += f" ({self.actual / self.predicted:.0%} of the prediction)"
-        if self.swallowed:
-            text += f"; {self.swallowed:,} did not move, {self.size:g} being too little for their storage type"
+        if self.rounded_away:
+            text += f"; {self.rounded_away:,} did not move, {self.size:g} being too little for their storage type"
         if self.moved and self.rounding > abs(self.predicted) / 10:
             text += f"; rounding alone makes ± {self.rounding:.2g}: take a larger size"
         return text
 
 
+@leaves_no_trace
 def nudge(
     model: Target,
     loss_fn: Callable[[Any, Any], Tensor],
@@ -82,53 +85,57 @@ def nudge(
     if not isinstance(size, int | float) or not np.isfinite(size) or size == 0:
         raise ArgumentError(f"size is how far each weight moves, a finite number that is not 0, not {size!r}")
     check_batches(batches)
-    with Shelter(model, loss_fn, batched=True) as shelter, kept_generators(batches):
-        moves, predicted = _moves(shelter, verdicts, float(size))
-        held = [w.detach().clone() for w in shelter.weights]
+    isolated = IsolatedLoss(model, loss_fn, batched=True)
+    isolated.keep(generators(batches))
+    with isolated:
+        moves, predicted = _moves(isolated, verdicts, float(size))
+        held = [w.detach().clone() for w in isolated.weights]
         rows = []
         for batch, n in counted(batches, "nudging", progress):
             random = randomness()
-            before = shelter.loss(batch)
+            before = isolated.loss(batch)
             set_randomness(random)
-            after = _moved(shelter, moves, held, lambda batch=batch: shelter.loss(batch))  # type: ignore[misc]
+            after = _moved(isolated, moves, held, lambda batch=batch: isolated.loss(batch))  # type: ignore[misc]
             rows.append((n, before, after))
         pairs = [(kept, move) for kept, move in zip(held, moves, strict=True) if move is not None]
         moved = sum(int(move.count_nonzero()) for _, move in pairs)
-        swallowed = sum(int(((kept + move == kept) & (move != 0)).sum()) for kept, move in pairs)
+        rounded_away = sum(int(((kept + move == kept) & (move != 0)).sum()) for kept, move in pairs)
         precision = max(torch.finfo(w.dtype).eps for w in held)
     if not rows:
         raise ArgumentError("nudge needs at least one batch to see what the loss does")
-    return _result(rows, predicted, precision, moved, swallowed, float(size))
+    return _result(rows, predicted, precision, moved, rounded_away, float(size))
 
 
-def _moved(shelter: Shelter, moves: Sequence[Tensor | None], held: Sequence[Tensor], then: Callable[[], float]) -> float:
+def _moved(
+    isolated: IsolatedLoss, moves: Sequence[Tensor | None], held: Sequence[Tensor], then: Callable[[], float]
+) -> float:
     """A value with the weights moved; they are put back."""
     with torch.no_grad():
-        for w, move in zip(shelter.weights, moves, strict=True):
+        for w, move in zip(isolated.weights, moves, strict=True):
             if move is not None:
                 w += move
         try:
             return then()
         finally:
-            for w, kept in zip(shelter.weights, held, strict=True):
+            for w, kept in zip(isolated.weights, held, strict=True):
                 w.copy_(kept)
 
 
-def _moves(shelter: Shelter, verdicts: Survey | pd.DataFrame, size: float) -> tuple[list[Tensor | None], float]:
+def _moves(isolated: IsolatedLoss, verdicts: Survey | pd.DataFrame, size: float) -> tuple[list[Tensor | None], float]:
     """How far each weight moves, a tensor a parameter, and the change of the loss that this predicts."""
     if isinstance(verdicts, Survey):
-        listed = _of_survey(shelter, verdicts)
+        listed = _of_survey(isolated, verdicts)
     elif all(column in getattr(verdicts, "columns", ()) for column in NEEDED):
-        listed = _of_frame(shelter, verdicts)
+        listed = _of_frame(isolated, verdicts)
     else:
         raise ArgumentTypeError(
             f"verdicts are a survey, or its frame with the columns {', '.join(NEEDED)}, not {type(verdicts).__name__}"
         )
-    moves: list[Tensor | None] = [None] * len(shelter.weights)
+    moves: list[Tensor | None] = [None] * len(isolated.weights)
     predicted = 0.0
     for name, flat, sign, partial in listed:
-        position = shelter.parameters.position[name]
-        w = shelter.weights[position]
+        position = isolated.parameters.position[name]
+        w = isolated.weights[position]
         move = torch.zeros(w.numel(), dtype=torch.float64)
         move[torch.from_numpy(flat)] = torch.from_numpy(size * sign)
         moves[position] = move.reshape(w.shape).to(w.device, w.dtype)
@@ -140,19 +147,19 @@ def _moves(shelter: Shelter, verdicts: Survey | pd.DataFrame, size: float) -> tu
 Listed = tuple[str, np.ndarray, np.ndarray, np.ndarray]
 
 
-def _of_survey(shelter: Shelter, survey: Survey) -> Iterator[Listed]:
-    sign = np.array([SIGN[word] for word in VERDICTS])[survey.judged.verdict]
+def _of_survey(isolated: IsolatedLoss, survey: Survey) -> Iterator[Listed]:
+    sign = np.array([SIGN[word] for word in VERDICTS])[survey.results.verdict]
     for name, shape in zip(survey.parameters.names, survey.parameters.shapes, strict=True):
-        _check(shelter, name, shape)
+        _check(isolated, name, shape)
         chosen = survey.span(name)
-        yield name, survey.places(chosen)[1], sign[chosen], survey.judged.mean[chosen]
+        yield name, survey.places(chosen)[1], sign[chosen], survey.results.mean[chosen]
 
 
-def _of_frame(shelter: Shelter, frame: pd.DataFrame) -> Iterator[Listed]:
+def _of_frame(isolated: IsolatedLoss, frame: pd.DataFrame) -> Iterator[Listed]:
     for key, rows in frame.groupby("parameter", sort=False):
         name = str(key)
-        _check(shelter, name, None)
-        shape = shelter.parameters.shapes[shelter.parameters.position[name]]
+        _check(isolated, name, None)
+        shape = isolated.parameters.shapes[isolated.parameters.position[name]]
         axes = tuple(np.array(axis, np.int64) for axis in zip(*rows["index"], strict=True))
         try:
             flat = np.ravel_multi_index(axes, shape) if shape else np.zeros(len(rows), np.int64)
@@ -164,8 +171,8 @@ def _of_frame(shelter: Shelter, frame: pd.DataFrame) -> Iterator[Listed]:
         yield name, np.asarray(flat, np.int64), words.to_numpy(np.float64), rows["partial"].to_numpy(np.float64)
 
 
-def _check(shelter: Shelter, name: str, shape: tuple[int, ...] | None) -> None:
-    known = shelter.parameters
+def _check(isolated: IsolatedLoss, name: str, shape: tuple[int, ...] | None) -> None:
+    known = isolated.parameters
     if name not in known.position:
         raise ArgumentError(f"there are verdicts on {name!r}, which this model does not have{nearest(name, known.names)}")
     has = known.shapes[known.position[name]]
@@ -178,7 +185,7 @@ def _result(
     predicted: float,
     precision: float,
     moved: int,
-    swallowed: int,
+    rounded_away: int,
     size: float,
 ) -> Nudge:
     import pandas as pd
@@ -193,4 +200,4 @@ def _result(
     spread = float((share * (frame["change"] - mean) ** 2).sum() / (k - 1)) if k > 1 else float("nan")
     rounding = precision * max(abs(value) for _, before, after in rows for value in (before, after)) / k**0.5
     noise = float(np.sqrt(spread + rounding**2))
-    return Nudge(frame, predicted, noise, rounding, moved, swallowed, size)
+    return Nudge(frame, predicted, noise, rounding, moved, rounded_away, size)

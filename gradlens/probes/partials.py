@@ -20,6 +20,7 @@ from torch import Tensor
 
 from gradlens.errors import ArgumentError, ArgumentTypeError, ProbeError, nearest
 from gradlens.records import directions
+from gradlens.weight_names import label
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -133,8 +134,3 @@ def _frame(leaves: Mapping[str, Tensor], found: tuple[Tensor, ...]) -> pd.DataFr
 def entries(name: str, shape: tuple[int, ...]) -> list[str]:
     """The names of a tensor's entries in row-major order: `x`, or `x[0, 1]`."""
     return [name] if not shape else [label(name, index) for index in np.ndindex(shape)]
-
-
-def label(name: str, index: tuple[int, ...]) -> str:
-    """The name of one weight: `fc1.weight[3, 17]`, or `x` for a scalar."""
-    return f"{name}[{', '.join(map(str, index))}]" if index else name

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gradlens.errors import ArgumentError, ArgumentTypeError, nearest
+from gradlens.errors import ArgumentError, ArgumentTypeError
 from gradlens.records import Parameters
+from gradlens.weight_names import find_name, label, parse_weight
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -47,10 +48,10 @@ class PerWeight(ABC):
     def weights(self, name: str | None = None, *, top: int | None = None) -> pd.DataFrame:
         """One row a weight: `parameter, index, value`, and what is known of it.
 
-        `name` restricts it to one parameter, `top` to the strongest weights, in falling order. More than a million rows
-        are an error that names both.
+        `name` restricts it to one parameter or one weight (`"fc1.weight[3, 7]"`), `top` to the strongest weights, in falling
+        order. More than a million rows are an error that names both.
         """
-        chosen = np.arange(len(self)) if name is None else self.span(name)
+        chosen = np.arange(len(self)) if name is None else self._chosen(name)
         if top is not None:
             strength = np.nan_to_num(self.strength(chosen), nan=-np.inf, posinf=np.inf, neginf=-np.inf)
             chosen = chosen[np.argsort(-strength, kind="stable")[:top]]
@@ -63,9 +64,18 @@ class PerWeight(ABC):
 
     def span(self, name: str) -> np.ndarray:
         """The entries that belong to one parameter."""
-        if name not in self.parameters.position:
-            raise ArgumentError(f"{name!r} is not among the parameters here{nearest(name, self.parameters.names)}")
-        return np.arange(*self.bounds[self.parameters.position[name]])
+        return np.arange(*self.bounds[self.parameters.position[find_name(name, self.parameters.names)]])
+
+    def _chosen(self, name: str) -> np.ndarray:
+        """The entries that are named: of a parameter, or of one weight, `fc1.weight[3, 7]`."""
+        known, index = parse_weight(name, self.parameters.names)
+        entries = self.span(known)
+        if index is None:
+            return entries
+        shape = self.parameters.shapes[self.parameters.position[known]]
+        if len(index) != len(shape) or not all(0 <= i < n for i, n in zip(index, shape, strict=True)):
+            raise ArgumentError(f"{label(known, index)} is outside of {known!r}, whose shape is {shape}")
+        return entries[self.places(entries)[1] == (np.ravel_multi_index(index, shape) if shape else 0)]
 
     @cached_property
     def bounds(self) -> list[tuple[int, int]]:

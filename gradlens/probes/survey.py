@@ -24,14 +24,15 @@ import torch
 from torch import Tensor
 
 from gradlens.errors import ArgumentError, GradlensWarning, ProbeError
-from gradlens.probes.batches import check_batches, counted, kept_generators
+from gradlens.probes.batches import check_batches, counted, generators
+from gradlens.probes.interrupts import leaves_no_trace
+from gradlens.probes.isolated_loss import IsolatedLoss
 from gradlens.probes.loss import Target
 from gradlens.probes.per_weight import sampled
-from gradlens.probes.shelter import Shelter
 from gradlens.probes.strongest import check_top, strongest
 from gradlens.probes.verdicts import Survey, numbered
 from gradlens.selection import Select
-from gradlens.statistics.evidence import Moments, check_level, chunks, flat, judge, reals
+from gradlens.statistics.evidence import Moments, check_level, chunks, flat, reals, test_means
 from gradlens.statistics.significance import detectable
 
 ENOUGH = 8  #: batches below which a survey warns
@@ -42,6 +43,7 @@ MUCH = 2**30  #: bytes from which on a survey says what it needs, also where no 
 Given = Iterator[tuple[int, tuple[Any, int | None]]]  #: batches with their numbers and sizes
 
 
+@leaves_no_trace
 def survey(
     model: Target,
     loss_fn: Callable[[Any, Any], Tensor],
@@ -73,30 +75,31 @@ def survey(
     check_level(q, method)
     check_batches(batches)
     check_top(top, sample)
-    shelter = Shelter(model, loss_fn, select=select, batched=True)
-    numel = [int(np.prod(shape, dtype=np.int64)) for shape in shelter.parameters.shapes]
+    isolated = IsolatedLoss(model, loss_fn, select=select, batched=True)
+    numel = [int(np.prod(shape, dtype=np.int64)) for shape in isolated.parameters.shapes]
     index = sampled(numel, sample)
     chosen = top if top is not None and top < sum(numel) else 0
     surveyed = chosen or sum(n if at is None else len(at) for n, at in zip(numel, index, strict=True))
-    _state_memory(surveyed, shelter.tensors(), progress)
-    with shelter, kept_generators(batches):
+    _state_memory(surveyed, isolated.tensors(), progress)
+    isolated.keep(generators(batches))
+    with isolated:
         given = enumerate(counted(batches, "surveying", progress))
         if chosen:
-            index = _most_sensitive(shelter, chosen, given)
-        measured = _measure(shelter, index, given, "besides the first, which chose the weights" if chosen else "")
-        values = [flat(w.detach(), at).cpu().numpy() for w, at in zip(shelter.weights, measured.at, strict=True)]
+            index = _most_sensitive(isolated, chosen, given)
+        measured = _measure(isolated, index, given, "besides the first, which chose the weights" if chosen else "")
+        values = [flat(w.detach(), at).cpu().numpy() for w, at in zip(isolated.weights, measured.at, strict=True)]
     _warn_few(len(measured.losses), q)
     return Survey(
-        parameters=shelter.parameters,
+        parameters=isolated.parameters,
         index=tuple(index),
         value=np.concatenate(values),
-        judged=judge(measured.moments, q, method),
+        results=test_means(measured.moments, q, method),
         batches=len(measured.losses),
         sizes=(min(measured.sizes), max(measured.sizes)) if measured.sizes else None,
         level=float(q),
         method=method,
         loss=float(np.average(measured.losses, weights=measured.sizes or None)),
-        training=shelter.training,
+        training=isolated.training,
         total=sum(numel),
         spoiled=tuple(measured.spoiled),
         chosen="sensitivity" if chosen else "sample" if surveyed < sum(numel) else "",
@@ -112,21 +115,21 @@ class _Measured:
     spoiled: list[int]  #: batches whose loss or partials were not finite
 
 
-def _most_sensitive(shelter: Shelter, k: int, batches: Given) -> list[np.ndarray | None]:
+def _most_sensitive(isolated: IsolatedLoss, k: int, batches: Given) -> list[np.ndarray | None]:
     """The weights of the largest partials in the first batch, which is taken off."""
     for _, (batch, _) in batches:
-        return [*strongest(shelter.gradient(batch)[1], shelter.weights, k)]
-    return [np.empty(0, np.int64) for _ in shelter.weights]
+        return [*strongest(isolated.gradient(batch)[1], isolated.weights, k)]
+    return [np.empty(0, np.int64) for _ in isolated.weights]
 
 
-def _measure(shelter: Shelter, index: Sequence[np.ndarray | None], batches: Given, besides: str) -> _Measured:
+def _measure(isolated: IsolatedLoss, index: Sequence[np.ndarray | None], batches: Given, besides: str) -> _Measured:
     """The moments of all gradients, and the losses and sizes of their batches."""
-    at = [None if i is None else torch.from_numpy(i).to(w.device) for i, w in zip(index, shelter.weights, strict=True)]
-    moments = Moments(shelter.weights, at)
+    at = [None if i is None else torch.from_numpy(i).to(w.device) for i, w in zip(index, isolated.weights, strict=True)]
+    moments = Moments(isolated.weights, at)
     losses, sizes, spoiled = [], [], []
     reached, seen, repeated = False, dict[tuple[float, ...], int](), list[tuple[int, int]]()
     for k, (batch, size) in batches:
-        loss, gradient = shelter.gradient(batch)
+        loss, gradient = isolated.gradient(batch)
         losses.append(loss.item())
         sizes += [] if size is None else [size]
         moments.update(gradient, size or 1.0)

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from gradlens import markup
 from gradlens.probes.per_weight import PerWeight
-from gradlens.statistics.evidence import REASONS, VERDICTS, Judged
+from gradlens.statistics.evidence import REASONS, VERDICTS, TestResults
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -21,8 +22,8 @@ RARE = {8: 0.41, 16: 0.33, 32: 0.23, 64: 0.12}
 MOVE = 1e-4  #: the move that `expected_change` is for, and that `nudge` makes
 
 
-@dataclass(frozen=True, eq=False)
-class Survey(PerWeight):
+@dataclass(frozen=True, eq=False, repr=False)
+class Survey(markup.Shown, PerWeight):
     """Verdicts on the weights of a model, and how sure they are.
 
     One row a weight in `frame`: `parameter, index, value, partial, verdict, t, p, q, agree, expected_change, reason`.
@@ -30,7 +31,7 @@ class Survey(PerWeight):
     by 1e-4; `weights(top=)` takes those of the largest |t|.
     """
 
-    judged: Judged
+    results: TestResults
     batches: int  #: K
     sizes: tuple[int, int] | None  #: smallest and largest batch, where they say how large they are
     level: float  #: q
@@ -44,12 +45,12 @@ class Survey(PerWeight):
     @property
     def verdict(self) -> np.ndarray:
         """The words, one a weight."""
-        return np.array(VERDICTS, dtype=object)[self.judged.verdict]
+        return np.array(VERDICTS, dtype=object)[self.results.verdict]
 
     @property
     def coverage(self) -> float:
         """The share of the weights surveyed that have a verdict."""
-        return float(np.mean(self.judged.verdict != 0)) if len(self) else float("nan")
+        return float(np.mean(self.results.verdict != 0)) if len(self) else float("nan")
 
     @property
     def expected_change(self) -> float:
@@ -57,12 +58,12 @@ class Survey(PerWeight):
 
         Kept means are exaggerated a little, having been picked for their size.
         """
-        return float(-MOVE * np.abs(self.judged.mean[self.judged.verdict != 0]).sum())
+        return float(-MOVE * np.abs(self.results.mean[self.results.verdict != 0]).sum())
 
     @cached_property
     def reasons(self) -> dict[str, int]:
         """Why weights are undecided (`weak, sparse, always_zero, nonfinite`), or certain (`constant`): how many of each."""
-        counts = np.bincount(self.judged.reason, minlength=len(REASONS))
+        counts = np.bincount(self.results.reason, minlength=len(REASONS))
         return {word: int(n) for word, n in zip(REASONS[1:], counts[1:], strict=True) if n}
 
     @cached_property
@@ -71,9 +72,9 @@ class Survey(PerWeight):
         import pandas as pd
 
         spans = [slice(*bounds) for bounds in self.bounds]
-        verdicts = np.array([np.bincount(self.judged.verdict[s], minlength=len(VERDICTS)) for s in spans])
-        reasons = np.array([np.bincount(self.judged.reason[s], minlength=len(REASONS)) for s in spans])
-        moved = np.where(self.judged.verdict != 0, np.abs(self.judged.mean), 0)
+        verdicts = np.array([np.bincount(self.results.verdict[s], minlength=len(VERDICTS)) for s in spans])
+        reasons = np.array([np.bincount(self.results.reason[s], minlength=len(REASONS)) for s in spans])
+        moved = np.where(self.results.verdict != 0, np.abs(self.results.mean), 0)
         surveyed = verdicts.sum(axis=1)
         with np.errstate(invalid="ignore"):
             coverage = (verdicts[:, 1] + verdicts[:, 2]) / surveyed
@@ -92,13 +93,13 @@ class Survey(PerWeight):
 
     def strength(self, chosen: np.ndarray) -> np.ndarray:
         """|t|."""
-        return np.abs(self.judged.t[chosen])
+        return np.abs(self.results.t[chosen])
 
     def columns(self, chosen: np.ndarray) -> dict[str, object]:
         """The evidence and the verdict."""
         import pandas as pd
 
-        j = self.judged
+        j = self.results
         return {
             "partial": j.mean[chosen],
             "verdict": pd.Series(self.verdict[chosen], dtype="str"),
@@ -111,7 +112,7 @@ class Survey(PerWeight):
         }
 
     def __str__(self) -> str:
-        increase, decrease = (int((self.judged.verdict == i).sum()) for i in (1, 2))
+        increase, decrease = (int((self.results.verdict == i).sum()) for i in (1, 2))
         undecided = len(self) - increase - decrease
         sampled = f" (a sample of {self.total:,})" if self.chosen == "sample" else ""
         if self.chosen == "sensitivity":

@@ -3,8 +3,8 @@
 Two situations, which must not be mixed:
 
 - *At fixed weights* (the batches of a survey, the micro-batches of one step) the partials of a weight are repeated
-  measurements of one expected partial. `Moments` keeps their mean and spread (Welford 1962, West 1979), and `judge` tests
-  each mean against 0: verdicts with t, p and q.
+  measurements of one expected partial. `Moments` keeps their mean and spread (Welford 1962, West 1979), and `test_means`
+  tests each mean against 0: verdicts with t, p and q.
 - *Over steps* the weights move, and with them what is measured. `Evidence` then gives only descriptions, exponentially
   decayed: how often the sign agreed, how often it flipped, and the gradient's signal-to-noise ratio, mean^2 / variance
   (Liu et al. 2020). No p, no q, no verdict.
@@ -18,6 +18,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -27,8 +28,8 @@ from gradlens.errors import ArgumentError, choice
 from gradlens.records import Verdict
 from gradlens.statistics.significance import METHODS, p_values, q_values
 
-VERDICTS = (Verdict.UNDECIDED.value, Verdict.INCREASE.value, Verdict.DECREASE.value)  #: words of `Judged.verdict`
-#: Words of `Judged.reason`: nothing to add; no variance, so the sign is certain; and why a weight is undecided.
+VERDICTS = (Verdict.UNDECIDED.value, Verdict.INCREASE.value, Verdict.DECREASE.value)  #: words of `TestResults.verdict`
+#: Words of `TestResults.reason`: nothing to add; no variance, so the sign is certain; and why a weight is undecided.
 REASONS = ("", "constant", "weak", "sparse", "always_zero", "nonfinite")
 CONSTANT, WEAK, SPARSE, ALWAYS_ZERO, NONFINITE = range(1, 6)
 SEEN = 5  #: non-zero gradients that a t test wants at least; all of them where there are fewer
@@ -170,9 +171,10 @@ def flat(gradient: Tensor, index: Tensor | None = None) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class Judged:
+class TestResults:
     """What a test of each weight says, one entry a weight, parameters one after another, on the host."""
 
+    __test__: ClassVar[bool] = False  #: pytest, this is no test class
     mean: np.ndarray
     t: np.ndarray  #: +-inf where the partial never varied, NaN where nothing was tested
     p: np.ndarray
@@ -185,7 +187,7 @@ class Judged:
         return len(self.mean)
 
 
-def judge(moments: Moments, q: float = 0.1, method: str = "bh") -> Judged:
+def test_means(moments: Moments, q: float = 0.1, method: str = "bh") -> TestResults:  # noqa: PT028 - no pytest function
     """Test each weight's mean against 0 with K - 1 degrees of freedom, and keep what false discovery control at q lets pass.
 
     Gradients of unequal weight n are taken to vary with 1 / n: then t is exact for normal noise. Not tested, and not counted
@@ -204,7 +206,10 @@ def judge(moments: Moments, q: float = 0.1, method: str = "bh") -> Judged:
     mean, positive, negative = (_host(x) for x in (moments.mean, moments.positive, moments.negative))
     verdict = torch.where(kept, torch.where(mean < 0, 1, 2), 0).to(torch.int8)
     agree = torch.where(mean > 0, positive, torch.where(mean < 0, negative, 0)).double() / (positive + negative)
-    return Judged(*(x.numpy() for x in (mean, t, p, adjusted, agree, verdict, reason)))
+    return TestResults(*(x.numpy() for x in (mean, t, p, adjusted, agree, verdict, reason)))
+
+
+test_means.__test__ = False  # type: ignore[attr-defined]  # pytest, this is no test
 
 
 def check_level(q: float, method: str) -> None:
@@ -292,9 +297,9 @@ class Evidence:
         for steps, mean in zip(self._steps, self.moments.mean, strict=True):
             steps.fold(mean, 1 - self.decay)
 
-    def verdicts(self, q: float = 0.1, method: str = "bh") -> Judged | None:
+    def verdicts(self, q: float = 0.1, method: str = "bh") -> TestResults | None:
         """Verdicts over the backwards of the last step; None where it had fewer than two."""
-        return judge(self.moments, q, method) if self.moments.count > 1 else None
+        return test_means(self.moments, q, method) if self.moments.count > 1 else None
 
     def over_time(self, parameter: int) -> OverTime:
         """The record over steps of one parameter's weights."""

@@ -22,7 +22,7 @@ import numpy as np
 from torch import Tensor
 
 from gradlens.records import COMPLEX, Parameters, Verdict
-from gradlens.statistics.evidence import VERDICTS, Evidence, Judged
+from gradlens.statistics.evidence import VERDICTS, Evidence, TestResults
 from gradlens.statistics.memory import Plan
 
 Q = 0.1  #: the false discovery rate of the verdicts
@@ -76,7 +76,7 @@ class Streaming:
         self._over: set[int] = set()  # the backwards of the step that are over
         self._missed: set[int] = set()  # rows that some backward of the step did not compute
         self._spoiled = False
-        self._judged: Judged | None = None
+        self._judged: TestResults | None = None
 
     def add(
         self, parameters: Parameters, backward: int, rows: Sequence[int], tensors: Sequence[Tensor], divisor: float | Tensor
@@ -173,7 +173,7 @@ class Streaming:
             gsnr=over.gsnr,
         )
 
-    def _judge(self) -> Judged | None:
+    def _judge(self) -> TestResults | None:
         """The verdicts on every weight that is followed, together: false discoveries are counted over all of them."""
         if self._judged is None and self._seen == set():
             self._judged = self._evidence.verdicts(Q)

@@ -143,6 +143,15 @@ def scalars(found: Found) -> pd.DataFrame:
     return wide[[name for name in dict.fromkeys(names) if name != "step"]].reset_index()
 
 
+def scalar(found: Found, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """One observed number: steps, rising, and values; of several ranks the lowest one's, of one step the last."""
+    known = np.array([word == name for word in _scalar_names(found)], bool)
+    step, value = found.columns["step"][known].astype(np.int64), found.columns["value"][known]
+    order = np.lexsort((np.arange(len(step)), -found.columns["rank"][known], step))
+    last = np.flatnonzero(np.append(step[order][1:] != step[order][:-1], True)[: len(step)])
+    return step[order][last], value[order][last]
+
+
 def _scalar_names(found: Found) -> list[str]:
     owners, entries = found.columns["owner"].tolist(), found.columns["entry"].tolist()
     return [found.segments[owner].scalars[entry] for owner, entry in zip(owners, entries, strict=True)]

@@ -21,6 +21,8 @@ from gradlens.store.tail import Rows
 Steps = int | range | slice | Sequence[int] | None
 Names = str | Iterable[str] | None
 
+_GLOB = frozenset("*?[")  #: a pattern without these fits its own name alone
+
 
 @dataclass(frozen=True)
 class Condition:
@@ -100,7 +102,7 @@ class Filter:
             return
         names = dict.fromkeys(name for each in segments for name, *_ in each.parameters)
         for pattern in self._patterns:
-            if names and pattern not in names and not any(_fits(name, pattern) for name in names):
+            if names and pattern not in names and not any(fnmatch.fnmatchcase(name, pattern) for name in names):
                 raise ArgumentError(f"there is no parameter {pattern!r} in this run{nearest(pattern, names)}")
 
     @property
@@ -123,7 +125,8 @@ class Filter:
         known = self._entries.get(owner.key)
         if known is None or known[0] is not owner:
             named = enumerate(name for name, *_ in owner.parameters)
-            entries = [i for i, name in named if any(_fits(name, p) for p in self._patterns)]
+            exact, globs = set(self._patterns), [p for p in self._patterns if not _GLOB.isdisjoint(p)]
+            entries = [i for i, name in named if name in exact or any(fnmatch.fnmatchcase(name, p) for p in globs)]
             known = self._entries[owner.key] = owner, np.array(entries, np.int64)
         return known[1]
 
@@ -149,7 +152,3 @@ def _steps(given: Steps) -> np.ndarray | tuple[int, int] | None:
 def _any_between(values: np.ndarray, low: int, high: int) -> bool:
     at = np.searchsorted(values, low)
     return bool(at < len(values) and values[at] <= high)
-
-
-def _fits(name: str, pattern: str) -> bool:
-    return name == pattern or fnmatch.fnmatchcase(name, pattern)

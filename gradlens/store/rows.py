@@ -73,7 +73,7 @@ class Found:
         return list(known), places[at]
 
 
-def find(run: Path, table: str, values: Sequence[str], asked: Filter) -> Found:
+def find(run: Path, table: str, values: Sequence[str], asked: Filter, max_bytes: int | None = None) -> Found:
     """The rows of a table that a filter lets through, with these columns and the keys.
 
     Raises:
@@ -81,7 +81,8 @@ def find(run: Path, table: str, values: Sequence[str], asked: Filter) -> Found:
         ArgumentError: No parameter is called so, or the answer is too large.
     """
     dtypes = {name: TABLES[table][name] for name in (*_KEYS, *values) if name in TABLES[table]}
-    room, lock = MAX_BYTES, Lock()
+    room = allowed = MAX_BYTES if max_bytes is None else max_bytes
+    lock = Lock()
     begins: dict[Key, tuple[int, int]] = {}  # of each segment, the oldest file that was read and its first step
 
     def ask(part: Part, owner: Segment, stop: int | None) -> list[Rows]:
@@ -101,7 +102,7 @@ def find(run: Path, table: str, values: Sequence[str], asked: Filter) -> Found:
             with lock:
                 room -= sum(array.nbytes for array in kept[-1].values())
                 if room < 0:
-                    raise _too_much(run, table)
+                    raise _too_much(run, table, allowed)
         return kept
 
     # from a step on: one file at a time, for the newest may be all that is needed
@@ -229,6 +230,28 @@ def last_step(run: Path, table: str, stage: str | None = None) -> int | None:
     return max((last for _, last in answers if last is not None), default=None)
 
 
+def extent(run: Path, table: str) -> tuple[int, int, int] | None:
+    """How many rows a table has, replaced ones included, and its first and last step, from what files say of themselves."""
+
+    def ask(part: Part, owner: Segment, stop: int | None) -> tuple[int, int, int] | None:
+        if part.tail:
+            found, _ = tail.read(part.path, {"step": TABLES[table]["step"]})
+            count, step = len(found["step"]), found["step"]
+            return (count, int(step.min()), int(step.max())) if count else None
+        reader = Reader(part.path, table)
+        try:
+            bounds = reader.bounds("step")
+            return None if bounds is None else (reader.rows, *bounds)
+        finally:
+            reader.close()
+
+    found = [each for _, each in _over(run, table, ask)[0] if each is not None]
+    if not found:
+        return None
+    counts, firsts, lasts = zip(*found, strict=True)
+    return sum(counts), min(firsts), max(lasts)
+
+
 def steps(run: Path, table: str, stage: str | None = None) -> list[int]:
     """The steps of which a table has rows, rising."""
     asked = Filter(stage=stage)
@@ -263,8 +286,9 @@ def replaced(segments: Sequence[Segment]) -> dict[Key, int | None]:
     return result
 
 
-def _too_much(run: Path, table: str) -> ArgumentError:
+def _too_much(run: Path, table: str, max_bytes: int) -> ArgumentError:
+    most = f"{max_bytes >> 30} GB" if max_bytes >= 1 << 30 else f"{max_bytes >> 20} MB"
     return ArgumentError(
-        f"the rows asked for take more than {MAX_BYTES >> 30} GB; ask for less with columns=, parameters= or steps=, or "
+        f"the rows asked for take more than {most}; ask for less with columns=, parameters= or steps=, or "
         f"have DuckDB or polars read {run / table}/*.parquet"
     )

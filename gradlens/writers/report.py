@@ -16,13 +16,13 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
 from gradlens import fields
 from gradlens.analysis.history import History
-from gradlens.analysis.rules.base import layout, number
+from gradlens.analysis.rules.base import format_number, layout
 from gradlens.noise import measured
 from gradlens.records import COMPLEX, Finding, Parameters, Severity, Snapshot, Stage, Status, directions, total
 
@@ -36,13 +36,21 @@ NOTHING = "Nothing was captured yet: no backward() has reached a watched paramet
 USUAL = "about 1e-03 is usual"
 
 
-def text(history: History, found: Sequence[Finding], *, overhead: str = "", title: str = "gradlens") -> str:
-    """The page."""
+def text(
+    history: History,
+    found: Sequence[Finding],
+    *,
+    overhead: str = "",
+    title: str = "gradlens",
+    steps: Sequence[int] | None = None,
+    losses: Mapping[int, float] | None = None,
+) -> str:
+    """The page. `steps` and `losses` are the whole run's, where `history` has only the newest of it."""
     if not len(history):
         return "\n".join([title, NOTHING, *_health(found)] if found else [title, NOTHING])
     now, used = history.at(), _last_update(history)
     blocks = [
-        [title, *_run(history, now)],
+        [title, *_run(history, now, steps, losses)],
         _health(found),
         _directions(now, used, found),
         _sensitive(history),
@@ -53,16 +61,25 @@ def text(history: History, found: Sequence[Finding], *, overhead: str = "", titl
     return "\n\n".join("\n".join(block) for block in blocks if block)
 
 
-def brief(history: History, found: Sequence[Finding]) -> str:
+def brief(
+    history: History,
+    found: Sequence[Finding],
+    *,
+    steps: Sequence[int] | None = None,
+    losses: Mapping[int, float] | None = None,
+    more: str = "report() has the whole page.",
+) -> str:
     """The page's first lines: the run, its health, and the weight to which the loss answers most."""
     if not len(history):
         return f"gradlens: {NOTHING[0].lower()}{NOTHING[1:]}"
-    lines = [f"gradlens: {line.strip()}" if not i else line for i, line in enumerate(_run(history, history.at()))]
+    lines = [
+        f"gradlens: {line.strip()}" if not i else line for i, line in enumerate(_run(history, history.at(), steps, losses))
+    ]
     lines.append(f"  health: {_counted(found)}")
     lines += [f"    {_heading(group)}" for group in _grouped(found)[:NAMED]]
     for name, value, partial in _top(history, 1):
-        lines.append(f"  most sensitive: {name} = {number(value)}, partial {_signed(partial)}: {_toward(partial)}")
-    return "\n".join([*map(_fit, lines), "  report() has the whole page."])
+        lines.append(f"  most sensitive: {name} = {format_number(value)}, partial {_signed(partial)}: {_toward(partial)}")
+    return "\n".join([*map(_fit, lines), f"  {more}"])
 
 
 def explain(
@@ -112,26 +129,28 @@ def named(name: str, at: tuple[int, ...]) -> str:
 # --- the run --------------------------------------------------------------------------------------------------------
 
 
-def _run(history: History, now: Snapshot) -> list[str]:
-    steps = history.steps()
+def _run(
+    history: History, now: Snapshot, steps: Sequence[int] | None = None, losses: Mapping[int, float] | None = None
+) -> list[str]:
+    steps = history.steps() if steps is None else steps
     seen = f"step {steps[0]}" if len(steps) == 1 else f"{len(steps):,} steps, {steps[0]} to {steps[-1]}"
     weights = int(now.columns["numel"].sum())
     ranks = f", pooled from {now.ranks} ranks" if now.ranks > 1 else ""
     size = f"{len(now):,} parameter{'s' * (len(now) != 1)}, {weights:,} weight{'s' * (weights != 1)}{ranks}"
-    return [f"  {seen}: {size}", f"  {_loss(history)}"]
+    return [f"  {seen}: {size}", f"  {_loss(history, losses)}"]
 
 
-def _loss(history: History) -> str:
-    seen = {s.step: s.loss for s in history if not math.isnan(s.loss)}
+def _loss(history: History, losses: Mapping[int, float] | None) -> str:
+    seen = {s.step: s.loss for s in history if not math.isnan(s.loss)} if losses is None else losses
     if not seen:
         return "no loss: lens.observe(loss=loss) puts it beside the gradients"
     first, last = min(seen), max(seen)
     lowest = min(seen, key=seen.__getitem__)
     if first == last:
-        return f"loss {number(seen[first])} at step {first}"
+        return f"loss {format_number(seen[first])} at step {first}"
     return (
-        f"loss {number(seen[first])} at step {first}, {number(seen[last])} at step {last}; "
-        f"lowest {number(seen[lowest])} at step {lowest}"
+        f"loss {format_number(seen[first])} at step {first}, {format_number(seen[last])} at step {last}; "
+        f"lowest {format_number(seen[lowest])} at step {lowest}"
     )
 
 
@@ -255,7 +274,9 @@ def _sensitive(history: History) -> list[str]:
     top = _top(history, WEIGHTS)
     if not top:
         return []
-    entries = [(_cut(name, 2 * NAME), number(value), _signed(partial), _toward(partial)) for name, value, partial in top]
+    entries = [
+        (_cut(name, 2 * NAME), format_number(value), _signed(partial), _toward(partial)) for name, value, partial in top
+    ]
     lines = ["MOST SENSITIVE WEIGHTS: the loss answers most to these"]
     return lines + _aligned([("", "value", "partial", "to lower the loss"), *entries], "<>><")
 
@@ -338,10 +359,11 @@ def _ratios(used: Snapshot) -> list[str]:
     order = rows[np.argsort(ratios[rows], kind="stable")]
     low, high = order[0], order[-1]
     if low == high:
-        return [f"  |dw|/|w| is {number(ratios[low])} ({_cut(used.names[low], NAME)}); {USUAL}"]
+        return [f"  |dw|/|w| is {format_number(ratios[low])} ({_cut(used.names[low], NAME)}); {USUAL}"]
     return _wrapped(
-        f"|dw|/|w|: {number(float(np.median(ratios[rows])))} in the median of the weights, from {number(ratios[low])} "
-        f"({_cut(used.names[low], NAME)}) to {number(ratios[high])} ({_cut(used.names[high], NAME)}); {USUAL}"
+        f"|dw|/|w|: {format_number(float(np.median(ratios[rows])))} in the median of the weights, from "
+        f"{format_number(ratios[low])} ({_cut(used.names[low], NAME)}) to "
+        f"{format_number(ratios[high])} ({_cut(used.names[high], NAME)}); {USUAL}"
     )
 
 
@@ -450,11 +472,11 @@ def _percent(share: float) -> str:
 
 
 def _plain(value: float) -> str:
-    return "-" if math.isnan(value) else number(value)
+    return "-" if math.isnan(value) else format_number(value)
 
 
 def _signed(value: float) -> str:
-    return ("+" if value > 0 else "") + number(value)
+    return ("+" if value > 0 else "") + format_number(value)
 
 
 def _size(count: int) -> str:

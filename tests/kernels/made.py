@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import torch
 from hypothesis import strategies as st
 
@@ -77,12 +78,12 @@ def expected_scalars(g, w=None, p=None):
         "abs_max": extreme(max, [abs(x) for x in fine]),
         "abs_min_nonzero": extreme(min, [abs(x) for x in fine if x != 0]),
     }
-    row |= dict.fromkeys([f.name for f in fields.WEIGHTS], math.nan)
-    row |= {f.name: 0 if f.dtype == "int64" else math.nan for f in fields.FLIPS}
+    row |= {f.name: 0 if f.dtype == "int64" else math.nan for f in fields.WEIGHTS + fields.FLIPS}
     if w is not None:
         finite = [x for x in w if math.isfinite(x)]
         row["weight_square_sum"] = total(x * x for x in finite)
         row["weight_abs_max"] = extreme(max, [abs(x) for x in finite])
+        row["weight_nonfinite"] = len(w) - len(finite)
         row["dot"] = total(x * y for x, y in zip(g, w, strict=True) if math.isfinite(x) and math.isfinite(y))
     if p is not None:
         pairs = [(x, y) for x, y in zip(g, p, strict=True) if math.isfinite(x) and math.isfinite(y)]
@@ -101,6 +102,13 @@ def expected_histogram(g):
         if math.isfinite(x) and x != 0:
             counts[bucket(x)] += 1
     return counts
+
+
+def expected_quantiles(g):
+    """As the host makes them of the histogram."""
+    columns = {name: np.array([value]) for name, value in expected_scalars(g).items()}
+    quantiles = fields.quantiles(np.array([expected_histogram(g)]), columns)
+    return [values[0] for values in quantiles.values()]
 
 
 def expected_top(g, w=None):
@@ -142,6 +150,7 @@ def check_row(row, g, w=None, p=None):
     for name, at in fields.AT.items():
         assert same(row[at], expected[name], scale.get(name, 0.0)), (name, row[at], expected[name])
     assert row[fields.HISTOGRAM] == expected_histogram(g)
+    assert all(map(same, row[fields.QUANTILE], expected_quantiles(g))), (row[fields.QUANTILE], expected_quantiles(g))
     for columns, numbers in zip((fields.TOP_PARTIAL, fields.TOP_INDEX, fields.TOP_VALUE), expected_top(g, w), strict=True):
         assert all(map(same, row[columns], numbers)), (row[columns], numbers)
 
@@ -188,6 +197,7 @@ def expected_update(used, before, after, loss=None):
         "update_numel": len(before),
         "update_square_sum": total(dw * dw for _, dw, _ in places),
         "update_before_square_sum": total(w * w for w, _, _ in places),
+        "update_nonfinite": sum(not math.isfinite(w) for w in after),
     }
     row |= {f.name: 0 if f.dtype == "int64" else math.nan for f in fields.UPDATES if f.name not in row}
     if used is not None:

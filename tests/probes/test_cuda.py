@@ -8,9 +8,10 @@ from torch.utils.checkpoint import checkpoint
 
 from gradlens.probes.curvature import curvature
 from gradlens.probes.finite_difference import check_partials
-from gradlens.probes.mixed_partials import check_symmetry, mixed_partials
+from gradlens.probes.mixed_partials import mixed_partials
 from gradlens.probes.nudge import nudge
 from gradlens.probes.survey import survey
+from gradlens.probes.symmetry import check_symmetry
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -30,9 +31,9 @@ def test_probes_agree_with_the_cpu():
     """Surveys, nudges, curvature and mixed partials are those of the CPU to rounding."""
     (here, ours), (there, theirs) = made("cpu"), made("cuda")
     a, b = survey(here, loss, ours), survey(there, loss, theirs)
-    np.testing.assert_allclose(a.judged.t, b.judged.t, rtol=1e-6)
-    np.testing.assert_array_equal(a.judged.verdict, b.judged.verdict)
-    np.testing.assert_array_equal(survey(there, loss, theirs, sample=10).judged.t, b.judged.t[survey_places(b, 10)])
+    np.testing.assert_allclose(a.results.t, b.results.t, rtol=1e-6)
+    np.testing.assert_array_equal(a.results.verdict, b.results.verdict)
+    np.testing.assert_array_equal(survey(there, loss, theirs, sample=10).results.t, b.results.t[survey_places(b, 10)])
     assert nudge(here, loss, a, ours).actual == pytest.approx(nudge(there, loss, b, theirs).actual, rel=1e-6)
     np.testing.assert_allclose(
         mixed_partials(here, lambda m: loss(m, ours[0])),

@@ -9,7 +9,7 @@ from torch import nn
 from gradlens.errors import ArgumentError, ProbeError
 from gradlens.probes.finite_difference import check_partials
 
-from .traces import trace
+from .helpers import trace
 
 
 class Scaled(torch.autograd.Function):

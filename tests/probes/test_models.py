@@ -9,7 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import gradlens
 
-from .traces import trace
+from .helpers import trace
 
 
 class Words(nn.Module):
@@ -133,7 +133,7 @@ def test_the_probes_agree_on_it(name, request):
     names = {n: p for n, p in inner.named_parameters() if p.requires_grad}
     assert surveyed.parameters.names == bent.parameters.names == tuple(names)
     assert len(surveyed) == sum(p.numel() * (2 if p.is_complex() else 1) for p in names.values())
-    assert np.isfinite(surveyed.judged.mean).all()
+    assert np.isfinite(surveyed.results.mean).all()
     assert np.isfinite([bent.top, bent.bottom, bent.residual]).all()
     assert surveyed.coverage > 0, str(surveyed)
 
@@ -160,4 +160,4 @@ def test_its_survey_is_the_mean_of_plain_backwards(name):
         parts = [p.grad.to_dense() if p.grad.is_sparse else p.grad for p in model.parameters() if p.requires_grad]
         parts = [torch.view_as_real(g) if g.is_complex() else g for g in parts]
         total = total + torch.cat([g.reshape(-1).double() for g in parts]) / len(batches)
-    np.testing.assert_allclose(found.judged.mean, total, rtol=1e-9, atol=1e-15)
+    np.testing.assert_allclose(found.results.mean, total, rtol=1e-9, atol=1e-15)

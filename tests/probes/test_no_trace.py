@@ -7,8 +7,8 @@ from torch import nn
 
 import gradlens
 
-from .test_shelter import everything, noisy
-from .traces import trace
+from .helpers import trace
+from .test_isolated_loss import everything, noisy
 
 
 class Fails(torch.autograd.Function):

@@ -8,8 +8,8 @@ from gradlens.errors import ArgumentError, ArgumentTypeError
 from gradlens.probes.nudge import nudge
 from gradlens.probes.survey import survey
 
+from .helpers import trace
 from .test_survey import batches, loss, net
-from .traces import trace
 
 
 def linear(v, b):
@@ -30,7 +30,7 @@ def test_without_curvature_the_prediction_is_exact():
     result = nudge(weights, linear, found, made(), size=0.5)
     assert result.predicted == pytest.approx(found.expected_change * 0.5 / 1e-4, rel=1e-12)
     assert result.actual == pytest.approx(result.predicted, rel=1e-12)
-    assert result.moved == (found.judged.verdict != 0).sum()
+    assert result.moved == (found.results.verdict != 0).sum()
     assert list(result.frame.columns) == ["size", "before", "after", "change"]
     assert result.noise == pytest.approx(result.frame["change"].std() / 12**0.5, rel=1e-9)
 
@@ -106,7 +106,7 @@ def test_moves_that_the_storage_swallows_are_counted():
     weights = {"w": torch.ones(6, dtype=torch.bfloat16, requires_grad=True)}
     given = [b.bfloat16() for b in made(shift=9)]
     result = nudge(weights, lambda v, b: (v["w"].float() * b.float()).sum(), survey(weights, linear, given), given)
-    assert result.swallowed == result.moved == 6
+    assert result.rounded_away == result.moved == 6
     assert result.actual == 0
     assert "6 did not move" in str(result)
 

@@ -22,7 +22,7 @@ from gradlens.probes.survey import BYTES, survey
 from gradlens.probes.verdicts import RARE
 from gradlens.statistics.evidence import Moments
 
-from .traces import trace
+from .helpers import trace
 
 COLUMNS = ["parameter", "index", "value", "partial", "verdict", "t", "p", "q", "agree", "expected_change", "reason"]
 
@@ -160,7 +160,7 @@ def test_a_clear_direction_is_found():
 def test_by_keeps_a_subset_of_what_bh_keeps():
     """The method that holds under any dependence is stricter, and says so."""
     model, made = net(), batches(16)
-    bh, by = (survey(model, loss, made, method=method).judged.verdict != 0 for method in ("bh", "by"))
+    bh, by = (survey(model, loss, made, method=method).results.verdict != 0 for method in ("bh", "by"))
     assert bh[by].all()
     assert by.sum() < bh.sum()
 
@@ -413,7 +413,7 @@ def test_large_surveys_have_no_frame_but_answer(monkeypatch):
         _ = found.frame
     top = found.weights(top=10)
     assert (top["t"].abs().diff().dropna() <= 0).all()
-    assert top["t"].abs().iloc[0] == np.nanmax(np.abs(found.judged.t))
+    assert top["t"].abs().iloc[0] == np.nanmax(np.abs(found.results.t))
     assert set(found.weights("first.bias")["parameter"]) == {"first.bias"}
     with pytest.raises(ArgumentError, match=r"did you mean 'first\.bias'"):
         found.weights("first.bais")
@@ -442,7 +442,7 @@ def test_a_loss_may_take_its_batch_apart():
 
     found = survey(net(), popping, made)
     assert all(set(batch) == {"x", "token", "y"} for batch in made)
-    np.testing.assert_array_equal(found.judged.t, survey(net(), loss, batches(8)).judged.t)
+    np.testing.assert_array_equal(found.results.t, survey(net(), loss, batches(8)).results.t)
 
 
 def test_caveats_are_those_that_apply():

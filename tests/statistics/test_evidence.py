@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from gradlens.errors import ArgumentError
-from gradlens.statistics.evidence import REASONS, VERDICTS, Evidence, Moments, flat, judge
+from gradlens.statistics.evidence import REASONS, VERDICTS, Evidence, Moments, flat, test_means
 
 values = st.floats(-1e3, 1e3).map(lambda x: round(x, 3))
 relaxed = settings(deadline=None, max_examples=50)
@@ -27,8 +27,8 @@ def moments(rows, weights=None, sizes=None):
     return result
 
 
-def words(judged):
-    return [VERDICTS[v] for v in judged.verdict], [REASONS[r] for r in judged.reason]
+def words(results):
+    return [VERDICTS[v] for v in results.verdict], [REASONS[r] for r in results.reason]
 
 
 @relaxed
@@ -46,12 +46,12 @@ def test_moments_equal_their_definitions(x):
 @given(arrays.arrays(np.float64, st.tuples(st.integers(5, 12), st.integers(1, 6)), elements=values))
 def test_t_and_p_equal_scipys_one_sample_test(x):
     """With equal batches t and p are those of scipy.stats.ttest_1samp."""
-    judged = judge(moments(x))
+    results = test_means(moments(x))
     for i, column in enumerate(x.T):
-        if REASONS[judged.reason[i]] in ("", "weak") and column.std() > 1e-9 * abs(column.mean()):
+        if REASONS[results.reason[i]] in ("", "weak") and column.std() > 1e-9 * abs(column.mean()):
             expected = scipy.stats.ttest_1samp(column, 0)
-            assert judged.t[i] == pytest.approx(expected.statistic, rel=1e-7)
-            assert judged.p[i] == pytest.approx(expected.pvalue, rel=1e-6, abs=1e-300)
+            assert results.t[i] == pytest.approx(expected.statistic, rel=1e-7)
+            assert results.p[i] == pytest.approx(expected.pvalue, rel=1e-6, abs=1e-300)
 
 
 @relaxed
@@ -62,38 +62,38 @@ def test_t_and_p_equal_scipys_one_sample_test(x):
 )
 def test_unequal_batches_are_a_weighted_least_squares_fit(x, sizes, unit):
     """With batch sizes as weights, t is that of a constant fitted by weighted least squares, whatever the unit of size."""
-    judged = judge(moments(x, [unit * n for n in sizes]))
+    results = test_means(moments(x, [unit * n for n in sizes]))
     root = np.sqrt(np.asarray(sizes, float))
     for i, column in enumerate(x.T):
-        if REASONS[judged.reason[i]] not in ("", "weak"):
+        if REASONS[results.reason[i]] not in ("", "weak"):
             continue
         mean = (root**2 * column).sum() / (root**2).sum()
         residual = ((root * (column - mean)) ** 2).sum() / 5
         if residual > 1e-12 * (root * column) @ (root * column):
-            assert judged.mean[i] == pytest.approx(mean, rel=1e-9, abs=1e-12)
-            assert judged.t[i] == pytest.approx(mean / math.sqrt(residual / (root**2).sum()), rel=1e-6, abs=1e-9)
+            assert results.mean[i] == pytest.approx(mean, rel=1e-9, abs=1e-12)
+            assert results.t[i] == pytest.approx(mean / math.sqrt(residual / (root**2).sum()), rel=1e-6, abs=1e-9)
 
 
 def test_tiny_and_large_partials_neither_vanish_nor_overflow():
     """Partials of 1e-30 and of 1e30 have the t of the same numbers around 1, constant ones do not become noisy."""
     x = np.random.default_rng(0).normal(1, 1, (8, 1))
-    judged = judge(moments(np.hstack([x, 1e-30 * x, 1e30 * x])))
-    np.testing.assert_allclose(judged.t, judged.t[0], rtol=1e-12)
+    results = test_means(moments(np.hstack([x, 1e-30 * x, 1e30 * x])))
+    np.testing.assert_allclose(results.t, results.t[0], rtol=1e-12)
 
 
 def test_verdicts_say_which_way_and_how_sure():
     """A clearly negative mean says increase, a positive one decrease, and noise is undecided for being weak."""
     x = np.random.default_rng(1).normal(size=(16, 3)) + [-5, 5, 0]
-    judged = judge(moments(x))
-    assert words(judged) == (["increase", "decrease", "undecided"], ["", "", "weak"])
-    np.testing.assert_allclose(judged.agree, [1, 1, max((x[:, 2] > 0).mean(), (x[:, 2] < 0).mean())], atol=0.2)
-    assert (judged.p <= judged.q).all()
+    results = test_means(moments(x))
+    assert words(results) == (["increase", "decrease", "undecided"], ["", "", "weak"])
+    np.testing.assert_allclose(results.agree, [1, 1, max((x[:, 2] > 0).mean(), (x[:, 2] < 0).mean())], atol=0.2)
+    assert (results.p <= results.q).all()
 
 
 def test_agreement_is_the_share_of_nonzero_gradients_with_the_sign_of_the_mean():
     """Zeros neither agree nor disagree."""
     x = [[1.0], [1], [1], [-1], [0], [0], [3], [2]]
-    assert judge(moments(x)).agree[0] == 5 / 6
+    assert test_means(moments(x)).agree[0] == 5 / 6
 
 
 def test_what_was_not_tested_says_why():
@@ -107,7 +107,7 @@ def test_what_was_not_tested_says_why():
     rest = np.hstack([np.zeros((8, 1)), sparse, np.full((8, 1), -0.1), five])
     broken = np.ones((8, 2))
     broken[3] = [np.nan, np.inf]
-    alone, together = judge(moments(tested)), judge(moments(np.hstack([rest, broken, tested]), sizes=[3, 3, 50]))
+    alone, together = test_means(moments(tested)), test_means(moments(np.hstack([rest, broken, tested]), sizes=[3, 3, 50]))
     verdict, reason = words(together)
     assert reason[:3] == ["always_zero", "sparse", "constant"]
     assert reason[3] in ("", "weak")  # five of eight are enough to be tested
@@ -123,7 +123,7 @@ def test_what_was_not_tested_says_why():
 
 def test_few_gradients_ask_for_fewer_non_zero_ones():
     """With K = 3 a weight is sparse unless all three are non-zero."""
-    assert words(judge(moments([[1.0, 1], [9, 2], [-1, 0]])))[1] == ["weak", "sparse"]
+    assert words(test_means(moments([[1.0, 1], [9, 2], [-1, 0]])))[1] == ["weak", "sparse"]
 
 
 def test_a_parameter_without_gradient_counts_as_zeros():
@@ -190,13 +190,13 @@ def test_gradients_of_any_kind_are_read_as_what_they_are():
 def test_levels_that_are_none_are_refused(q):
     """q is a share strictly between 0 and 1."""
     with pytest.raises(ArgumentError, match="between 0 and 1"):
-        judge(moments([[1.0], [2.0]]), q)
+        test_means(moments([[1.0], [2.0]]), q)
 
 
 def test_one_gradient_is_no_evidence():
     """A spread needs two."""
     with pytest.raises(ArgumentError, match="at least 2 gradients"):
-        judge(moments([[1.0]]))
+        test_means(moments([[1.0]]))
 
 
 # --- over steps -------------------------------------------------------------------------------------------------------
@@ -215,7 +215,7 @@ def stream(steps, decay=0.9):
 def test_verdicts_rest_on_the_backwards_of_the_last_step_alone():
     """Earlier steps, at other weights, are no part of a verdict; it can be read until the next step begins."""
     evidence = stream([[9, 8, 9, 7, 9], [-1, -2, -1, -2, -1.5]])
-    expected = judge(moments([[-1.0], [-2], [-1], [-2], [-1.5]]))
+    expected = test_means(moments([[-1.0], [-2], [-1], [-2], [-1.5]]))
     found = evidence.verdicts()
     assert found.t == expected.t
     assert found.q == expected.q

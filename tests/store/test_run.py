@@ -18,7 +18,7 @@ from gradlens.pooling import pool
 from gradlens.store import parts, rows, segment
 from gradlens.store.answers import STORED
 from gradlens.store.filters import Filter
-from gradlens.store.run import open_run
+from gradlens.store.run import Run, open_run
 from tests.store import made
 
 
@@ -573,3 +573,30 @@ def test_duckdb_reads_by_glob(long):
     assert [step for step, _ in duckdb.sql(query).fetchall()] == open_run(long).history(parameters="head.bias")[
         "step"
     ].tolist()
+
+
+def test_files_tell_the_extent_of_a_run(tmp_path):
+    """How many rows there are, and the first and last step, of parts and of tails that are still written."""
+    with made.store(tmp_path / "run", roll=7) as to:
+        assert gradlens.open_run(tmp_path / "run").extent() is None
+        for each in made.training(5, first=3):
+            to.write(each)
+        to.flush()
+        assert gradlens.open_run(tmp_path / "run").extent() == (5 * 2 * len(made.NAMES), 3, 7)
+    assert gradlens.open_run(tmp_path / "run").extent() == (5 * 2 * len(made.NAMES), 3, 7)
+
+
+def test_a_name_that_looks_like_a_pattern_is_found_by_itself(tmp_path):
+    """Brackets in a name do not keep it from being asked for, and thousands of names are asked for at once."""
+    names = ("a[0].weight", "a0.weight", *(f"p{i}" for i in range(3000)))
+    of = made.parameters(names, [(2,)] * len(names))
+    run = gradlens.open_run(made.write(tmp_path / "run", [made.snapshot(0, of=of, detail=False)]))
+    assert set(run.history(parameters=["a[0].weight"])["parameter"]) == {"a[0].weight", "a0.weight"}
+    assert len(run.history(parameters=list(names[2:]))) == 3000
+
+
+def test_a_reader_may_be_given_less_memory(tmp_path):
+    """An answer beyond it is an error that names what to ask less of."""
+    made.write(tmp_path / "run", made.training(20))
+    with pytest.raises(ArgumentError, match=r"more than 0 MB; ask for less with columns=, parameters= or steps="):
+        Run(tmp_path / "run", max_bytes=1000).history()

@@ -122,6 +122,15 @@ class Browser:
         assert not missing, f"the page does not show {missing}: {text[:2000]}"
         return text
 
+    def command(self, name, **parameters):
+        """A command of Chromium's own debugging protocol, such as the size of a phone's screen."""
+        return self._post("/goog/cdp/execute", {"cmd": name, "params": parameters})
+
+    def errors(self):
+        """What the page has complained of on its console."""
+        entries = self._post("/se/log", {"type": "browser"})
+        return [entry["message"] for entry in entries if entry["level"] == "SEVERE"]
+
     def screenshot(self):
         """The page as PNG."""
         answer = fetch(f"{self._url}/session/{self._session}/screenshot")

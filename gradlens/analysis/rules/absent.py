@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 
-from gradlens.analysis.history import History
-from gradlens.analysis.rules.base import EachRow, check_steps, judged, lasting, on_steps, remembered
+from gradlens.analysis.history import Columns, History
+from gradlens.analysis.rules.base import ColumnRule, RowFindings, check_steps, judged, newest_of, on_steps
 from gradlens.records import Finding, Severity, Snapshot, Stage, Status
 
 
 @dataclass(frozen=True)
-class Absent:
+class Absent(ColumnRule):
     """A parameter that the loss has not depended on, at any backward of the last steps. It gets no partials and does not
     learn.
 
@@ -24,16 +24,19 @@ class Absent:
     steps: int = 10
 
     name: ClassVar[str] = "absent"
+    settled: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_steps(self)
 
-    def __call__(self, history: History) -> Iterable[Finding]:
-        newest = history.latest()
-        rows = lasting(history, _absent, self.steps)
-        if newest is None or not rows:
-            return ()
-        return EachRow(self.name, Severity.WARNING, newest, rows, lambda row: self._finding(newest, row))
+    def holds(self, columns: Columns) -> np.ndarray:
+        """Where the loss does not depend on it, or its backward gave None."""
+        return columns.has(Status.ABSENT, Status.UNDEFINED).astype(np.int8)
+
+    def findings(self, history: History, rows: Sequence[int]) -> Iterable[Finding]:
+        """One a parameter."""
+        newest = newest_of(history)
+        return RowFindings(self.name, Severity.WARNING, newest, rows, lambda row: self._finding(newest, row))
 
     def _finding(self, newest: Snapshot, row: int) -> Finding:
         undefined = newest.status[row] == Status.UNDEFINED
@@ -66,32 +69,28 @@ _ABSENT = (
 _UNDEFINED = ("a custom autograd.Function whose backward returns None for this input",)
 
 
-@remembered
-def _absent(snapshot: Snapshot) -> np.ndarray:
-    return snapshot.has(Status.ABSENT, Status.UNDEFINED)
-
-
 @dataclass(frozen=True)
-class Frozen:
+class Frozen(ColumnRule):
     """Parameters with `requires_grad=False` that the optimizer has all the same, and those that have just been frozen.
 
     An info: fine-tuning means it, and a forgotten `requires_grad_(False)` looks the same.
     """
 
     name: ClassVar[str] = "frozen"
+    stages: ClassVar[tuple[str, ...]] = (Stage.USED,)
+    settled: ClassVar[bool] = True
 
-    def __call__(self, history: History) -> Iterator[Finding]:
-        newest = history.latest()
-        if newest is None or newest.stage != Stage.USED:
-            return
-        held = newest.has(Status.FROZEN) & (newest.columns["update_numel"] > 0)
-        if not held.any():
-            return
-        rows = np.flatnonzero(held).tolist()
+    def holds(self, columns: Columns) -> np.ndarray:
+        """Where the optimizer has a frozen parameter."""
+        return (columns.has(Status.FROZEN) & (columns.columns["update_numel"] > 0)).astype(np.int8)
+
+    def findings(self, history: History, rows: Sequence[int]) -> Iterator[Finding]:
+        """One for all."""
+        newest = newest_of(history)
         names = tuple(newest.names[row] for row in rows)
-        share = newest.columns["numel"][rows].sum() / max(newest.columns["numel"].sum(), 1)
+        share = newest.columns["numel"][np.asarray(rows)].sum() / max(newest.columns["numel"].sum(), 1)
         before = [snapshot for snapshot in history.recent(2, Stage.USED) if snapshot.step < newest.step]
-        learnt = before and before[-1].names == newest.names and judged(before[-1])[rows].any()
+        learnt = before and before[-1].names == newest.names and judged(before[-1])[np.asarray(rows)].any()
         few = ", ".join(names[:NAMED]) + ", ..." * (len(names) > NAMED)
         what, it = ("1 parameter", "it") if len(names) == 1 else (f"{len(names)} parameters", "them")
         yield Finding(
@@ -114,17 +113,20 @@ NAMED = 3
 
 
 @dataclass(frozen=True)
-class Uncaptured:
+class Uncaptured(ColumnRule):
     """A parameter whose `.grad` changed though no hook fired: its own partials of this backward were not seen."""
 
     name: ClassVar[str] = "uncaptured"
+    settled: ClassVar[bool] = True
 
-    def __call__(self, history: History) -> Iterable[Finding]:
-        newest = history.latest()
-        if newest is None:
-            return ()
-        rows = np.flatnonzero(newest.has(Status.UNCAPTURED)).tolist()
-        return EachRow(self.name, Severity.WARNING, newest, rows, lambda row: self._finding(newest, row))
+    def holds(self, columns: Columns) -> np.ndarray:
+        """Where no hook fired."""
+        return columns.has(Status.UNCAPTURED).astype(np.int8)
+
+    def findings(self, history: History, rows: Sequence[int]) -> Iterable[Finding]:
+        """One a parameter."""
+        newest = newest_of(history)
+        return RowFindings(self.name, Severity.WARNING, newest, rows, lambda row: self._finding(newest, row))
 
     def _finding(self, newest: Snapshot, row: int) -> Finding:
         return Finding(

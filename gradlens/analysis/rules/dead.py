@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 
-from gradlens.analysis.history import History
+from gradlens.analysis.history import Columns, History
 from gradlens.analysis.rules.base import (
-    EachRow,
+    ColumnRule,
+    RowFindings,
     check_steps,
     judged,
     last_layer,
-    lasting,
     layout,
+    newest_of,
     on_steps,
-    remembered,
-    said,
+    tristate,
 )
 from gradlens.analysis.rules.lost import gave
 from gradlens.records import Finding, Severity, Snapshot, Stage, Status
 
 
 @dataclass(frozen=True)
-class Dead:
+class Dead(ColumnRule):
     """All partials of a parameter were exactly 0 at each of the last steps, though the loss depends on it.
 
     A layer of rectifiers that are all shut passes nothing back (Lu et al. 2019): it and all layers before it are dead, and
@@ -39,16 +39,20 @@ class Dead:
     def __post_init__(self) -> None:
         check_steps(self)
 
-    def __call__(self, history: History) -> Iterable[Finding]:
-        newest = history.latest()
-        rows = lasting(history, _zero, self.steps)
-        if newest is not None and rows and newest.stage == Stage.USED:  # what backward gave and was lost is no death
+    def holds(self, columns: Columns) -> np.ndarray:
+        """Where all partials are 0."""
+        return tristate(columns.has(Status.ZERO) & (columns.columns["numel"] > 0), judged(columns))
+
+    def findings(self, history: History, rows: Sequence[int]) -> Iterable[Finding]:
+        """One a parameter."""
+        newest = newest_of(history)
+        if newest.stage == Stage.USED:  # what backward gave and was lost is no death
             alive = gave(history.recent(1, Stage.BACKWARD), newest)
             rows = [row for row in rows if not alive[row]]
-        if newest is None or not rows:
+        if not rows:
             return ()
         culprit = last_layer(newest, rows)
-        return EachRow(self.name, Severity.WARNING, newest, rows, lambda row: self._finding(newest, row, culprit))
+        return RowFindings(self.name, Severity.WARNING, newest, rows, lambda row: self._finding(newest, row, culprit))
 
     def _finding(self, newest: Snapshot, row: int, culprit: str) -> Finding:
         return Finding(
@@ -78,8 +82,3 @@ def _likely(snapshot: Snapshot, row: int) -> tuple[str, ...]:
     if empty.any():
         causes.append(f"weights that are all 0, those of {snapshot.names[int(np.flatnonzero(empty)[-1])]}: nothing passes")
     return tuple(causes)
-
-
-@remembered
-def _zero(snapshot: Snapshot) -> np.ndarray:
-    return said(snapshot.has(Status.ZERO) & (snapshot.columns["numel"] > 0), judged(snapshot))

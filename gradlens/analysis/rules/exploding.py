@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 
-from gradlens.analysis.history import History
+from gradlens.analysis.history import Columns, History
 from gradlens.analysis.rules.base import (
-    EachRow,
+    BlockCondition,
+    ColumnRule,
+    RowFindings,
+    Rows,
     check_number,
     check_steps,
     consumed,
+    format_number,
     judged,
-    lasting,
     layout,
-    number,
+    newest_of,
+    of_whole_model,
     remembered,
-    said,
+    tristate,
 )
 from gradlens.records import Finding, Severity, Snapshot
 
 
 @dataclass(frozen=True)
-class Exploding:
+class Exploding(ColumnRule):
     """A weight whose gradient is large by itself and beside the weight, where the optimizer gets it (so after clipping).
 
     `norm`: gradient norms are clipped at 1 as a rule (Pascanu et al. 2013), and a sum over a batch of a thousand gives some
@@ -45,12 +49,18 @@ class Exploding:
         check_number(self, "ratio")
         check_steps(self)
 
-    def __call__(self, history: History) -> Iterable[Finding]:
-        newest = history.latest()
-        if newest is None or not consumed(history):
+    def holds(self, columns: Columns) -> np.ndarray:
+        """Where the gradient is large by itself and beside the weight."""
+        norm, weight = columns.column("l2"), columns.column("weight_l2")
+        known = judged(columns) & layout(columns.parameters).matrix & (weight > 0)
+        return tristate((norm > self.norm) & (norm > self.ratio * weight), known)
+
+    def findings(self, history: History, rows: Sequence[int]) -> Iterable[Finding]:
+        """One a parameter."""
+        if not consumed(history):
             return ()
-        rows = lasting(history, self._large, self.steps)
-        return EachRow(self.name, Severity.WARNING, newest, rows, lambda row: self._finding(newest, row))
+        newest = newest_of(history)
+        return RowFindings(self.name, Severity.WARNING, newest, rows, lambda row: self._finding(newest, row))
 
     def _finding(self, newest: Snapshot, row: int) -> Finding:
         norm, weight = newest.column("l2")[row], newest.column("weight_l2")[row]
@@ -60,8 +70,8 @@ class Exploding:
             severity=Severity.WARNING,
             parameter=newest.names[row],
             stage=newest.stage,
-            seen=f"the gradient's norm is {number(norm)}, {number(norm / weight)} times the norm of the weights "
-            f"({number(weight)})",
+            seen=f"the gradient's norm is {format_number(norm)}, {format_number(norm / weight)} times the norm of the "
+            f"weights ({format_number(weight)})",
             causes=(
                 "weights that start too large, in a deep model without normalisation",
                 "inputs or targets that are not normalised, or a loss that sums where it should average",
@@ -72,15 +82,9 @@ class Exploding:
             value=float(norm),
         )
 
-    @remembered
-    def _large(self, snapshot: Snapshot) -> np.ndarray:
-        norm, weight = snapshot.column("l2"), snapshot.column("weight_l2")
-        known = judged(snapshot) & layout(snapshot.parameters).matrix & (weight > 0)
-        return said((norm > self.norm) & (norm > self.ratio * weight), known)
-
 
 @dataclass(frozen=True)
-class Spike:
+class Spike(ColumnRule):
     """The norm of the whole gradient, suddenly far above what it was, where the optimizer gets it.
 
     It must be `factor` times the median of the last `steps` observed steps, a tenth of that times their largest (close to
@@ -97,15 +101,24 @@ class Spike:
         check_number(self, "factor", above=1.0)
         check_steps(self)
 
-    def __call__(self, history: History) -> Iterator[Finding]:
-        newest = history.latest()
-        if newest is None or not consumed(history):
+    def conditions(self) -> tuple[tuple[BlockCondition, int], ...]:
+        """`steps` is how far back it compares, and not how long it lasts."""
+        return ((self.holds, 1),)
+
+    def holds(self, columns: Columns) -> np.ndarray:
+        """Where the norm is large beside the weights', and beside the moment's before."""
+        norm, weight = np.moveaxis(_norms(columns), -1, 0)
+        before = np.concatenate([[0.0], norm[:-1]])  # of a block's first, the history knows
+        return of_whole_model(columns, (norm > 0.1 * weight) & (norm > self.factor / 10 * before))
+
+    def findings(self, history: History, rows: Sequence[int]) -> Iterator[Finding]:
+        """One of the model."""
+        if not consumed(history):
             return
-        norm, weight = _norms(newest)
-        if not norm > 0.1 * weight:
-            return
-        before = history.recent(2, newest.stage)
-        if len(before) < 2 or not norm > self.factor / 10 * _norms(before[-2])[0]:
+        newest = newest_of(history)
+        norm = _norms(newest)[0]
+        before = [snapshot for snapshot in history.recent(2, newest.stage)[:-1] if snapshot.names == newest.names]
+        if not before or not norm > self.factor / 10 * _norms(before[-1])[0]:
             return
         past = np.asarray([_norms(snapshot)[0] for snapshot in history.recent(self.steps + 1, newest.stage)[:-1]])
         past = past[past > 0]
@@ -113,7 +126,7 @@ class Spike:
             return
         median, largest = float(np.median(past)), float(past.max())
         if norm > self.factor * median and norm > self.factor / 10 * largest:
-            yield self._finding(newest, norm, median, largest, len(past))
+            yield self._finding(newest, float(norm), median, largest, len(past))
 
     def _finding(self, newest: Snapshot, norm: float, median: float, largest: float, seen: int) -> Finding:
         square = np.where(judged(newest), newest.column("square_sum"), 0)
@@ -123,8 +136,8 @@ class Spike:
             step=newest.step,
             severity=Severity.WARNING,
             stage=newest.stage,
-            seen=f"the norm of the whole gradient is {number(norm)}: {number(norm / median)} times the median of the last "
-            f"{seen} observed steps, {number(norm / largest)} times their largest; "
+            seen=f"the norm of the whole gradient is {format_number(norm)}: {format_number(norm / median)} times the "
+            f"median of the last {seen} observed steps, {format_number(norm / largest)} times their largest; "
             f"{square[worst] / np.nansum(square):.0%} of its square is {newest.names[worst]}",
             causes=(
                 "an unusual batch: an outlier, a wrong label, a very long sequence",
@@ -135,8 +148,9 @@ class Spike:
         )
 
 
-def _norms(snapshot: Snapshot) -> tuple[float, float]:
-    """Of the whole gradient and of the weights it is for; the second is 0 where no weights were read."""
-    rows = judged(snapshot)
-    gradient, weight = (np.nansum(snapshot.columns[name][rows]) for name in ("square_sum", "weight_square_sum"))
-    return float(gradient) ** 0.5, float(weight) ** 0.5
+@remembered
+def _norms(rows: Rows) -> np.ndarray:
+    """`[..., 2]` of the whole gradient and of the weights it is for; the second is 0 where no weights were read."""
+    own = judged(rows)
+    squares = [np.where(own, rows.columns[name], 0.0) for name in ("square_sum", "weight_square_sum")]
+    return np.sqrt(np.stack([np.nansum(values, axis=-1) for values in squares], axis=-1))

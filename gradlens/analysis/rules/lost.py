@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 
-from gradlens.analysis.history import History
-from gradlens.analysis.rules.base import Condition, check_steps, judged, lasting, on_steps, remembered, said
+from gradlens.analysis.history import Columns, History
+from gradlens.analysis.rules.base import (
+    ColumnRule,
+    Condition,
+    Rows,
+    check_steps,
+    judged,
+    lasting,
+    newest_of,
+    of_whole_model,
+    on_steps,
+    remembered,
+    tristate,
+)
 from gradlens.records import Finding, Severity, Snapshot, Stage, Status
 
 
 @dataclass(frozen=True)
-class Lost:
+class Lost(ColumnRule):
     """What backward gave was gone when the optimizer came: `.grad` was None or exactly 0, at each of the last steps.
 
     `zero_grad()` between `backward()` and `step()` does that; such a training stands still, or moves by momentum and weight
@@ -24,14 +36,18 @@ class Lost:
     steps: int = 3
 
     name: ClassVar[str] = "lost"
+    stages: ClassVar[tuple[str, ...]] = (Stage.USED,)
 
     def __post_init__(self) -> None:
         check_steps(self)
 
-    def __call__(self, history: History) -> Iterator[Finding]:
-        newest = history.latest()
-        if newest is None or newest.stage != Stage.USED or not _nothing(newest).any():
-            return
+    def holds(self, columns: Columns) -> np.ndarray:
+        """Where the optimizer got nothing; whether backward gave something is asked then."""
+        return tristate(_nothing(columns), judged(columns))
+
+    def findings(self, history: History, rows: Sequence[int]) -> Iterator[Finding]:
+        """One for all."""
+        newest = newest_of(history)
         rows = lasting(history, _lost(history.recent(self.steps, Stage.BACKWARD)), self.steps)
         if not rows:
             return
@@ -58,14 +74,14 @@ class Lost:
 
 
 @remembered
-def nothing_used(snapshot: Snapshot) -> np.ndarray:
-    """`[n]` rows of which an optimizer had the parameter, saw no gradient, and moved nothing."""
-    columns = snapshot.columns
+def nothing_used(rows: Rows) -> np.ndarray:
+    """`[..., n]` rows of which an optimizer had the parameter, saw no gradient, and moved nothing."""
+    columns = rows.columns
     still = (columns["update_numel"] > 0) & (columns["update_square_sum"] == 0)
-    return still & np.isnan(columns["update_used_square_sum"]) & judged(snapshot)
+    return still & np.isnan(columns["update_used_square_sum"]) & judged(rows)
 
 
-def _nothing(used: Snapshot) -> np.ndarray:
+def _nothing(used: Rows) -> np.ndarray:
     return nothing_used(used) | used.has(Status.ZERO)
 
 
@@ -86,13 +102,13 @@ def gave(backward: list[Snapshot], used: Snapshot) -> np.ndarray:
 
 def _lost(backward: list[Snapshot]) -> Condition:
     def lost(used: Snapshot) -> np.ndarray:
-        return said(_nothing(used) & gave(backward, used), judged(used))
+        return tristate(_nothing(used) & gave(backward, used), judged(used))
 
     return lost
 
 
 @dataclass(frozen=True)
-class Unstepped:
+class Unstepped(ColumnRule):
     """So many backward passes, and no watched optimizer has ever stepped.
 
     Gradients may be accumulated over many micro-batches, so this is asked late.
@@ -105,11 +121,14 @@ class Unstepped:
     def __post_init__(self) -> None:
         check_steps(self, "backwards")
 
-    def __call__(self, history: History) -> Iterator[Finding]:
-        newest = history.latest()
-        if newest is None or newest.backward + 1 < self.backwards or history.latest(Stage.USED) is not None:
-            return
-        if any(snapshot.step != newest.step for snapshot in history):
+    def holds(self, columns: Columns) -> np.ndarray:
+        """Where so many backwards have come in one step."""
+        return of_whole_model(columns, columns.backward + 1 >= self.backwards)
+
+    def findings(self, history: History, rows: Sequence[int]) -> Iterator[Finding]:
+        """One of the model."""
+        newest = newest_of(history)
+        if history.newest(Stage.USED) is not None or history.steps() != [newest.step]:
             return
         yield Finding(
             rule=self.name,

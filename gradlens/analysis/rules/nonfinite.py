@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import ClassVar
 
 import numpy as np
 
-from gradlens.analysis.history import History
-from gradlens.analysis.rules.base import EachRow, judged, layout, number
+from gradlens.analysis.history import Columns, History
+from gradlens.analysis.rules.base import ColumnRule, RowFindings, Rows, format_number, judged, layout, newest_of, tristate
 from gradlens.records import Finding, Severity, Snapshot, Stage
 
 #: A step that was too large shows in the numbers within so many.
@@ -18,7 +19,7 @@ DIVERGED = 5
 
 
 @dataclass(frozen=True)
-class NonFinite:
+class NonFinite(ColumnRule):
     """NaN or infinite partials, at once: one executed step with them makes the weights NaN, and then everything.
 
     Under a known loss scale they are the scaler's business, which skips the step: `Skipped` counts that. A scaler that
@@ -26,29 +27,19 @@ class NonFinite:
     """
 
     name: ClassVar[str] = "nonfinite"
+    settled: ClassVar[bool] = True
 
-    def __call__(self, history: History) -> Iterable[Finding]:
-        newest = history.latest()
-        if newest is None:
-            return ()
-        bad = newest.column("nan") + newest.column("inf")
-        if not bad.any():
-            return ()
-        known = judged(newest)
-        rows = np.flatnonzero((bad > 0) & _unscaled(newest) & known).tolist()
-        if not rows:
-            return ()
-        everywhere = len(rows) == known.sum()
-        forward = not math.isfinite(newest.loss) if "loss" in newest.scalars else everywhere
-        poisoned, diverged = _poisoned(history, newest), _diverged(history, newest)
-        causes, remedy = poisoned, _EARLIER
-        if not poisoned:
-            causes = diverged + (_FORWARD if forward else _LOSS if everywhere else _BACKWARD)
-            causes += _LOSS if forward and "loss" not in newest.scalars else ()
-            remedy = _SLOWER if diverged else _ANOMALY if forward or everywhere else _behind(newest.names[rows[-1]])
-        causes += _SCALER if newest.stage != Stage.USED and not diverged else ()
+    def holds(self, columns: Columns) -> np.ndarray:
+        """Where a partial is not finite, under no known scale."""
+        return tristate(_bad(columns) & _unscaled(columns), judged(columns))
+
+    def findings(self, history: History, rows: Sequence[int]) -> Iterable[Finding]:
+        """One a parameter; why, is asked when somebody reads it."""
+        newest = newest_of(history)
+        why = cache(lambda: _why(history, newest, rows))
 
         def finding(row: int) -> Finding:
+            causes, remedy = why()
             return Finding(
                 rule=self.name,
                 step=newest.step,
@@ -58,10 +49,27 @@ class NonFinite:
                 seen=_seen(newest, row),
                 causes=causes,
                 remedy=remedy,
-                value=float(bad[row]),
+                value=float(newest.column("nan")[row] + newest.column("inf")[row]),
             )
 
-        return EachRow(self.name, Severity.ERROR, newest, rows, finding)
+        return RowFindings(self.name, Severity.ERROR, newest, rows, finding)
+
+
+def _bad(rows: Rows) -> np.ndarray:
+    return rows.columns["nan"] + rows.columns["inf"] > 0
+
+
+def _why(history: History, newest: Snapshot, rows: Sequence[int]) -> tuple[tuple[str, ...], str]:
+    """The causes, and what to do."""
+    everywhere = len(rows) == judged(newest).sum()
+    forward = not math.isfinite(newest.loss) if "loss" in newest.scalars else everywhere
+    poisoned, diverged = _poisoned(history, newest), _diverged(history, newest)
+    causes, remedy = poisoned, _EARLIER
+    if not poisoned:
+        causes = diverged + (_FORWARD if forward else _LOSS if everywhere else _BACKWARD)
+        causes += _LOSS if forward and "loss" not in newest.scalars else ()
+        remedy = _SLOWER if diverged else _ANOMALY if forward or everywhere else _behind(newest.names[rows[-1]])
+    return causes + (_SCALER if newest.stage != Stage.USED and not diverged else ()), remedy
 
 
 def _seen(snapshot: Snapshot, row: int) -> str:
@@ -100,16 +108,16 @@ def _behind(last: str) -> str:
 def _poisoned(history: History, newest: Snapshot) -> tuple[str, ...]:
     """The cause, where the step before already had it."""
     for before in [s for s in history.recent(2, newest.stage) if s.step != newest.step][-1:]:
-        bad = (before.column("nan") + before.column("inf") > 0) & _unscaled(before)
+        bad = _bad(before) & _unscaled(before)
         if bad.any():
             first = before.names[int(np.argmax(bad))]
             return (f"step {before.step} wrote non-finite partials (of {first}) into the weights",)
     return ()
 
 
-def _unscaled(snapshot: Snapshot) -> np.ndarray:
-    """`[n]` rows under no loss scale that is known: of others the scaler skips the step."""
-    return np.isnan(snapshot.scale) | (snapshot.scale == 1.0)
+def _unscaled(rows: Rows) -> np.ndarray:
+    """`[..., n]` rows under no loss scale that is known: of others the scaler skips the step."""
+    return np.isnan(rows.scale) | (rows.scale == 1.0)
 
 
 def _diverged(history: History, newest: Snapshot) -> tuple[str, ...]:
@@ -120,7 +128,7 @@ def _diverged(history: History, newest: Snapshot) -> tuple[str, ...]:
         if before.step < newest.step and np.fmax.reduce(ratios, initial=-np.inf) > worst:
             row = int(np.nanargmax(ratios))
             worst = float(ratios[row])
-            seen = f"step {before.step} moved {before.names[row]} by {number(worst)} times its own norm"
+            seen = f"step {before.step} moved {before.names[row]} by {format_number(worst)} times its own norm"
     return (
         (f"the training has diverged, as the learning rate is too large: {seen}",) if math.isfinite(worst) and seen else ()
     )

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 
-from gradlens.analysis.history import History
-from gradlens.analysis.rules.base import check_number, check_steps, judged, number, on_steps, unmoved
+from gradlens.analysis.history import Columns, History
+from gradlens.analysis.rules.base import (
+    BlockCondition,
+    ColumnRule,
+    Rows,
+    check_number,
+    check_steps,
+    format_number,
+    judged,
+    newest_of,
+    of_whole_model,
+    on_steps,
+    unmoved,
+)
 from gradlens.records import Finding, Severity, Snapshot, Stage, Status
 
 
 @dataclass(frozen=True)
-class LossScaled:
+class LossScaled(ColumnRule):
     """Backward's gradients are the same power of two larger than the used ones, on every parameter: they carry a loss scale.
 
     A `GradScaler` scales by powers of two (Micikevicius et al. 2018). Clipping divides by any number, so the ratio must be
@@ -26,15 +38,25 @@ class LossScaled:
     least: float = 16.0
 
     name: ClassVar[str] = "loss_scaled"
+    stages: ClassVar[tuple[str, ...]] = (Stage.USED,)
 
     def __post_init__(self) -> None:
         check_steps(self)
         check_number(self, "least", above=1.0)
 
-    def __call__(self, history: History) -> Iterator[Finding]:
-        newest = history.latest(Stage.USED)
-        if newest is None or newest is not history.latest():
-            return
+    def holds(self, columns: Columns) -> np.ndarray:
+        """Where all of backward's gradients are nearly the same power of two of the used ones."""
+        given = columns.per_step(Stage.BACKWARD, "square_sum")
+        known = columns.has(Status.OK) & (given > 0)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            power = np.log2(given / columns.columns["square_sum"]) / 2
+            near = (power > 0.9) & (np.abs(power - np.rint(power)) < 0.01)
+        other = np.isnan(given).all(axis=-1)  # with other parameters: findings looks closer
+        return of_whole_model(columns, (near | ~known).all(axis=-1) | other, known.any(axis=-1) | other)
+
+    def findings(self, history: History, rows: Sequence[int]) -> Iterator[Finding]:
+        """One of the model."""
+        newest = newest_of(history)
         power = self._power(history)
         if not power or 2**power < self.least:
             return
@@ -80,7 +102,7 @@ def _power(backward: Snapshot, used: Snapshot) -> int:
 
 
 @dataclass(frozen=True)
-class ClippedScaled:
+class ClippedScaled(ColumnRule):
     """Gradients clipped while they still carried the loss scale: what the optimizer used times the scale has the same small
     norm at each of the last steps, and backward gave far more.
 
@@ -92,15 +114,24 @@ class ClippedScaled:
     most: float = 100.0
 
     name: ClassVar[str] = "clipped_scaled"
+    stages: ClassVar[tuple[str, ...]] = (Stage.USED,)
 
     def __post_init__(self) -> None:
         check_steps(self)
         check_number(self, "most")
 
-    def __call__(self, history: History) -> Iterator[Finding]:
-        newest = history.latest()
-        if newest is None or newest.stage != Stage.USED or not _scale(newest) > 10 * self.most:
-            return
+    def conditions(self) -> tuple[tuple[BlockCondition, int], ...]:
+        """That it lasts, findings looks up: steps that cannot be told do not break it."""
+        return ((self.holds, 1),)
+
+    def holds(self, columns: Columns) -> np.ndarray:
+        """Where the used gradient times a large scale has a small norm."""
+        scale = columns.scale[:, 0] if len(columns.parameters) else np.full(len(columns), np.nan)
+        return of_whole_model(columns, (scale > 10 * self.most) & (_norm(columns) * scale <= self.most))
+
+    def findings(self, history: History, rows: Sequence[int]) -> Iterator[Finding]:
+        """One of the model."""
+        newest = newest_of(history)
         used, backward = (history.recent(self.steps, stage) for stage in (Stage.USED, Stage.BACKWARD))
         if len({snapshot.step for snapshot in used}) < self.steps:
             return
@@ -115,16 +146,18 @@ class ClippedScaled:
             step=newest.step,
             severity=Severity.WARNING,
             stage=newest.stage,
-            seen=f"the optimizer used a gradient of norm {number(norms[-1])}, and backward() gave {number(own[-1])}; times "
-            f"the loss scale of {_scale(newest):g} it is {number(clipped[-1])}, the same {on_steps(self.steps)}",
+            seen=f"the optimizer used a gradient of norm {format_number(norms[-1])}, and backward() gave "
+            f"{format_number(own[-1])}; times the loss scale of {_scale(newest):g} it is "
+            f"{format_number(clipped[-1])}, the same {on_steps(self.steps)}",
             causes=("clip_grad_norm_() before scaler.unscale_(optimizer): it clips the scaled gradients",),
             remedy="scaler.unscale_(optimizer) before torch.nn.utils.clip_grad_norm_(...), then scaler.step(optimizer)",
             value=float(clipped[-1]),
         )
 
 
-def _norm(snapshot: Snapshot) -> float:
-    return float(np.nansum(snapshot.columns["square_sum"][judged(snapshot)])) ** 0.5
+def _norm(rows: Rows) -> np.ndarray:
+    """`[...]` of the whole gradient."""
+    return np.sqrt(np.nansum(np.where(judged(rows), rows.columns["square_sum"], 0.0), axis=-1))
 
 
 def _scale(snapshot: Snapshot) -> float:
@@ -133,7 +166,7 @@ def _scale(snapshot: Snapshot) -> float:
 
 
 @dataclass(frozen=True)
-class Skipped:
+class Skipped(ColumnRule):
     """Steps that the loss scaler skipped because a gradient was not finite.
 
     Some at the start are how a `GradScaler` finds its scale, and one in 2,000 is its normal pace: worth an info. `most` of
@@ -145,17 +178,25 @@ class Skipped:
     row: int = 10
 
     name: ClassVar[str] = "skipped"
+    stages: ClassVar[tuple[str, ...]] = (Stage.USED,)
 
     def __post_init__(self) -> None:
         check_number(self, "most", most=1.0)
         check_steps(self)
         check_steps(self, "row")
 
-    def __call__(self, history: History) -> Iterator[Finding]:
-        newest = history.latest()
-        if newest is None or newest.stage != Stage.USED or not _skipped(newest):
-            return
-        last = [_skipped(snapshot) for snapshot in history.recent(self.steps, Stage.USED)]
+    def conditions(self) -> tuple[tuple[BlockCondition, int], ...]:
+        """`steps` is how far back it counts, and not how long it lasts."""
+        return ((self.holds, 1),)
+
+    def holds(self, columns: Columns) -> np.ndarray:
+        """Where the scaler skipped the step."""
+        return of_whole_model(columns, _skipped(columns))
+
+    def findings(self, history: History, rows: Sequence[int]) -> Iterator[Finding]:
+        """One of the model."""
+        newest = newest_of(history)
+        last = [bool(_skipped(snapshot)) for snapshot in history.recent(self.steps, Stage.USED)]
         row = next((i for i, skipped in enumerate(reversed(last)) if not skipped), len(last))
         severity = Severity.INFO
         if row >= self.row:
@@ -183,10 +224,11 @@ _NORMAL = ("the scaler is looking for its scale, as it does at the start and fro
 _HOPELESS = ("NaN or inf that no loss scale removes: in the data, in the weights, or from 0/0, log(0), sqrt at 0",)
 
 
-def _skipped(snapshot: Snapshot) -> bool:
-    """Whether this is the record of a step that the scaler skipped, be it for one of several optimizers."""
-    rows = judged(snapshot)
-    known = np.isfinite(snapshot.scale) & (snapshot.scale != 1.0)
-    bad = rows & snapshot.has(Status.NONFINITE) & known
-    finite = snapshot.columns["nan"] + snapshot.columns["inf"] == 0  # and still not finite: a neighbour was not
-    return bool(rows.any() and (bad[rows].all() or (bad & (finite | unmoved(snapshot))).any()))
+def _skipped(rows: Rows) -> np.ndarray:
+    """`[...]` whether this is the record of a step that the scaler skipped, be it for one of several optimizers."""
+    own = judged(rows)
+    known = np.isfinite(rows.scale) & (rows.scale != 1.0)
+    bad = own & rows.has(Status.NONFINITE) & known
+    finite = rows.columns["nan"] + rows.columns["inf"] == 0  # and still not finite: a neighbour was not
+    some = (bad & (finite | unmoved(rows))).any(axis=-1)
+    return np.asarray(own.any(axis=-1) & ((bad | ~own).all(axis=-1) | some))

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 
-from gradlens.analysis.history import History
-from gradlens.analysis.rules.base import Condition, EachRow, check_steps, judged, lasting, number, said, unmoved
+from gradlens.analysis.history import Columns, History
+from gradlens.analysis.rules.base import (
+    ColumnRule,
+    Condition,
+    RowFindings,
+    check_steps,
+    format_number,
+    judged,
+    lasting,
+    newest_of,
+    tristate,
+    unmoved,
+)
 from gradlens.records import Finding, Severity, Snapshot, Stage, Status
 
 #: How far a sum of float32 gradients may be from the sum of their sums, beside the sum of sizes: 16 roundings.
@@ -18,7 +29,7 @@ _EXACT = ("float32", "float64", "complex64", "complex128")
 
 
 @dataclass(frozen=True)
-class Stale:
+class Stale(ColumnRule):
     """The optimizer used more than this step's backwards gave: |g_used| > sum of |g_backward|.
 
     A sum of vectors is never longer than their lengths together, so the rest came from elsewhere: from earlier steps, as
@@ -34,13 +45,30 @@ class Stale:
     steps: int = 3
 
     name: ClassVar[str] = "stale"
+    stages: ClassVar[tuple[str, ...]] = (Stage.USED,)
 
     def __post_init__(self) -> None:
         check_steps(self)
 
-    def __call__(self, history: History) -> Iterable[Finding]:
-        newest = history.latest()
-        if newest is None or newest.stage != Stage.USED or newest.ranks > 1 or history.latest(Stage.REDUCED) is not None:
+    def holds(self, columns: Columns) -> np.ndarray:
+        """Where what was used is not simply what this step's backwards gave, or less of it."""
+        total, size, length = (columns.per_step(Stage.BACKWARD, name) for name in ("sum", "abs_sum", "l2"))
+        known = judged(columns) & ~columns.has(Status.NONFINITE) & ~unmoved(columns)
+        now, sizes = columns.columns["sum"], size + columns.columns["abs_sum"]
+        with np.errstate(invalid="ignore", divide="ignore"):
+            weight = np.where(known, np.nan_to_num(np.abs(total) / sizes), 0.0)
+            best = weight.argmax(axis=-1)[:, None] if weight.shape[1] else np.zeros((len(columns), 0), np.int64)
+            factor = np.take_along_axis(now / total, best, axis=-1)
+            plain = np.abs(now - total) <= ROUNDING * sizes
+            clipped = (np.abs(now - factor * total) <= ROUNDING * sizes) & (factor > 0) & (factor < 1)
+        short = columns.column("l2") <= 1.01 * length
+        even = ((plain & short) | ~known).all(axis=-1) | ((clipped & short) | ~known).all(axis=-1)
+        return tristate(np.broadcast_to(~even[:, None], known.shape), known)
+
+    def findings(self, history: History, rows: Sequence[int]) -> Iterable[Finding]:
+        """One a parameter."""
+        newest = newest_of(history)
+        if newest.ranks > 1 or history.newest(Stage.REDUCED) is not None:
             return ()
         backward, used = (history.recent(self.steps + 1, stage) for stage in (Stage.BACKWARD, Stage.USED))
         own = _of(backward, newest.step)
@@ -65,7 +93,8 @@ class Stale:
                 severity=severity,
                 parameter=newest.names[row],
                 stage=newest.stage,
-                seen=f"the optimizer used a gradient of norm {number(used)}, this step's backward() gave {number(given)}; "
+                seen=f"the optimizer used a gradient of norm {format_number(used)}, this step's backward() gave "
+                f"{format_number(given)}; "
                 + ("what earlier steps left was added " if left else "it used more ")
                 + f"at each of the last {self.steps} observed steps",
                 causes=causes,
@@ -73,7 +102,7 @@ class Stale:
                 value=float(used / given) if given > 0 else None,
             )
 
-        return EachRow(self.name, severity, newest, rows, finding)
+        return RowFindings(self.name, severity, newest, rows, finding)
 
 
 _MISSING = "optimizer.zero_grad() is missing, so that gradients of earlier steps are still there"
@@ -84,7 +113,7 @@ def _more_than(backward: list[Snapshot]) -> Condition:
     def more(used: Snapshot) -> np.ndarray:
         own = _added(_of(backward, used.step), used, "l2")
         known = judged(used) & ~used.has(Status.NONFINITE) & ~np.isnan(own) & ~unmoved(used)
-        return said(used.column("l2") > 1.01 * own, known)
+        return tristate(used.column("l2") > 1.01 * own, known)
 
     return more
 
@@ -105,7 +134,7 @@ def _carried(backward: list[Snapshot], used: list[Snapshot]) -> Condition:
             return np.full(len(now), -1, np.int8)
         exact = np.asarray([dtype in _EXACT for dtype in now.parameters.dtypes])
         known = judged(now) & ~now.has(Status.NONFINITE) & ~unmoved(now) & exact
-        return said(_left_over(backward, used, now), known)
+        return tristate(_left_over(backward, used, now), known)
 
     return carried
 

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 
-from gradlens.analysis.history import History
+from gradlens.analysis.history import Columns, History
 from gradlens.analysis.rules.base import (
-    EachRow,
+    BlockCondition,
+    ColumnRule,
+    RowFindings,
+    Rows,
     check_number,
     check_steps,
+    format_number,
     judged,
-    lasting,
     layout,
-    number,
+    newest_of,
+    of_whole_model,
     on_steps,
     remembered,
-    said,
-    said_of_all,
+    tristate,
     unmoved,
 )
 from gradlens.analysis.rules.lost import nothing_used
@@ -29,7 +32,7 @@ from gradlens.records import Finding, Severity, Snapshot, Stage, Status
 
 
 @dataclass(frozen=True)
-class UpdateRatio:
+class UpdateRatio(ColumnRule):
     """Steps that are too large or too small beside the weights: |dw| / |w|, for which about 1e-3 is usual (Karpathy,
     CS231n).
 
@@ -47,6 +50,7 @@ class UpdateRatio:
     steps: int = 20
 
     name: ClassVar[str] = "update_ratio"
+    stages: ClassVar[tuple[str, ...]] = (Stage.USED,)
 
     def __post_init__(self) -> None:
         check_number(self, "largest")
@@ -55,13 +59,23 @@ class UpdateRatio:
         if self.smallest >= self.largest:
             raise ArgumentError(f"UpdateRatio: smallest={self.smallest!r} must be below largest={self.largest!r}")
 
-    def __call__(self, history: History) -> Iterator[Finding]:
-        newest = history.latest()
-        if newest is None or newest.stage != Stage.USED:
-            return
-        yield from self._leaps(history, newest)
-        if lasting(history, self._still, self.steps) and not _moved(history, 10 * self.smallest):
+    def conditions(self) -> tuple[tuple[BlockCondition, int], ...]:
+        """A leap, at any step; and hardly any movement, on each of the last."""
+        return ((self._leapt, 1), (self._still, self.steps))
+
+    def findings(self, history: History, leapt: Sequence[int], still: Sequence[int]) -> Iterator[Finding]:
+        """One a weight that leapt, and one of a model that stands still."""
+        newest = newest_of(history)
+        if leapt:
+            yield from self._leaps(history, newest)
+        if still and not _moved(history, 10 * self.smallest):
             yield self._small(newest, float(np.nanmax(_ratios(newest))))
+
+    def _leapt(self, columns: Columns) -> np.ndarray:
+        """Where a weight leapt, at this moment or the one before: only then the loss says what came of it."""
+        leapt = np.asarray((_ratios(columns) > self.largest).any(axis=-1))
+        before = np.concatenate([[True], leapt[:-1]])  # of a block's first, the history knows
+        return of_whole_model(columns, leapt | before)
 
     def _leaps(self, history: History, newest: Snapshot) -> Iterator[Finding]:
         """Of the newest step; where the loss is known, of the one before: only now it shows what came of it."""
@@ -83,7 +97,8 @@ class UpdateRatio:
             severity=Severity.WARNING,
             parameter=newest.names[row],
             stage=newest.stage,
-            seen=f"this step moved it by {number(ratio)} times its own norm: what it was before hardly matters any more",
+            seen=f"this step moved it by {format_number(ratio)} times its own norm: what it was before hardly matters "
+            "any more",
             causes=("the learning rate is too large", "gradients that explode, without clipping"),
             remedy="divide the learning rate by 10 or warm it up, or clip with torch.nn.utils.clip_grad_norm_",
             value=ratio,
@@ -95,8 +110,8 @@ class UpdateRatio:
             step=newest.step,
             severity=Severity.WARNING,
             stage=newest.stage,
-            seen=f"the model hardly moves: this step changed the fastest weight by {number(ratio)} of its norm, and by "
-            f"less than {number(self.smallest)} {on_steps(self.steps)}; about 1e-3 is usual",
+            seen=f"the model hardly moves: this step changed the fastest weight by {format_number(ratio)} of its "
+            f"norm, and by less than {format_number(self.smallest)} {on_steps(self.steps)}; about 1e-3 is usual",
             causes=(
                 "the learning rate is too small",
                 "the gradient is tiny: it vanishes, or the loss is multiplied by a tiny number",
@@ -106,17 +121,16 @@ class UpdateRatio:
             value=ratio,
         )
 
-    @remembered
-    def _still(self, snapshot: Snapshot) -> np.ndarray:
-        fastest = np.fmax.reduce(_ratios(snapshot), initial=-np.inf)
-        return said_of_all(snapshot, bool(fastest < self.smallest) if fastest >= 0 else None)
+    def _still(self, columns: Columns) -> np.ndarray:
+        fastest = np.asarray(np.fmax.reduce(_ratios(columns), axis=-1, initial=-np.inf))
+        return of_whole_model(columns, fastest < self.smallest, fastest >= 0)
 
 
 @remembered
-def _ratios(snapshot: Snapshot) -> np.ndarray:
+def _ratios(rows: Rows) -> np.ndarray:
     """Update ratios of weights; NaN for other parameters, and where no gradient made the step."""
-    known = layout(snapshot.parameters).matrix & snapshot.has(Status.OK) & ~nothing_used(snapshot)
-    return np.where(known, snapshot.column("update_ratio"), np.nan)
+    known = layout(rows.parameters).matrix & rows.has(Status.OK) & ~nothing_used(rows)
+    return np.where(known, rows.column("update_ratio"), np.nan)
 
 
 def _began_at_zero(history: History, parameter: str) -> bool:
@@ -136,7 +150,7 @@ def _moved(history: History, ratio: float, looks: int = 16) -> bool:
 
 
 @dataclass(frozen=True)
-class Swallowed:
+class RoundedAway(ColumnRule):
     """Weights with a partial that did not move, as the step is smaller than their storage type can add to them.
 
     bfloat16 keeps 8 bits: a step below 1/512 of the weight is lost (Micikevicius et al. 2018 keep a float32 copy for that).
@@ -150,23 +164,26 @@ class Swallowed:
     most: float = 0.9
     steps: int = 10
 
-    name: ClassVar[str] = "swallowed"
+    name: ClassVar[str] = "rounded_away"
+    stages: ClassVar[tuple[str, ...]] = (Stage.USED,)
+    settled: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_number(self, "share", most=1.0)
         check_number(self, "most", most=1.0)
         check_steps(self)
 
-    def __call__(self, history: History) -> Iterable[Finding]:
-        newest = history.latest()
-        if newest is None or newest.stage != Stage.USED or not layout(newest.parameters).narrow.any():
-            return ()
-        rows = lasting(history, self._many, self.steps)
-        severity = Severity.WARNING if rows and lasting(history, self._most, self.steps) else Severity.INFO
-        return EachRow(self.name, severity, newest, rows, lambda row: self._finding(newest, row, severity))
+    def conditions(self) -> tuple[tuple[BlockCondition, int], ...]:
+        """Many, and nearly all, on each of the last steps."""
+        return ((self._many, self.steps), (self._most, self.steps))
+
+    def findings(self, history: History, rows: Sequence[int], most: Sequence[int]) -> Iterable[Finding]:
+        """One a parameter; a warning where some parameter hardly moves at all."""
+        newest, severity = newest_of(history), Severity.WARNING if most else Severity.INFO
+        return RowFindings(self.name, severity, newest, rows, lambda row: self._finding(newest, row, severity))
 
     def _finding(self, newest: Snapshot, row: int, severity: Severity) -> Finding:
-        share = float(_swallowed(newest)[row])
+        share = float(_rounded_away(newest)[row])
         return Finding(
             rule=self.name,
             step=newest.step,
@@ -181,26 +198,27 @@ class Swallowed:
             value=share,
         )
 
-    @remembered
-    def _many(self, snapshot: Snapshot) -> np.ndarray:
-        share = _swallowed(snapshot)
-        return said(share > self.share, ~np.isnan(share))
+    def _many(self, columns: Columns) -> np.ndarray:
+        share = _rounded_away(columns)
+        return tristate(share > self.share, ~np.isnan(share))
 
-    @remembered
-    def _most(self, snapshot: Snapshot) -> np.ndarray:
-        share = _swallowed(snapshot)
-        return said(share > self.most, ~np.isnan(share))
+    def _most(self, columns: Columns) -> np.ndarray:
+        share = _rounded_away(columns)
+        return tristate(share > self.most, ~np.isnan(share))
 
 
-def _swallowed(snapshot: Snapshot) -> np.ndarray:
+def _rounded_away(rows: Rows) -> np.ndarray:
     """Share of the weights with a partial that stuck; NaN where that is not known or of no concern."""
-    moving = snapshot.columns["positive"] + snapshot.columns["negative"]
-    known = judged(snapshot) & (snapshot.columns["update_numel"] > 0) & (moving > 0) & layout(snapshot.parameters).narrow
-    return np.where(known, np.minimum(snapshot.column("swallowed") / np.maximum(moving, 1), 1.0), np.nan)
+    narrow = layout(rows.parameters).narrow
+    if not narrow.any():
+        return np.full(rows.scale.shape, np.nan)
+    moving = rows.columns["positive"] + rows.columns["negative"]
+    known = judged(rows) & (rows.columns["update_numel"] > 0) & (moving > 0) & narrow
+    return np.where(known, np.minimum(rows.column("rounded_away") / np.maximum(moving, 1), 1.0), np.nan)
 
 
 @dataclass(frozen=True)
-class Shrunk:
+class Shrunk(ColumnRule):
     """Weights that have lost nearly all of their norm since they were first seen: something pulls them to 0.
 
     Weight decay takes lr * weight_decay of a weight at each step (Loshchilov and Hutter 2019), so 0.9 is left after a
@@ -210,20 +228,24 @@ class Shrunk:
     share: float = 0.05
 
     name: ClassVar[str] = "shrunk"
+    stages: ClassVar[tuple[str, ...]] = (Stage.USED,)
+    settled: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_number(self, "share", most=0.5)
 
-    def __call__(self, history: History) -> Iterable[Finding]:
-        newest = history.latest()
-        if newest is None or newest.stage != Stage.USED:
-            return ()
-        first = next((snapshot for snapshot in history if snapshot.stage == Stage.USED), newest)
-        if first.names != newest.names:
-            return ()
+    def holds(self, columns: Columns) -> np.ndarray:
+        """Where the norm is a small share of the first that was seen."""
+        known = columns.has(Status.OK, Status.ZERO) & layout(columns.parameters).matrix
+        if columns.first is None:
+            return np.full(known.shape, -1, np.int8)
+        now, then = columns.columns["weight_square_sum"], columns.first.columns["weight_square_sum"]
+        return tristate(now < self.share**2 * then, known)
+
+    def findings(self, history: History, rows: Sequence[int]) -> Iterable[Finding]:
+        """One a parameter."""
+        newest, first = newest_of(history), history.first()
         now, then = newest.columns["weight_square_sum"], first.columns["weight_square_sum"]
-        known = newest.has(Status.OK, Status.ZERO) & layout(newest.parameters).matrix
-        rows = np.flatnonzero((now < self.share**2 * then) & known).tolist()
 
         def finding(row: int) -> Finding:
             left = float(now[row] / then[row]) ** 0.5
@@ -233,17 +255,17 @@ class Shrunk:
                 severity=Severity.WARNING,
                 parameter=newest.names[row],
                 stage=newest.stage,
-                seen=f"its norm is {number(now[row] ** 0.5)}, {left:.2%} of what it was at step {first.step}",
+                seen=f"its norm is {format_number(now[row] ** 0.5)}, {left:.2%} of what it was at step {first.step}",
                 causes=("a weight decay, or a penalty on the weights, that is too strong beside the gradient",),
                 remedy="divide weight_decay by 10: 0.01 to 0.1 is usual for AdamW, 1e-4 for SGD",
                 value=left,
             )
 
-        return EachRow(self.name, Severity.WARNING, newest, rows, finding)
+        return RowFindings(self.name, Severity.WARNING, newest, rows, finding)
 
 
 @dataclass(frozen=True)
-class Unmoved:
+class Unmoved(ColumnRule):
     """A parameter that has a gradient and that no watched optimizer has, beside others that one moves.
 
     Asked where updates are measured: an optimizer's own parameters are, and only they.
@@ -252,16 +274,20 @@ class Unmoved:
     steps: int = 3
 
     name: ClassVar[str] = "unmoved"
+    stages: ClassVar[tuple[str, ...]] = (Stage.USED,)
+    settled: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_steps(self)
 
-    def __call__(self, history: History) -> Iterable[Finding]:
-        newest = history.latest()
-        if newest is None or newest.stage != Stage.USED:
-            return ()
-        rows = lasting(history, _left_out, self.steps)
-        return EachRow(self.name, Severity.WARNING, newest, rows, lambda row: self._finding(newest, row))
+    def holds(self, columns: Columns) -> np.ndarray:
+        """Where a gradient was, and no update."""
+        return tristate(unmoved(columns), columns.has(Status.OK))
+
+    def findings(self, history: History, rows: Sequence[int]) -> Iterable[Finding]:
+        """One a parameter."""
+        newest = newest_of(history)
+        return RowFindings(self.name, Severity.WARNING, newest, rows, lambda row: self._finding(newest, row))
 
     def _finding(self, newest: Snapshot, row: int) -> Finding:
         return Finding(
@@ -278,8 +304,3 @@ class Unmoved:
             remedy="optimizer.add_param_group({'params': [...]}); or requires_grad_(False) if it is not to learn: backward "
             "then leaves it out",
         )
-
-
-@remembered
-def _left_out(snapshot: Snapshot) -> np.ndarray:
-    return said(unmoved(snapshot), snapshot.has(Status.OK))

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 
-from gradlens.analysis.history import History
+from gradlens.analysis.history import Columns, History
 from gradlens.analysis.rules.base import (
-    EachRow,
+    BlockCondition,
+    ColumnRule,
+    RowFindings,
+    Rows,
     by_layer,
     check_number,
     check_steps,
-    lasting,
+    format_number,
     layout,
-    number,
+    newest_of,
+    of_whole_model,
     on_steps,
     remembered,
-    said_of_all,
 )
 from gradlens.records import Finding, Severity, Snapshot, Status
 
@@ -30,7 +33,7 @@ RUN = 3
 
 
 @dataclass(frozen=True)
-class Vanishing:
+class Vanishing(ColumnRule):
     """Partials that are tiny beside those of the strongest layer, in several layers in a row, at each of the last steps.
 
     The measure is a ratio: in a healthy model gradients shrink too while it converges, but together. Layers are compared, by
@@ -59,14 +62,18 @@ class Vanishing:
         check_number(self, "floor")
         check_steps(self)
 
-    def __call__(self, history: History) -> Iterable[Finding]:
-        newest = history.latest()
-        if newest is None:
+    def conditions(self) -> tuple[tuple[BlockCondition, int], ...]:
+        """The whole gradient is tiny; or that of some layers is."""
+        return ((self._whole, self.steps), (self._weak, self.steps))
+
+    def findings(self, history: History, whole: Sequence[int], rows: Sequence[int]) -> Iterable[Finding]:
+        """One of the model; else one a layer."""
+        newest = newest_of(history)
+        if whole:
+            return [self._everything(history, newest)]
+        if _strength(newest).max(initial=-np.inf) < self.floor:
             return ()
-        if (self._whole(newest) == 1).any():
-            return [self._everything(history, newest)] if lasting(history, self._whole, self.steps) else ()
-        rows = lasting(history, self._weak, self.steps)
-        return EachRow(self.name, Severity.WARNING, newest, rows, lambda row: self._finding(newest, row))
+        return RowFindings(self.name, Severity.WARNING, newest, rows, lambda row: self._finding(newest, row))
 
     def _finding(self, newest: Snapshot, row: int) -> Finding:
         where, strength = layout(newest.parameters), _strength(newest)
@@ -78,8 +85,8 @@ class Vanishing:
             severity=Severity.WARNING,
             parameter=newest.names[row],
             stage=newest.stage,
-            seen=f"the rms of its partials is {number(own)}, that of {newest.names[where.front[best]]} is "
-            f"{number(strength[best])}; the ratio was below {number(self.ratio)} {on_steps(self.steps)}",
+            seen=f"the rms of its partials is {format_number(own)}, that of {newest.names[where.front[best]]} is "
+            f"{format_number(strength[best])}; the ratio was below {format_number(self.ratio)} {on_steps(self.steps)}",
             causes=(
                 "saturating activations (sigmoid, tanh) in a deep stack",
                 "weights that start too small",
@@ -91,14 +98,14 @@ class Vanishing:
         )
 
     def _everything(self, history: History, newest: Snapshot) -> Finding:
-        first = next(snapshot for snapshot in history if snapshot.stage == newest.stage)
-        converged = not (self._whole(first) == 1).any()
+        strongest = _strength(history.first()).max(initial=-np.inf)
+        converged = not 0 < strongest < self.floor
         return Finding(
             rule=self.name,
             step=newest.step,
             severity=Severity.INFO if converged else Severity.WARNING,
             stage=newest.stage,
-            seen=f"even the strongest layer's partials have an rms of only {number(_strength(newest).max())}, "
+            seen=f"even the strongest layer's partials have an rms of only {format_number(_strength(newest).max())}, "
             f"{on_steps(self.steps)}",
             causes=("the training has converged",)
             if converged
@@ -112,22 +119,23 @@ class Vanishing:
             value=float(_strength(newest).max()),
         )
 
-    @remembered
-    def _weak(self, snapshot: Snapshot) -> np.ndarray:
+    def _weak(self, columns: Columns) -> np.ndarray:
         """On the rows that stand for layers with weights."""
-        where, strength = layout(snapshot.parameters), _strength(snapshot)
-        result = np.full(len(snapshot), -1, np.int8)
+        where, strength = layout(columns.parameters), _strength(columns)
+        result = np.full(columns.status.shape, -1, np.int8)
         known = where.weighty & (strength > 0)
-        if known.any():
-            weak = strength[known] < self.ratio * min(strength.max(), STRONG)
-            leading = bool(known[np.argmax(where.weighty)])
-            result[where.front[known]] = _in_a_row(weak, leading) if weak.any() else weak
+        limit = self.ratio * np.minimum(strength.max(axis=-1, initial=-np.inf), STRONG)
+        weak = known & (strength < limit[:, None])
+        result[:, where.front] = np.where(known, 0, -1)
+        for moment in np.flatnonzero(weak.any(axis=-1)):
+            there = known[moment]
+            leading = bool(there[np.argmax(where.weighty)])
+            result[moment, where.front[there]] = _in_a_row(weak[moment, there], leading)
         return result
 
-    @remembered
-    def _whole(self, snapshot: Snapshot) -> np.ndarray:
-        strongest = _strength(snapshot).max(initial=-np.inf)
-        return said_of_all(snapshot, bool(strongest < self.floor) if strongest > 0 else None)
+    def _whole(self, columns: Columns) -> np.ndarray:
+        strongest = _strength(columns).max(axis=-1, initial=-np.inf)
+        return of_whole_model(columns, strongest < self.floor, strongest > 0)
 
 
 def _in_a_row(weak: np.ndarray, leading: bool) -> np.ndarray:
@@ -140,8 +148,8 @@ def _in_a_row(weak: np.ndarray, leading: bool) -> np.ndarray:
 
 
 @remembered
-def _strength(snapshot: Snapshot) -> np.ndarray:
-    """`[layers]` the largest rms of a layer's parameters, over the partials that are not 0; -inf where there are none."""
-    moving = snapshot.columns["positive"] + snapshot.columns["negative"]
-    known = snapshot.has(Status.OK) & (moving > 0)
-    return by_layer(snapshot, np.where(known, np.sqrt(snapshot.columns["square_sum"] / np.maximum(moving, 1)), np.nan))
+def _strength(rows: Rows) -> np.ndarray:
+    """`[..., layers]` the largest rms of a layer's parameters, over the partials that are not 0; -inf of none."""
+    moving = rows.columns["positive"] + rows.columns["negative"]
+    known = rows.has(Status.OK) & (moving > 0)
+    return by_layer(rows, np.where(known, np.sqrt(rows.columns["square_sum"] / np.maximum(moving, 1)), np.nan))

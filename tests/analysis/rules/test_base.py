@@ -8,14 +8,14 @@ import pytest
 
 from gradlens.analysis.history import History
 from gradlens.analysis.rules.base import (
-    EachRow,
+    RowFindings,
     by_layer,
     consumed,
+    format_number,
     judged,
     last_layer,
     lasting,
     layout,
-    number,
     on_steps,
     remembered,
 )
@@ -140,7 +140,7 @@ def test_findings_of_rows_are_worded_when_read():
         worded.append(row)
         return Finding("r", 0, Severity.INFO, "", ABC[row])
 
-    each = EachRow("r", Severity.INFO, snapshot(0, ABC), [2, 0], word)
+    each = RowFindings("r", Severity.INFO, snapshot(0, ABC), [2, 0], word)
     assert worded == []
     assert [finding.parameter for finding in each] == ["c", "a"]
     assert worded == [2, 0]
@@ -207,7 +207,7 @@ def test_consumed_is_the_used_gradient_where_there_is_one():
 )
 def test_numbers_have_few_digits(value, text):
     """Three at most, and powers of ten where they are very large or small."""
-    assert number(value) == text
+    assert format_number(value) == text
 
 
 def test_one_step_is_this_step():

@@ -2,7 +2,7 @@
 
 import pytest
 
-from gradlens.analysis.rules import Shrunk, Swallowed, Unmoved, UpdateRatio
+from gradlens.analysis.rules import RoundedAway, Shrunk, Unmoved, UpdateRatio
 from gradlens.errors import ArgumentError
 from gradlens.records import Parameters, Severity, Stage
 from tests.analysis.made import asked, last, parameters_of, snapshot
@@ -82,7 +82,7 @@ def test_the_two_edges_must_be_in_order():
         UpdateRatio(largest=1e-3, smallest=1e-2)
 
 
-# --- Swallowed ------------------------------------------------------------------------------------------------------
+# --- RoundedAway ------------------------------------------------------------------------------------------------------
 
 
 def half(names=("a.weight", "a.bias"), dtype="bfloat16"):
@@ -98,7 +98,7 @@ def stuck(step, count, dtype="bfloat16", **options):
 @pytest.mark.parametrize(("count", "found"), [(50, False), (51, True)])
 def test_more_than_half_rounded_away_at_each_step_is_named(count, found):
     """Ten steps in a row, of weights in sixteen bits; biases are left out."""
-    said = asked(Swallowed(), *(stuck(step, count) for step in range(10)))
+    said = asked(RoundedAway(), *(stuck(step, count) for step in range(10)))
     assert [len(findings) for findings in said] == [0] * 9 + [int(found)]
     if found:
         (finding,) = said[-1]
@@ -109,28 +109,28 @@ def test_more_than_half_rounded_away_at_each_step_is_named(count, found):
 @pytest.mark.parametrize(("count", "severity"), [(90, Severity.INFO), (91, Severity.WARNING)])
 def test_what_still_moves_may_be_enough(count, severity):
     """Up to nine in ten it is an info."""
-    (finding,) = last(Swallowed(), *(stuck(step, count) for step in range(10)))
+    (finding,) = last(RoundedAway(), *(stuck(step, count) for step in range(10)))
     assert finding.severity == severity
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_wide_types_are_not_asked(dtype):
     """What they swallow is too small to matter."""
-    assert last(Swallowed(steps=1), stuck(0, 100, dtype)) == []
+    assert last(RoundedAway(steps=1), stuck(0, 100, dtype)) == []
 
 
 def test_nothing_is_said_where_nothing_is_known():
     """Without updates, or without a gradient, there is no share."""
     model = half()
-    assert last(Swallowed(steps=1), snapshot(0, model.names, "used", parameters=model)) == []
-    assert last(Swallowed(steps=1), stuck(0, 100, status=["absent", "ok"])) == []
-    assert last(Swallowed(steps=1), stuck(0, 100, positive=0, negative=0, zero=100, status=["zero", "ok"])) == []
+    assert last(RoundedAway(steps=1), snapshot(0, model.names, "used", parameters=model)) == []
+    assert last(RoundedAway(steps=1), stuck(0, 100, status=["absent", "ok"])) == []
+    assert last(RoundedAway(steps=1), stuck(0, 100, positive=0, negative=0, zero=100, status=["zero", "ok"])) == []
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float8_e4m3fn", "complex32"])
 def test_every_narrow_type_is_asked(dtype):
     """All of sixteen bits or fewer."""
-    assert last(Swallowed(steps=1), stuck(0, 100, dtype))
+    assert last(RoundedAway(steps=1), stuck(0, 100, dtype))
 
 
 # --- Shrunk ---------------------------------------------------------------------------------------------------------

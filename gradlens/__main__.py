@@ -1,0 +1,5 @@
+"""`python -m gradlens` is the command `gradlens`."""
+
+from gradlens.cli import main
+
+main()

@@ -1,0 +1,347 @@
+"""The rules, asked about all that has come, and what is new of what they say.
+
+    blocks -> condition -> where it lasts -> findings at those moments -> what is new -> words
+
+A rule repeats itself while an illness lasts. A finding is handed on when its rule and parameter were not ill before, or when
+its severity rose. An illness is over when the rule has kept silent about it for `HEALED` observed steps on every stage where
+it had spoken, and twice as long each time it comes back: a value that sways around a threshold is a few findings and not
+many.
+
+When one rule finds more than `FLOOD` parameters at once, they become one finding that says how many, and names the first in
+model order. A rule that raises is named once and asked no more.
+
+Moments count, and not blocks: the findings are the same however many moments are asked about at once. What is not handed on
+is not worded: of a model whose 2,000 parameters are ill at every step that would be most of the work.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import traceback
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from gradlens.analysis.history import Columns, History, Moment
+from gradlens.analysis.rules.base import ColumnRule, RowFindings, Rule
+from gradlens.analysis.rules.occasional import Occasional
+from gradlens.analysis.streaks import Streaks
+from gradlens.errors import GradlensWarning
+from gradlens.records import Finding, Severity, Snapshot
+
+HEALED = 10
+FLOOD = 8
+NAMED = 4  #: how many parameters a merged finding names
+
+Key = tuple[str, str | None]
+
+
+class _Said(NamedTuple):
+    """What a rule found, before it is worded: `word(of)` is the finding."""
+
+    key: Key
+    severity: Severity
+    word: Callable[[Any], Finding]
+    of: Any
+
+
+_NOTHING: list[_Said] = []
+
+#: What was said at each moment, by its number.
+Spoken = dict[int, list[_Said]]
+
+
+class RuleSet:
+    """Called after history has grown, from one thread."""
+
+    def __init__(self, rules: Iterable[Rule]) -> None:
+        self._asked = [_asked(rule) for rule in rules]
+        self._last = -1  # the number of the last moment that the rules were asked about
+
+    def __call__(self, history: History) -> list[Finding]:
+        """The findings that are new with what has come since it was last called: by moment, the worst of each first."""
+        moments = history.since(self._last)
+        if not moments:
+            return []
+        self._last = moments[-1].seq
+        blocks = list({id(moment.block): moment.block for moment in moments}.values())
+        new: list[tuple[int, Finding]] = []
+        for asked in list(self._asked):
+            try:
+                for moment, said in asked.new(history, blocks, moments):
+                    new += [(moment.seq, finding) for finding in _merged(said, moment.snapshot)]
+            except BaseException as error:
+                if isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
+                    raise
+                self._asked.remove(asked)
+                moment = asked.at or moments[-1]
+                new.append((moment.seq, _switched_off(asked.rule, error, moment.snapshot)))
+        return [finding for _, finding in sorted(new, key=lambda each: (each[0], -each[1].severity.rank))]
+
+
+def _asked(rule: Rule) -> _ColumnRule | _OccasionalRule | _AnyRule:
+    if isinstance(rule, ColumnRule):
+        return _ColumnRule(rule)
+    return _OccasionalRule(rule) if isinstance(rule, Occasional) else _AnyRule(rule)
+
+
+class _OccasionalRule:
+    """A rule about the whole run: asked when that has grown, and what it said then stands until it is asked again."""
+
+    def __init__(self, rule: Occasional) -> None:
+        self.rule = rule
+        self.at: Moment | None = None
+        self._due, self._stands = 0, _NOTHING
+        self._illnesses = _Illnesses()
+
+    def new(
+        self, history: History, blocks: Sequence[Columns], moments: Sequence[Moment]
+    ) -> Iterator[tuple[Moment, list[_Said]]]:
+        """What is new, at the newest moment."""
+        seen, self.at = history.course.seen, moments[-1]
+        if seen >= self._due:
+            self._due = self.rule.next_look(seen)
+            self._stands = _said(self.rule(history)) or _NOTHING
+            yield from self._illnesses.new([self.at], {self.at.seq: self._stands} if self._stands else {})
+
+
+class _AnyRule:
+    """A rule that is called after each moment."""
+
+    def __init__(self, rule: Rule) -> None:
+        self.rule = rule
+        self.at: Moment | None = None  #: the moment that it is asked about
+        self._illnesses = _Illnesses()
+
+    def new(
+        self, history: History, blocks: Sequence[Columns], moments: Sequence[Moment]
+    ) -> Iterator[tuple[Moment, list[_Said]]]:
+        """What is new, and at which moment."""
+        for self.at in moments:
+            said = _said(self.rule(history.until(self.at)))
+            yield from self._illnesses.new([self.at], {self.at.seq: said} if said else {})
+
+
+class _ColumnRule:
+    """A rule that is a condition over columns: asked once a block, and for words only where it lasts."""
+
+    def __init__(self, rule: ColumnRule) -> None:
+        self.rule = rule
+        self.at: Moment | None = None
+        self._illnesses = _Illnesses()
+        self._conditions = [(condition, Streaks(steps)) for condition, steps in rule.conditions()]
+        self._again: dict[str, tuple[object, list[_Said]]] = {}  # by stage, what it said last and for which rows
+
+    def new(
+        self, history: History, blocks: Sequence[Columns], moments: Sequence[Moment]
+    ) -> Iterator[tuple[Moment, list[_Said]]]:
+        """What is new, and at which moment."""
+        spoken: Spoken = {}
+        for columns in blocks:
+            if not self.rule.stages or columns.stage in self.rule.stages:
+                try:
+                    self._ask(history, columns, spoken)
+                except BaseException:
+                    yield from self._illnesses.new([m for m in moments if self.at is None or m.seq < self.at.seq], spoken)
+                    raise
+        self.at = moments[-1]
+        yield from self._illnesses.new(moments, spoken)
+
+    def _ask(self, history: History, columns: Columns, spoken: Spoken) -> None:
+        self.at = columns.moments[0]
+        try:
+            answers = [condition(columns) for condition, _ in self._conditions]
+        except Exception:
+            if len(columns) == 1:
+                raise
+            for each in columns.split():  # at which moment?
+                self._ask(history, each, spoken)
+            return
+        lasts = [each.lasting(columns, answer) for (_, each), answer in zip(self._conditions, answers, strict=True)]
+        somewhere = np.logical_or.reduce([last.any(axis=1) for last in lasts])
+        for at in np.flatnonzero(somewhere).tolist():
+            self.at = columns.moments[at]
+            said = self._findings(history, columns, at, [last[at] for last in lasts], fresh=at == 0 or not somewhere[at - 1])
+            if said:
+                spoken[self.at.seq] = said
+        if not somewhere[-1]:
+            self._again.pop(columns.stage, None)
+
+    def _findings(
+        self, history: History, columns: Columns, at: int, lasts: Sequence[np.ndarray], fresh: bool
+    ) -> list[_Said]:
+        key = columns.names, *(last.tobytes() for last in lasts)
+        if self.rule.settled and not (fresh and at) and self._again.get(columns.stage, (None,))[0] == key:
+            return self._again[columns.stage][1]
+        rows = [np.flatnonzero(last).tolist() for last in lasts]
+        said = _said(self.rule.findings(history.until(columns.moments[at]), *rows))
+        self._again[columns.stage] = key, said
+        return said
+
+
+# --- what is new ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class _Silence:
+    """On one stage: the step last looked at, and for how many steps before it the rule has been silent."""
+
+    step: int
+    steps: int = 0
+
+
+@dataclass(eq=False)
+class _Illness:
+    """A rule and a parameter, while it lasts."""
+
+    severity: Severity
+    patience: int
+    silence: dict[str, _Silence] = field(default_factory=dict)  #: by stage
+
+    def spoken(self, stage: str, step: int) -> None:
+        """Take note that the rule spoke at this moment."""
+        silence = self.silence.get(stage)
+        if silence is None:
+            self.silence[stage] = _Silence(step)
+        else:
+            silence.step, silence.steps = step, 0
+
+    def over(self, stage: str, step: int) -> bool:
+        """Take note that the rule kept silent at this moment."""
+        silence = self.silence.get(stage)
+        if silence is not None and silence.step != step:
+            silence.step, silence.steps = step, silence.steps + 1
+            if silence.steps >= self.patience:
+                del self.silence[stage]
+        return not self.silence
+
+
+class _Illnesses:
+    """What one rule has said that is not over."""
+
+    def __init__(self) -> None:
+        self._ill: dict[Key, _Illness] = {}
+        self._times: dict[Key, int] = {}  # how often it was reported
+        #: By stage what was said last, when nothing else that spoke there could be silent; and the step.
+        self._steady: dict[str, tuple[list[_Said], int]] = {}
+
+    def new(self, moments: Sequence[Moment], spoken: Mapping[int, list[_Said]]) -> Iterator[tuple[Moment, list[_Said]]]:
+        """What is new at each moment that has something new."""
+        if not (self._ill or spoken):
+            return
+        for moment in moments:
+            said = spoken.get(moment.seq, _NOTHING)
+            if not (said or self._ill):
+                continue
+            stage, step = moment.block.stage, moment.step
+            steady = self._steady.pop(stage, None)
+            if steady is not None:
+                if steady[0] is said:  # the same again: that it was said at this step will be noted when it ends
+                    self._steady[stage] = said, step
+                    continue
+                for each in steady[0]:
+                    self._ill[each.key].spoken(stage, steady[1])
+            new = self._new(said, moment)
+            if new:
+                yield moment, new
+
+    def _new(self, said: list[_Said], moment: Moment) -> list[_Said]:
+        stage, step, new = moment.block.stage, moment.step, []
+        for each in said:
+            illness = self._ill.get(each.key)
+            if illness is None:
+                times = self._times[each.key] = self._times.get(each.key, 0) + 1
+                illness = self._ill[each.key] = _Illness(each.severity, HEALED * 2 ** (times - 1))
+                new.append(each)
+            elif each.severity is not illness.severity and each.severity.rank > illness.severity.rank:
+                illness.severity = each.severity
+                new.append(each)
+            illness.spoken(stage, step)
+        keys = {each.key for each in said}
+        quiet = [(key, illness) for key, illness in self._ill.items() if key not in keys and stage in illness.silence]
+        for key, illness in quiet:
+            there = key[1] is None or key[1] in moment.block.parameters.position
+            if there and illness.over(stage, step):
+                del self._ill[key]
+        if not quiet and len(keys) == len(said):
+            self._steady[stage] = said, step
+        return new
+
+
+# --- words ----------------------------------------------------------------------------------------------------------
+
+
+def _switched_off(rule: Rule, error: BaseException, newest: Snapshot) -> Finding:
+    what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    last = traceback.extract_tb(error.__traceback__)[-1:]
+    where = f" ({last[0].filename}, line {last[0].lineno})" if last else ""
+    with contextlib.suppress(Exception):  # warnings may be turned into errors, and this is not the user's thread
+        text = f"the rule {named(rule)} raised {what}{where}; it is switched off, training goes on"
+        warnings.warn(GradlensWarning(text), stacklevel=3)
+    return Finding(
+        rule=named(rule),
+        step=newest.step,
+        severity=Severity.WARNING,
+        stage=newest.stage,
+        seen=f"the rule itself raised {what}{where}; it is switched off",
+        causes=("a mistake in the rule", "a history that it did not reckon with, such as a model that changed"),
+        remedy="mend the rule: it is called with the history and yields gradlens.Finding",
+    )
+
+
+def named(rule: Rule) -> str:
+    """A rule's name: of its findings, of its function, or of its class."""
+    for name in (getattr(rule, "name", None), getattr(rule, "__name__", None)):
+        if isinstance(name, str):
+            return name
+    return type(rule).__name__
+
+
+def _said(found: Iterable[Finding] | None) -> list[_Said]:
+    """What a rule gave; a rule that finds nothing may return None."""
+    if isinstance(found, RowFindings):
+        rule, severity, names, word = found.rule, found.severity, found.snapshot.names, found.finding
+        return [_Said((rule, names[row]), severity, word, row) for row in found.rows]
+    if isinstance(found, Finding):
+        raise TypeError("a rule yields findings, or returns a list of them, and not a single one")
+    result = []
+    for finding in () if found is None else found:
+        if not isinstance(finding, Finding):
+            raise TypeError(f"a rule yields gradlens.Finding, not {type(finding).__name__}")
+        result.append(_Said((finding.rule, finding.parameter), finding.severity, _itself, finding))
+    return result
+
+
+def _itself(finding: Finding) -> Finding:
+    return finding
+
+
+def _merged(new: Sequence[_Said], newest: Snapshot) -> list[Finding]:
+    """Worded, with more than `FLOOD` parameters of one rule and severity as one finding."""
+    groups: dict[tuple[str, Severity, bool], list[_Said]] = {}
+    for said in new:
+        rule, parameter = said.key
+        groups.setdefault((rule, said.severity, parameter is None), []).append(said)
+    result: list[Finding] = []
+    for (_, _, whole), group in groups.items():
+        one = not whole and len(group) > FLOOD
+        result += [_together(group, newest)] if one else [said.word(said.of) for said in group]
+    return result
+
+
+def _together(group: Sequence[_Said], newest: Snapshot) -> Finding:
+    position = newest.parameters.position
+    group = sorted(group, key=lambda said: position.get(str(said.key[1]), len(position)))
+    names, first = [str(said.key[1]) for said in group], group[0].word(group[0].of)
+    return replace(
+        first,
+        parameter=None,
+        seen=f"{len(names)} of {len(newest)} parameters: {', '.join(names[:NAMED])} and {len(names) - NAMED} more; of the "
+        f"first: {first.seen}",
+        value=float(len(names)),
+        parameters=tuple(names),
+    )
