@@ -20,10 +20,24 @@ def _writer(name):
     return module
 
 
-@pytest.mark.parametrize("name", ["columns", "acceptance", "rules"])
+@pytest.mark.parametrize("name", ["columns", "acceptance", "rules", "architecture"])
 def test_a_page_that_is_written_by_code_is_up_to_date(name):
     """docs/NAME.md is what docs/NAME.py writes: from the fields, from the tests' marks, from the rules."""
     assert (ROOT / "docs" / f"{name}.md").read_text() == _writer(name).text()
+
+
+def test_the_page_of_architecture_names_code_that_exists():
+    """Each `file.py:name` on it is defined there."""
+    assert _writer("architecture").dangling() == []
+
+
+def test_every_module_opens_by_saying_what_it_is():
+    """The list of modules has all of them: those without a docstring would be missing."""
+    architecture = _writer("architecture")
+    paths = [path for path in (ROOT / "gradlens").rglob("*.py") if path.read_text().strip()]
+    silent = [path for path in paths if not ast.get_docstring(ast.parse(path.read_text()))]
+    assert silent == []
+    assert len(architecture.tree()) > 100
 
 
 def test_the_page_of_rules_has_every_finding():

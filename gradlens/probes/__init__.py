@@ -1,0 +1,1 @@
+"""Extra passes over a model on demand: each answers one question and leaves no trace."""
