@@ -27,7 +27,7 @@ def train(run, case, steps=60):
     """A recorded training."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with gradlens.watch(case.model, case.optimizer, run=run) as lens:
+        with gradlens.watch(case.model, case.optimizer, run=run, keep="2.weight" if run.name == "healthy" else None) as lens:
             for step in range(steps):
                 (loss,) = case.train(1, first=step)
                 lens.observe(loss=loss)
@@ -193,6 +193,29 @@ def test_the_parameters_page_has_its_charts_histogram_and_weights(page):
     assert page.say(".weights .direction").split()[-1] in ("increase", "decrease")
     page.hover("canvas.histogram", 0.5, 0.3)
     page.until("document.querySelector('.told').textContent.includes('weights with a partial of')")
+
+
+def test_the_heat_map_shows_each_weight_at_each_kept_step(page, logdir):
+    """Exact values under the mouse, partials, weights or directions, and a slider over the steps that were kept."""
+    run = gradlens.open_run(logdir / "healthy")
+    page.open(run="healthy", view="parameter", parameter="2.weight", step="20")
+    page.hover("canvas.matrix", 0.5 / 32, 1.5 / 32)
+    told = page.until("[...document.querySelectorAll('.told')].map(e => e.textContent).find(t => t.startsWith('[1, 0]'))")
+    found = run.partials("2.weight", 20)
+    assert float(told.split("partial ")[1].split(",")[0]) == found.partial[1, 0]
+    assert float(told.rpartition(" ")[2]) == found.value[1, 0]
+    before = page.js("document.querySelector('canvas.matrix').toDataURL()")
+    page.js(
+        "(() => { const s = document.querySelector('[aria-label=\"what the heat map shows\"]'); s.value = 'direction';"
+        " s.dispatchEvent(new Event('change')); })()"
+    )
+    assert page.js("document.querySelector('canvas.matrix').toDataURL()") != before
+    page.js("document.querySelector('[aria-label=\"step of the heat map\"]').focus()")
+    page.press("ArrowLeft")
+    kept = run.kept()["2.weight"]
+    wait_for(lambda: page.hash()["step"] == str(kept[kept.index(20) - 1]), "the kept step before")
+    page.open(run="healthy", view="parameter", parameter="4.weight")
+    assert 'keep=["4.weight"]' in page.until("document.querySelector('code.block')?.textContent")
 
 
 def test_cursors_of_all_charts_move_together(page):
