@@ -19,7 +19,7 @@ def test_the_program_of_the_page_runs(tmp_path, monkeypatch):
     (code,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     names = {}
     exec(code, names)
-    assert names["found"].step == 49
+    assert names["found"].step == 50
     assert names["found"].partial.shape == (32, 32)
 
 
