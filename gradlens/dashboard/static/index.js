@@ -19,7 +19,7 @@ import { ParameterTable } from "./table.js";
  * @property {Record<string, number>} findings
  * @property {any[]} listed
  * @property {number} unlisted
- * @property {{verdict: string, confidence?: number | string, origin?: boolean, follows?: number}} diagnosis
+ * @property {{verdict: string, confidence?: number | string, origin?: boolean, follows?: number, ill?: boolean}} diagnosis
  * @property {string[]} stages
  * @property {Record<string, number[]>} shapes
  * @property {Record<string, string>} dtypes
