@@ -78,6 +78,7 @@ class App {
     followTheme(() => {
       for (const view of Object.values(this.views)) if (view.element.isConnected) view.retheme();
     });
+    if (window.parent !== window && document.hasFocus() === false) window.focus(); // keys are ours once the tab is opened
     start();
     onChange((state, before) => this.changed(state, before));
     document.addEventListener("keydown", (event) => this.key(event));
