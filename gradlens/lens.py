@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradlens import frames
+from gradlens import frames, markup
 from gradlens.analysis import rules as default_rules
 from gradlens.capture.attachment import Attachment, Target
 from gradlens.capture.clock import Clock
@@ -29,7 +29,7 @@ from gradlens.errors import (
     StepError,
     nearest,
 )
-from gradlens.noise import DECAY, NoiseScale, measured
+from gradlens.noise import DECAY, NoiseScale, effective_size, measured
 from gradlens.records import Finding, Severity, Snapshot, Stage
 from gradlens.schedules import Schedule, as_schedule
 from gradlens.selection import Select
@@ -93,8 +93,9 @@ class Lens:
             features = features - {"evidence"}
         self._plan = _plan(attachment, features, stages, memory)
         self._failures.findings += unavailable(stages, asked, self._plan, process_group.count(), first_step)
-        settings = _settings(attachment, stages, features, self._plan, schedule, first_step)
+        settings = _settings(attachment, optimizers, stages, features, self._plan, schedule, first_step)
         own = [] if run is None else _run_writers(run, settings, first_step, self._failures.findings.append)
+        self._store: Any = own[0] if own else None
         timed = Stopwatch()
         try:
             self._recorder = Recorder(rules, [*own, *writers], on_finding, self._failures)
@@ -116,6 +117,7 @@ class Lens:
                 timed=timed,
             )
             self._closed = False
+            self._micro_batches: tuple[int, list[float]] = (-1, [])  # a step, and the sizes that observe() was told
             self._closing = threading.Lock()
             self._capture.attach()
         except BaseException:
@@ -228,14 +230,19 @@ class Lens:
             evidence=evidence,
         )
 
-    def noise_scale(self, *, decay: float = DECAY) -> NoiseScale:
+    def noise_scale(
+        self, *, decay: float = DECAY, sizes: Sequence[float] | None = None, weighted: bool = False
+    ) -> NoiseScale:
         """How noisy the gradient of one micro-batch is: the batch size above which larger ones bring little.
 
         From the micro-batches of each step in memory, no gradient stored; in examples after `observe(batch_size=)`. A step's
         weight falls by `decay` with each one after it. Where nothing is known the result says why.
+
+        `sizes`: the examples of each of a step's micro-batches, `[30, 2]`, where they are unequal and `observe` was not
+        told; `weighted`: their losses counted by size, and not alike. Backwards that are not alike have no scale.
         """
         self._catch_up()
-        return measured(self._recorder.history, decay=decay)
+        return measured(self._recorder.history, decay=decay, sizes=sizes, weighted=weighted)
 
     def report(self) -> str:
         """The page that a person reads in a minute."""
@@ -250,6 +257,27 @@ class Lens:
         self._catch_up()
         return page.brief(self._recorder.history, self._recorder.found)
 
+    def _repr_html_(self) -> str:
+        self._catch_up()
+        return markup.lens(self._title(), self._recorder.history, self._recorder.found)
+
+    def plot(self, kind: str = "flow", *arguments: Any, **options: Any) -> Any:
+        """A picture of `gradlens.plots`: `flow, directions, sizes, updates, histogram, weight`. Needs matplotlib."""
+        from gradlens import plots
+
+        return plots.plot(self, kind, *arguments, **options)
+
+    def live(self, seconds: float = 1.0) -> Any:
+        """In a notebook: an output that is replaced in place while this cell trains. Returns it; `stop()` ends it."""
+        from gradlens.notebook import LiveView
+
+        return LiveView(self, seconds)
+
+    @property
+    def closed(self) -> bool:
+        """Whether it has seen its last step."""
+        return self._closed
+
     def __reduce__(self) -> tuple[Any, tuple]:
         """None: a copy of a model is not watched, though the model has its lens as an attribute."""
         return type(None), ()
@@ -263,11 +291,21 @@ class Lens:
     def observe(self, loss: Any = None, *, batch_size: int | None = None, **scalars: Any) -> None:
         """Attach values to the open step, or to the next where none is open. Tensors are taken without a device sync.
 
-        `batch_size`: the examples of one backward, which makes examples the unit of the noise scale.
+        `batch_size`: the examples of one backward, which makes examples the unit of the noise scale. Said for each
+        backward of a step, it is recorded as their harmonic mean, which unequal ones amount to.
         """
         self._require_open("observe()")
-        given = {"loss": loss, "batch_size": batch_size, **scalars}
+        given = {"loss": loss, "batch_size": self._batch_size(batch_size), **scalars}
         self._clock.observe({name: arguments.number_of(name, value) for name, value in given.items() if value is not None})
+
+    def _batch_size(self, given: float | None) -> float | None:
+        """The examples of one backward of this step: of several, the harmonic mean."""
+        if given is None:
+            return None
+        step, sizes = self._micro_batches
+        sizes = [*sizes, given] if step == self._clock.step else [given]
+        self._micro_batches = self._clock.step, sizes
+        return given if len(set(sizes)) == 1 or not all(size > 0 for size in sizes) else effective_size(sizes)
 
     def step(self) -> None:
         """The step ends here: for loops without an optimizer."""
@@ -301,6 +339,8 @@ class Lens:
             for finalizer in self._finalizers:
                 finalizer.detach()
             _open_lenses.discard(self)
+            if self._store is not None:
+                self._store.annotate(overhead=str(self.overhead()))
             self._recorder.close()
 
     def __enter__(self) -> Lens:
@@ -525,9 +565,17 @@ def _plan(attachment: Attachment, features: frozenset[str], stages: frozenset[st
 
 
 def _settings(
-    attachment: Attachment, stages: frozenset[str], features: frozenset[str], plan: Plan, schedule: Schedule, first_step: int
+    attachment: Attachment,
+    optimizers: Sequence[torch.optim.Optimizer],
+    stages: frozenset[str],
+    features: frozenset[str],
+    plan: Plan,
+    schedule: Schedule,
+    first_step: int,
 ) -> dict[str, Any]:
     return {
+        "command": list(sys.argv),
+        "optimizers": [_described(optimizer) for optimizer in optimizers],
         "stages": sorted(stages),
         "features": sorted(features),
         "schedule": repr(schedule),
@@ -538,6 +586,16 @@ def _settings(
         "ranks": process_group.count(),
         "aliases": dict(attachment.aliases),
     }
+
+
+def _described(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Its type and its numbers by group, as they are now; not its parameters."""
+    plain = (bool, int, float, str, tuple, list)
+    groups = [
+        {name: value for name, value in group.items() if name != "params" and isinstance(value, plain)}
+        for group in optimizer.param_groups
+    ]
+    return {"type": type(optimizer).__name__, "groups": groups}
 
 
 def _run_writers(run: Path, settings: dict[str, Any], first_step: int, tell: Callable[[Finding], None]) -> list[Writer]:

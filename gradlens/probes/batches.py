@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gradlens.errors import ArgumentError, ArgumentTypeError
-from gradlens.probes.progress import tracked
+from gradlens.progress import tracked
 
 Sizes = Callable[[Any], float] | Sequence[float] | None  #: how many examples a batch has: asked of it, or listed
 

@@ -24,14 +24,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gradlens import markup
 from gradlens.errors import ArgumentError, ProbeError
 from gradlens.probes.allowed import Allowed, parse_allowed
 from gradlens.probes.interrupts import leaves_no_trace
 from gradlens.probes.isolated_loss import IsolatedLoss
 from gradlens.probes.loss import Target
 from gradlens.probes.per_weight import unravelled
-from gradlens.probes.progress import tracked
 from gradlens.probes.second_order import kept_at_zero, not_repeatable
+from gradlens.progress import tracked
 from gradlens.selection import Select
 from gradlens.weight_names import label
 
@@ -56,8 +57,8 @@ FINE = Precision((1e-5, 1e-4, 1e-6), 1e-4, 1e-6, 2.0**-52)
 COARSE = Precision((1e-2, 3e-2, 3e-3), 2e-2, 2e-3, 2.0**-23)  #: where an operation exists in float32 only
 
 
-@dataclass(frozen=True, eq=False)
-class PartialsCheck:
+@dataclass(frozen=True, eq=False, repr=False)
+class PartialsCheck(markup.Shown):
     """What `check_partials` found. `ok`: no partial was wrong."""
 
     frame: pd.DataFrame  #: a row a weight: `parameter, index, value, partial, difference, error, tolerance, result`

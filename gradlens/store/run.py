@@ -21,7 +21,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from gradlens import noise
+from gradlens import markup, noise
 from gradlens.errors import (
     ArgumentError,
     CorruptRunError,
@@ -32,6 +32,7 @@ from gradlens.errors import (
 )
 from gradlens.noise import DECAY, NoiseScale
 from gradlens.pooling import pool
+from gradlens.progress import tracked
 from gradlens.records import Finding, Snapshot
 from gradlens.store import answers, lock, rows, segment, tables, tail
 from gradlens.store.answers import Columns
@@ -80,6 +81,10 @@ class Run:
 
     def __repr__(self) -> str:
         return f"<gradlens.Run {self.path}>"
+
+    def _repr_html_(self) -> str:
+        losses = self.scalar("loss")[1].tolist()
+        return markup.run(str(self.path), self.steps(), self.names(), losses, self.findings())
 
     # --- questions ----------------------------------------------------------------------------------------------------
 
@@ -158,11 +163,21 @@ class Run:
         """One observed number as arrays, `(steps, values)`; both empty where it was never observed. Needs no pandas."""
         return answers.scalar(self._find("scalars", ["value"], Filter(steps=steps)), name)
 
-    def noise_scale(self, *, steps: Steps = None, decay: float = DECAY) -> NoiseScale:
+    def noise_scale(
+        self,
+        *,
+        steps: Steps = None,
+        decay: float = DECAY,
+        sizes: Sequence[float] | None = None,
+        weighted: bool = False,
+    ) -> NoiseScale:
         """How noisy the gradient of one micro-batch is: the batch size above which larger ones bring little.
 
         From the micro-batches of each step, of all ranks (whose stages have to be `backward` and `reduced`); in examples
         where `batch_size` was observed. A step's weight falls by `decay` with each one after it.
+
+        `sizes`: the examples of each of a step's micro-batches, `[30, 2]`, where they are unequal and `observe` was not
+        told; `weighted`: their losses counted by size, and not alike. Backwards that are not alike have no scale.
         """
         asked, nothing = Filter(steps=steps), Filter(steps=())
         found = answers.snapshots(
@@ -172,7 +187,8 @@ class Run:
             self._find("weights", [], nothing),
         )
         found.sort(key=lambda snapshot: snapshot.step)
-        return noise.measured(found, decay=decay, ranks=max((each.ranks or 1 for each in self._segments()), default=1))
+        ranks = max((each.ranks or 1 for each in self._segments()), default=1)
+        return noise.measured(found, decay=decay, ranks=ranks, sizes=sizes, weighted=weighted)
 
     def histograms(self, *, parameters: Names = None, steps: Steps = None, stage: str | None = None) -> pd.DataFrame:
         """Long: `step, backward, stage, parameter, bucket, count`, where they were kept; empty buckets have no row.
@@ -220,6 +236,7 @@ class Run:
         parameters: Names = None,
         stage: str | None = None,
         rank: int | None = None,
+        progress: bool | None = None,
     ) -> None:
         """Hand the records to a writer, as a lens would have done: `run.replay(gradlens.writers.CSV("all.csv"))`.
 
@@ -230,7 +247,8 @@ class Run:
         there = [step for step in self.steps(stage) if asked.has(step)]
         findings = [finding for finding in self.findings() if asked.has(finding.step)]
         together = max(1, REPLAYED // max(2 * len(self.names()), 1))
-        for first in range(0, len(there), together):
+        places = range(0, len(there), together)
+        for first in tracked(places, "replaying", len(places), progress):
             part = there[first : first + together]
             records: list[Snapshot | Finding] = []
             records += self.snapshots(steps=part, parameters=parameters, stage=stage, rank=rank)
@@ -240,6 +258,12 @@ class Run:
             for record in sorted(records, key=lambda record: record.step):
                 writer.write(record)
         writer.flush()
+
+    def plot(self, kind: str = "flow", *arguments: Any, **options: Any) -> Any:
+        """A picture of `gradlens.plots`: `flow, directions, sizes, updates, histogram, weight`. Needs matplotlib."""
+        from gradlens import plots
+
+        return plots.plot(self, kind, *arguments, **options)
 
     def steps(self, stage: str | None = None) -> list[int]:
         """The steps of which there are rows, rising."""
@@ -253,6 +277,10 @@ class Run:
     def names(self) -> list[str]:
         """The parameters, in model order."""
         return list(dict.fromkeys(name for each in self._segments() for name, *_ in each.parameters))
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Each parameter's shape, in model order."""
+        return {name: shape for each in self._segments() for name, shape, *_ in each.parameters}
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -182,6 +182,12 @@ class Store:
                 self._error = error
                 raise
 
+    def annotate(self, **facts: Any) -> None:
+        """Add to the settings what is known only later, such as what watching cost. On disk with the next flush."""
+        with self._guard:
+            self._segment.settings = {**self._segment.settings, **facts}
+            self._stale = True
+
     def close(self) -> None:
         """Flush, make parts of the tails, let go of the directory."""
         with self._guard:
