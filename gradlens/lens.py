@@ -41,8 +41,9 @@ from gradlens.watching import process_group
 from gradlens.watching import settings as arguments
 from gradlens.watching.failures import Failures
 from gradlens.watching.isolation import isolated_compute
-from gradlens.watching.live_weights import Held
+from gradlens.watching.live_weights import LiveParameter
 from gradlens.watching.overhead import Meter, Overhead, Pace, Stopwatch
+from gradlens.watching.partials import PartialRecorder, check_keep
 from gradlens.watching.recorder import Recorder
 from gradlens.watching.tables import TableBuilder
 from gradlens.watching.unavailable import unavailable
@@ -83,6 +84,7 @@ class Lens:
         budget: float | None,
         first_step: int,
         local: bool,
+        keep: str | Iterable[str] | None = None,
     ) -> None:
         attachment = Attachment(target, select)
         arguments.warn_of_strangers(optimizers, attachment)
@@ -119,6 +121,7 @@ class Lens:
             self._closed = False
             self._micro_batches: tuple[int, list[float]] = (-1, [])  # a step, and the sizes that observe() was told
             self._closing = threading.Lock()
+            self._partials = self._keep_partials(keep, optimizers, own)
             self._capture.attach()
         except BaseException:
             for writer in own:
@@ -162,11 +165,7 @@ class Lens:
         weights.check_whole(everything)
         self._require_gradients(everything)
         with isolated_compute():
-            parts = [held.partials(self._scale(held)) for held in everything]
-            devices, dtypes = {p.device for p in parts}, {p.dtype for p in parts}
-            device = devices.pop() if len(devices) == 1 else torch.device("cpu")
-            dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
-            return torch.cat([p.to(device=device, dtype=dtype) for p in parts])
+            return weights.flat_gradient(everything, [self._scale(held) for held in everything])
 
     def weights(self, name: str | None = None, *, top: int | None = None, by: str = "sensitivity") -> pd.DataFrame:
         """One row a weight: `parameter, index, value, partial, direction, sensitivity, saliency`.
@@ -197,7 +196,11 @@ class Lens:
         if top is None and name is None:
             weights.check_rows(asked)
         with isolated_compute():
-            result = weights.joined([held.frame(self._scale(held), top, by) for held in asked], top, by)
+            scales = [self._scale(held) for held in asked]
+            if top is None:
+                result = weights.joined([held.frame(scale) for held, scale in zip(asked, scales, strict=True)], top, by)
+            else:
+                result = weights.largest(asked, scales, top, by)
             self._add_evidence(result, asked)
         summands = [held.name for held in asked if held.summand]
         result.attrs.update({"summands": summands} if summands else {})
@@ -215,9 +218,7 @@ class Lens:
         whole, here = held.at(at)
         self._require_gradients([held])
         with isolated_compute():
-            partials, value = held.partials(self._scale(held)), float(held.values()[here])
-            partial = float(partials[here])
-            larger = int((partials.abs() > abs(partial)).sum()) if np.isfinite(partial) else partials.numel()
+            (partial, larger), value = held.partial(here, self._scale(held)), held.value(here)
             evidence = self._evidence_of(held, here)
         return page.explain(
             held.name,
@@ -225,7 +226,7 @@ class Lens:
             value=value,
             partial=partial,
             rank=larger + 1,
-            numel=partials.numel(),
+            numel=held.numel(here=True),
             history=self._seen(held.name, whole),
             evidence=evidence,
         )
@@ -295,13 +296,18 @@ class Lens:
         backward of a step, it is recorded as their harmonic mean, which unequal ones amount to.
         """
         self._require_open("observe()")
+        if loss is not None and not self._clock.open:
+            if self._capture.gradients.roots.step_of(loss) is not None:
+                loss = None  # it was the root of a backward whose step is over, and stands there
+            else:
+                self._capture.auditor.observed(loss, self._clock.step)
         given = {"loss": loss, "batch_size": self._batch_size(batch_size), **scalars}
         self._clock.observe({name: arguments.number_of(name, value) for name, value in given.items() if value is not None})
 
     def _batch_size(self, given: float | None) -> float | None:
         """The examples of one backward of this step: of several, the harmonic mean."""
-        if given is None:
-            return None
+        if not isinstance(given, int | float):
+            return given
         step, sizes = self._micro_batches
         sizes = [*sizes, given] if step == self._clock.step else [given]
         self._micro_batches = self._clock.step, sizes
@@ -336,6 +342,8 @@ class Lens:
                 self._tables.release_open(self._clock.scalars)
         finally:
             self._capture.detach()
+            if self._partials is not None:
+                self._partials.close()
             for finalizer in self._finalizers:
                 finalizer.detach()
             _open_lenses.discard(self)
@@ -368,6 +376,19 @@ class Lens:
             )
         )
 
+    def _keep_partials(
+        self, keep: str | Iterable[str] | None, optimizers: Sequence[torch.optim.Optimizer], own: Sequence[Writer]
+    ) -> PartialRecorder | None:
+        names = check_keep(keep, self._all_held(), self._run, optimizers)
+        if not names or self._run is None:
+            return None
+        clock, key = self._clock, own[0].key  # type: ignore[attr-defined] # the store is the first
+        recorder = PartialRecorder(
+            self._run, key, names, self._all_held, lambda: clock.step if clock.observed else None, self._failures
+        )
+        recorder.attach(optimizers)
+        return recorder
+
     def _catch_up(self) -> None:
         if not self._closed and not self._capture.elsewhere():
             self._capture.poll()
@@ -378,9 +399,9 @@ class Lens:
         if self._closed:
             raise ClosedError(f"lens.{call} after close(): this lens sees nothing any more; call gradlens.watch() again")
 
-    def _all_held(self) -> list[Held]:
+    def _all_held(self) -> list[LiveParameter]:
         slots = self._capture.attachment.slots
-        return [Held(slot, tensor) for slot in slots if (tensor := slot.tensor()) is not None]
+        return [LiveParameter(slot, tensor) for slot in slots if (tensor := slot.tensor()) is not None]
 
     def _weight(self, name: str, index: int | Sequence[int] | None) -> tuple[str, tuple[int, ...]]:
         """The parameter and the index of one weight, which may be written as text: `fc1.weight[3, 17]`."""
@@ -389,7 +410,7 @@ class Lens:
         name, written = parse_weight(name, [held.name for held in self._all_held()])
         return name, written or ()
 
-    def _held(self, name: str) -> Held:
+    def _held(self, name: str) -> LiveParameter:
         everything = {held.name: held for held in self._all_held()}
         alias = self._capture.attachment.aliases.get(name, name)
         found = everything.get(known_name(alias, everything) or alias)
@@ -397,7 +418,7 @@ class Lens:
             raise ArgumentError(f"there is no watched parameter {name!r}{nearest(str(name), everything)}")
         return found
 
-    def _scale(self, held: Held) -> float | Tensor:
+    def _scale(self, held: LiveParameter) -> float | Tensor:
         return self._capture.scale_now(held.slot)
 
     def _history_at(self, step: int | None, stage: str | None) -> Snapshot:
@@ -423,7 +444,7 @@ class Lens:
                 "weights(top=k) or table(), which answer from what was kept"
             )
 
-    def _require_gradients(self, asked: Sequence[Held]) -> None:
+    def _require_gradients(self, asked: Sequence[LiveParameter]) -> None:
         self._require_here()
         self._capture.poll()
         if any(held.gradient is not None for held in asked):
@@ -437,7 +458,7 @@ class Lens:
             "weights(top=k), which answers from what was kept"
         )
 
-    def _kept_weights(self, asked: Sequence[Held], top: int | None, by: str) -> pd.DataFrame:
+    def _kept_weights(self, asked: Sequence[LiveParameter], top: int | None, by: str) -> pd.DataFrame:
         self._catch_up()
         if self._recorder.history.latest() is None:
             raise NothingCapturedError(_nothing(self._closed))
@@ -450,11 +471,11 @@ class Lens:
         result.attrs.update(step=snapshot.step, stage=str(snapshot.stage))
         return result
 
-    def _add_evidence(self, frame: pd.DataFrame, asked: Sequence[Held]) -> None:
+    def _add_evidence(self, frame: pd.DataFrame, asked: Sequence[LiveParameter]) -> None:
         if self._tables.evidence is not None:
             weights.add_evidence(frame, asked, self._tables.evidence.of)
 
-    def _evidence_of(self, held: Held, here: int) -> str:
+    def _evidence_of(self, held: LiveParameter, here: int) -> str:
         followed = None if self._tables.evidence is None else self._tables.evidence.of(held.name)
         return "" if followed is None else describe(followed.columns(np.asarray([here])), followed.backwards)
 
@@ -499,6 +520,7 @@ def watch(
     on_finding: str | Callable[[Finding], None] = "record",
     budget: float | None = None,
     first_step: int = 0,
+    keep: str | Iterable[str] | None = None,
 ) -> Lens:
     """Watch a model: capture dL/dw of every weight after every `backward()`, and what the optimizer does with it.
 
@@ -518,6 +540,8 @@ def watch(
         on_finding: `"record"`, `"warn"`, `"raise"` (in the training thread, after an update), or a callable.
         budget: the share of the training time that gradlens may cost, such as 0.01; it stretches its schedule to keep it.
         first_step: the number of the first step, for a training that goes on from a checkpoint.
+        keep: names or glob patterns of parameters whose whole partials are kept in the run directory, for heat maps: what
+            the optimizer used and the weights before its step, at steps spread over the run, in 256 MiB at most.
 
     Raises:
         gradlens.GradlensError: an argument that cannot be meant; nothing is attached then.
@@ -542,6 +566,7 @@ def watch(
         budget=budget,
         first_step=first_step,
         local=process_group.count() > 1,
+        keep=keep,
     )
     _announce(lens)
     return lens
