@@ -114,7 +114,10 @@ def check_symmetry_by_hand(model: nn.Module, batches: list[Any]) -> None:
                 for p, w, d in zip(parameters, start, v, strict=True):
                     p.copy_(w + step * d)
             g = torch.autograd.grad(loss(model, batch), parameters)
-            [sum(((x.to_dense() if x.is_sparse else x) * d).sum() for x, d in zip(g, u, strict=True)) for u in directions[:4]]
+            [
+                sum(((x.to_dense() if x.is_sparse else x) * d).sum() for x, d in zip(g, u, strict=True))
+                for u in directions[:4]
+            ]
 
 
 def curvature_by_hand(model: nn.Module, batches: list[Any]) -> None:
