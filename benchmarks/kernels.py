@@ -5,6 +5,7 @@
     python benchmarks/kernels.py --quick             # few rounds, nothing written
 
     models      a ResNet-18, a small GPT and 1,000 tensors of 20 entries, in float32
+    columns     what each group of columns adds to a step, on tensors of 1,024 entries to 262,144: nanoseconds a weight
     types       4 million entries of float32, bfloat16 and float64
     sizes       one float32 tensor of 10^3 to 10^8 entries
 
@@ -16,6 +17,10 @@ interleaved rounds of one process; figures are medians over rounds, ratios are t
     + flips     and what changed against the last gradient, which is then overwritten: three operands read, one written
     compare     what the optimizer did: gradient, weights before, weights after
     sample      sixteen entries of each
+    light       rows without histograms, as on steps without detail: `+ flips` is then `light + flips`
+    prepared    `read` and `compare` of a prepared call, gradients asked anew: what a steady step costs
+
+Figures are good for documents only from a quiet machine: no other process, and the `least` column near `reads`.
 
 In `kernels.csv`, `reads` is the time over that of the plain read of the gradients alone, `least` the smallest such ratio of
 all rounds, `per_tensor` microseconds. The last gradients are a list that is known to stay where it is, as in a watched step.
@@ -43,6 +48,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradlens import kernels
 from gradlens.kernels import batched, native, reference
 
 HERE = Path(__file__).parent
@@ -158,7 +164,7 @@ def levels() -> list[tuple[str, int, Any]]:
     """The native kernel on one thread and on two, then as processors that can less would run it."""
     best = native.load()
     name = f"native {native.VARIANTS[best.variant]}"
-    lower = [native.Native(best.library, variant, best.asker) for variant in reversed(range(best.variant))]
+    lower = [native.Native(best.library, variant, best.introspector) for variant in reversed(range(best.variant))]
     return [
         (name, 1, best),
         (name, 2, best),
@@ -177,6 +183,8 @@ def calls(backend: Any, g: list, w: list, last: native.StableTensors, after: lis
         "+ flips": lambda: backend.summarize(g, w, last, last),
         "compare": lambda: backend.compare(g, w, after, None),
         "sample": lambda: backend.sample(g),
+        "light": lambda: backend.summarize(g, None, None, None, False),
+        "light + flips": lambda: backend.summarize(g, w, last, last, False),
     }
 
 
@@ -187,9 +195,50 @@ def measured(
     g, w, last, after = ([(torch.randn(*shape) * scale).to(dtype) for shape in shapes] for scale in (1e-3, 1, 1e-3, 1))
     cases = [Case("plain read", "read.c", 1, reader()(g))]
     for backend, threads, kernel in backends:
-        asked = calls(kernel, g, [torch.nn.Parameter(t) for t in w], native.StableTensors(last), after)
+        parameters, kept = [torch.nn.Parameter(t) for t in w], native.StableTensors(last)
+        asked = calls(kernel, g, parameters, kept, after)
+        if backend == levels()[0][0]:
+            asked |= {f"prepared {what}": call for what, call in steady(g, parameters, kept).items()}
         cases += [Case(what, backend, threads, call) for what, call in asked.items()]
     return rows(name, cases, g, rounds)
+
+
+def steady(g: list, w: list, last: native.StableTensors) -> dict[str, Callable[[], object]]:
+    """The calls of a steady step."""
+    before = native.StableTensors([torch.empty_like(t.detach()) for t in w])
+    prepared = kernels.prepare(w, last, before)
+    prepared.read(g)
+    return {
+        "read": lambda: prepared.read(g),
+        "light read": lambda: prepared.read(g, False),
+        "unchanged": lambda: prepared.unchanged(g),
+        "moved": lambda: prepared.compare(g),
+    }
+
+
+def groups(g: list, w: list, last: list) -> dict[str, Callable[[], object]]:
+    """Calls that have one group of columns more each, then those of a steady step."""
+    kept, (_, _, kernel) = native.StableTensors(last), levels()[0]
+    return {
+        "light": lambda: kernel.summarize(g, None, None, None, False),
+        "light + weights": lambda: kernel.summarize(g, w, None, None, False),
+        "light + flips": lambda: kernel.summarize(g, w, kept, None, False),
+        "light + flips + keep": lambda: kernel.summarize(g, w, kept, kept, False),
+        "gradients": lambda: kernel.summarize(g),
+    } | steady(g, w, kept)
+
+
+def columns(rounds: int) -> list[dict[str, object]]:
+    """What each group of columns costs a weight."""
+    found = []
+    for n, count in ((1024, 200), (16_384, 40), (65_536, 20), (262_144, 20)):
+        g, w, last = ([torch.randn(n) * scale for _ in range(count)] for scale in (1e-3, 1, 1e-3))
+        cases = [Case("plain read", "read.c", 1, reader()(g))]
+        cases += [Case(what, "native", 1, call) for what, call in groups(g, w, last).items()]
+        for row in rows(f"{count} of {n}", cases, g, rounds):
+            found.append(row)
+            print(f"    {float(str(row['milliseconds'])) * 1e6 / n / count:.3f} ns a weight: {row['what']}", flush=True)
+    return found
 
 
 def models(rounds: int) -> list[dict[str, object]]:
@@ -224,7 +273,12 @@ def machine() -> dict[str, object]:
     }
 
 
-PARTS: dict[str, Callable[[int], list[dict[str, object]]]] = {"models": models, "types": types, "sizes": sizes}
+PARTS: dict[str, Callable[[int], list[dict[str, object]]]] = {
+    "models": models,
+    "columns": columns,
+    "types": types,
+    "sizes": sizes,
+}
 
 
 def main() -> None:

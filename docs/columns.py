@@ -48,6 +48,10 @@ def text() -> str:
         "",
         f"For each sign {fields.BUCKETS} buckets, one a power of two from 2^{fields.EXPONENT_MIN} on, the same for every",
         "parameter and step, so that histograms add and compare. Smaller and larger values fall into the end buckets.",
+        "",
+        "Histograms are taken on detail steps: each observed step at first, then whenever the run has grown by a tenth.",
+        "Every step has quantiles; between detail steps those of parameters with more than 65,536 entries rest on an even",
+        "sample (`docs/kernels.md` says how far they are off).",
     ]
     return "\n".join(lines) + "\n"
 

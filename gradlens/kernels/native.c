@@ -1485,6 +1485,22 @@ EXPORT int gradlens_ask(getter get, asker ask, void *list, const void *nothing, 
     return 1;
 }
 
+/* Whether each tensor of a Python list is plain, contiguous, and where and what the tasks say. */
+EXPORT int gradlens_same(getter get, asker ask, void *list, int64_t n, const task *tasks, int operand) {
+    for (int64_t i = 0; i < n; i++) {
+        const task *t = tasks + i;
+        dlpack d;
+        void *object = get(list, (ptrdiff_t)i);
+        if (!object || ask(object, &d) != 0)
+            return 0;
+        if (d.device_type != 1 || type_of(&d) != t->type[operand] || straight_count(&d) != t->count)
+            return 0;
+        if (t->count && (int64_t)(intptr_t)((char *)d.data + d.byte_offset) != t->pointer[operand])
+            return 0;
+    }
+    return 1;
+}
+
 /* --- the calls --------------------------------------------------------------------------------------------------------------------- */
 
 /* 0, with nothing done, where a tensor that is to be overwritten shares memory with another that is read. */

@@ -19,7 +19,7 @@ from functools import partial
 from itertools import repeat
 from operator import add, attrgetter, ge, is_, mul
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -96,8 +96,11 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     return library
 
 
-#: Writes an operand of a list of tensors into tasks, if all are plain and contiguous.
-Introspector = Callable[[Sequence[Any], array, int], bool]
+class Introspector(NamedTuple):
+    """What the library asks torch's tensors itself, of a list that is plain and contiguous."""
+
+    fill: Callable[[Sequence[Any], array, int], bool]  #: writes an operand into tasks, if all are plain
+    same: Callable[[Sequence[Any], array, int], bool]  #: whether all are where and what the tasks say
 
 
 class _Exchange(ctypes.Structure):
@@ -131,7 +134,17 @@ def _introspector(path: Path) -> Introspector | None:
         ctypes.c_int,
     )
     ask.restype = ctypes.c_int
+    compare = ctypes.PyDLL(str(path)).gradlens_same
+    compare.argtypes = (*[ctypes.c_void_p] * 2, ctypes.py_object, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int)
+    compare.restype = ctypes.c_int
     functions = ctypes.cast(ctypes.pythonapi.PyList_GetItem, ctypes.c_void_p).value, table.tensor_of_object
+
+    def same(column: Sequence[Any], tasks: array, operand: int) -> bool:
+        objects = list(column)
+        try:
+            return bool(compare(*functions, objects, len(objects), tasks.buffer_info()[0], operand))
+        except (RuntimeError, BufferError):
+            return False
 
     def asked(column: Sequence[Any], tasks: array, operand: int) -> bool:
         objects, kinds = list(column), set(map(type, column))
@@ -148,7 +161,7 @@ def _introspector(path: Path) -> Introspector | None:
         except (RuntimeError, BufferError):  # no storage at all: sparse, opaque, or inside a transform
             return False
 
-    return asked
+    return Introspector(asked, same)
 
 
 def _columns() -> str:
@@ -201,9 +214,19 @@ class Native:
         if not set(map(type, column)) <= _PLAIN:
             return False  # None among them: a gap would leave the address of an earlier call
         if self.introspector is not None:
-            return self.introspector(column, tasks, operand)
+            return self.introspector.fill(column, tasks, operand)
         facts = _facts(list(column), straight=True)
         return facts is not None and _fits(facts, tasks, operand)
+
+    def is_same(self, column: Sequence[Tensor], tasks: array, operand: int) -> bool:
+        """Whether these are plain tensors of the tasks' types, sizes and addresses. How large storages are is not asked."""
+        if not set(map(type, column)) <= _PLAIN or any(map(Tensor.is_neg, column)):
+            return False
+        if self.introspector is not None:
+            return self.introspector.same(column, tasks, operand)
+        facts = _facts(list(column), straight=True)
+        places = addresses(tasks, operand), types(tasks, operand), tasks[2 * _OPERANDS :: _TASK]
+        return facts is not None and tuple(array("q", column) for column in facts) == places
 
     def _rows(
         self, call: Callable, fallback: Callable, columns: Sequence[Column], width: int, keep: OptionalTensors | None = None
@@ -253,6 +276,12 @@ def set_addresses(tasks: array, operand: int, pointers: array) -> None:
 def types(tasks: array, operand: int) -> array:
     """Codes of an operand's types, in each row."""
     return tasks[_OPERANDS + operand :: _TASK]
+
+
+def copy_operand(tasks: array, operand: int, others: array, other: int) -> None:
+    """Write an operand of some tasks into others."""
+    others[other::_TASK] = tasks[operand::_TASK]
+    others[_OPERANDS + other :: _TASK] = tasks[_OPERANDS + operand :: _TASK]
 
 
 def total(tasks: array) -> int:
@@ -340,7 +369,7 @@ def _introspected(columns: Sequence[Column], n: int, introspector: Introspector)
         elif isinstance(column, StableTensors) and column.facts is not None:
             if not _fits(column.facts, tasks, operand):
                 return None
-        elif not introspector(column, tasks, operand):
+        elif not introspector.fill(column, tasks, operand):
             return None
         elif isinstance(column, StableTensors):
             starts = operand, _OPERANDS + operand, 2 * _OPERANDS

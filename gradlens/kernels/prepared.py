@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 _G, _W, _PREVIOUS, _KEEP, _COPY = range(5)  # operands of a reading
 _USED, _BEFORE, _AFTER = range(3)  # operands of a comparison
+_NBYTES = torch.UntypedStorage.nbytes
 
 
 class Reading(NamedTuple):
@@ -56,7 +57,7 @@ class Prepared(Protocol):
         """
 
     def compare(self, gradients: Sequence[Tensor]) -> Tensor | None:
-        """What the step did, from the copy of the weights; None where tensors are not as they were."""
+        """What the step did, from the copy of the weights and the gradients that were read; None where they have moved."""
 
 
 class GeneralPrepared:
@@ -108,6 +109,7 @@ class NativePrepared:
         self._rooms: list[StableTensors] = []  # referred to: their addresses are in the tasks
         self._copies = self._no_copies = array("q", bytes(8 * len(weights)))
         self._has_previous = self._has_before = False
+        self._gradient_sizes: list[int] = []
 
     @classmethod
     def of(
@@ -135,7 +137,9 @@ class NativePrepared:
         self._has_previous, self._has_before = previous is not None, before is not None
         self._copies = native.addresses(tasks, _COPY)
         self._entries = native.total(tasks)
-        self._places = native.addresses(tasks, _W), native.types(tasks, _W)
+        # While a storage is referred to, no other one can lie where it does: so its size and the address are all to ask.
+        self._storages = list(map(Tensor.untyped_storage, self._weights))
+        self._sizes = list(map(_NBYTES, self._storages))
         return native.own_memory([room for rooms in self._rooms for room in rooms], self._weights)
 
     def _calls(self) -> Any:
@@ -145,20 +149,25 @@ class NativePrepared:
     def _threads(self) -> int:
         return torch.get_num_threads() if self._entries >= native.THREADED else 1
 
-    def _found(self, gradients: Sequence[Tensor], tasks: array, gradient: int, weight: int) -> bool:
-        """Whether all tensors are where and what they have to be; the gradients' addresses are in the tasks then."""
-        if len(gradients) != len(self._weights) or native.modes_are_active():
+    def _weights_stayed(self) -> bool:
+        """Whether the weights are where and what they were when this was made."""
+        return self._kernel.is_same(self._weights, self._tasks, _W) and list(map(_NBYTES, self._storages)) == self._sizes
+
+    def _gradients_stayed(self, gradients: Sequence[Tensor]) -> bool:
+        """Whether these are the gradients that were read last, where and what they were then."""
+        if self._samples is None or len(gradients) != len(self._weights) or native.modes_are_active():
             return False
-        fill = self._kernel.fill
-        if not (fill(self._weights, tasks, weight) and fill(gradients, tasks, gradient)):
+        if not self._kernel.is_same(gradients, self._tasks, _G):
             return False
-        return (native.addresses(tasks, weight), native.types(tasks, weight)) == self._places
+        return list(map(_NBYTES, map(Tensor.untyped_storage, gradients))) == self._gradient_sizes
 
     def read(self, gradients: Sequence[Tensor], detail: bool = True, copy: bool = True) -> Reading | None:
         """As `Prepared.read`."""
         self._samples, tasks, n = None, self._tasks, len(self._weights)
         with torch._C.DisableTorchFunction(), torch.inference_mode(False):
-            if not self._found(gradients, tasks, _G, _W):
+            if len(gradients) != n or native.modes_are_active():
+                return None
+            if not (self._weights_stayed() and self._kernel.fill(gradients, tasks, _G)):
                 return None
             if self._has_previous and native.types(tasks, _G) != native.types(tasks, _KEEP):
                 return None
@@ -168,6 +177,7 @@ class NativePrepared:
             at, variant = tasks.buffer_info()[0], self._kernel.variant
             self._calls().gradlens_read(at, n, rows.data_ptr(), samples.data_ptr(), self._threads(), variant, detail)
             self._samples = samples
+            self._gradient_sizes = list(map(_NBYTES, map(Tensor.untyped_storage, gradients)))
             return Reading(rows, samples[:, : reference.SAMPLES], samples[:, reference.SAMPLES :])
 
     def unchanged(self, gradients: Sequence[Tensor]) -> tuple[bool, bool]:
@@ -175,7 +185,7 @@ class NativePrepared:
         if self._samples is None:
             return False, False
         with torch._C.DisableTorchFunction():
-            if not self._found(gradients, self._tasks, _G, _W):
+            if not (self._gradients_stayed(gradients) and self._weights_stayed()):
                 return False, False
             at, samples = self._tasks.buffer_info()[0], self._samples.data_ptr()
             same = self._calls().gradlens_unchanged(at, len(self._weights), samples)
@@ -185,8 +195,9 @@ class NativePrepared:
         """As `Prepared.compare`."""
         moves, n = self._moves, len(self._weights)
         with torch._C.DisableTorchFunction(), torch.inference_mode(False):
-            if not self._has_before or not self._found(gradients, moves, _USED, _AFTER):
+            if not (self._has_before and self._gradients_stayed(gradients) and self._weights_stayed()):
                 return None
+            native.copy_operand(self._tasks, _G, moves, _USED)
             rows = torch.empty(n, len(fields.UPDATES), dtype=torch.float64, device="cpu")
             at, variant = moves.buffer_info()[0], self._kernel.variant
             self._calls().gradlens_compare(at, n, native.NO_LAYOUTS, rows.data_ptr(), self._threads(), variant)
