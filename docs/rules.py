@@ -80,6 +80,7 @@ OTHERS = {
     "reduced-unavailable": "the stage `reduced` in one process",
     "not-averaged": "the stage `reduced`, and no backward that ended with averaged gradients, or parameters left out",
     "unknown-optimizer": "an optimizer that moves watched parameters, and that `watch()` was not given",
+    "scaler-found": "a `GradScaler` that `watch()` was not given, seen when it stepped an optimizer",
     "partial-gradient": "gradients that are summands which the ranks have yet to add",
     "read-at-step": "FSDP1's original parameters, whose gradients are read at the optimizer's step only",
     "flat-parameters": "FSDP1 without original parameters: rows of what it has flattened",

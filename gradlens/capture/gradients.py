@@ -321,6 +321,13 @@ class Gradients:
                     current.silent.add(slot)
                     self._emit(Stage.BACKWARD, [slot], [parameter.grad], current, complete=False)
 
+    def found_scaler(self) -> bool:
+        """Whether a scaler that nobody gave was found just now, by the step of an optimizer that it calls."""
+        if not self._scaling.find():
+            return False
+        self.scale = self._scaling.scale()
+        return True
+
     # --- passes -----------------------------------------------------------------------------------------------------
 
     def _current(self, slot: Slot) -> Pass | None:

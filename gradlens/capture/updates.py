@@ -174,6 +174,8 @@ class Updates:
         if not self._clock.observed:
             return
         self._look(self.roles.index(role), optimizer, self._clock.step)
+        if self._gradients.found_scaler():
+            self._sink.tell(_scaler_found(self._clock.step))
         held = self._held(role)
         if self._weights:
             self._keep(held)
@@ -410,6 +412,18 @@ def _learning_rates(optimizer: Optimizer) -> dict[int, bool]:
 
 def _holds(wrapper: Any, optimizer: Optimizer) -> bool:
     return any(value is optimizer for value in vars(wrapper).values())
+
+
+def _scaler_found(step: int) -> Finding:
+    return Finding(
+        rule="scaler-found",
+        step=step,
+        severity=Severity.INFO,
+        seen="a GradScaler that watch() was not given steps the optimizer: it is used from now on, and what backward gave "
+        "in this first step still carries its scale",
+        causes=("watch() was not given scaler=",),
+        remedy="watch(model, optimizer, scaler=scaler): then the first step is unscaled too",
+    )
 
 
 def _unknown(step: int, optimizer: Optimizer, names: Sequence[str]) -> Finding:
