@@ -8,16 +8,10 @@ replaces the dictionary of stages.
 
 from __future__ import annotations
 
-import sys
-from types import CodeType, FrameType
 from typing import Any
 
 from torch import Tensor
-from torch.amp.grad_scaler import GradScaler, OptState
-
-LOOKS = 8  #: steps of optimizers at which a scaler that nobody gave is looked for
-DEPTH = 40  #: frames that are looked at
-_STEP: CodeType = GradScaler.step.__code__
+from torch.amp.grad_scaler import OptState
 
 
 class Scaling:
@@ -25,27 +19,7 @@ class Scaling:
 
     def __init__(self, scaler: Any | None) -> None:
         self.scaler = scaler if scaler is not None and scaler.is_enabled() else None
-        self._looked = 0
         self._books: list[Any] = []  # of the open step: update() begins a new one, and leaves the old as it was
-
-    def find(self) -> bool:
-        """Look on the stack for a scaler whose `step()` this optimizer's hook runs in; whether one was found just now."""
-        if self.scaler is not None or self._looked >= LOOKS:
-            return False
-        self._looked += 1
-        frame: FrameType | None = sys._getframe(1)
-        for _ in range(DEPTH):
-            if frame is None:
-                break
-            if (
-                frame.f_code is _STEP
-                and isinstance(scaler := frame.f_locals.get("self"), GradScaler)
-                and scaler.is_enabled()
-            ):
-                self.scaler = scaler
-                return True
-            frame = frame.f_back
-        return False
 
     def scale(self) -> float | Tensor:
         """The scale of a backward that runs now."""
