@@ -87,7 +87,7 @@ EXPLAINS: dict[str, frozenset[str]] = {
     "fading": frozenset({"disagreement", "vanishing", "too_slow"}),
     "weight_decay": frozenset({"vanishing", "disagreement", "fading", "too_slow"}),
     "exploding": frozenset({"too_fast", "disagreement"}),
-    "too_fast": frozenset({"disagreement", "exploding"}),
+    "too_fast": frozenset({"disagreement"}),
     "update_ratio": frozenset({"dead", "collapse", "spike", "nonfinite"}),
     "spike": frozenset({"nonfinite", "dead", "collapse"}),
     "nonfinite": frozenset({"dead"}),

@@ -89,7 +89,7 @@ def judged(steps: np.ndarray, values: np.ndarray, *, several: bool = False) -> T
         return _as(found, State.SIGNED)
     error = noise / np.sqrt(len(tail)) + float(values[:early].std()) / np.sqrt(early)
     fell = start - now > LEAST * abs(start)
-    if fell and (start - now > 2 * error or now < values[:early].min() - 2 * noise):
+    if fell and (start - now > 2 * error or now < abs(start) / 2):
         return _as(found, State.FALLS)
     if now - start > LEAST * abs(start) and now - start > 4 * error:
         return _as(found, State.RISES)
