@@ -55,6 +55,8 @@ from gradlens.writers.exchange import PARTING, PATIENCE, Pooled, Sender
 if TYPE_CHECKING:
     import pandas as pd
 
+CLOSING = 60.0  #: seconds for which a second close() waits for the first
+
 #: Lenses that are open. The package holds them, so that an unassigned `gradlens.watch(...)` works.
 _open_lenses: set[Lens] = set()
 
@@ -117,7 +119,8 @@ class Lens:
                 timed=timed,
             )
             self._closed = False
-            self._closing = threading.Lock()
+            self._closing, self._ended = threading.Lock(), threading.Event()
+            self._closer: threading.Thread | None = None
             self._capture.attach()
         except BaseException:
             for writer in own:
@@ -307,11 +310,20 @@ class Lens:
         self._catch_up()
 
     def close(self) -> None:
-        """Detach everything, write what is left, leave the model as it was. May be called again."""
+        """Detach everything, write what is left, leave the model as it was.
+
+        May be called again; while another thread closes it, as one does when the model has died, this waits for that one.
+        """
         with self._closing:
-            if self._closed:
-                return
-            self._closed = True
+            first, self._closed = not self._closed, True
+            if first:
+                self._closer = threading.current_thread()
+        if first:
+            self._close()
+        elif self._closer is not threading.current_thread():
+            self._ended.wait(CLOSING)
+
+    def _close(self) -> None:
         try:
             self._capture.poll()
             if not self._capture.elsewhere():
@@ -322,10 +334,13 @@ class Lens:
             self._capture.detach()
             for finalizer in self._finalizers:
                 finalizer.detach()
-            _open_lenses.discard(self)
-            if self._store is not None:
-                self._store.annotate(overhead=str(self.overhead()))
-            self._recorder.close()
+            try:
+                if self._store is not None:
+                    self._store.annotate(overhead=str(self.overhead()))
+                self._recorder.close()
+            finally:
+                self._ended.set()
+                _open_lenses.discard(self)
 
     def __enter__(self) -> Lens:
         return self

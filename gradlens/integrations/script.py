@@ -4,14 +4,15 @@ The script is the real `__main__` of its own process. Python imports `bootstrap/
 `begin` when torch was imported, in the script's process and in those that it starts: workers of torchrun, spawned ranks.
 From then on
 
-    a module is called, gradients on  ->  are there optimizers? Then its model is watched before its first backward
-    a module's output is in a graph   ->  where there is no optimizer: watched when the backward through it begins
-    an optimizer steps                ->  it is none of those watched (plain tensors, or made late): watched from here on
-    a parameter is registered         ->  a model is being built: look again
+    backward() is asked for     ->  are there optimizers? Then the models whose parameters they hold are watched, and
+                                    otherwise those that this loss depends on; then the backward begins
+    an optimizer steps          ->  it is none of those watched, as where its backward was not seen: watched from here on
+    a parameter is registered   ->  a model is being built: look again at the next backward
 
-Models and optimizers are found among the objects that Python's garbage collector knows: nothing of torch is replaced, and
-no hook is on a module. The hooks that look are torch's global ones, and are gone while everything is watched. Names are
-those of the model; where there are several models, each has the name of the script's variable in front.
+Optimizers and modules are found among the objects that Python's garbage collector knows. The one thing of torch that is
+replaced is the attribute `Tensor.backward`, until the first backward: by a descriptor that looks and then hands out the
+original, so that no frame of ours is in a traceback, and no compiler meets a hook. Names are those of the model; where there
+are several models, each has the name of the script's variable in front.
 """
 
 from __future__ import annotations
@@ -33,17 +34,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import (
-    register_module_forward_hook,
-    register_module_forward_pre_hook,
-    register_module_parameter_registration_hook,
-)
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_pre_hooks, register_optimizer_step_pre_hook
 
 VARIABLE = "GRADLENS_RUN"  #: of the environment: what `gradlens run` was told, as JSON
-FRUITLESS = 16  #: looks that found nothing new, after which no model is looked for any more
-WAIT = 60.0  #: seconds in which a rank waits for the first one's name of the run
+FRUITLESS = 16  #: looks that found nothing new, some 50 ms each, after which nothing is looked for any more
+NODES = 200_000  #: of a graph that are looked at
 
 
 @dataclass(frozen=True)
@@ -72,14 +69,27 @@ def find(known: set[int], extra: Optimizer | None = None) -> Found | None:
     return _holding(held, tuple(chosen)) if held else None
 
 
-def find_called(known: set[int], called: Sequence[nn.Module]) -> Found | None:
-    """The models that were called and train without an optimizer."""
-    ids = {id(module) for module in called}
-    roots = [root for root in _roots(_alive(nn.Module)) if any(id(module) in ids for module in root.modules())]
-    held: dict[int, Tensor] = {
-        id(p): p for root in roots for p in root.parameters() if p.requires_grad and id(p) not in known
-    }
+def find_leaves(known: set[int], root: Tensor) -> Found | None:
+    """What a loss depends on, where there is no optimizer: the modules that have its leaves, or else those tensors."""
+    held = {id(leaf): leaf for leaf in leaves(root) if id(leaf) not in known}
     return _holding(held, ()) if held else None
+
+
+def leaves(root: Tensor) -> list[Tensor]:
+    """The tensors that this one was computed from and that get a gradient."""
+    seen: set[Any] = set()
+    found: list[Tensor] = []
+    stack = [root.grad_fn]
+    while stack and len(seen) < NODES:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)
+        if isinstance(variable, Tensor) and variable.requires_grad:
+            found.append(variable)
+        stack += [each for each, _ in node.next_functions]
+    return found
 
 
 def _holding(held: dict[int, Tensor], optimizers: tuple[Optimizer, ...]) -> Found | None:
@@ -92,7 +102,8 @@ def _holding(held: dict[int, Tensor], optimizers: tuple[Optimizer, ...]) -> Foun
             parts.append(root)
             for each in mine:
                 del left[each]
-    parts += [p for p in left.values() if p.is_leaf]
+    if optimizers or not parts:  # inputs of a model may have a gradient too: of them alone it is the weights that train
+        parts += [p for p in left.values() if p.is_leaf]
     if len(parts) == 1 and isinstance(parts[0], nn.Module):
         return Found(parts[0], optimizers)
     return Found(named(parts), optimizers) if parts else None
@@ -123,6 +134,10 @@ def _outermost(optimizers: Sequence[Optimizer], extra: Optimizer | None) -> list
 
 def _held(optimizer: Optimizer) -> list[Tensor]:
     return [p for group in getattr(optimizer, "param_groups", ()) for p in group["params"] if isinstance(p, Tensor)]
+
+
+def _size(optimizer: Optimizer) -> int:
+    return sum(len(group["params"]) for group in optimizer.param_groups)
 
 
 def _ids(optimizer: Optimizer) -> set[int]:
@@ -233,45 +248,54 @@ def _locals(frame: FrameType) -> dict[str, Any]:
 # --- watching -------------------------------------------------------------------------------------------------------
 
 
+class AtBackward:
+    """Stands in for `Tensor.backward` until it is asked for once: `call(tensor)` runs, and the original is handed out.
+
+    It takes its own place back first, so what was called as `loss.backward()` is the original, and its frames are torch's.
+    """
+
+    def __init__(self, call: Callable[[Tensor], None]) -> None:
+        self._call, self._original = call, Tensor.__dict__["backward"]
+        Tensor.backward = self  # type: ignore[assignment, method-assign]
+
+    def __get__(self, tensor: Tensor | None, kind: type) -> Any:
+        if tensor is None or torch.compiler.is_compiling():
+            return self._original.__get__(tensor, kind)
+        self.remove()
+        self._call(tensor)
+        return getattr(tensor, "backward")  # noqa: B009 - as it is now: the call may have put another one here
+
+    def remove(self) -> None:
+        """Give way. May be called again."""
+        if Tensor.__dict__.get("backward") is self:
+            Tensor.backward = self._original  # type: ignore[method-assign]
+
+
 class Session:
-    """What is watched in this process, and the hooks that look for more."""
+    """What is watched in this process, and what looks for more."""
 
     def __init__(self, told: dict[str, Any]) -> None:
         self._told = told
         self._pid = os.getpid()
         self.lenses: list[Any] = []
         self._known: dict[int, weakref.ref[Tensor]] = {}  # parameters that are watched, with their optimizers
-        self._bare: dict[int, weakref.ref[Tensor]] = {}  # those that are watched and have none
+        self._bare: list[tuple[Any, dict[int, weakref.ref[Tensor]]]] = []  # lenses without one, and what they watch
         self._familiar: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()  # and how many they hold
-        self._called: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-        self._looking: list[Any] = []  # handles, while we look
+        self._waiting: AtBackward | None = None
         self._late: list[Any] = []  # handles on an optimizer
-        self._calls = self._next = self._fruitless = 0
+        self._fruitless = 0
         self._busy = threading.Lock()
         self._handles = [
             register_module_parameter_registration_hook(self._registered),
             register_optimizer_step_pre_hook(self._stepped),
         ]
-        self._look()
+        self._wait()
 
-    # Each hook returns None, so it changes nothing; none raises, and none works in a forked child. A compiler that follows
-    # one finds that it does nothing.
+    # Each hook returns None, so it changes nothing; none raises, and none works in a forked child.
 
     def _registered(self, module: nn.Module, name: str, parameter: Any) -> None:
-        if not torch.compiler.is_compiling() and not self._looking:
-            self._safely(self._look)
-
-    def _entered(self, module: nn.Module, args: Any) -> None:
-        if not torch.compiler.is_compiling() and self._looking and torch.is_grad_enabled():
-            self._safely(self._enter, module)
-
-    def _left(self, module: nn.Module, args: Any, output: Any) -> None:
-        if not torch.compiler.is_compiling() and self._looking and torch.is_grad_enabled():
-            self._safely(self._leave, output)
-
-    def _reached(self, gradients: Any) -> None:
-        if self._looking:
-            self._safely(self._begin, find_bare=True)
+        if self._waiting is None and self._fruitless < FRUITLESS and not torch.compiler.is_compiling():
+            self._safely(self._wait)
 
     def _stepped(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if not torch.compiler.is_compiling():
@@ -280,45 +304,43 @@ class Session:
     def _stepping(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._safely(self._step_now, optimizer, args, kwargs)
 
-    def _safely(self, call: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+    def _safely(self, call: Callable[..., None], *args: Any) -> None:
         """One at a time, nothing within what we do ourselves, and no exception."""
         if os.getpid() != self._pid or not self._busy.acquire(blocking=False):
             return
         try:
-            call(*args, **kwargs)
+            call(*args)
         except Exception as error:  # noqa: BLE001 - nothing of ours is raised in a training
             self._fruitless = FRUITLESS
-            self._stop_looking()
             _say(f"not watched: {type(error).__name__}: {error}")
         finally:
             self._busy.release()
 
     # --- looking ----------------------------------------------------------------------------------------------------
 
-    def _look(self) -> None:
-        if not self._looking and self._fruitless < FRUITLESS:
-            self._calls, self._next = 0, 1
-            self._looking = [register_module_forward_pre_hook(self._entered), register_module_forward_hook(self._left)]
+    def _wait(self) -> None:
+        """For the next backward."""
+        if self._waiting is None and self._fruitless < FRUITLESS:
+            self._waiting = AtBackward(self._asked)
 
-    def _stop_looking(self) -> None:
-        for handle in self._looking:
-            handle.remove()
-        self._looking = []
+    def _asked(self, loss: Tensor) -> None:
+        self._waiting = None
+        self._safely(self._look, loss)
 
-    def _enter(self, module: nn.Module) -> None:
-        if torch._C._get_tracing_state() is not None:
-            return
-        self._called.add(module)
-        self._calls += 1
-        if self._calls >= self._next:  # a look takes some 50 ms: at the calls 1, 2, 4, 8, ...
-            self._next = 2 * self._calls
-            self._begin()
+    def _look(self, loss: Tensor) -> None:
+        """Before a backward."""
+        known = {key for key, ref in self._known.items() if ref() is not None}
+        found = find(known)
+        if found is None:
+            bare = {key for _, watched in self._bare for key, ref in watched.items() if ref() is not None}
+            found = find_leaves(known | bare, loss)
+        self._begin(found)
 
-    def _leave(self, output: Any) -> None:
-        """The backward through what comes out here begins before any gradient of the module is there."""
-        for tensor in _tensors(output):
-            if tensor.grad_fn is not None:
-                tensor.grad_fn.register_prehook(self._reached)
+    def _begin(self, found: Found | None) -> None:
+        if found is None:
+            self._fruitless += 1
+        else:
+            self._watch(found)
 
     def _step(self, optimizer: Optimizer) -> None:
         """Before an optimizer's step. Torch is going through its global hooks: none can be added until that is over."""
@@ -330,52 +352,39 @@ class Session:
 
     def _step_now(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """The global hooks are done. Those that are added here would miss this step, so they are called."""
-        there = _global_optimizer_pre_hooks
-        before = set(there)
-        self._begin(extra=optimizer)
-        for key in [key for key in there if key not in before]:
-            there[key](optimizer, args, kwargs)
+        before = set(_global_optimizer_pre_hooks)
+        self._begin(find({key for key, ref in self._known.items() if ref() is not None}, optimizer))
+        for key in [key for key in _global_optimizer_pre_hooks if key not in before]:
+            _global_optimizer_pre_hooks[key](optimizer, args, kwargs)
 
     def _new(self, optimizer: Optimizer) -> bool:
         """Whether it moves what is not watched; asked once, and again when it has got more to move."""
-        held = sum(len(group["params"]) for group in optimizer.param_groups)
+        held = _size(optimizer)
         if self._fruitless >= FRUITLESS or self._familiar.get(optimizer) == held:
             return False
         self._familiar[optimizer] = held
         return any(p.requires_grad and not _holds(self._known, p) for p in _held(optimizer))
 
-    def _begin(self, *, find_bare: bool = False, extra: Optimizer | None = None) -> None:
-        known = {key for key, ref in self._known.items() if ref() is not None}
-        found = find(known, extra)
-        if found is None and find_bare:
-            bare = {key for key, ref in self._bare.items() if ref() is not None}
-            found = find_called(known | bare, list(self._called))
-        if found is not None:
-            self._stop_looking()
-            self._called.clear()
-            self._watch(found)
-            return
-        self._fruitless += bool(self.lenses)
-        if self._fruitless >= FRUITLESS or (self.lenses and find_bare):
-            self._stop_looking()
-
     def _watch(self, found: Found) -> None:
         from gradlens.lens import watch
 
-        register = self._known if found.optimizers else self._bare
-        register.update({id(p): weakref.ref(p) for p in found.parameters()})
-        self._familiar.update({each: sum(len(g["params"]) for g in each.param_groups) for each in found.optimizers})
-        self._close_bare(found)
+        _prepare_end()
+        watched = {id(p): weakref.ref(p) for p in found.parameters()}
+        self._close_bare(watched)
         lens = watch(found.target, found.optimizers or None, run=self._directory(), **self._told["options"])
         self.lenses.append(lens)
+        if found.optimizers:
+            self._known.update(watched)
+            self._familiar.update({each: _size(each) for each in found.optimizers})
+        else:
+            self._bare.append((lens, watched))
         if len(self.lenses) == 1:
             _at_end(self.end)
 
-    def _close_bare(self, found: Found) -> None:
+    def _close_bare(self, watched: dict[int, weakref.ref[Tensor]]) -> None:
         """A model that was watched without an optimizer, and has one now, is watched with it from here on."""
-        ids = {id(p) for p in found.parameters()}
-        for lens in self.lenses:
-            if not lens._capture.updates.roles and any(id(t) in ids for t in lens._capture.attachment.tensors()):
+        for lens, own in self._bare:
+            if own.keys() & watched.keys():
                 lens.close()
 
     # --- the run directory ------------------------------------------------------------------------------------------
@@ -411,10 +420,12 @@ class Session:
         if os.getpid() != self._pid:
             return
         for lens in self.lenses:
-            with contextlib.suppress(Exception):
+            try:
                 lens.close()
                 if _is_first_rank():
                     _say_end(lens)
+            except Exception as error:  # noqa: BLE001 - the script has ended as it ended
+                _say(f"{lens._run}: {type(error).__name__}: {error}")
 
 
 def _made(folder: str) -> bool:
@@ -428,6 +439,15 @@ def _made(folder: str) -> bool:
 
 def _is_first_rank() -> bool:
     return os.environ.get("RANK", "0") in ("", "0")
+
+
+def _prepare_end() -> None:
+    """Import what the end needs. To import it then would make Python forget that Ctrl-C ended the script: what runs `exec` on
+    a text, as dataclasses do, resets that, and the exit code would be 1."""
+    import pandas  # noqa: F401 - pyarrow does when the run is closed
+
+    import gradlens.page.summary
+    import gradlens.writers.report  # noqa: F401
 
 
 def _say_end(lens: Any) -> None:
@@ -444,18 +464,6 @@ def _say_end(lens: Any) -> None:
 def _say(text: str) -> None:
     with contextlib.suppress(Exception):
         print(f"gradlens: {text}", file=sys.stderr)
-
-
-def _tensors(output: Any, depth: int = 3) -> Iterator[Tensor]:
-    """The tensors of a module's output, however it is packed."""
-    if isinstance(output, Tensor):
-        yield output
-    elif depth and isinstance(output, list | tuple):
-        for each in output:
-            yield from _tensors(each, depth - 1)
-    elif depth and isinstance(output, dict):
-        for each in output.values():
-            yield from _tensors(each, depth - 1)
 
 
 def _at_end(call: Any) -> None:
