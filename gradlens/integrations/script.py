@@ -442,12 +442,18 @@ def _is_first_rank() -> bool:
 
 
 def _prepare_end() -> None:
-    """Import what the end needs. To import it then would make Python forget that Ctrl-C ended the script: what runs `exec` on
-    a text, as dataclasses do, resets that, and the exit code would be 1."""
-    import pandas  # noqa: F401 - pyarrow does when the run is closed
+    """Import what the end needs.
+
+    Imported then, it would make Python forget that Ctrl-C ended the script: whatever runs `exec` on a text, as dataclasses
+    do, resets that, and the exit code would be 1.
+    """
+    import numpy
+    import pyarrow.compute
 
     import gradlens.page.summary
     import gradlens.writers.report  # noqa: F401
+
+    pyarrow.array(numpy.zeros(1))  # imports pandas, if it is there
 
 
 def _say_end(lens: Any) -> None:
