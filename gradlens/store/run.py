@@ -29,14 +29,16 @@ from gradlens.errors import (
     GradlensWarning,
     NothingCapturedError,
     choice,
+    nearest,
 )
 from gradlens.noise import DECAY, NoiseScale
 from gradlens.pooling import pool
 from gradlens.progress import tracked
 from gradlens.records import Finding, Snapshot
-from gradlens.store import answers, lock, rows, segment, tables, tail
+from gradlens.store import answers, lock, partials, rows, segment, tables, tail
 from gradlens.store.answers import Columns
 from gradlens.store.filters import Filter, Names, Steps
+from gradlens.store.partials import Partials
 from gradlens.store.ranks import merged
 from gradlens.store.rows import Found
 from gradlens.store.segment import Segment
@@ -143,6 +145,33 @@ class Run:
             raise ArgumentError(f"top is a whole number of weights of at least 1, not {top!r}")
         wanted = self._last_step("weights") if step is None else step
         return answers.weights(self._find("weights", ["index", "partial", "value"], Filter(name, wanted)), top, by)
+
+    def partials(self, name: str, step: int | None = None, *, stage: str | None = None) -> Partials:
+        """All partials and weights of a parameter that `watch(keep=)` named, at the last step that was kept, or the last at
+        or before `step`. `kept()` says which there are."""
+        there = [
+            place for place in self._partial_places() if place[2]["name"] == name and stage in (None, place[2]["stage"])
+        ]
+        if not there:
+            known = sorted(self.kept())
+            hint = nearest(name, known) if known else "; name parameters in watch(keep=[...])"
+            raise NothingCapturedError(f"no whole partials of {name!r} were kept in {self.path}{hint}")
+        steps = sorted({at for _, at, _ in there})
+        chosen = max((at for at in steps if step is None or at <= step), default=steps[0])
+        last = [place for place in there if place[1] == chosen]
+        return partials.load([place for place in last if place[2]["stage"] == last[-1][2]["stage"]])
+
+    def kept(self) -> dict[str, list[int]]:
+        """The parameters whose whole partials were kept, and at which steps."""
+        found: dict[str, list[int]] = {}
+        for _, step, entry in self._partial_places():
+            steps = found.setdefault(entry["name"], [])
+            if not steps or steps[-1] != step:
+                steps.append(step)
+        return found
+
+    def _partial_places(self) -> list[Any]:
+        return partials.places(self.path, rows.replaced(self._segments()))
 
     def findings(self) -> list[Finding]:
         """What the rules found, in the order of steps; those that a resumed run has replaced are left out."""

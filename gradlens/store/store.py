@@ -59,6 +59,11 @@ class Store:
 
     durable = True  #: it gets records before others do
 
+    @property
+    def key(self) -> Key:
+        """Which segment it writes."""
+        return self._segment.key
+
     def __init__(
         self,
         run: str | os.PathLike[str],

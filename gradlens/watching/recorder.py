@@ -12,7 +12,7 @@ import contextlib
 import itertools
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from torch import Tensor
@@ -20,6 +20,7 @@ from torch import Tensor
 from gradlens.analysis.history import History
 from gradlens.analysis.ruleset import RuleSet
 from gradlens.errors import FindingError, GradlensWarning
+from gradlens.facts import Fact
 from gradlens.records import Finding, Severity, Snapshot
 from gradlens.statistics.table import Table
 from gradlens.statistics.transfer import Transfer
@@ -39,6 +40,8 @@ class TableBatch:
     scalars: dict[str, Any]
     on_device: Sequence[str] = ()  # the scalars that come last in the transfer
     findings: Sequence[Finding] = ()
+    losses: Sequence[float | Tensor | None] = ()  # by table; those on a device come last in the transfer
+    facts: Sequence[Fact] = ()
     snapshots: list[Snapshot] | None = None  # once the numbers have been taken
 
     @property
@@ -49,12 +52,18 @@ class TableBatch:
     def unpack(self) -> Iterator[Snapshot]:
         """The tables, once their numbers have arrived."""
         arrays = self.transfer.wait()
-        first = len(arrays) - len(self.on_device)
-        late = {name: array.item() for name, array in zip(self.on_device, arrays[first:], strict=True)}
+        losses = list(self.losses) or [None] * len(self.tables)
+        moved = [i for i, loss in enumerate(losses) if isinstance(loss, Tensor)]
+        end = len(arrays) - len(moved)
+        for i, array in zip(moved, arrays[end:], strict=True):
+            losses[i] = array.item()
+        first = end - len(self.on_device)
+        late = {name: array.item() for name, array in zip(self.on_device, arrays[first:end], strict=True)}
         scalars = {name: float(value) for name, value in {**self.scalars, **late}.items()}
         given, before = iter(arrays[:first]), None
-        for table in self.tables:
-            snapshot = table.unpack(list(itertools.islice(given, len(table.pack()))), scalars, before)
+        for table, loss in zip(self.tables, losses, strict=True):
+            own = scalars if loss is None or "loss" in scalars else {"loss": float(loss), **scalars}
+            snapshot = table.unpack(list(itertools.islice(given, len(table.pack()))), own, before)
             before = (table, snapshot)
             yield snapshot
 
@@ -88,6 +97,8 @@ class RecordConsumer:
         self._record_waiting()
         for finding in parcel.findings:
             self._found(finding)
+        for fact in parcel.facts:
+            self._history.note(on_host(fact))
         for snapshot in snapshots:
             self._history.append(snapshot)
             self._others.write(snapshot)
@@ -133,6 +144,12 @@ class RecordConsumer:
         self._others.close()
 
 
+def on_host(fact: Fact) -> Fact:
+    """The fact without tensors: numbers that a device had are waited for, on this thread."""
+    moved = {f.name: float(value) for f in fields(fact) if isinstance(value := getattr(fact, f.name), Tensor)}
+    return replace(fact, **moved) if moved else fact  # type: ignore[arg-type]
+
+
 def _durable(writer: Writer) -> bool:
     return bool(getattr(writer, "durable", False))
 
@@ -151,19 +168,26 @@ class Recorder:
         self.found: list[Finding] = []
         self._failures, self._on_finding = failures, on_finding
         self._to_raise: list[Finding] = []
+        self._facts: list[Fact] = []
         self._consumer = RecordConsumer(self.history, RuleSet(rules), writers, self._found)
         self._background = Background(self._consumer)
         self._consumer.waiting = self._background.waiting
 
-    def send(self, tables: list[Table], scalars: Mapping[str, Any]) -> None:
+    def note(self, fact: Fact) -> None:
+        """Something is known beside gradients; it is handed on with the next tables."""
+        self._facts.append(fact)
+
+    def send(self, tables: list[Table], scalars: Mapping[str, Any], losses: Sequence[float | Tensor | None] = ()) -> None:
         """Hand tables on, with what the user observed at their step, and the findings that wait. Never waits."""
         findings = list(self._failures.findings)
         if not tables and not findings:
             return
+        facts, self._facts = self._facts, []
+        late = [loss for loss in losses if isinstance(loss, Tensor)]
         observed = {name: value.detach() for name, value in scalars.items() if isinstance(value, Tensor)}
-        transfer = Transfer([tensor for table in tables for tensor in table.pack()] + list(observed.values()))
+        transfer = Transfer([tensor for table in tables for tensor in table.pack()] + list(observed.values()) + late)
         step = tables[-1].step if tables else self._failures.step()
-        self._background.write(TableBatch(step, tables, transfer, dict(scalars), list(observed), findings))
+        self._background.write(TableBatch(step, tables, transfer, dict(scalars), list(observed), findings, losses, facts))
         del self._failures.findings[: len(findings)]
 
     def _found(self, finding: Finding) -> None:
