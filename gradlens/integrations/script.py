@@ -9,17 +9,17 @@ From then on
     an optimizer steps          ->  it is none of those watched, as where its backward was not seen: watched from here on
     a parameter is registered   ->  a model is being built: look again at the next backward
 
-Optimizers and modules are found among the objects that Python's garbage collector knows. The one thing of torch that is
-replaced is the attribute `Tensor.backward`, until the first backward: by a descriptor that looks and then hands out the
-original, so that no frame of ours is in a traceback, and no compiler meets a hook. Names are those of the model; where there
-are several models, each has the name of the script's variable in front.
+Modules are known from the hook that torch calls when one registers a parameter or a child, those that were copied or loaded
+from the script's variables. Two attributes of torch are replaced, each by a descriptor that hands out the original, so that
+no frame of ours is in a traceback and no compiler meets a hook: `Tensor.backward`, until the first one is asked for, and
+`Optimizer._patch_step_function`, which is called as an optimizer is made. Names are those of the model; where there are
+several models, each has the name of the script's variable in front.
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
-import gc
 import inspect
 import json
 import os
@@ -34,12 +34,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.nn.modules.module import (
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_pre_hooks, register_optimizer_step_pre_hook
 
 VARIABLE = "GRADLENS_RUN"  #: of the environment: what `gradlens run` was told, as JSON
-FRUITLESS = 16  #: looks that found nothing new, some 50 ms each, after which nothing is looked for any more
+FRUITLESS = 64  #: looks that found nothing new, after which nothing is looked for any more
 NODES = 200_000  #: of a graph that are looked at
 
 
@@ -59,20 +62,56 @@ class Found:
 # --- finding --------------------------------------------------------------------------------------------------------
 
 
-def find(known: set[int], extra: Optimizer | None = None) -> Found | None:
+class Made:
+    """The modules and the optimizers that the script has made and that are alive, these in the order of their making."""
+
+    def __init__(self) -> None:
+        self._modules: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self._optimizers: list[weakref.ref[Optimizer]] = []
+
+    def note_module(self, module: nn.Module) -> None:
+        """It has got a parameter or a child."""
+        self._modules.add(module)
+
+    def note_optimizer(self, optimizer: Optimizer) -> None:
+        """It is being made."""
+        self._optimizers = [ref for ref in self._optimizers if ref() is not None]
+        self._optimizers.append(weakref.ref(optimizer))
+
+    def roots(self) -> list[nn.Module]:
+        """Modules that are in no other, those that a variable of the script has among them."""
+        known = {id(module): module for module in list(self._modules)}
+        known |= {id(value): value for _, value in variables() if issubclass(type(value), nn.Module)}
+        inside: set[int] = set()
+        for module in known.values():
+            with contextlib.suppress(Exception):  # one that is being built, or a scripted one
+                inside |= {id(child) for child in module.children() if child is not module}
+        return [module for key, module in known.items() if key not in inside and _has_parameters(module)]
+
+    def optimizers(self, extra: Optimizer | None) -> list[Optimizer]:
+        """Without those that others hold, and without wrappers whose own step fires no hook."""
+        alive = list({id(o): o for ref in self._optimizers if (o := ref()) is not None}.values())
+        if extra is not None and all(each is not extra for each in alive):
+            alive.append(extra)
+        hooked = [each for each in alive if hasattr(getattr(type(each), "step", None), "hooked")]
+        inside = {id(value) for each in hooked for value in vars(each).values() if isinstance(value, Optimizer)}
+        return [each for each in hooked if id(each) not in inside or each is extra]
+
+
+def find(made: Made, known: set[int], extra: Optimizer | None = None) -> Found | None:
     """The models whose parameters optimizers hold. None: there is no optimizer that is not known.
 
     `known` are the ids of parameters that are watched already; `extra` is an optimizer to be taken even if another holds it.
     """
-    chosen = [each for each in _outermost(_alive(Optimizer), extra) if _held(each) and not _ids(each) & known]
+    chosen = [each for each in made.optimizers(extra) if _held(each) and not _ids(each) & known]
     held = {id(p): p for each in chosen for p in _held(each) if p.requires_grad}
-    return _holding(held, tuple(chosen)) if held else None
+    return _holding(made, held, tuple(chosen)) if held else None
 
 
-def find_leaves(known: set[int], root: Tensor) -> Found | None:
+def find_leaves(made: Made, known: set[int], root: Tensor) -> Found | None:
     """What a loss depends on, where there is no optimizer: the modules that have its leaves, or else those tensors."""
     held = {id(leaf): leaf for leaf in leaves(root) if id(leaf) not in known}
-    return _holding(held, ()) if held else None
+    return _holding(made, held, ()) if held else None
 
 
 def leaves(root: Tensor) -> list[Tensor]:
@@ -92,11 +131,11 @@ def leaves(root: Tensor) -> list[Tensor]:
     return found
 
 
-def _holding(held: dict[int, Tensor], optimizers: tuple[Optimizer, ...]) -> Found | None:
+def _holding(made: Made, held: dict[int, Tensor], optimizers: tuple[Optimizer, ...]) -> Found | None:
     """The modules that have these parameters, as few as possible, and the tensors that no module has."""
     parts: list[nn.Module | Tensor] = []
     left = dict(held)
-    for root in sorted(_roots(_alive(nn.Module)), key=lambda root: _coverage(root, held)):
+    for root in sorted(made.roots(), key=lambda root: _coverage(root, held)):
         mine = [id(p) for p in root.parameters() if id(p) in left]
         if mine:
             parts.append(root)
@@ -109,35 +148,17 @@ def _holding(held: dict[int, Tensor], optimizers: tuple[Optimizer, ...]) -> Foun
     return Found(named(parts), optimizers) if parts else None
 
 
-def _alive(kind: type) -> list[Any]:
-    """All objects of a kind, each once. By their type alone: to ask a stranger's `__class__` may run its code."""
-    kinds: dict[type, bool] = {}
-    found = []
-    for each in gc.get_objects():
-        of = type(each)
-        fits = kinds.get(of)
-        if fits is None:
-            fits = kinds[of] = issubclass(of, kind)
-        if fits:
-            found.append(each)
-    return found
-
-
-def _outermost(optimizers: Sequence[Optimizer], extra: Optimizer | None) -> list[Optimizer]:
-    """Without those that others hold, and without wrappers whose own step fires no hook. In the order of the script."""
-    hooked = [each for each in optimizers if hasattr(getattr(type(each), "step", None), "hooked")]
-    inside = {id(value) for each in hooked for value in vars(each).values() if isinstance(value, Optimizer)}
-    result = [each for each in hooked if id(each) not in inside or each is extra]
-    order = {id(value): place for place, (_, value) in enumerate(_variables())}
-    return sorted(result, key=lambda each: order.get(id(each), len(order)))
-
-
 def _held(optimizer: Optimizer) -> list[Tensor]:
     return [p for group in getattr(optimizer, "param_groups", ()) for p in group["params"] if isinstance(p, Tensor)]
 
 
 def _size(optimizer: Optimizer) -> int:
     return sum(len(group["params"]) for group in optimizer.param_groups)
+
+
+def holds_any(optimizer: Optimizer, tensors: Sequence[Tensor]) -> bool:
+    """Whether it moves one of these."""
+    return not _ids(optimizer).isdisjoint(map(id, tensors))
 
 
 def _ids(optimizer: Optimizer) -> set[int]:
@@ -149,19 +170,11 @@ def _holds(register: dict[int, weakref.ref[Tensor]], parameter: Tensor) -> bool:
     return known is not None and known() is parameter
 
 
-def _roots(modules: Sequence[nn.Module]) -> list[nn.Module]:
-    """Modules that are in no other."""
-    inside: set[int] = set()
-    for module in modules:
-        with contextlib.suppress(Exception):  # one that is being built, or a scripted one
-            inside |= {id(child) for child in module.children() if child is not module}
-    found = []
-    for module in modules:
-        if id(module) not in inside:
-            with contextlib.suppress(Exception):
-                if next(module.parameters(), None) is not None:
-                    found.append(module)
-    return found
+def _has_parameters(module: nn.Module) -> bool:
+    try:
+        return next(module.parameters(), None) is not None
+    except Exception:  # noqa: BLE001 - one that is being built
+        return False
 
 
 def _coverage(root: nn.Module, held: dict[int, Tensor]) -> tuple[int, int]:
@@ -178,7 +191,7 @@ def named(parts: Sequence[nn.Module | Tensor]) -> dict[str, nn.Module | Tensor]:
     names: dict[int, str] = {}
     order: list[int] = []
     wanted = {id(inner): part for part in parts for inner in _inners(part)}
-    for name, value in _variables():
+    for name, value in variables():
         part = wanted.get(id(value))
         if part is not None and id(part) not in names and name.isidentifier():
             names[id(part)] = name
@@ -206,7 +219,7 @@ def _inners(part: nn.Module | Tensor) -> Iterator[nn.Module | Tensor]:
         part = inner
 
 
-def _variables() -> Iterator[tuple[str, Any]]:
+def variables() -> Iterator[tuple[str, Any]]:
     """Names and values that the running script has: its globals, then the locals of its functions from the outside in, and
     the attributes of the objects whose methods these are."""
     frames = list(_frames())
@@ -248,6 +261,19 @@ def _locals(frame: FrameType) -> dict[str, Any]:
 # --- watching -------------------------------------------------------------------------------------------------------
 
 
+class AtOptimizer:
+    """Stands in for `Optimizer._patch_step_function`, which torch calls as an optimizer is made: `note` hears of each."""
+
+    def __init__(self, note: Callable[[Optimizer], None]) -> None:
+        self._note, self._original = note, Optimizer.__dict__["_patch_step_function"]
+        Optimizer._patch_step_function = self  # type: ignore[assignment, method-assign]
+
+    def __get__(self, optimizer: Optimizer | None, kind: type) -> Any:
+        if optimizer is not None:
+            self._note(optimizer)
+        return self._original.__get__(optimizer, kind)
+
+
 class AtBackward:
     """Stands in for `Tensor.backward` until it is asked for once: `call(tensor)` runs, and the original is handed out.
 
@@ -285,17 +311,23 @@ class Session:
         self._late: list[Any] = []  # handles on an optimizer
         self._fruitless = 0
         self._busy = threading.Lock()
+        self._made = Made()
         self._handles = [
             register_module_parameter_registration_hook(self._registered),
+            register_module_module_registration_hook(self._registered),
             register_optimizer_step_pre_hook(self._stepped),
+            AtOptimizer(self._optimizer_made),
         ]
         self._wait()
 
     # Each hook returns None, so it changes nothing; none raises, and none works in a forked child.
 
-    def _registered(self, module: nn.Module, name: str, parameter: Any) -> None:
-        if self._waiting is None and self._fruitless < FRUITLESS and not torch.compiler.is_compiling():
-            self._safely(self._wait)
+    def _registered(self, module: nn.Module, name: str, registered: Any) -> None:
+        if not torch.compiler.is_compiling() and not self._busy.locked():
+            self._safely(self._note_module, module)
+
+    def _optimizer_made(self, optimizer: Optimizer) -> None:
+        self._safely(self._made.note_optimizer, optimizer)
 
     def _stepped(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if not torch.compiler.is_compiling():
@@ -318,6 +350,10 @@ class Session:
 
     # --- looking ----------------------------------------------------------------------------------------------------
 
+    def _note_module(self, module: nn.Module) -> None:
+        self._made.note_module(module)
+        self._wait()
+
     def _wait(self) -> None:
         """For the next backward."""
         if self._waiting is None and self._fruitless < FRUITLESS:
@@ -330,10 +366,10 @@ class Session:
     def _look(self, loss: Tensor) -> None:
         """Before a backward."""
         known = {key for key, ref in self._known.items() if ref() is not None}
-        found = find(known)
+        found = find(self._made, known)
         if found is None:
             bare = {key for _, watched in self._bare for key, ref in watched.items() if ref() is not None}
-            found = find_leaves(known | bare, loss)
+            found = find_leaves(self._made, known | bare, loss)
         self._begin(found)
 
     def _begin(self, found: Found | None) -> None:
@@ -353,7 +389,7 @@ class Session:
     def _step_now(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """The global hooks are done. Those that are added here would miss this step, so they are called."""
         before = set(_global_optimizer_pre_hooks)
-        self._begin(find({key for key, ref in self._known.items() if ref() is not None}, optimizer))
+        self._begin(find(self._made, {key for key, ref in self._known.items() if ref() is not None}, optimizer))
         for key in [key for key in _global_optimizer_pre_hooks if key not in before]:
             _global_optimizer_pre_hooks[key](optimizer, args, kwargs)
 
@@ -484,5 +520,11 @@ def _at_end(call: Any) -> None:
 
 
 def begin() -> None:
-    """Look for what trains in this process."""
-    Session(json.loads(os.environ[VARIABLE]))
+    """Look for what trains in this process, or for the graph of its first loss."""
+    told = json.loads(os.environ[VARIABLE])
+    if told.get("audit"):
+        from gradlens.integrations import audited
+
+        audited.begin(told)
+    else:
+        Session(told)
