@@ -57,6 +57,8 @@ from gradlens.writers.exchange import PARTING, PATIENCE, Pooled, Sender
 if TYPE_CHECKING:
     import pandas as pd
 
+CLOSING = 60.0  #: seconds for which a second close() waits for the first
+
 #: Lenses that are open. The package holds them, so that an unassigned `gradlens.watch(...)` works.
 _open_lenses: set[Lens] = set()
 
@@ -120,7 +122,8 @@ class Lens:
             self._failures.step = lambda: self._watcher.step.number
             self._closed = False
             self._micro_batches: tuple[int, list[float]] = (-1, [])  # a step, and the sizes that observe() was told
-            self._closing = threading.Lock()
+            self._closing, self._ended = threading.Lock(), threading.Event()
+            self._closer: threading.Thread | None = None
             self._partials = self._keep_partials(keep, optimizers, own)
             self._watcher.attach()
         except BaseException:
@@ -343,11 +346,20 @@ class Lens:
         self._catch_up()
 
     def close(self) -> None:
-        """Detach everything, write what is left, leave the model as it was. May be called again."""
+        """Detach everything, write what is left, leave the model as it was.
+
+        May be called again; while another thread closes it, as one does when the model has died, this waits for that one.
+        """
         with self._closing:
-            if self._closed:
-                return
-            self._closed = True
+            first, self._closed = not self._closed, True
+            if first:
+                self._closer = threading.current_thread()
+        if first:
+            self._close()
+        elif self._closer is not threading.current_thread():
+            self._ended.wait(CLOSING)
+
+    def _close(self) -> None:
         try:
             self._watcher.close_skipped_step()
             if not self._watcher.elsewhere():
@@ -359,10 +371,13 @@ class Lens:
                 self._partials.close()
             for finalizer in self._finalizers:
                 finalizer.detach()
-            _open_lenses.discard(self)
-            if self._store is not None:
-                self._store.annotate(overhead=str(self.overhead()), diagnosis=str(self._recorder.diagnosis()))
-            self._recorder.close()
+            try:
+                if self._store is not None:
+                    self._store.annotate(overhead=str(self.overhead()), diagnosis=str(self._recorder.diagnosis()))
+                self._recorder.close()
+            finally:
+                self._ended.set()
+                _open_lenses.discard(self)
 
     def __enter__(self) -> Lens:
         return self

@@ -846,3 +846,21 @@ def test_weights_that_are_not_finite_are_counted_before_and_after_the_step():
         table = lens.table().set_index("parameter")
     assert table["weight_nonfinite"].tolist() == [2, 0]
     assert table["update_nonfinite"].tolist() == [2, 1]
+
+
+def test_a_model_that_dies_right_before_exit_loses_no_record(tmp_path):
+    """Its lens is closed by a thread of its own; the interpreter's exit waits for that, and all steps are on disk."""
+    code = f"""
+import torch, gradlens
+def train():
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    gradlens.watch(model, optimizer, run={str(tmp_path / "run")!r})
+    for _ in range(40):
+        optimizer.zero_grad()
+        model(torch.ones(4, 3)).sum().backward()
+        optimizer.step()
+train()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    assert gradlens.open_run(tmp_path / "run").steps("used") == list(range(40))

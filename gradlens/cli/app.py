@@ -19,6 +19,7 @@ COMMANDS = {
     "compare": "gradlens.cli.compare",
     "top": "gradlens.cli.top",
     "view": "gradlens.cli.view",
+    "audit": "gradlens.cli.audit",
     "finish": "gradlens.cli.finish",
     "completion": "gradlens.cli.completion",
 }

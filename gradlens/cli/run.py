@@ -100,7 +100,7 @@ def command(as_module: bool, run: str | None, script: str, args: tuple[str, ...]
     it starts. What was seen is printed on standard error when it ends, and is in the run directory. The exit code is the
     script's.
     """
-    _check(script, as_module)
+    check_script(script, as_module)
     told = {
         "run": os.path.abspath(run or _name(script, as_module)),
         "continue": run is not None and (Path(run) / "run.json").exists(),
@@ -109,6 +109,11 @@ def command(as_module: bool, run: str | None, script: str, args: tuple[str, ...]
     }
     if run is not None and Path(run).is_file():
         raise ArgumentError(f"--run {run} is a file; give a directory")
+    start(told, script, args, as_module)
+
+
+def start(told: dict[str, Any], script: str, args: tuple[str, ...], as_module: bool) -> None:
+    """This process becomes Python with the script, which is told."""
     os.environ[VARIABLE] = json.dumps(told)
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(BOOTSTRAP), os.environ.get("PYTHONPATH", "")]))
     sys.stdout.flush()
@@ -134,7 +139,7 @@ def _given(options: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def _check(script: str, as_module: bool) -> None:
+def check_script(script: str, as_module: bool) -> None:
     """An error names the nearest script, before Python starts anew."""
     if as_module:
         if script.split(".")[0] not in sys.stdlib_module_names and importlib.util.find_spec(script.split(".")[0]) is None:

@@ -4,21 +4,22 @@ The script is the real `__main__` of its own process. Python imports `bootstrap/
 `begin` when torch was imported, in the script's process and in those that it starts: workers of torchrun, spawned ranks.
 From then on
 
-    a module is called, gradients on  ->  are there optimizers? Then its model is watched before its first backward
-    a module's output is in a graph   ->  where there is no optimizer: watched when the backward through it begins
-    an optimizer steps                ->  it is none of those watched (plain tensors, or made late): watched from here on
-    a parameter is registered         ->  a model is being built: look again
+    backward() is asked for     ->  are there optimizers? Then the models whose parameters they hold are watched, and
+                                    otherwise those that this loss depends on; then the backward begins
+    an optimizer steps          ->  it is none of those watched, as where its backward was not seen: watched from here on
+    a parameter is registered   ->  a model is being built: look again at the next backward
 
-Models and optimizers are found among the objects that Python's garbage collector knows: nothing of torch is replaced, and
-no hook is on a module. The hooks that look are torch's global ones, and are gone while everything is watched. Names are
-those of the model; where there are several models, each has the name of the script's variable in front.
+Modules are known from the hook that torch calls when one registers a parameter or a child, those that were copied or loaded
+from the script's variables. Two attributes of torch are replaced, each by a descriptor that hands out the original, so that
+no frame of ours is in a traceback and no compiler meets a hook: `Tensor.backward`, until the first one is asked for, and
+`Optimizer._patch_step_function`, which is called as an optimizer is made. Names are those of the model; where there are
+several models, each has the name of the script's variable in front.
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
-import gc
 import inspect
 import json
 import os
@@ -34,16 +35,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import (
-    register_module_forward_hook,
-    register_module_forward_pre_hook,
+    register_module_module_registration_hook,
     register_module_parameter_registration_hook,
 )
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_pre_hooks, register_optimizer_step_pre_hook
 
 VARIABLE = "GRADLENS_RUN"  #: of the environment: what `gradlens run` was told, as JSON
-FRUITLESS = 16  #: looks that found nothing new, after which no model is looked for any more
-WAIT = 60.0  #: seconds in which a rank waits for the first one's name of the run
+FRUITLESS = 64  #: looks that found nothing new, after which nothing is looked for any more
+NODES = 200_000  #: of a graph that are looked at
 
 
 @dataclass(frozen=True)
@@ -62,67 +62,103 @@ class Found:
 # --- finding --------------------------------------------------------------------------------------------------------
 
 
-def find(known: set[int], extra: Optimizer | None = None) -> Found | None:
+class Made:
+    """The modules and the optimizers that the script has made and that are alive, these in the order of their making."""
+
+    def __init__(self) -> None:
+        self._modules: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self._optimizers: list[weakref.ref[Optimizer]] = []
+
+    def note_module(self, module: nn.Module) -> None:
+        """It has got a parameter or a child."""
+        self._modules.add(module)
+
+    def note_optimizer(self, optimizer: Optimizer) -> None:
+        """It is being made."""
+        self._optimizers = [ref for ref in self._optimizers if ref() is not None]
+        self._optimizers.append(weakref.ref(optimizer))
+
+    def roots(self) -> list[nn.Module]:
+        """Modules that are in no other, those that a variable of the script has among them."""
+        known = {id(module): module for module in list(self._modules)}
+        known |= {id(value): value for _, value in variables() if issubclass(type(value), nn.Module)}
+        inside: set[int] = set()
+        for module in known.values():
+            with contextlib.suppress(Exception):  # one that is being built, or a scripted one
+                inside |= {id(child) for child in module.children() if child is not module}
+        return [module for key, module in known.items() if key not in inside and _has_parameters(module)]
+
+    def optimizers(self, extra: Optimizer | None) -> list[Optimizer]:
+        """Without those that others hold, and without wrappers whose own step fires no hook."""
+        alive = list({id(o): o for ref in self._optimizers if (o := ref()) is not None}.values())
+        if extra is not None and all(each is not extra for each in alive):
+            alive.append(extra)
+        hooked = [each for each in alive if hasattr(getattr(type(each), "step", None), "hooked")]
+        inside = {id(value) for each in hooked for value in vars(each).values() if isinstance(value, Optimizer)}
+        return [each for each in hooked if id(each) not in inside or each is extra]
+
+
+def find(made: Made, known: set[int], extra: Optimizer | None = None) -> Found | None:
     """The models whose parameters optimizers hold. None: there is no optimizer that is not known.
 
     `known` are the ids of parameters that are watched already; `extra` is an optimizer to be taken even if another holds it.
     """
-    chosen = [each for each in _outermost(_alive(Optimizer), extra) if _held(each) and not _ids(each) & known]
+    chosen = [each for each in made.optimizers(extra) if _held(each) and not _ids(each) & known]
     held = {id(p): p for each in chosen for p in _held(each) if p.requires_grad}
-    return _holding(held, tuple(chosen)) if held else None
+    return _holding(made, held, tuple(chosen)) if held else None
 
 
-def find_called(known: set[int], called: Sequence[nn.Module]) -> Found | None:
-    """The models that were called and train without an optimizer."""
-    ids = {id(module) for module in called}
-    roots = [root for root in _roots(_alive(nn.Module)) if any(id(module) in ids for module in root.modules())]
-    held: dict[int, Tensor] = {
-        id(p): p for root in roots for p in root.parameters() if p.requires_grad and id(p) not in known
-    }
-    return _holding(held, ()) if held else None
+def find_leaves(made: Made, known: set[int], root: Tensor) -> Found | None:
+    """What a loss depends on, where there is no optimizer: the modules that have its leaves, or else those tensors."""
+    held = {id(leaf): leaf for leaf in leaves(root) if id(leaf) not in known}
+    return _holding(made, held, ()) if held else None
 
 
-def _holding(held: dict[int, Tensor], optimizers: tuple[Optimizer, ...]) -> Found | None:
+def leaves(root: Tensor) -> list[Tensor]:
+    """The tensors that this one was computed from and that get a gradient."""
+    seen: set[Any] = set()
+    found: list[Tensor] = []
+    stack = [root.grad_fn]
+    while stack and len(seen) < NODES:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)
+        if isinstance(variable, Tensor) and variable.requires_grad:
+            found.append(variable)
+        stack += [each for each, _ in node.next_functions]
+    return found
+
+
+def _holding(made: Made, held: dict[int, Tensor], optimizers: tuple[Optimizer, ...]) -> Found | None:
     """The modules that have these parameters, as few as possible, and the tensors that no module has."""
     parts: list[nn.Module | Tensor] = []
     left = dict(held)
-    for root in sorted(_roots(_alive(nn.Module)), key=lambda root: _coverage(root, held)):
+    for root in sorted(made.roots(), key=lambda root: _coverage(root, held)):
         mine = [id(p) for p in root.parameters() if id(p) in left]
         if mine:
             parts.append(root)
             for each in mine:
                 del left[each]
-    parts += [p for p in left.values() if p.is_leaf]
+    if optimizers or not parts:  # inputs of a model may have a gradient too: of them alone it is the weights that train
+        parts += [p for p in left.values() if p.is_leaf]
     if len(parts) == 1 and isinstance(parts[0], nn.Module):
         return Found(parts[0], optimizers)
     return Found(named(parts), optimizers) if parts else None
 
 
-def _alive(kind: type) -> list[Any]:
-    """All objects of a kind, each once. By their type alone: to ask a stranger's `__class__` may run its code."""
-    kinds: dict[type, bool] = {}
-    found = []
-    for each in gc.get_objects():
-        of = type(each)
-        fits = kinds.get(of)
-        if fits is None:
-            fits = kinds[of] = issubclass(of, kind)
-        if fits:
-            found.append(each)
-    return found
-
-
-def _outermost(optimizers: Sequence[Optimizer], extra: Optimizer | None) -> list[Optimizer]:
-    """Without those that others hold, and without wrappers whose own step fires no hook. In the order of the script."""
-    hooked = [each for each in optimizers if hasattr(getattr(type(each), "step", None), "hooked")]
-    inside = {id(value) for each in hooked for value in vars(each).values() if isinstance(value, Optimizer)}
-    result = [each for each in hooked if id(each) not in inside or each is extra]
-    order = {id(value): place for place, (_, value) in enumerate(_variables())}
-    return sorted(result, key=lambda each: order.get(id(each), len(order)))
-
-
 def _held(optimizer: Optimizer) -> list[Tensor]:
     return [p for group in getattr(optimizer, "param_groups", ()) for p in group["params"] if isinstance(p, Tensor)]
+
+
+def _size(optimizer: Optimizer) -> int:
+    return sum(len(group["params"]) for group in optimizer.param_groups)
+
+
+def holds_any(optimizer: Optimizer, tensors: Sequence[Tensor]) -> bool:
+    """Whether it moves one of these."""
+    return not _ids(optimizer).isdisjoint(map(id, tensors))
 
 
 def _ids(optimizer: Optimizer) -> set[int]:
@@ -134,19 +170,11 @@ def _holds(register: dict[int, weakref.ref[Tensor]], parameter: Tensor) -> bool:
     return known is not None and known() is parameter
 
 
-def _roots(modules: Sequence[nn.Module]) -> list[nn.Module]:
-    """Modules that are in no other."""
-    inside: set[int] = set()
-    for module in modules:
-        with contextlib.suppress(Exception):  # one that is being built, or a scripted one
-            inside |= {id(child) for child in module.children() if child is not module}
-    found = []
-    for module in modules:
-        if id(module) not in inside:
-            with contextlib.suppress(Exception):
-                if next(module.parameters(), None) is not None:
-                    found.append(module)
-    return found
+def _has_parameters(module: nn.Module) -> bool:
+    try:
+        return next(module.parameters(), None) is not None
+    except Exception:  # noqa: BLE001 - one that is being built
+        return False
 
 
 def _coverage(root: nn.Module, held: dict[int, Tensor]) -> tuple[int, int]:
@@ -163,7 +191,7 @@ def named(parts: Sequence[nn.Module | Tensor]) -> dict[str, nn.Module | Tensor]:
     names: dict[int, str] = {}
     order: list[int] = []
     wanted = {id(inner): part for part in parts for inner in _inners(part)}
-    for name, value in _variables():
+    for name, value in variables():
         part = wanted.get(id(value))
         if part is not None and id(part) not in names and name.isidentifier():
             names[id(part)] = name
@@ -191,7 +219,7 @@ def _inners(part: nn.Module | Tensor) -> Iterator[nn.Module | Tensor]:
         part = inner
 
 
-def _variables() -> Iterator[tuple[str, Any]]:
+def variables() -> Iterator[tuple[str, Any]]:
     """Names and values that the running script has: its globals, then the locals of its functions from the outside in, and
     the attributes of the objects whose methods these are."""
     frames = list(_frames())
@@ -233,45 +261,73 @@ def _locals(frame: FrameType) -> dict[str, Any]:
 # --- watching -------------------------------------------------------------------------------------------------------
 
 
+class AtOptimizer:
+    """Stands in for `Optimizer._patch_step_function`, which torch calls as an optimizer is made: `note` hears of each."""
+
+    def __init__(self, note: Callable[[Optimizer], None]) -> None:
+        self._note, self._original = note, Optimizer.__dict__["_patch_step_function"]
+        Optimizer._patch_step_function = self  # type: ignore[assignment, method-assign]
+
+    def __get__(self, optimizer: Optimizer | None, kind: type) -> Any:
+        if optimizer is not None:
+            self._note(optimizer)
+        return self._original.__get__(optimizer, kind)
+
+
+class AtBackward:
+    """Stands in for `Tensor.backward` until it is asked for once: `call(tensor)` runs, and the original is handed out.
+
+    It takes its own place back first, so what was called as `loss.backward()` is the original, and its frames are torch's.
+    """
+
+    def __init__(self, call: Callable[[Tensor], None]) -> None:
+        self._call, self._original = call, Tensor.__dict__["backward"]
+        Tensor.backward = self  # type: ignore[assignment, method-assign]
+
+    def __get__(self, tensor: Tensor | None, kind: type) -> Any:
+        if tensor is None or torch.compiler.is_compiling():
+            return self._original.__get__(tensor, kind)
+        self.remove()
+        self._call(tensor)
+        return getattr(tensor, "backward")  # noqa: B009 - as it is now: the call may have put another one here
+
+    def remove(self) -> None:
+        """Give way. May be called again."""
+        if Tensor.__dict__.get("backward") is self:
+            Tensor.backward = self._original  # type: ignore[method-assign]
+
+
 class Session:
-    """What is watched in this process, and the hooks that look for more."""
+    """What is watched in this process, and what looks for more."""
 
     def __init__(self, told: dict[str, Any]) -> None:
         self._told = told
         self._pid = os.getpid()
         self.lenses: list[Any] = []
         self._known: dict[int, weakref.ref[Tensor]] = {}  # parameters that are watched, with their optimizers
-        self._bare: dict[int, weakref.ref[Tensor]] = {}  # those that are watched and have none
+        self._bare: list[tuple[Any, dict[int, weakref.ref[Tensor]]]] = []  # lenses without one, and what they watch
         self._familiar: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()  # and how many they hold
-        self._called: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-        self._looking: list[Any] = []  # handles, while we look
+        self._waiting: AtBackward | None = None
         self._late: list[Any] = []  # handles on an optimizer
-        self._calls = self._next = self._fruitless = 0
+        self._fruitless = 0
         self._busy = threading.Lock()
+        self._made = Made()
         self._handles = [
             register_module_parameter_registration_hook(self._registered),
+            register_module_module_registration_hook(self._registered),
             register_optimizer_step_pre_hook(self._stepped),
+            AtOptimizer(self._optimizer_made),
         ]
-        self._look()
+        self._wait()
 
-    # Each hook returns None, so it changes nothing; none raises, and none works in a forked child. A compiler that follows
-    # one finds that it does nothing.
+    # Each hook returns None, so it changes nothing; none raises, and none works in a forked child.
 
-    def _registered(self, module: nn.Module, name: str, parameter: Any) -> None:
-        if not torch.compiler.is_compiling() and not self._looking:
-            self._safely(self._look)
+    def _registered(self, module: nn.Module, name: str, registered: Any) -> None:
+        if not torch.compiler.is_compiling() and not self._busy.locked():
+            self._safely(self._note_module, module)
 
-    def _entered(self, module: nn.Module, args: Any) -> None:
-        if not torch.compiler.is_compiling() and self._looking and torch.is_grad_enabled():
-            self._safely(self._enter, module)
-
-    def _left(self, module: nn.Module, args: Any, output: Any) -> None:
-        if not torch.compiler.is_compiling() and self._looking and torch.is_grad_enabled():
-            self._safely(self._leave, output)
-
-    def _reached(self, gradients: Any) -> None:
-        if self._looking:
-            self._safely(self._begin, find_bare=True)
+    def _optimizer_made(self, optimizer: Optimizer) -> None:
+        self._safely(self._made.note_optimizer, optimizer)
 
     def _stepped(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if not torch.compiler.is_compiling():
@@ -280,45 +336,47 @@ class Session:
     def _stepping(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._safely(self._step_now, optimizer, args, kwargs)
 
-    def _safely(self, call: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+    def _safely(self, call: Callable[..., None], *args: Any) -> None:
         """One at a time, nothing within what we do ourselves, and no exception."""
         if os.getpid() != self._pid or not self._busy.acquire(blocking=False):
             return
         try:
-            call(*args, **kwargs)
+            call(*args)
         except Exception as error:  # noqa: BLE001 - nothing of ours is raised in a training
             self._fruitless = FRUITLESS
-            self._stop_looking()
             _say(f"not watched: {type(error).__name__}: {error}")
         finally:
             self._busy.release()
 
     # --- looking ----------------------------------------------------------------------------------------------------
 
-    def _look(self) -> None:
-        if not self._looking and self._fruitless < FRUITLESS:
-            self._calls, self._next = 0, 1
-            self._looking = [register_module_forward_pre_hook(self._entered), register_module_forward_hook(self._left)]
+    def _note_module(self, module: nn.Module) -> None:
+        self._made.note_module(module)
+        self._wait()
 
-    def _stop_looking(self) -> None:
-        for handle in self._looking:
-            handle.remove()
-        self._looking = []
+    def _wait(self) -> None:
+        """For the next backward."""
+        if self._waiting is None and self._fruitless < FRUITLESS:
+            self._waiting = AtBackward(self._asked)
 
-    def _enter(self, module: nn.Module) -> None:
-        if torch._C._get_tracing_state() is not None:
-            return
-        self._called.add(module)
-        self._calls += 1
-        if self._calls >= self._next:  # a look takes some 50 ms: at the calls 1, 2, 4, 8, ...
-            self._next = 2 * self._calls
-            self._begin()
+    def _asked(self, loss: Tensor) -> None:
+        self._waiting = None
+        self._safely(self._look, loss)
 
-    def _leave(self, output: Any) -> None:
-        """The backward through what comes out here begins before any gradient of the module is there."""
-        for tensor in _tensors(output):
-            if tensor.grad_fn is not None:
-                tensor.grad_fn.register_prehook(self._reached)
+    def _look(self, loss: Tensor) -> None:
+        """Before a backward."""
+        known = {key for key, ref in self._known.items() if ref() is not None}
+        found = find(self._made, known)
+        if found is None:
+            bare = {key for _, watched in self._bare for key, ref in watched.items() if ref() is not None}
+            found = find_leaves(self._made, known | bare, loss)
+        self._begin(found)
+
+    def _begin(self, found: Found | None) -> None:
+        if found is None:
+            self._fruitless += 1
+        else:
+            self._watch(found)
 
     def _step(self, optimizer: Optimizer) -> None:
         """Before an optimizer's step. Torch is going through its global hooks: none can be added until that is over."""
@@ -330,52 +388,39 @@ class Session:
 
     def _step_now(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """The global hooks are done. Those that are added here would miss this step, so they are called."""
-        there = _global_optimizer_pre_hooks
-        before = set(there)
-        self._begin(extra=optimizer)
-        for key in [key for key in there if key not in before]:
-            there[key](optimizer, args, kwargs)
+        before = set(_global_optimizer_pre_hooks)
+        self._begin(find(self._made, {key for key, ref in self._known.items() if ref() is not None}, optimizer))
+        for key in [key for key in _global_optimizer_pre_hooks if key not in before]:
+            _global_optimizer_pre_hooks[key](optimizer, args, kwargs)
 
     def _new(self, optimizer: Optimizer) -> bool:
         """Whether it moves what is not watched; asked once, and again when it has got more to move."""
-        held = sum(len(group["params"]) for group in optimizer.param_groups)
+        held = _size(optimizer)
         if self._fruitless >= FRUITLESS or self._familiar.get(optimizer) == held:
             return False
         self._familiar[optimizer] = held
         return any(p.requires_grad and not _holds(self._known, p) for p in _held(optimizer))
 
-    def _begin(self, *, find_bare: bool = False, extra: Optimizer | None = None) -> None:
-        known = {key for key, ref in self._known.items() if ref() is not None}
-        found = find(known, extra)
-        if found is None and find_bare:
-            bare = {key for key, ref in self._bare.items() if ref() is not None}
-            found = find_called(known | bare, list(self._called))
-        if found is not None:
-            self._stop_looking()
-            self._called.clear()
-            self._watch(found)
-            return
-        self._fruitless += bool(self.lenses)
-        if self._fruitless >= FRUITLESS or (self.lenses and find_bare):
-            self._stop_looking()
-
     def _watch(self, found: Found) -> None:
         from gradlens.lens import watch
 
-        register = self._known if found.optimizers else self._bare
-        register.update({id(p): weakref.ref(p) for p in found.parameters()})
-        self._familiar.update({each: sum(len(g["params"]) for g in each.param_groups) for each in found.optimizers})
-        self._close_bare(found)
+        _prepare_end()
+        watched = {id(p): weakref.ref(p) for p in found.parameters()}
+        self._close_bare(watched)
         lens = watch(found.target, found.optimizers or None, run=self._directory(), **self._told["options"])
         self.lenses.append(lens)
+        if found.optimizers:
+            self._known.update(watched)
+            self._familiar.update({each: _size(each) for each in found.optimizers})
+        else:
+            self._bare.append((lens, watched))
         if len(self.lenses) == 1:
             _at_end(self.end)
 
-    def _close_bare(self, found: Found) -> None:
+    def _close_bare(self, watched: dict[int, weakref.ref[Tensor]]) -> None:
         """A model that was watched without an optimizer, and has one now, is watched with it from here on."""
-        ids = {id(p) for p in found.parameters()}
-        for lens in self.lenses:
-            if not lens._watcher.optimizers.watched and any(id(t) in ids for t in lens._watcher.attachment.tensors()):
+        for lens, own in self._bare:
+            if own.keys() & watched.keys():
                 lens.close()
 
     # --- the run directory ------------------------------------------------------------------------------------------
@@ -411,10 +456,12 @@ class Session:
         if os.getpid() != self._pid:
             return
         for lens in self.lenses:
-            with contextlib.suppress(Exception):
+            try:
                 lens.close()
                 if _is_first_rank():
                     _say_end(lens)
+            except Exception as error:  # noqa: BLE001 - the script has ended as it ended
+                _say(f"{lens._run}: {type(error).__name__}: {error}")
 
 
 def _made(folder: str) -> bool:
@@ -428,6 +475,21 @@ def _made(folder: str) -> bool:
 
 def _is_first_rank() -> bool:
     return os.environ.get("RANK", "0") in ("", "0")
+
+
+def _prepare_end() -> None:
+    """Import what the end needs.
+
+    Imported then, it would make Python forget that Ctrl-C ended the script: whatever runs `exec` on a text, as dataclasses
+    do, resets that, and the exit code would be 1.
+    """
+    import numpy
+    import pyarrow.compute
+
+    import gradlens.page.summary
+    import gradlens.writers.report  # noqa: F401
+
+    pyarrow.array(numpy.zeros(1))  # imports pandas, if it is there
 
 
 def _say_end(lens: Any) -> None:
@@ -446,18 +508,6 @@ def _say(text: str) -> None:
         print(f"gradlens: {text}", file=sys.stderr)
 
 
-def _tensors(output: Any, depth: int = 3) -> Iterator[Tensor]:
-    """The tensors of a module's output, however it is packed."""
-    if isinstance(output, Tensor):
-        yield output
-    elif depth and isinstance(output, list | tuple):
-        for each in output:
-            yield from _tensors(each, depth - 1)
-    elif depth and isinstance(output, dict):
-        for each in output.values():
-            yield from _tensors(each, depth - 1)
-
-
 def _at_end(call: Any) -> None:
     """When the process ends; one of multiprocessing's ends by itself, past what `atexit` knows."""
     processes = sys.modules.get("multiprocessing.process")
@@ -470,5 +520,11 @@ def _at_end(call: Any) -> None:
 
 
 def begin() -> None:
-    """Look for what trains in this process."""
-    Session(json.loads(os.environ[VARIABLE]))
+    """Look for what trains in this process, or for the graph of its first loss."""
+    told = json.loads(os.environ[VARIABLE])
+    if told.get("audit"):
+        from gradlens.integrations import audited
+
+        audited.begin(told)
+    else:
+        Session(told)

@@ -165,7 +165,11 @@ def _at_once(ask: Callable[[Part], _T], parts: Sequence[Part], threads: int) -> 
         yield from map(answer, parts)
         return
     with ThreadPoolExecutor(threads) as pool:
-        yield from pool.map(answer, parts)
+        try:
+            found: Iterator[_T | FileNotFoundError] = pool.map(answer, parts)
+        except RuntimeError:  # the interpreter ends, as in an atexit call: no thread can be begun any more
+            found = map(answer, parts)
+        yield from found
 
 
 def _ordered(columns: dict[str, np.ndarray], segments: Sequence[Segment], until: dict[Key, int | None]) -> Found:

@@ -2,7 +2,8 @@
 
 import pytest
 
-from gradlens.page.html import render
+from gradlens.page.comparison import Comparison
+from gradlens.page.html import render, render_comparison
 from gradlens.page.summary import Summary
 from gradlens.store.run import open_run
 from tests.page.made import trained
@@ -115,4 +116,18 @@ def test_dark_is_dark_and_paper_is_white(browser, tmp_path):
 def test_a_run_without_records_opens(browser, tmp_path):
     """The page says that there is nothing."""
     _open(browser, tmp_path, steps=0)
+    assert browser.errors() == []
+
+
+def test_two_runs_are_drawn_side_by_side(browser, tmp_path):
+    """Both losses, the curve of a parameter, what differs; nothing is fetched, and no error."""
+    a, b = (Summary.of(open_run(trained(tmp_path / name, scale=scale))) for name, scale in (("a", 1.0), ("b", 50.0)))
+    page = tmp_path / "compare.html"
+    page.write_text(render_comparison(Comparison.of(a, b)), encoding="utf-8")
+    browser.command("Emulation.clearDeviceMetricsOverride")
+    browser.open(page.as_uri())
+    assert browser.run("return document.documentElement.dataset.drawn") == "yes"
+    browser.shows(["the runs part at step 0", "A a", "B b", "blocks.0.weight"])
+    assert browser.run("return document.querySelectorAll('.uplot').length") == 2
+    assert browser.run("return performance.getEntriesByType('resource').length") == 0
     assert browser.errors() == []

@@ -600,3 +600,15 @@ def test_a_reader_may_be_given_less_memory(tmp_path):
     made.write(tmp_path / "run", made.training(20))
     with pytest.raises(ArgumentError, match=r"more than 0 MB; ask for less with columns=, parameters= or steps="):
         Run(tmp_path / "run", max_bytes=1000).history()
+
+
+def test_a_run_is_read_while_the_interpreter_ends(tmp_path):
+    """An atexit call reads it too, with files of two ranks, though no thread can be begun then."""
+    for rank in (0, 1):
+        made.write(tmp_path / "run", made.training(3, rank=rank), rank=rank)
+    code = (
+        "import atexit, concurrent.futures, gradlens\n"
+        f"atexit.register(lambda: print(len(gradlens.open_run({str(tmp_path / 'run')!r}).snapshots())))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout == "6\n", done.stderr

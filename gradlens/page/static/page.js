@@ -2,7 +2,9 @@
 // Draws a run from the JSON in #data. What comes from the run is written as text, never as HTML.
 (() => {
   const { $, make, color, num, signed, percent, count, chart, head, onChange } = gradlens;
-  const data = JSON.parse(document.getElementById("data").textContent);
+  const data = JSON.parse($("data").textContent);
+  const LOW = -46, HIGH = 40; // decades, as in data.py
+
   // --- matrices: one code a cell -----------------------------------------------------------------------------------
 
   function bytes(text) {
@@ -29,7 +31,7 @@
     return log ? exponent : 10 ** exponent;
   }
 
-  // --- charts ------------------------------------------------------------------------------------------------------
+  // --- the whole model ------------------------------------------------------------------------------------------------------
 
   function drawCharts() {
     chart("loss-chart", data.loss.steps, [{ label: "loss", values: data.loss.values, color: "accent" }],
