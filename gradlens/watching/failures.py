@@ -21,7 +21,7 @@ class Failures:
         self.findings: list[Finding] = []
         self.step: Callable[[], int] = lambda: 0
 
-    def __call__(self, where: str, error: Exception) -> None:
+    def __call__(self, where: str, error: BaseException) -> None:
         count = self.counts[where] = self.counts.get(where, 0) + 1
         if count == 1:
             text = f"{where}: {type(error).__name__}: {error}"
