@@ -169,7 +169,7 @@ def levels() -> list[tuple[str, int, Any]]:
 TORCH: list[tuple[str, int, Any]] = [("batched", 1, batched), ("reference", 1, reference)]
 
 
-def calls(backend: Any, g: list, w: list, last: native.Fixed, after: list) -> dict[str, Callable[[], object]]:
+def calls(backend: Any, g: list, w: list, last: native.StableTensors, after: list) -> dict[str, Callable[[], object]]:
     """What is asked of a backend."""
     return {
         "gradients": lambda: backend.summarize(g, None, None, None),
@@ -187,7 +187,7 @@ def measured(
     g, w, last, after = ([(torch.randn(*shape) * scale).to(dtype) for shape in shapes] for scale in (1e-3, 1, 1e-3, 1))
     cases = [Case("plain read", "read.c", 1, reader()(g))]
     for backend, threads, kernel in backends:
-        asked = calls(kernel, g, [torch.nn.Parameter(t) for t in w], native.Fixed(last), after)
+        asked = calls(kernel, g, [torch.nn.Parameter(t) for t in w], native.StableTensors(last), after)
         cases += [Case(what, backend, threads, call) for what, call in asked.items()]
     return rows(name, cases, g, rounds)
 

@@ -20,10 +20,11 @@ if TYPE_CHECKING:
     from gradlens.probes.curvature import curvature, hessian_product
     from gradlens.probes.dissect import dissect
     from gradlens.probes.finite_difference import check_partials
-    from gradlens.probes.mixed_partials import check_symmetry, mixed_partials
+    from gradlens.probes.mixed_partials import mixed_partials
     from gradlens.probes.nudge import nudge
     from gradlens.probes.partials import partials
     from gradlens.probes.survey import survey
+    from gradlens.probes.symmetry import check_symmetry
     from gradlens.store.run import Run, open_run
 
 __version__ = "0.1.0"
@@ -74,7 +75,7 @@ _LAZY: dict[str, tuple[str, str | None]] = {
     "Lens": ("gradlens.lens", "Lens"),
     "partials": ("gradlens.probes.partials", "partials"),
     "mixed_partials": ("gradlens.probes.mixed_partials", "mixed_partials"),
-    "check_symmetry": ("gradlens.probes.mixed_partials", "check_symmetry"),
+    "check_symmetry": ("gradlens.probes.symmetry", "check_symmetry"),
     "check_partials": ("gradlens.probes.finite_difference", "check_partials"),
     "survey": ("gradlens.probes.survey", "survey"),
     "nudge": ("gradlens.probes.nudge", "nudge"),

@@ -3,7 +3,11 @@
 A *row* describes one parameter's gradient by numbers. Kernels write rows, as one float64 matrix `[parameters, WIDTH]`
 whose columns are laid out here:
 
-    | SCALARS: one number a field | HISTOGRAM: 2 x 128 counts | TOP: partial, index, value of the 16 largest |
+    | SUMMARY: one number a field | QUANTILE: 5 | TOP: partial, index, value of the 16 largest | HISTOGRAM: 2 x 128 counts |
+
+A row *without detail* ends before the histogram. Quantiles come from the histogram of all entries, but without detail, of a
+contiguous gradient of more than LARGE entries, from that of an even sample: LINE entries that lie together out of each of at
+most STRATA equal stretches, which is at most 16,384 entries.
 
 Everything else is *derived* from those columns by the formulas below, on the host, with numpy alone. Tables, frames, the
 store and the docs read this module; none of them defines a column of its own.
@@ -123,14 +127,18 @@ BY_NAME: dict[str, Field] = {field.name: field for field in SCALARS}
 EXPONENT_MIN, EXPONENT_MAX = -96, 31
 BUCKETS = EXPONENT_MAX - EXPONENT_MIN + 1  # of each sign: 128
 TOP = 16  #: weights kept of each parameter, by sensitivity
+QUANTILES: dict[str, float] = {f"quantile_{round(100 * q):02d}": q for q in (0.05, 0.25, 0.5, 0.75, 0.95)}
+LARGE, STRATA, LINE = 2**16, 2**10, 16  #: see above; 16 entries of float32 are a cache line
 
 #: Columns of a summary row. Negative buckets come first, by rising exponent, then the positive ones, the same way.
 AT: dict[str, int] = {field.name: i for i, field in enumerate(SUMMARY)}
-HISTOGRAM = slice(len(SUMMARY), len(SUMMARY) + 2 * BUCKETS)
-TOP_PARTIAL = slice(HISTOGRAM.stop, HISTOGRAM.stop + TOP)
+QUANTILE = slice(len(SUMMARY), len(SUMMARY) + len(QUANTILES))
+TOP_PARTIAL = slice(QUANTILE.stop, QUANTILE.stop + TOP)
 TOP_INDEX = slice(TOP_PARTIAL.stop, TOP_PARTIAL.stop + TOP)
 TOP_VALUE = slice(TOP_INDEX.stop, TOP_INDEX.stop + TOP)
-WIDTH = TOP_VALUE.stop
+HISTOGRAM = slice(TOP_VALUE.stop, TOP_VALUE.stop + 2 * BUCKETS)
+WIDTH = HISTOGRAM.stop
+LIGHT_WIDTH = HISTOGRAM.start  #: of a row without detail
 
 
 # --- derived columns ------------------------------------------------------------------------------------------------
@@ -238,9 +246,7 @@ DERIVED: tuple[Derived, ...] = (
 
 DERIVED_BY_NAME: dict[str, Derived] = {field.name: field for field in DERIVED}
 
-# --- quantiles: derived from the histogram, when the row is made ------------------------------------------------------
-
-QUANTILES: dict[str, float] = {f"quantile_{round(100 * q):02d}": q for q in (0.05, 0.25, 0.5, 0.75, 0.95)}
+# --- quantiles, from a histogram ----------------------------------------------------------------------------------------
 
 
 def bucket_edges() -> np.ndarray:
@@ -305,7 +311,7 @@ FRAME = KEYS + VALUES  #: the columns of `table()` and `history()`, in order
 def meaning(name: str) -> str:
     """What a column says, in one line; for docs and tooltips."""
     if name in QUANTILES:
-        return f"{QUANTILES[name]:.0%} quantile of g, from the histogram"
+        return f"{QUANTILES[name]:.0%} quantile of g, within a factor of two"
     return (BY_NAME.get(name) or DERIVED_BY_NAME[name]).meaning
 
 
@@ -325,10 +331,8 @@ def derive(name: str, columns: Columns) -> np.ndarray:
 def unscale(columns: Columns, scale: np.ndarray) -> dict[str, np.ndarray]:
     """The columns of `g / scale`, given those of `g`; where the scale is NaN (unknown) they stay as they are."""
     factor = np.where(np.isnan(scale), 1.0, scale)
-    return {
-        name: values / factor ** BY_NAME[name].power if name in BY_NAME and BY_NAME[name].power else values
-        for name, values in columns.items()
-    }
+    powers = {name: BY_NAME[name].power if name in BY_NAME else int(name in QUANTILES) for name in columns}
+    return {name: values / factor ** powers[name] if powers[name] else values for name, values in columns.items()}
 
 
 def shift(histogram: np.ndarray, exponent: int) -> np.ndarray:

@@ -137,13 +137,14 @@ def test_shifting_a_histogram_is_the_histogram_of_the_divided(values, exponent):
 
 
 def test_the_layout_of_a_row_has_no_gap_and_no_overlap():
-    """Scalars, histogram and top follow each other and fill the width."""
-    parts = (fields.HISTOGRAM, fields.TOP_PARTIAL, fields.TOP_INDEX, fields.TOP_VALUE)
+    """Scalars, quantiles, top and histogram follow each other and fill the width; light rows end before it."""
+    parts = (fields.QUANTILE, fields.TOP_PARTIAL, fields.TOP_INDEX, fields.TOP_VALUE, fields.HISTOGRAM)
     at = len(fields.SUMMARY)
     for part in parts:
         assert part.start == at
         at = part.stop
     assert at == fields.WIDTH
+    assert fields.HISTOGRAM.start == fields.LIGHT_WIDTH
 
 
 def test_every_column_has_one_name_and_a_meaning():

@@ -819,7 +819,7 @@ def test_numpy_is_not_needed_to_ask():
 
 
 def test_a_weight_is_named_as_reports_print_it():
-    """`explain("fc1.weight[3, 1]")` and `weights("fc1.weight[3, 1]")` take one weight, as the pair of name and index does."""
+    """`explain("fc1.weight[3, 1]")` and `weights("fc1.weight[3, 1]")` take one weight, as a pair does."""
     model = torch.nn.Sequential(torch.nn.Linear(4, 5))
     with gradlens.watch(model, rules=()) as lens:
         model(torch.ones(2, 4)).square().sum().backward()

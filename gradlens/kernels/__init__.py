@@ -20,21 +20,30 @@ from torch import Tensor
 
 from gradlens.errors import ArgumentError, GradlensWarning
 from gradlens.kernels import batched, native
-from gradlens.kernels.native import Fixed
+from gradlens.kernels.native import StableTensors
+from gradlens.kernels.prepared import GeneralPrepared, NativePrepared, Prepared
 
-__all__ = ["summarize", "compare", "sample", "Fixed"]
+__all__ = ["summarize", "compare", "sample", "prepare", "Prepared", "StableTensors"]
 
-Holes = Sequence[Tensor | None]  #: one entry a tensor, None where there is none
+OptionalTensors = Sequence[Tensor | None]  #: one entry a tensor, None where there is none
 
 
 class Backend(Protocol):
     """One way to read tensors: what this package offers."""
 
     def summarize(
-        self, gradients: Sequence[Tensor], weights: Holes | None, previous: Holes | None, keep: Holes | None, /
+        self,
+        gradients: Sequence[Tensor],
+        weights: OptionalTensors | None,
+        previous: OptionalTensors | None,
+        keep: OptionalTensors | None,
+        detail: bool = True,
+        /,
     ) -> Tensor: ...
 
-    def compare(self, used: Holes, before: Sequence[Tensor], after: Sequence[Tensor], loss: Holes | None, /) -> Tensor: ...
+    def compare(
+        self, used: OptionalTensors, before: Sequence[Tensor], after: Sequence[Tensor], loss: OptionalTensors | None, /
+    ) -> Tensor: ...
 
     def sample(self, tensors: Sequence[Tensor], /) -> Tensor: ...
 
@@ -71,7 +80,7 @@ class Standby:
         self._first: Backend | None = first
         self._second = second
 
-    def _call(self, name: str, *columns: Sequence[Tensor | None] | None) -> Tensor:
+    def _call(self, name: str, *columns: Sequence[Tensor | None] | bool | None) -> Tensor:
         if self._first is not None:
             try:
                 return getattr(self._first, name)(*columns)
@@ -83,12 +92,20 @@ class Standby:
         return getattr(self._second, name)(*columns)
 
     def summarize(
-        self, gradients: Sequence[Tensor], weights: Holes | None, previous: Holes | None, keep: Holes | None, /
+        self,
+        gradients: Sequence[Tensor],
+        weights: OptionalTensors | None,
+        previous: OptionalTensors | None,
+        keep: OptionalTensors | None,
+        detail: bool = True,
+        /,
     ) -> Tensor:
         """As `kernels.summarize`."""
-        return self._call("summarize", gradients, weights, previous, keep)
+        return self._call("summarize", gradients, weights, previous, keep, detail)
 
-    def compare(self, used: Holes, before: Sequence[Tensor], after: Sequence[Tensor], loss: Holes | None, /) -> Tensor:
+    def compare(
+        self, used: OptionalTensors, before: Sequence[Tensor], after: Sequence[Tensor], loss: OptionalTensors | None, /
+    ) -> Tensor:
         """As `kernels.compare`."""
         return self._call("compare", used, before, after, loss)
 
@@ -108,13 +125,17 @@ def _native() -> Backend | None:
 
 
 def summarize(
-    gradients: Sequence[Tensor], weights: Holes | None = None, previous: Holes | None = None, keep: Holes | None = None
+    gradients: Sequence[Tensor],
+    weights: OptionalTensors | None = None,
+    previous: OptionalTensors | None = None,
+    keep: OptionalTensors | None = None,
+    detail: bool = True,
 ) -> Tensor:
-    """Every number of `fields` about each gradient: `[n, fields.WIDTH]`.
+    """Every number of `fields` about each gradient: `[n, fields.WIDTH]`, without detail `[n, fields.LIGHT_WIDTH]`.
 
-    Columns: `fields.SUMMARY`, then `HISTOGRAM`, `TOP_PARTIAL`, `TOP_INDEX`, `TOP_VALUE`. Indices count real entries of the
-    flattened tensor. Top entries are finite, by falling |g| and then rising index, padded with index -1 and NaN.
-    Extremes over nothing are NaN.
+    Columns: `fields.SUMMARY`, then `QUANTILE`, `TOP_PARTIAL`, `TOP_INDEX`, `TOP_VALUE`, and with detail `HISTOGRAM`. Indices
+    count real entries of the flattened tensor. Top entries are finite, by falling |g| and then rising index, padded with
+    index -1 and NaN. Extremes over nothing are NaN. Without detail, quantiles of large tensors rest on a sample (`fields`).
 
     Args:
         weights: The parameters. Without one its `WEIGHTS` columns and `TOP_VALUE` are NaN.
@@ -124,10 +145,12 @@ def summarize(
     Raises:
         ArgumentError: Sequences or tensors whose sizes do not match.
     """
-    return _backend(gradients).summarize(gradients, weights, previous, keep)
+    return _backend(gradients).summarize(gradients, weights, previous, keep, detail)
 
 
-def compare(used: Holes, before: Sequence[Tensor], after: Sequence[Tensor], loss: Holes | None = None) -> Tensor:
+def compare(
+    used: OptionalTensors, before: Sequence[Tensor], after: Sequence[Tensor], loss: OptionalTensors | None = None
+) -> Tensor:
     """What an update did, `dw = after - before`: `[n, len(fields.UPDATES)]`.
 
     Args:
@@ -147,3 +170,23 @@ def sample(tensors: Sequence[Tensor]) -> Tensor:
     Two tensors of one size whose samples are bit-equal are taken to be unchanged.
     """
     return _backend(tensors).sample(tensors)
+
+
+def prepare(
+    weights: Sequence[Tensor], previous: StableTensors | None = None, before: StableTensors | None = None
+) -> Prepared:
+    """The calls for parameters that are read step after step. See `prepared`.
+
+    Args:
+        weights: The parameters themselves.
+        previous: Gradlens' own copies of their last gradients: compared with, and overwritten.
+        before: Gradlens' own room for the weights before the step: `read` copies the weights there.
+    """
+    with torch._C.DisableTorchFunctionSubclass():
+        on_cpu = all(weight.device.type == "cpu" for weight in weights)
+    kernel = _native() if on_cpu else None
+    if isinstance(kernel, native.Native):
+        fast = NativePrepared.of(kernel, weights, previous, before)
+        if fast is not None:
+            return fast
+    return GeneralPrepared(_backend(weights), weights, previous, before)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,30 +21,43 @@ from torch import Tensor
 
 from gradlens import fields
 from gradlens.kernels import entries, reference
-from gradlens.kernels.entries import HISTOGRAM, Numbers
+from gradlens.kernels.entries import Numbers
 
 #: Entries of a matrix, and the memory of about twelve such in float64. On the CPU they had better stay in the cache.
 ROOM = {"cpu": 2**17}
 ROOM_ELSEWHERE = 2**20
 
-Holes = Sequence[Tensor | None]
+OptionalTensors = Sequence[Tensor | None]
 Operands = Sequence[Any]  #: tensors of one shape, or None
 Prepared = tuple[Operands, Tensor | None]  #: what is read of a row, and where the first operand is to be kept
 
 
 def summarize(
-    gradients: Sequence[Tensor], weights: Holes | None = None, previous: Holes | None = None, keep: Holes | None = None, /
+    gradients: Sequence[Tensor],
+    weights: OptionalTensors | None = None,
+    previous: OptionalTensors | None = None,
+    keep: OptionalTensors | None = None,
+    detail: bool = True,
+    /,
 ) -> Tensor:
     """As `reference.summarize`."""
     names, n = ("weights", "previous", "keep"), len(gradients)
-    lists = [reference.holes(name, given, n) for name, given in zip(names, (weights, previous, keep), strict=True)]
-    return _rows([gradients, *lists], reference.summarize, _to_summarize, _summaries, fields.WIDTH)
+    lists = [reference.optional(name, given, n) for name, given in zip(names, (weights, previous, keep), strict=True)]
+    one_by_one, together = partial(reference.summarize, detail=detail), partial(_summaries, detail=detail)
+    return _rows([gradients, *lists], one_by_one, _to_summarize, together, reference.width(detail))
 
 
-def compare(used: Holes, before: Sequence[Tensor], after: Sequence[Tensor], loss: Holes | None = None, /) -> Tensor:
+def compare(
+    used: OptionalTensors, before: Sequence[Tensor], after: Sequence[Tensor], loss: OptionalTensors | None = None, /
+) -> Tensor:
     """As `reference.compare`."""
     n = len(before)
-    lists = [reference.holes("used", used, n), before, reference.whole("after", after, n), reference.holes("loss", loss, n)]
+    lists = [
+        reference.optional("used", used, n),
+        before,
+        reference.check_lengths("after", after, n),
+        reference.optional("loss", loss, n),
+    ]
     return _rows(lists, reference.compare, _to_compare, _updates, len(fields.UPDATES))
 
 
@@ -52,7 +66,7 @@ def sample(tensors: Sequence[Tensor], /) -> Tensor:
     return _rows([tensors], reference.sample, _to_sample, _samples, reference.SAMPLES)
 
 
-def _rows(lists: Sequence[Holes], honest: Callable, prepare: Callable, ask: Callable, width: int) -> Tensor:
+def _rows(lists: Sequence[OptionalTensors], fallback: Callable, prepare: Callable, ask: Callable, width: int) -> Tensor:
     """The rows of those that can be asked together, and of the others one by one."""
     with reference.quiet():
         groups: dict[tuple[bool, ...], list[tuple[int, Prepared]]] = {}  # by which operands there are
@@ -64,7 +78,7 @@ def _rows(lists: Sequence[Holes], honest: Callable, prepare: Callable, ask: Call
                 ready = prepare(*given)
                 groups.setdefault(tuple(tensor is None for tensor in ready[0]), []).append((i, ready))
         if not groups:
-            return honest(*lists)
+            return fallback(*lists)
         device = next(tensor.device for tensor in next(iter(groups.values()))[0][1][0] if tensor is not None)
         rows = torch.empty(len(lists[0]), width, dtype=torch.float64, device=device)
         for members in groups.values():
@@ -75,7 +89,7 @@ def _rows(lists: Sequence[Holes], honest: Callable, prepare: Callable, ask: Call
                 if room is not None:
                     reference.write(room, operands[0])
         if left:
-            others = honest(*([column[i] for i in left] for column in lists))
+            others = fallback(*([column[i] for i in left] for column in lists))
             torch._foreach_copy_([rows[i] for i in left], list(others))
         return rows
 
@@ -172,8 +186,9 @@ def shipped(lists: Sequence[Sequence[int]], device: torch.device) -> Tensor:
 # --- numbers ----------------------------------------------------------------------------------------------------------
 
 
-def _summaries(tensors: Sequence[Operands], device: torch.device) -> Tensor:
+def _summaries(tensors: Sequence[Operands], device: torch.device, detail: bool) -> Tensor:
     n = len(tensors)
+    strides = [entries.stride(g.numel() * (2 if g.is_complex() else 1), g.is_contiguous(), detail) for g, *_ in tensors]
     parts: list[Numbers] = []
     owners: list[int] = []
     tops = [entries.nobody(device, n)]  # so that each has as many candidates as there is room
@@ -181,7 +196,10 @@ def _summaries(tensors: Sequence[Operands], device: torch.device) -> Tensor:
     for matrices in _matrices(tensors, device):
         g, w, p = matrices.operands
         assert g is not None
-        numbers = entries.summary(g, w, p)
+        counted: Tensor | bool = True
+        if max(lines := [strides[owner] for owner in matrices.owners]) > 1:
+            counted = entries.sampled(matrices.starts[:, None], g.shape[1], shipped([lines], device)[0][:, None], device)
+        numbers = entries.summary(g, w, p, counted)
         lengths = matrices.lengths.to(torch.float64)
         parts.append(_without_padding(numbers, g.shape[1] - lengths) | {"numel": lengths})
         owners += matrices.owners
@@ -189,7 +207,7 @@ def _summaries(tensors: Sequence[Operands], device: torch.device) -> Tensor:
     names = entries.GRADIENT + (entries.WEIGHTS if has_weights else []) + (entries.FLIPS if has_previous else [])
     numbers = _merged(names, parts, owners, n, device)
     top = _best(torch.cat(tops, dim=1), [*range(n), *owners], n)
-    return torch.cat([entries.closed(numbers, fields.SUMMARY), numbers[HISTOGRAM], *top[1:]], dim=1)
+    return entries.row(numbers, top, detail)
 
 
 def _updates(tensors: Sequence[Operands], device: torch.device) -> Tensor:

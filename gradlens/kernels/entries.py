@@ -23,7 +23,8 @@ from gradlens import fields
 Numbers = dict[str, Tensor]  #: float64, by field name
 
 HISTOGRAM = "histogram"  #: `[..., 2 * fields.BUCKETS]`, among the numbers of a gradient
-GRADIENT = [field.name for field in fields.COUNTS + fields.MOMENTS] + [HISTOGRAM]
+COUNTED_ZERO = "counted zero"  #: zeros among the entries that the histogram counts
+GRADIENT = [field.name for field in fields.COUNTS + fields.MOMENTS] + [HISTOGRAM, COUNTED_ZERO]
 WEIGHTS = [field.name for field in fields.WEIGHTS]
 FLIPS = [field.name for field in fields.FLIPS]
 MOTION = ["update_numel", "update_square_sum", "update_before_square_sum", "update_nonfinite"]
@@ -35,9 +36,12 @@ _MERGE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"sum": torch.add, "min"
 _NEUTRAL = {"sum": 0.0, "min": torch.inf, "max": -torch.inf}
 
 
-def summary(g: Tensor, w: Tensor | None, p: Tensor | None) -> Numbers:
-    """Of a gradient, with its weights and the previous gradient where there are some."""
-    numbers = gradient(g)
+def summary(g: Tensor, w: Tensor | None, p: Tensor | None, counted: Tensor | bool = True) -> Numbers:
+    """Of a gradient, with its weights and the previous gradient where there are some.
+
+    `counted`: the entries that the histogram counts.
+    """
+    numbers = gradient(g, counted)
     if w is not None:
         numbers |= weights(w) | {"dot": _sum(g * w, torch.isfinite(g) & torch.isfinite(w))}
     return numbers if p is None else numbers | _flips(g, p)
@@ -60,7 +64,7 @@ def update(used: Tensor | None, before: Tensor, after: Tensor, loss: Tensor | No
     return numbers
 
 
-def gradient(g: Tensor) -> Numbers:
+def gradient(g: Tensor, counted: Tensor | bool = True) -> Numbers:
     """Of a gradient alone."""
     g = g + 0.0  # -0.0 is 0.0 in every number
     finite, magnitude = torch.isfinite(g), g.abs()
@@ -78,7 +82,8 @@ def gradient(g: Tensor) -> Numbers:
         "max": _largest(g, finite),
         "abs_max": _largest(magnitude, finite),
         "abs_min_nonzero": _least(magnitude, finite & (g != 0)),
-        HISTOGRAM: _histogram(g, finite & (g != 0)),
+        HISTOGRAM: _histogram(g, finite & (g != 0) & counted),
+        COUNTED_ZERO: _count((g == 0) & counted),
     }
 
 
@@ -141,12 +146,54 @@ def _histogram(g: Tensor, where: Tensor) -> Tensor:
     return counts.scatter_add_(-1, bucket, torch.ones_like(bucket))[..., :-1].to(torch.float64)
 
 
+def stride(entries: int, contiguous: bool, detail: bool) -> int:
+    """How many lines a stratum of the sample has that quantiles rest on; 1 where every entry counts."""
+    lines = -(-entries // fields.LINE)
+    return 1 if detail or not contiguous or entries <= fields.LARGE else -(-lines // fields.STRATA)
+
+
+def sampled(start: Tensor | int, length: int, stride: Tensor | int, device: torch.device) -> Tensor:
+    """Which of `length` entries from `start` on are in the sample: a line a stratum.
+
+    Which of a stratum's lines that is looks random, so that no pattern of the tensor goes with it.
+    """
+    line = torch.div(start + torch.arange(length, device=device), fields.LINE, rounding_mode="floor")
+    stratum = torch.div(line, stride, rounding_mode="floor")
+    return line == stratum * stride + (((stratum * 2654435761) & 0xFFFFFFFF) >> 8) % stride
+
+
+def quantiles(numbers: Numbers) -> Tensor:
+    """`[..., len(fields.QUANTILES)]`, as `fields.quantiles`, from the histogram."""
+    histogram, zero = numbers[HISTOGRAM], numbers[COUNTED_ZERO][..., None]
+    counts = torch.cat([histogram[..., : fields.BUCKETS].flip(-1), zero, histogram[..., fields.BUCKETS :]], -1)
+    cumulated = counts.cumsum(-1)
+    powers = 2.0 ** torch.arange(fields.EXPONENT_MIN, fields.EXPONENT_MAX + 2, dtype=torch.float64, device=counts.device)
+    low = torch.cat([-powers[1:].flip(0), powers.new_zeros(1), powers[:-1]])
+    width = torch.cat([powers[:-1].flip(0), powers.new_zeros(1), powers[:-1]])
+    total, columns = cumulated[..., -1], []
+    for q in fields.QUANTILES.values():
+        rank = torch.floor(q * (total - 1).clamp(min=0))
+        at = (cumulated <= rank[..., None]).sum(-1, keepdim=True).clamp(max=counts.shape[-1] - 1)
+        after, inside = cumulated.gather(-1, at)[..., 0], counts.gather(-1, at)[..., 0]
+        share = (rank - (after - inside) + 0.5) / inside
+        value = low[at[..., 0]] + share * width[at[..., 0]]
+        value = torch.minimum(torch.maximum(value, numbers["min"]), numbers["max"])
+        columns.append(torch.where(total > 0, value, torch.nan))
+    return torch.stack(columns, -1)
+
+
+def row(numbers: Numbers, top: Tensor, detail: bool) -> Tensor:
+    """Rows of `fields`, from the numbers and the largest of tensors."""
+    parts = [closed(numbers, fields.SUMMARY), quantiles(numbers), *top[1:]]
+    return torch.cat([*parts, numbers[HISTOGRAM]] if detail else parts, -1)
+
+
 # --- how they merge ---------------------------------------------------------------------------------------------------
 
 
 def rule(name: str) -> str:
     """How numbers of pieces become that of the whole: `sum`, `min` or `max`."""
-    return "sum" if name == HISTOGRAM else fields.BY_NAME[name].merge
+    return "sum" if name in (HISTOGRAM, COUNTED_ZERO) else fields.BY_NAME[name].merge
 
 
 def identity(names: Sequence[str], device: torch.device, *rows: int) -> Numbers:

@@ -3,9 +3,9 @@
  * A tensor is read in blocks that stay in the first-level cache. A block is brought into the form float[] or double[] (for most
  * tensors it is there already), then two or three short loops run over it, which the compiler turns into vector code:
  *
- *     look     integer work on the bits: largest, smallest, zeros, flips, and the sign and exponent of each entry as a key
+ *     look     integer work on the bits: largest, smallest, zeros, negatives, and the sign and exponent of an entry as a key
  *     add      the sums, in double
- *     count    the keys, into a table: the histogram, and with it how many are positive, negative and not finite
+ *     count    the keys, into a table: the histogram and the quantiles; of a large tensor those of a sample, without `detail`
  *
  * That is the fast way, for float blocks in which everything is finite. Blocks with a NaN or an infinity, and float64 tensors, go
  * the careful way, which asks of each entry whether it counts. `reference.py` says what the numbers mean.
@@ -44,12 +44,16 @@
 
 enum { EXPONENT_MIN = -96, EXPONENT_MAX = 31, BUCKETS = EXPONENT_MAX - EXPONENT_MIN + 1, TOP = 16, SAMPLES = 16 };
 
+/* What quantiles rest on without `detail`: one LINE of entries of each of at most STRATA stretches of a tensor of more than LARGE. */
+enum { LARGE = 1 << 16, STRATA = 1 << 10, LINE = 16, QUANTILES = 5 };
+static const double QUANTILE[QUANTILES] = {0.05, 0.25, 0.5, 0.75, 0.95};
+
 enum summary {
     NUMEL, POSITIVE, NEGATIVE, ZERO, NAN_, INF, SUM, ABS_SUM, SQUARE_SUM, MIN, MAX, ABS_MAX, ABS_MIN_NONZERO,
     WEIGHT_SQUARE_SUM, WEIGHT_ABS_MAX, DOT, WEIGHT_NONFINITE,
     FLIP_COMPARED, FLIP_MOVING, FLIP_COUNT, FLIP_DOT, FLIP_SQUARE_SUM, FLIP_PREVIOUS_SQUARE_SUM,
-    HISTOGRAM, TOP_PARTIAL = HISTOGRAM + 2 * BUCKETS, TOP_INDEX = TOP_PARTIAL + TOP, TOP_VALUE = TOP_INDEX + TOP,
-    WIDTH = TOP_VALUE + TOP
+    QUANTILE_, TOP_PARTIAL = QUANTILE_ + QUANTILES, TOP_INDEX = TOP_PARTIAL + TOP, TOP_VALUE = TOP_INDEX + TOP,
+    HISTOGRAM = TOP_VALUE + TOP, LIGHT_WIDTH = HISTOGRAM, WIDTH = HISTOGRAM + 2 * BUCKETS
 };
 
 enum update {
@@ -59,10 +63,10 @@ enum update {
 
 /* Python refuses a library whose text differs from what it makes of `fields.py`. The number is that of the calls' form. */
 EXPORT const char *gradlens_columns(void) {
-    return "2 | numel positive negative zero nan inf sum abs_sum square_sum min max abs_max abs_min_nonzero "
+    return "3 | numel positive negative zero nan inf sum abs_sum square_sum min max abs_max abs_min_nonzero "
            "weight_square_sum weight_abs_max dot weight_nonfinite "
            "flip_compared flip_moving flip_count flip_dot flip_square_sum flip_previous_square_sum "
-           "histogram -96 31 top 16 | "
+           "quantiles 0.05 0.25 0.5 0.75 0.95 of 65536 1024 16 top 16 histogram -96 31 | "
            "update_numel update_square_sum update_before_square_sum update_used_square_sum update_dot update_moving "
            "update_against update_stuck update_nonfinite update_loss_dot update_loss_exact";
 }
@@ -70,8 +74,8 @@ EXPORT const char *gradlens_columns(void) {
 enum { FLOAT32, FLOAT64, BFLOAT16, FLOAT16 };
 static const int SIZE[] = {4, 8, 2, 2};
 
-enum { OPERANDS = 4 };
-enum { G, W, PREVIOUS, KEEP };           /* of summarize and, the first alone, of sample */
+enum { OPERANDS = 5, READ = 4 };
+enum { G, W, PREVIOUS, KEEP, COPY };     /* of summarize: KEEP gets G, COPY gets W; of sample the first alone */
 enum { USED, BEFORE, AFTER, LOSS };      /* of compare */
 
 /* One tensor and what belongs to it; a pointer of 0 where there is none. `layout` is where in `layouts` its axes stand: their
@@ -85,7 +89,7 @@ typedef struct {
 
 /* --- reading ---------------------------------------------------------------------------------------------------------------- */
 
-enum { BLOCK = 1024, HALF = BLOCK / 2, AXES = 8 };
+enum { BLOCK = 1024, AXES = 8 };
 
 /* An operand as a walk through memory in logical order, or, when `axes` is 0, one straight line. */
 typedef struct {
@@ -96,10 +100,9 @@ typedef struct {
 
 /* Room for one block. */
 typedef struct {
-    float narrow[OPERANDS][BLOCK];
-    double wide[OPERANDS][BLOCK];
-    uint64_t raw[OPERANDS][BLOCK];
-    uint16_t keys[BLOCK], pairs[HALF];
+    float narrow[READ][BLOCK];
+    double wide[READ][BLOCK];
+    uint64_t raw[READ][BLOCK];
 } room;
 
 static walk walk_of(const task *t, const int64_t *layouts, int operand) {
@@ -229,14 +232,8 @@ INLINE const double *wide(const void *line, int type, int n, float *between, dou
 
 /* --- what is known of a tensor ---------------------------------------------------------------------------------------------- */
 
-/* A key is sign and biased float exponent: 9 bits, 0 for a zero of either sign. Several tables, since counting the same key twice
- * in a row would wait for memory; none for a tensor of FEW entries, whose keys are written down: a table costs more. */
-enum { KEYS = 512, TABLES = 4, FEW = 256, NEGATIVE_KEYS = 256, NOT_FINITE = 255, BIAS = 127 };
-
-/* A long tensor's keys are counted two at a time, by codes of sign and distance below `base`, an exponent that its magnitudes
- * hardly reach: half as many writes to memory, which is what counting costs. A distance of FAR or more is counted singly. */
-enum { LONG = 8 * BLOCK, FAR = 31, CODES = 2 * (FAR + 1), SLACK = 4, DEEP = 20, SOME = 64, MISFITS = 8 };
-enum { PENDING = 1 << 22 }; /* blocks that the counts of pairs have room for */
+/* A key is sign and biased float exponent: 9 bits. Zeros are not counted by key. */
+enum { KEYS = 512, NEGATIVE_KEYS = 256, NOT_FINITE = 255, BIAS = 127 };
 
 typedef struct {
     double magnitude, partial, value;
@@ -250,24 +247,23 @@ typedef struct {
 } largest;
 
 typedef struct {
-    int64_t zero, nan, compared, moving, flipped, weight_nonfinite;
+    int64_t zero, negative, nan, inf, compared, moving, flipped, weight_nonfinite;
+    int64_t stride, sampled_zero; /* lines of a stratum, 0 where all keys are counted; zeros in the sample */
     double sum, abs_sum, square_sum, weight_square_sum, dot, flip_dot, flip_square_sum, flip_previous_square_sum;
     double low, high, abs_max, abs_min, weight_abs_max; /* infinite while there is nothing */
     double update[UPDATES];
-    int tables, paired, base, pending, misfits;
     largest top;
-    uint16_t few[FEW];
-    uint64_t keys[TABLES][KEYS];
-    uint32_t pairs[CODES][CODES];
+    uint64_t keys[KEYS];
+    int waiting; /* entries of the sample that have not been counted yet */
+    float chosen[BLOCK];
 } state;
 
-static void begin(state *s, int tables, int paired) {
+static void begin(state *s, int counts, int64_t stride) {
     memset(s, 0, offsetof(state, top.best));
-    memset(s->keys, 0, sizeof s->keys[0] * (size_t)tables);
-    if (paired)
-        memset(s->pairs, 0, sizeof s->pairs);
-    s->tables = tables;
-    s->paired = paired;
+    if (counts)
+        memset(s->keys, 0, sizeof s->keys);
+    s->waiting = 0;
+    s->stride = stride;
     s->low = s->abs_min = INFINITY;
     s->high = s->abs_max = s->weight_abs_max = -INFINITY;
 }
@@ -291,7 +287,10 @@ INLINE void insert(largest *top, const entry *one) {
 
 static void merge(state *into, const state *s) {
     into->zero += s->zero;
+    into->negative += s->negative;
     into->nan += s->nan;
+    into->inf += s->inf;
+    into->sampled_zero += s->sampled_zero;
     into->compared += s->compared;
     into->moving += s->moving;
     into->flipped += s->flipped;
@@ -313,84 +312,147 @@ static void merge(state *into, const state *s) {
         into->update[i] += s->update[i];
     for (int i = 0; i < s->top.count; i++)
         insert(&into->top, &s->top.best[i]);
-    for (int table = 0; table < s->tables; table++)
-        for (int key = 0; key < KEYS; key++)
-            into->keys[0][key] += s->keys[table][key];
+    for (int key = 0; key < KEYS; key++)
+        into->keys[key] += s->keys[key];
 }
 
 /* --- the fast way: float, all finite ---------------------------------------------------------------------------------------- */
 
 INLINE int64_t is_finite(double x) { return fabs(x) <= DBL_MAX; }
 
-INLINE void count_keys(state *s, const uint16_t *keys, int n) {
-    int i = 0;
-    if (s->tables == 0) {
-        memcpy(s->few, keys, sizeof *keys * (size_t)n);
-        return;
-    }
-    if (s->tables == TABLES)
-        for (; i + TABLES <= n; i += TABLES)
-            for (int table = 0; table < TABLES; table++)
-                s->keys[table][keys[i + table]]++;
-    for (; i < n; i++)
-        s->keys[0][keys[i]]++;
-}
+/* A byte an entry, for finite floats: how far its exponent lies below the block's largest one, at most FAR, and its sign. The
+ * bytes are counted level by level, 32 at once, until few entries are left: gradients spread over some ten levels. To count each
+ * entry in a table takes four times as long, for an entry mostly waits for the counter of the one before. Zeros and subnormal
+ * numbers are as far down as can be. */
+enum { FAR = 126, SIGN = 128, LEVELS = 32, LANES = 32, REST = 16 };
 
-/* Counts of pairs as counts of keys. */
-static void settle(state *s) {
-    uint64_t of_code[CODES] = {0};
-    if (!s->pending)
-        return;
-    for (int second = 0; second < CODES; second++) {
-        uint64_t total = 0;
-        for (int first = 0; first < CODES; first++) {
-            of_code[first] += s->pairs[second][first];
-            total += s->pairs[second][first];
-        }
-        of_code[second] += total;
-    }
-    for (int code = 0; code < CODES; code++) {
-        int distance = code % (FAR + 1);
-        if (distance < FAR && distance <= s->base)
-            s->keys[0][(code > FAR ? NEGATIVE_KEYS : 0) + s->base - distance] += of_code[code];
-    }
-    memset(s->pairs, 0, sizeof s->pairs);
-    s->pending = 0;
-}
+#if defined(__GNUC__)
+typedef uint8_t lanes __attribute__((vector_size(LANES)));
+typedef uint64_t words __attribute__((vector_size(LANES)));
+#define COUNT_LEVEL(positive, negative, codes, n, level)                                                                          \
+    do {                                                                                                                          \
+        lanes up_ = {0}, down_ = {0}, plus_ = up_ + (uint8_t)(level), minus_ = up_ + (uint8_t)((level) | SIGN);                   \
+        for (int i_ = 0; i_ < (n); i_ += LANES) {                                                                                 \
+            lanes here_ = *(const lanes *)((codes) + i_);                                                                         \
+            up_ -= (lanes)(here_ == plus_);                                                                                       \
+            down_ -= (lanes)(here_ == minus_);                                                                                    \
+        }                                                                                                                         \
+        words a_ = ((words)up_ & 0x00ff00ff00ff00ffull) + ((words)up_ >> 8 & 0x00ff00ff00ff00ffull);                              \
+        words b_ = ((words)down_ & 0x00ff00ff00ff00ffull) + ((words)down_ >> 8 & 0x00ff00ff00ff00ffull);                          \
+        positive = (int)((a_[0] + a_[1] + a_[2] + a_[3]) * 0x0001000100010001ull >> 48);                                          \
+        negative = (int)((b_[0] + b_[1] + b_[2] + b_[3]) * 0x0001000100010001ull >> 48);                                          \
+    } while (0)
+#define ALIGNED __attribute__((aligned(LANES)))
+#else
+#define COUNT_LEVEL(positive, negative, codes, n, level)                                                                          \
+    do {                                                                                                                          \
+        positive = negative = 0;                                                                                                  \
+        for (int i_ = 0; i_ < (n); i_++) {                                                                                        \
+            positive += (codes)[i_] == (level);                                                                                   \
+            negative += (codes)[i_] == ((level) | SIGN);                                                                          \
+        }                                                                                                                         \
+    } while (0)
+#define ALIGNED
+#endif
 
-/* Whether a block's keys were counted as pairs: `zero` of them are 0, `exponent` is the largest. */
-INLINE int count_pairs(state *s, const uint16_t *keys, uint16_t *pairs, int zero, int exponent) {
-    if (exponent <= FAR || zero > HALF)
-        return 0; /* numbers so small that 0 would not be far; one pair again and again */
-    if (exponent > s->base || exponent + DEEP < s->base || s->pending >= PENDING) {
-        if (s->pending && ++s->misfits < MISFITS)
-            return 0; /* magnitudes may go up and down: to settle takes as long as a block */
-        settle(s);
-        s->base = exponent + SLACK < NOT_FINITE ? exponent + SLACK : NOT_FINITE - 1;
-        s->misfits = 0;
+/* Counts the keys of a block of finite floats, `zero` of which are 0; `above` is its largest magnitude. A function for each kind
+ * of processor and no inline one: GCC takes vectors apart before it looks where a function is used. */
+#define COUNT_FLOATS(name, attributes)                                                                                            \
+    attributes static void count_floats_##name(uint64_t *keys, const float *g, int n, int zero, float above) {                    \
+        uint8_t codes[BLOCK + LANES] ALIGNED;                                                                                     \
+        int top = (int)(bits_of(above) >> 23), left = n - zero, level = 0;                                                        \
+        if (!left || n > BLOCK || n < 0)                                                                                          \
+            return;                                                                                                               \
+        for (int i = 0; i < n; i++) {                                                                                             \
+            uint16_t half = (uint16_t)(bits_of(g[i]) >> 16), distance = (uint16_t)(top - (half >> 7 & 255));                      \
+            distance = distance < FAR ? distance : FAR;                                                                           \
+            codes[i] = (uint8_t)(distance | (half >> 8 & SIGN));                                                                  \
+        }                                                                                                                         \
+        memset(codes + n, FAR, LANES);                                                                                            \
+        for (; left > REST && level < LEVELS && level < top; level++) {                                                           \
+            int positive, negative;                                                                                               \
+            COUNT_LEVEL(positive, negative, codes, n, level);                                                                     \
+            keys[top - level] += (uint64_t)positive;                                                                              \
+            keys[NEGATIVE_KEYS + top - level] += (uint64_t)negative;                                                              \
+            left -= positive + negative;                                                                                          \
+        }                                                                                                                         \
+        const uint64_t each = 0x0101010101010101ull, high = 128 * each;                                                           \
+        for (int i = 0; left && i < n; i += 8) {                                                                                  \
+            uint64_t eight;                                                                                                       \
+            memcpy(&eight, codes + i, 8);                                                                                         \
+            if (!(((eight & ~high) + (uint64_t)(128 - level) * each) & high))                                                     \
+                continue; /* none lies so far below */                                                                            \
+            for (int k = i; k < i + 8 && k < n; k++)                                                                              \
+                if ((codes[k] & ~SIGN) >= level && bits_of(g[k]) << 1) {                                                          \
+                    keys[bits_of(g[k]) >> 23]++;                                                                                  \
+                    left--;                                                                                                       \
+                }                                                                                                                 \
+        }                                                                                                                         \
     }
-    uint16_t base = (uint16_t)s->base, far = 0;
-#pragma omp simd reduction(+ : far)
-    for (int i = 0; i < HALF; i++) {
-        uint16_t a = (uint16_t)(base - (keys[i] & 255)), b = (uint16_t)(base - (keys[i + HALF] & 255));
-        a = a < FAR ? a : FAR;
-        b = b < FAR ? b : FAR;
-        far = (uint16_t)(far + (a == FAR) + (b == FAR));
-        pairs[i] = (uint16_t)((a | (keys[i] >> 8) << 5) | (b | (keys[i + HALF] >> 8) << 5) << 6);
-    }
-    if (far > zero + SOME)
-        return 0;
-    if (far == zero)
-        s->keys[0][0] += (uint64_t)zero;
+
+COUNT_FLOATS(plain, )
+#ifdef HAVE_VARIANTS
+COUNT_FLOATS(avx2, __attribute__((target("avx2,fma,bmi,bmi2"))))
+#else
+#define count_floats_avx2 count_floats_plain
+#endif
+
+INLINE void count_floats(uint64_t *keys, const float *g, int n, int zero, float above, const int has_fma) {
+    if (has_fma)
+        count_floats_avx2(keys, g, n, zero, above);
     else
-        for (int i = 0; i < BLOCK; i++)
-            if (base - (keys[i] & 255) >= FAR)
-                s->keys[0][keys[i]]++;
-    uint32_t *counts = &s->pairs[0][0];
-    for (int i = 0; i < HALF; i++)
-        counts[pairs[i]]++;
-    s->pending++;
-    return 1;
+        count_floats_plain(keys, g, n, zero, above);
+}
+
+INLINE uint16_t key_of(double x) {
+    uint64_t bits = bits_of_double(x);
+    int64_t exponent = (int64_t)(bits >> 52 & 0x7ff), key = exponent - (1023 - BIAS);
+    key = key < 0 ? 0 : key > NOT_FINITE - 1 ? NOT_FINITE - 1 : key;
+    key = exponent == 0x7ff ? NOT_FINITE : key;
+    return (uint16_t)(key + (bits >> 63 ? NEGATIVE_KEYS : 0));
+}
+
+INLINE void count_doubles(uint64_t *keys, const double *x, int n) {
+    for (int i = 0; i < n; i++)
+        if (x[i] != 0)
+            keys[key_of(x[i])]++;
+}
+
+/* Counts the entries of the sample that wait. */
+INLINE void count_chosen(state *s, const int has_fma) {
+    uint32_t above = 0, zero = 0;
+    for (int i = 0; i < s->waiting; i++) {
+        uint32_t a = bits_of(s->chosen[i]) & 0x7fffffffu;
+        above = a > above ? a : above;
+        zero += a == 0;
+    }
+    count_floats(s->keys, s->chosen, s->waiting, (int)zero, from_bits(above), has_fma);
+    s->sampled_zero += zero;
+    s->waiting = 0;
+}
+
+/* The keys of the lines of the sample that lie in a block, which begins with entry `start`; `g` or `x` has its entries.
+ * A stratum's line is any of its lines by a number that looks random, so that no pattern of the tensor goes with it. */
+INLINE void count_lines(state *s, const float *g, const double *x, int64_t start, int n, const int has_fma) {
+    const int64_t first = start / LINE, stride = s->stride;
+    const int lines = (n + LINE - 1) / LINE;
+    int64_t stratum = first / stride;
+    for (int64_t begins = stratum * stride; begins < first + lines; stratum++, begins += stride) {
+        int64_t line = begins + ((uint32_t)stratum * 2654435761u >> 8) % (uint64_t)stride - first;
+        if (line < 0 || line >= lines)
+            continue;
+        int from = (int)line * LINE, count = from + LINE < n ? LINE : n - from;
+        if (x) {
+            for (int i = from; i < from + count; i++)
+                s->sampled_zero += x[i] == 0;
+            count_doubles(s->keys, x + from, count);
+            continue;
+        }
+        if (s->waiting + count > BLOCK)
+            count_chosen(s, has_fma);
+        memcpy(s->chosen + s->waiting, g + from, sizeof *g * (size_t)count);
+        s->waiting += count;
+    }
 }
 
 /* a * b + c; with one instruction where there is one, and the same where the product of two floats is exact anyway. */
@@ -446,18 +508,18 @@ INLINE uint32_t largest_bits(const float *x, int n) {
 }
 
 /* Whether the block was all finite and is done; `*above` is then its largest magnitude, `*zeros` how many are 0. */
-INLINE int fast(state *s, const float *g, const float *w, const float *p, int n, uint16_t *keys, double *above, int *zeros,
+INLINE int fast(state *s, const float *g, const float *w, const float *p, int n, double *above, int *zeros,
                 const int has_fma) {
-    uint32_t below = UINT32_MAX, zero = 0;
+    uint32_t below = UINT32_MAX, zero = 0, negative = 0;
     float low = INFINITY, high = -INFINITY;
-#pragma omp simd reduction(max : high) reduction(min : below, low) reduction(+ : zero)
+#pragma omp simd reduction(max : high) reduction(min : below, low) reduction(+ : zero, negative)
     for (int i = 0; i < n; i++) {
-        uint32_t bits = bits_of(g[i]), a = bits & 0x7fffffffu;
+        uint32_t a = bits_of(g[i]) & 0x7fffffffu;
         below = a - 1 < below ? a - 1 : below; /* a zero becomes the largest */
         zero += a == 0;
+        negative += g[i] < 0;
         low = g[i] < low ? g[i] : low;
         high = g[i] > high ? g[i] : high;
-        keys[i] = (uint16_t)(a ? bits >> 23 : 0);
     }
     sums t = {0};
     if (w)
@@ -472,6 +534,7 @@ INLINE int fast(state *s, const float *g, const float *w, const float *p, int n,
     s->abs_sum += t.abs_sum;
     s->square_sum += t.square_sum;
     s->zero += zero;
+    s->negative += negative;
     s->low = lesser(s->low, low);
     s->high = greater(s->high, high);
     *zeros = (int)zero;
@@ -497,10 +560,10 @@ INLINE int fast(state *s, const float *g, const float *w, const float *p, int n,
 
 /* --- the careful way: each entry is asked whether it is finite ---------------------------------------------------------------- */
 
-INLINE void careful(state *s, const double *g, const double *w, const double *p, int n, uint16_t *keys, double *above) {
+INLINE void careful(state *s, const double *g, const double *w, const double *p, int n, double *above) {
     double sum = 0, abs_sum = 0, square_sum = 0, low = INFINITY, high = -INFINITY, top = -INFINITY, least = INFINITY;
-    int64_t zero = 0, nan = 0;
-#pragma omp simd reduction(+ : sum, abs_sum, square_sum, zero, nan) reduction(max : high, top) reduction(min : low, least)
+    int64_t zero = 0, negative = 0, nan = 0, odd = 0;
+#pragma omp simd reduction(+ : sum, abs_sum, square_sum, zero, negative, nan, odd) reduction(max : high, top) reduction(min : low, least)
     for (int i = 0; i < n; i++) {
         int64_t fine = is_finite(g[i]);
         double x = fine ? g[i] : 0, a = fabs(x), from = fine ? x : INFINITY, to = fine ? x : -INFINITY;
@@ -513,23 +576,17 @@ INLINE void careful(state *s, const double *g, const double *w, const double *p,
         top = size > top ? size : top;
         least = moved < least ? moved : least;
         zero += g[i] == 0;
+        negative += x < 0;
         nan += g[i] != g[i];
-    }
-    for (int i = 0; i < n; i++) {
-        uint64_t bits = bits_of_double(g[i]);
-        int64_t exponent = (int64_t)(bits >> 52 & 0x7ff);
-        int64_t key = exponent - (1023 - BIAS);
-        key = key < 0 ? 0 : key;
-        key = key > NOT_FINITE - 1 ? NOT_FINITE - 1 : key;
-        key = exponent == 0x7ff ? NOT_FINITE : key;
-        key += bits >> 63 ? NEGATIVE_KEYS : 0;
-        keys[i] = (uint16_t)(bits << 1 ? key : 0);
+        odd += !fine;
     }
     s->sum += sum;
     s->abs_sum += abs_sum;
     s->square_sum += square_sum;
     s->zero += zero;
+    s->negative += negative;
     s->nan += nan;
+    s->inf += odd - nan;
     s->low = lesser(s->low, low);
     s->high = greater(s->high, high);
     s->abs_max = greater(s->abs_max, top);
@@ -636,16 +693,16 @@ static int may_belong(const largest *top, double above, int64_t start, const ord
     return o && above == last->magnitude && least_index(o, start) < last->index;
 }
 
-enum { RUN = 32 };
+enum { RUN = 32, MANY = 3 * TOP };
 
 /* The block's entries that are among the largest. `o` is NULL where memory order is logical order.
  *
- * Runs whose peak is too small are passed over. Where more of the block than TOP seem to belong, as at the start, or when
- * magnitudes rise, the bar is raised first: at least TOP of RUN lanes' peaks are as large as the TOPth largest of them. The
- * first ones are not inserted but ranked: how many are larger is counted without a branch that nobody can foretell. */
+ * Entries that reach the bar are marked by a loop without branches, then visited. While there are fewer than TOP, or where MANY
+ * reach the bar, as when magnitudes rise, it is raised first: at least TOP of RUN lanes' peaks are as large as the TOPth largest
+ * of them. The first ones are not inserted but ranked: a loop counts how many are larger. */
 #define FIND(name, real, magnitude_of, finite)                                                                                    \
     INLINE real name##_bar(const real *g, int n) {                                                                                \
-        real lane[RUN], best[TOP];                                                                                                \
+        real lane[RUN], bar = INFINITY;                                                                                           \
         for (int j = 0; j < RUN; j++)                                                                                             \
             lane[j] = -1;                                                                                                         \
         for (int i = 0; i + RUN <= n; i += RUN)                                                                                   \
@@ -654,92 +711,109 @@ enum { RUN = 32 };
                 a = a <= finite ? a : -1;                                                                                         \
                 lane[j] = a > lane[j] ? a : lane[j];                                                                              \
             }                                                                                                                     \
-        for (int j = 0; j < RUN; j++) {                                                                                           \
-            int at = j < TOP ? j : TOP - 1;                                                                                       \
-            if (j >= TOP && lane[j] <= best[at])                                                                                  \
-                continue;                                                                                                         \
-            for (; at > 0 && best[at - 1] < lane[j]; at--)                                                                        \
-                best[at] = best[at - 1];                                                                                          \
-            best[at] = lane[j];                                                                                                   \
-        }                                                                                                                         \
-        return best[TOP - 1];                                                                                                     \
-    }                                                                                                                             \
-                                                                                                                                  \
-    INLINE int name##_fits(real g, real bar) { return (magnitude_of(g) >= bar) & (magnitude_of(g) <= finite); }                   \
-                                                                                                                                  \
-    INLINE int name##_count(const real *g, int n, real bar) {                                                                     \
-        int count = 0;                                                                                                            \
-        for (int i = 0; i < n; i++)                                                                                               \
-            count += name##_fits(g[i], bar);                                                                                      \
-        return count;                                                                                                             \
+        int32_t larger[RUN] = {0};                                                                                                \
+        for (int i = 0; i < RUN; i++)                                                                                             \
+            for (int j = 0; j < RUN; j++)                                                                                         \
+                larger[j] += lane[i] > lane[j];                                                                                   \
+        for (int j = 0; j < RUN; j++)                                                                                             \
+            bar = larger[j] < TOP && lane[j] < bar ? lane[j] : bar;                                                               \
+        return bar;                                                                                                               \
     }                                                                                                                             \
                                                                                                                                   \
     INLINE entry name##_entry(const real *g, const real *w, int i, int64_t index) {                                               \
         return (entry){magnitude_of(g[i]), (double)g[i] + 0.0, w ? (double)w[i] : NAN, index};                                    \
     }                                                                                                                             \
                                                                                                                                   \
-    /* Whether at most RUN fit, and are done. */                                                                                  \
-    INLINE int name##_first(largest *top, const real *g, const real *w, int n, int64_t start, real bar) {                         \
-        int at[RUN + 1], ranked[RUN], count = 0;                                                                                  \
-        real lane[RUN];                                                                                                           \
-        for (int run = 0; run < n; run += RUN) {                                                                                  \
-            int stop = run + RUN < n ? run + RUN : n, here = name##_count(g + run, stop - run, bar);                              \
-            if (count + here > RUN)                                                                                               \
-                return 0;                                                                                                         \
-            for (int i = run; here && i < stop; i++) {                                                                            \
-                at[count] = i;                                                                                                    \
-                count += name##_fits(g[i], bar);                                                                                  \
+    /* The places of what reaches the bar; returns how many, or `most` + 1 where there are more. */                               \
+    INLINE int name##_places(uint16_t *at, const real *g, int n, real bar, int most) {                                            \
+        uint8_t marks[BLOCK + 8];                                                                                                 \
+        int count = 0;                                                                                                            \
+        for (int i = 0; i < n; i++)                                                                                               \
+            marks[i] = (magnitude_of(g[i]) >= bar) & (magnitude_of(g[i]) <= finite);                                              \
+        memset(marks + n, 0, 8);                                                                                                  \
+        for (int i = 0; i < n; i += 8) {                                                                                          \
+            uint64_t eight;                                                                                                       \
+            memcpy(&eight, marks + i, 8);                                                                                         \
+            if (!eight)                                                                                                           \
+                continue;                                                                                                         \
+            for (int j = i; j < i + 8; j++) {                                                                                     \
+                at[count] = (uint16_t)j;                                                                                          \
+                count += marks[j];                                                                                                \
             }                                                                                                                     \
+            if (count > most)                                                                                                     \
+                return most + 1;                                                                                                  \
         }                                                                                                                         \
-        for (int j = 0; j < RUN; j++)                                                                                             \
-            lane[j] = j < count ? magnitude_of(g[at[j]]) : -1;                                                                    \
-        for (int i = 0; i < count; i++) {                                                                                         \
-            int rank = 0, same = 0;                                                                                               \
-            for (int j = 0; j < RUN; j++) {                                                                                       \
-                rank += lane[j] > lane[i];                                                                                        \
-                same += lane[j] == lane[i];                                                                                       \
-            }                                                                                                                     \
-            for (int j = 0; same > 1 && j < i; j++)                                                                               \
-                rank += lane[j] == lane[i];                                                                                       \
-            ranked[rank] = at[i];                                                                                                 \
-        }                                                                                                                         \
-        for (; top->count < TOP && top->count < count; top->count++)                                                              \
-            top->best[top->count] = name##_entry(g, w, ranked[top->count], start + ranked[top->count]);                           \
-        return 1;                                                                                                                 \
+        return count;                                                                                                             \
     }                                                                                                                             \
                                                                                                                                   \
-    /* By run, until there are more than `most`. */                                                                               \
-    INLINE int name##_counts(int *counts, const real *g, int n, real bar, int most) {                                             \
-        int total = 0;                                                                                                            \
-        for (int run = 0; run < n && total <= most; run += RUN)                                                                   \
-            total += counts[run / RUN] = name##_count(g + run, run + RUN < n ? RUN : n - run, bar);                               \
-        return total;                                                                                                             \
+    INLINE void name##_first(largest *top, const real *g, const real *w, int64_t start, const uint16_t *at, int count) {          \
+        real lane[RUN];                                                                                                           \
+        uint16_t ranked[RUN];                                                                                                     \
+        for (int j = 0; j < RUN; j++)                                                                                             \
+            lane[j] = j < count ? magnitude_of(g[at[j]]) : -1;                                                                    \
+        int32_t rank[RUN] = {0}, sum = 0;                                                                                         \
+        for (int i = 0; i < count; i++)                                                                                           \
+            for (int j = 0; j < RUN; j++)                                                                                         \
+                rank[j] += lane[i] > lane[j];                                                                                     \
+        for (int j = 0; j < count; j++)                                                                                           \
+            sum += rank[j];                                                                                                       \
+        if (sum != count * (count - 1) / 2) /* some are equal */                                                                  \
+            for (int j = 0; j < count; j++)                                                                                       \
+                for (int i = 0; i < j; i++)                                                                                       \
+                    rank[j] += lane[i] == lane[j];                                                                                \
+        for (int j = 0; j < count; j++)                                                                                           \
+            ranked[rank[j]] = at[j];                                                                                              \
+        for (; top->count < TOP && top->count < count; top->count++)                                                              \
+            top->best[top->count] = name##_entry(g, w, ranked[top->count], start + ranked[top->count]);                           \
     }                                                                                                                             \
                                                                                                                                   \
     INLINE void name(largest *top, const real *g, const real *w, int n, int64_t start, const order *o) {                          \
         real bar = top->count < TOP ? 0 : (real)top->best[TOP - 1].magnitude;                                                     \
-        int counts[BLOCK / RUN], raised = name##_counts(counts, g, n, bar, n > RUN ? TOP : n) > TOP && n > RUN;                   \
-        if (raised) {                                                                                                             \
+        uint16_t at[BLOCK + 8];                                                                                                   \
+        int count = top->count < TOP && n > RUN ? MANY + 1 : name##_places(at, g, n, bar, n > RUN ? MANY : n);                    \
+        if (count > MANY && n > RUN) {                                                                                            \
             real higher = name##_bar(g, n);                                                                                       \
-            bar = higher > bar ? higher : bar;                                                                                    \
+            count = name##_places(at, g, n, higher > bar ? higher : bar, n);                                                      \
         }                                                                                                                         \
-        if (top->count == 0 && !o && name##_first(top, g, w, n, start, bar))                                                      \
+        if (top->count == 0 && !o && count <= RUN) {                                                                              \
+            name##_first(top, g, w, start, at, count);                                                                            \
             return;                                                                                                               \
-        if (raised)                                                                                                               \
-            name##_counts(counts, g, n, bar, n);                                                                                  \
-        for (int run = 0; run < n; run += RUN)                                                                                    \
-            for (int i = run; counts[run / RUN] && i < n && i < run + RUN; i++)                                                   \
-                if (name##_fits(g[i], bar)) {                                                                                     \
-                    entry one = name##_entry(g, w, i, o ? logical_index(o, start + i) : start + i);                               \
-                    insert(top, &one);                                                                                            \
-                }                                                                                                                 \
+        }                                                                                                                         \
+        for (int i = 0; i < count; i++) {                                                                                         \
+            entry one = name##_entry(g, w, at[i], o ? logical_index(o, start + at[i]) : start + at[i]);                           \
+            insert(top, &one);                                                                                                    \
+        }                                                                                                                         \
     }
 FIND(find_float, float, fabsf, FLT_MAX)
 FIND(find_double, double, fabs, DBL_MAX)
 
-/* Entries [start, stop) of a tensor. */
+/* The place of the k-th of a tensor's samples. */
+INLINE int64_t sample_place(int64_t count, int k) { return count > SAMPLES ? k * (count - 1) / (SAMPLES - 1) : k; }
+
+/* The samples of G and of W that lie in a block, from `*next` on. */
+static void take_samples(double *samples, int *next, const task *t, const void *const *lines, int64_t start, int n) {
+    for (; *next < SAMPLES && *next < t->count && sample_place(t->count, *next) < start + n; ++*next) {
+        int64_t at = sample_place(t->count, *next) - start;
+        for (int operand = G; operand <= W; operand++) {
+            int type = (int)t->type[operand];
+            float between;
+            double value;
+            samples[operand * SAMPLES + *next] =
+                *wide((const char *)lines[operand] + at * SIZE[type], type, 1, &between, &value);
+        }
+    }
+}
+
+INLINE void store(const walk *w, int64_t at, int n, const void *line) {
+    if (w->axes)
+        move(w, at, n, (char *)(intptr_t)line, 1);
+    else
+        memmove(w->base + at * w->size, line, (size_t)n * (size_t)w->size);
+}
+
+/* Entries [start, stop) of a tensor. `samples` has room for those of G and W, or is NULL. */
 INLINE void summarize_piece(const task *t, const int64_t *layouts, int64_t start, int64_t stop, state *s, room *r,
-                           const int has_fma) {
+                           double *samples, const int has_fma) {
     order shared, *o = NULL;
     task straight = *t;
     if (t->layout > 0 && shared_order(t, layouts, &shared)) {
@@ -753,12 +827,19 @@ INLINE void summarize_piece(const task *t, const int64_t *layouts, int64_t start
             walks[operand] = walk_of(&straight, layouts, operand);
             is_wide |= walks[operand].type == FLOAT64;
         }
+    int next = 0;
+    if (samples && start == 0)
+        memset(samples, 0, sizeof *samples * 2 * SAMPLES);
+    while (samples && next < SAMPLES && sample_place(t->count, next) < start)
+        next++;
     for (int64_t at = start; at < stop; at += BLOCK) {
         int n = (int)(stop - at < BLOCK ? stop - at : BLOCK);
         const void *lines[3] = {NULL, NULL, NULL};
         for (int operand = 0; operand < 3; operand++)
             if (t->pointer[operand])
                 lines[operand] = line_of(&walks[operand], at, n, r->raw[operand]);
+        if (samples)
+            take_samples(samples, &next, t, lines, at, n);
         const float *x[3] = {NULL, NULL, NULL};
         double above = 0;
         int done = 0, zeros = 0;
@@ -766,31 +847,33 @@ INLINE void summarize_piece(const task *t, const int64_t *layouts, int64_t start
             for (int operand = 0; operand < 3; operand++)
                 if (lines[operand])
                     x[operand] = narrow(lines[operand], walks[operand].type, n, r->narrow[operand]);
-            done = fast(s, x[G], x[W], x[PREVIOUS], n, r->keys, &above, &zeros, has_fma);
+            done = fast(s, x[G], x[W], x[PREVIOUS], n, &above, &zeros, has_fma);
         }
         const double *y[3] = {NULL, NULL, NULL};
         if (!done) {
             for (int operand = 0; operand < 3; operand++)
                 if (lines[operand])
                     y[operand] = wide(lines[operand], walks[operand].type, n, r->narrow[operand], r->wide[operand]);
-            careful(s, y[G], y[W], y[PREVIOUS], n, r->keys, &above);
+            careful(s, y[G], y[W], y[PREVIOUS], n, &above);
         }
-        if (!(done && s->paired && n == BLOCK && count_pairs(s, r->keys, r->pairs, zeros, (int)(bits_of((float)above) >> 23))))
-            count_keys(s, r->keys, n);
+        if (s->stride)
+            count_lines(s, x[G], done ? NULL : y[G], at, n, has_fma);
+        else if (done)
+            count_floats(s->keys, x[G], n, zeros, (float)above, has_fma);
+        else
+            count_doubles(s->keys, y[G], n);
         if (may_belong(&s->top, above, at, o)) {
             if (done)
                 find_float(&s->top, x[G], x[W], n, at, o);
             else
                 find_double(&s->top, y[G], y[W], n, at, o);
         }
-        if (t->pointer[KEEP]) {
-            if (walks[KEEP].axes)
-                move(&walks[KEEP], at, n, (char *)(intptr_t)lines[G], 1);
-            else
-                memmove(walks[KEEP].base + at * walks[KEEP].size, lines[G], (size_t)n * (size_t)walks[KEEP].size);
-        }
+        if (t->pointer[KEEP])
+            store(&walks[KEEP], at, n, lines[G]);
+        if (t->pointer[COPY])
+            store(&walks[COPY], at, n, lines[W]);
     }
-    settle(s);
+    count_chosen(s, has_fma);
 }
 
 static double or_nothing(double extreme) { return extreme > -INFINITY && extreme < INFINITY ? extreme + 0.0 : NAN; }
@@ -798,58 +881,71 @@ static double or_nothing(double extreme) { return extreme > -INFINITY && extreme
 /* Keys beyond the outermost buckets go into them. */
 enum { FIRST = EXPONENT_MIN + BIAS, LAST = EXPONENT_MAX + BIAS };
 
-/* Counts by bucket, from counts by key; returns how many there are. `zero` entries of key 0 are not among them. */
-static double write_buckets(double *row, const uint64_t *keys, int64_t zero) {
-    uint64_t below = -(uint64_t)zero, above = 0, total = 0;
-    for (int key = 0; key < FIRST; key++)
-        below += keys[key];
-    for (int key = LAST + 1; key < NOT_FINITE; key++)
-        above += keys[key];
-    for (int key = FIRST; key <= LAST; key++) {
-        total += keys[key];
-        row[key - FIRST] = (double)(int64_t)keys[key];
+/* Counts by bucket: `of[0]` the negative ones, `of[1]` the positive. Those in [low, high] are set, all others are 0. */
+typedef struct {
+    int low, high;
+    int64_t of[2][BUCKETS];
+} buckets;
+
+INLINE int bucket_of(int key) { return key < FIRST ? 0 : key > LAST ? BUCKETS - 1 : key - FIRST; }
+
+/* Only keys between those of the least and the largest magnitude have been met. */
+static void collect(const state *s, buckets *b) {
+    b->low = 0, b->high = -1;
+    if (!(s->abs_min < INFINITY))
+        return;
+    int least = key_of(s->abs_min), most = key_of(s->abs_max);
+    b->low = bucket_of(least), b->high = bucket_of(most);
+    for (int sign = 0; sign < 2; sign++)
+        memset(b->of[sign] + b->low, 0, sizeof **b->of * (size_t)(b->high - b->low + 1));
+    for (int key = least; key <= most; key++) {
+        b->of[0][bucket_of(key)] += (int64_t)s->keys[key + NEGATIVE_KEYS];
+        b->of[1][bucket_of(key)] += (int64_t)s->keys[key];
     }
-    row[0] += (double)(int64_t)below;
-    row[BUCKETS - 1] += (double)(int64_t)above;
-    return (double)(int64_t)(below + total + above);
 }
 
-static void write_counts(state *s, double *row) {
-    for (int table = 1; table < s->tables; table++)
-        for (int key = 0; key < KEYS; key++)
-            s->keys[0][key] += s->keys[table][key];
-    const uint64_t *keys = s->keys[0];
-    row[NEGATIVE] = write_buckets(row + HISTOGRAM, keys + NEGATIVE_KEYS, 0);
-    row[POSITIVE] = write_buckets(row + HISTOGRAM + BUCKETS, keys, s->zero);
-    row[INF] = (double)(keys[NOT_FINITE] + keys[NEGATIVE_KEYS + NOT_FINITE]) - (double)s->nan;
-}
-
-/* The same from the keys themselves. */
-static void write_few(const state *s, double *row, int64_t n) {
-    int64_t total[2] = {-s->zero, 0}, infinite = -s->nan;
-    memset(row + HISTOGRAM, 0, sizeof *row * 2 * BUCKETS);
-    for (int i = 0; i < n; i++) {
-        int negative = s->few[i] >= NEGATIVE_KEYS, key = s->few[i] % NEGATIVE_KEYS;
-        if (key == NOT_FINITE) {
-            infinite++;
+/* As `fields.quantiles`: exact in rank, interpolated within the bucket. */
+static void write_quantiles(double *row, const buckets *b, int64_t zero, double least, double most) {
+    int64_t total = zero, passed = 0, inside = 0;
+    for (int bucket = b->low; bucket <= b->high; bucket++)
+        total += b->of[0][bucket] + b->of[1][bucket];
+    int width = b->high - b->low + 1, at = -1; /* of 2 * width + 1 buckets by rising value, zero in the middle */
+    for (int k = 0; k < QUANTILES; k++) {
+        if (!total) {
+            row[k] = NAN;
             continue;
         }
-        int bucket = key < FIRST ? 0 : key > LAST ? BUCKETS - 1 : key - FIRST;
-        row[HISTOGRAM + bucket + (negative ? 0 : BUCKETS)]++;
-        total[negative]++;
+        int64_t rank = (int64_t)floor(QUANTILE[k] * (double)(total - 1));
+        while (at < 0 || passed + inside <= rank) {
+            passed += inside;
+            at++;
+            inside = at < width ? b->of[0][b->high - at] : at == width ? zero : b->of[1][b->low + at - width - 1];
+        }
+        double from = 0, to = 0;
+        if (at < width)
+            from = -ldexp(1, b->high - at + EXPONENT_MIN + 1), to = from / 2;
+        else if (at > width)
+            from = ldexp(1, b->low + at - width - 1 + EXPONENT_MIN), to = 2 * from;
+        double share = ((double)(rank - passed) + 0.5) / (double)inside, value = from + share * (to - from);
+        value = value < least ? least : value;
+        row[k] = value > most ? most : value;
     }
-    row[HISTOGRAM + BUCKETS] -= (double)s->zero;
-    row[POSITIVE] = (double)total[0];
-    row[NEGATIVE] = (double)total[1];
-    row[INF] = (double)infinite;
 }
 
-static void write_summary(const task *t, state *s, double *row) {
-    if (s->tables)
-        write_counts(s, row);
-    else
-        write_few(s, row, t->count);
+static void write_summary(const task *t, state *s, double *row, int detail) {
+    buckets b;
+    collect(s, &b);
+    write_quantiles(row + QUANTILE_, &b, s->stride ? s->sampled_zero : s->zero, s->low + 0.0, s->high + 0.0);
+    if (detail) {
+        memset(row + HISTOGRAM, 0, sizeof *row * 2 * BUCKETS);
+        for (int sign = 0; sign < 2; sign++)
+            for (int bucket = b.low; bucket <= b.high; bucket++)
+                row[HISTOGRAM + sign * BUCKETS + bucket] = (double)b.of[sign][bucket];
+    }
     row[NUMEL] = (double)t->count;
+    row[POSITIVE] = (double)(t->count - s->nan - s->inf - s->zero - s->negative);
+    row[NEGATIVE] = (double)s->negative;
+    row[INF] = (double)s->inf;
     row[ZERO] = (double)s->zero;
     row[NAN_] = (double)s->nan;
     row[SUM] = s->sum;
@@ -1009,7 +1105,8 @@ INLINE void compare_piece(const task *t, const int64_t *layouts, int64_t start, 
     }
 }
 
-static void write_update(const task *t, state *s, double *row) {
+static void write_update(const task *t, state *s, double *row, int detail) {
+    (void)detail;
     memcpy(row, s->update, sizeof s->update);
     row[UPDATE_NUMEL] = (double)t->count;
     if (!t->pointer[USED])
@@ -1021,13 +1118,14 @@ static void write_update(const task *t, state *s, double *row) {
 
 /* --- the same code for each kind of processor ----------------------------------------------------------------------------------- */
 
-typedef void (*piece)(const task *, const int64_t *, int64_t, int64_t, state *, room *);
+typedef void (*piece)(const task *, const int64_t *, int64_t, int64_t, state *, room *, double *);
 
 #define VARIANT(name, attributes, has_fma)                                                                                        \
-    attributes static void summarize_##name(const task *t, const int64_t *l, int64_t a, int64_t b, state *s, room *r) {           \
-        summarize_piece(t, l, a, b, s, r, has_fma);                                                                               \
+    attributes static void summarize_##name(const task *t, const int64_t *l, int64_t a, int64_t b, state *s, room *r, double *q) { \
+        summarize_piece(t, l, a, b, s, r, q, has_fma);                                                                            \
     }                                                                                                                             \
-    attributes static void compare_##name(const task *t, const int64_t *l, int64_t a, int64_t b, state *s, room *r) {             \
+    attributes static void compare_##name(const task *t, const int64_t *l, int64_t a, int64_t b, state *s, room *r, double *q) {  \
+        (void)q;                                                                                                                  \
         compare_piece(t, l, a, b, s, r, has_fma);                                                                                 \
     }
 
@@ -1080,13 +1178,22 @@ typedef struct {
     double *rows;
     int64_t width;
     piece work;
-    void (*write)(const task *, state *, double *);
-    int counts; /* whether keys are counted */
+    void (*write)(const task *, state *, double *, int detail);
+    int counts, detail; /* whether keys are counted, and all of them */
+    double *samples;    /* 16 of G and 16 of W a task, or NULL */
     cut from, to;
     int parts;
     int64_t part_task[2];
     state part[2];
 } job;
+
+/* The lines of a stratum of a tensor's sample; 0 where all entries are counted. */
+static int64_t stride_of(const job *j, const task *t) {
+    if (!j->counts || j->detail || t->count <= LARGE || walk_of(t, j->layouts, G).axes)
+        return 0;
+    int64_t lines = (t->count + LINE - 1) / LINE;
+    return (lines + STRATA - 1) / STRATA;
+}
 
 static void run(job *j) {
     room r;
@@ -1100,10 +1207,10 @@ static void run(job *j) {
         int64_t stop = i == j->to.task ? j->to.entry : t->count;
         int all = start == 0 && stop == t->count;
         state *s = all ? &whole : &j->part[j->parts];
-        begin(s, !j->counts || (all && t->count <= FEW) ? 0 : stop - start < 4 * BLOCK ? 1 : TABLES, j->counts && stop - start >= LONG);
-        j->work(t, j->layouts, start, stop, s, &r);
+        begin(s, j->counts, stride_of(j, t));
+        j->work(t, j->layouts, start, stop, s, &r, j->samples ? j->samples + i * 2 * SAMPLES : NULL);
         if (all)
-            j->write(t, s, j->rows + i * j->width);
+            j->write(t, s, j->rows + i * j->width, j->detail);
         else
             j->part_task[j->parts++] = i;
     }
@@ -1153,12 +1260,12 @@ static void write_parts(job *jobs, int threads) {
                 continue;
             }
             if (owner)
-                owner->write(owner->tasks + owner->part_task[at], &owner->part[at], owner->rows + owner->part_task[at] * owner->width);
+                owner->write(owner->tasks + owner->part_task[at], &owner->part[at], owner->rows + owner->part_task[at] * owner->width, owner->detail);
             owner = &jobs[i];
             at = part;
         }
     if (owner)
-        owner->write(owner->tasks + owner->part_task[at], &owner->part[at], owner->rows + owner->part_task[at] * owner->width);
+        owner->write(owner->tasks + owner->part_task[at], &owner->part[at], owner->rows + owner->part_task[at] * owner->width, owner->detail);
 }
 
 /* Where each thread begins: entries shared evenly, tensors cut between blocks. */
@@ -1381,12 +1488,31 @@ EXPORT int gradlens_ask(getter get, asker ask, void *list, const void *nothing, 
 /* --- the calls --------------------------------------------------------------------------------------------------------------------- */
 
 /* 0, with nothing done, where a tensor that is to be overwritten shares memory with another that is read. */
+static void summarize(const task *tasks, int64_t n, const int64_t *layouts, double *rows, int threads, int variant, int detail,
+                      double *samples) {
+    job model = {.tasks = tasks, .layouts = layouts, .rows = rows, .width = detail ? WIDTH : LIGHT_WIDTH, .work = SUMMARIZE[variant],
+                 .write = write_summary, .counts = 1, .detail = detail, .samples = samples};
+    run_all(&model, n, threads);
+}
+
 EXPORT int gradlens_summarize(const task *tasks, int64_t n, const int64_t *layouts, double *rows, int threads, int variant) {
     if (!may_keep(tasks, n, layouts))
         return 0;
-    job model = {.tasks = tasks, .layouts = layouts, .rows = rows, .width = WIDTH, .work = SUMMARIZE[variant], .write = write_summary, .counts = 1};
-    run_all(&model, n, threads);
+    summarize(tasks, n, layouts, rows, threads, variant, 1, NULL);
     return 1;
+}
+
+/* The same without histograms. */
+EXPORT int gradlens_summarize_light(const task *tasks, int64_t n, const int64_t *layouts, double *rows, int threads, int variant) {
+    if (!may_keep(tasks, n, layouts))
+        return 0;
+    summarize(tasks, n, layouts, rows, threads, variant, 0, NULL);
+    return 1;
+}
+
+/* The same of tasks without layouts that were found to keep what they may, with samples: 16 of each G, then 16 of its W. */
+EXPORT void gradlens_read(const task *tasks, int64_t n, double *rows, double *samples, int threads, int variant, int detail) {
+    summarize(tasks, n, NULL, rows, threads, variant, detail, samples);
 }
 
 EXPORT int gradlens_compare(const task *tasks, int64_t n, const int64_t *layouts, double *rows, int threads, int variant) {
@@ -1404,8 +1530,7 @@ static void sample(const job *j, int64_t n) {
             float between;
             double value = 0;
             if (k < count) {
-                int64_t at = count > SAMPLES ? k * (count - 1) / (SAMPLES - 1) : k;
-                value = *wide(line_of(&w, at, 1, &raw), w.type, 1, &between, &value);
+                value = *wide(line_of(&w, sample_place(count, k), 1, &raw), w.type, 1, &between, &value);
             }
             j->rows[i * SAMPLES + k] = value;
         }
@@ -1419,4 +1544,22 @@ EXPORT int gradlens_sample(const task *tasks, int64_t n, const int64_t *layouts,
     sample(&model, n);
     restore(was);
     return 1;
+}
+
+/* Whether the samples are bit for bit what `gradlens_read` took: 1 where those of all G are, plus 2 where those of all W are. */
+EXPORT int gradlens_unchanged(const task *tasks, int64_t n, const double *samples) {
+    int same[2] = {1, 1};
+    mode was = keep_subnormals();
+    for (int64_t i = 0; i < n; i++, samples += 2 * SAMPLES)
+        for (int operand = G; operand <= W; operand++) {
+            int type = (int)tasks[i].type[operand];
+            const char *base = (const char *)(intptr_t)tasks[i].pointer[operand];
+            for (int k = 0; same[operand] && k < SAMPLES && k < tasks[i].count; k++) {
+                float between;
+                double value, now = *wide(base + sample_place(tasks[i].count, k) * SIZE[type], type, 1, &between, &value);
+                same[operand] = bits_of_double(now) == bits_of_double(samples[operand * SAMPLES + k]);
+            }
+        }
+    restore(was);
+    return same[0] + 2 * same[1];
 }

@@ -15,6 +15,7 @@ import ctypes
 from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import repeat
 from operator import add, attrgetter, ge, is_, mul
 from pathlib import Path
@@ -33,21 +34,24 @@ VARIANTS = ("plain", "AVX2", "AVX-512")  #: what the inner loops are compiled fo
 #: Entries from which a second thread is worth its start.
 THREADED = 2**18
 
-_FORM = 2  # of the calls: the library has the same number
+#: Entries below which a call keeps Python's lock: it takes less than 0.2 ms, a thread that waits for the lock 5.
+BRIEF = 2**17
+
+_FORM = 3  # of the calls: the library has the same number
 _PLAIN = {Tensor, torch.nn.Parameter}
 _CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _BYTES = {torch.float32: 4, torch.float64: 8, torch.bfloat16: 2, torch.float16: 2}
-_OPERANDS, _TASK = 4, 10  # numbers of a task: the addresses, the types, a count, and where the layout stands
+_OPERANDS, _TASK = 5, 12  # numbers of a task: the addresses, the types, a count, and where the layout stands
 _AXES = 8  # tensors of more are left to the reference
 _TYPE, _ON_CPU = attrgetter("dtype"), attrgetter("is_cpu")
 _NOWHERE = 1  # stands for the address of an empty tensor, which is never read: 0 says that there is no tensor
 _GAP = -1  # stands for the count of a tensor that is not there
 
-Holes = Sequence[Tensor | None]
+OptionalTensors = Sequence[Tensor | None]
 Column = Sequence[Any] | None
 
 
-class Fixed(tuple[Tensor, ...]):
+class StableTensors(tuple[Tensor, ...]):
     """Tensors that stay where they are while this is in use: gradlens' own, or others between two lines of code that reads
     them. Each is asked once where it is."""
 
@@ -74,14 +78,23 @@ def load(path: Path = LIBRARY) -> Native:
         raise UnavailableError(f"the native kernel does not load: {error}") from error
     if built_for != _columns():
         raise UnavailableError("the native kernel was built for other columns; install gradlens again")
-    arguments = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_int)
-    for call in (library.gradlens_summarize, library.gradlens_compare, library.gradlens_sample):
-        call.argtypes = arguments
-        call.restype = ctypes.c_int
-    return Native(library, library.gradlens_variant(), _asker(path))
+    return Native(_declared(library), library.gradlens_variant(), _introspector(path), _declared(ctypes.PyDLL(str(path))))
 
 
-Asker = Callable[[Sequence[Any], array, int], bool]  #: writes an operand of a list of tensors into tasks, if all are plain
+def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
+    """The library with the types of its calls."""
+    pointer, whole, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    for name in ("summarize", "summarize_light", "compare", "sample"):
+        call = getattr(library, f"gradlens_{name}")
+        call.argtypes, call.restype = (pointer, whole, pointer, pointer, integer, integer), integer
+    library.gradlens_read.argtypes = (pointer, whole, pointer, pointer, integer, integer, integer)
+    library.gradlens_read.restype = None
+    library.gradlens_unchanged.argtypes, library.gradlens_unchanged.restype = (pointer, whole, pointer), integer
+    return library
+
+
+#: Writes an operand of a list of tensors into tasks, if all are plain and contiguous.
+Introspector = Callable[[Sequence[Any], array, int], bool]
 
 
 class _Exchange(ctypes.Structure):
@@ -95,7 +108,7 @@ class _Exchange(ctypes.Structure):
     )
 
 
-def _asker(path: Path) -> Asker | None:
+def _introspector(path: Path) -> Introspector | None:
     """The library's way to ask torch's tensors what they are; None where torch has no such table."""
     capsule = getattr(Tensor, "__dlpack_c_exchange_api__", None)
     if capsule is None:
@@ -137,29 +150,41 @@ def _asker(path: Path) -> Asker | None:
 
 def _columns() -> str:
     summary, updates = (" ".join(field.name for field in group) for group in (fields.SUMMARY, fields.UPDATES))
-    return f"{_FORM} | {summary} histogram {fields.EXPONENT_MIN} {fields.EXPONENT_MAX} top {fields.TOP} | {updates}"
+    quantiles = " ".join(map(str, fields.QUANTILES.values()))
+    sample = f"{fields.LARGE} {fields.STRATA} {fields.LINE}"
+    histogram = f"histogram {fields.EXPONENT_MIN} {fields.EXPONENT_MAX}"
+    return f"{_FORM} | {summary} quantiles {quantiles} of {sample} top {fields.TOP} {histogram} | {updates}"
 
 
 @dataclass(frozen=True)
 class Native:
-    """The library, which of its `VARIANTS` runs, and how it asks tensors."""
+    """The library, which of its `VARIANTS` runs, and how it asks tensors.
+
+    Calls of `holding` keep Python's lock. Where a call takes less time than another thread may keep the lock once it has
+    it, that is the faster way.
+    """
 
     library: ctypes.CDLL
     variant: int
-    asker: Asker | None = None
+    introspector: Introspector | None = None
+    holding: ctypes.CDLL | None = None
 
     def summarize(
         self,
         gradients: Sequence[Tensor],
-        weights: Holes | None = None,
-        previous: Holes | None = None,
-        keep: Holes | None = None,
+        weights: OptionalTensors | None = None,
+        previous: OptionalTensors | None = None,
+        keep: OptionalTensors | None = None,
+        detail: bool = True,
     ) -> Tensor:
         """As `reference.summarize`."""
-        columns = [gradients, weights, previous, keep]
-        return self._rows(self.library.gradlens_summarize, reference.summarize, columns, fields.WIDTH, keep)
+        columns, width = [gradients, weights, previous, keep], reference.width(detail)
+        call = self.library.gradlens_summarize if detail else self.library.gradlens_summarize_light
+        return self._rows(call, partial(reference.summarize, detail=detail), columns, width, keep)
 
-    def compare(self, used: Holes, before: Sequence[Tensor], after: Sequence[Tensor], loss: Holes | None = None) -> Tensor:
+    def compare(
+        self, used: OptionalTensors, before: Sequence[Tensor], after: Sequence[Tensor], loss: OptionalTensors | None = None
+    ) -> Tensor:
         """As `reference.compare`."""
         columns = [used, before, after, loss]
         return self._rows(self.library.gradlens_compare, reference.compare, columns, len(fields.UPDATES))
@@ -168,23 +193,32 @@ class Native:
         """As `reference.sample`."""
         return self._rows(self.library.gradlens_sample, reference.sample, [tensors], reference.SAMPLES)
 
+    def fill(self, column: Sequence[Tensor], tasks: array, operand: int) -> bool:
+        """Write an operand into tasks, if all tensors are plain, contiguous and as large as the operands before them."""
+        if not set(map(type, column)) <= _PLAIN:
+            return False  # None among them: a gap would leave the address of an earlier call
+        if self.introspector is not None:
+            return self.introspector(column, tasks, operand)
+        facts = _facts(list(column), straight=True)
+        return facts is not None and _fits(facts, tasks, operand)
+
     def _rows(
-        self, call: Callable, honest: Callable, columns: Sequence[Column], width: int, keep: Holes | None = None
+        self, call: Callable, fallback: Callable, columns: Sequence[Column], width: int, keep: OptionalTensors | None = None
     ) -> Tensor:
-        if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
-            return honest(*columns)  # what is made here would be no ordinary tensor
+        if modes_are_active():
+            return fallback(*columns)
         with torch._C.DisableTorchFunction(), torch.inference_mode(False):
-            work = _Work(columns, self.asker)
+            work = _Work(columns, self.introspector)
             rows = torch.empty(len(work.taken), width, dtype=torch.float64, device="cpu")
             threads = torch.get_num_threads() if work.entries >= THREADED else 1
             tasks, layouts = (numbers.buffer_info()[0] for numbers in (work.tasks, work.layouts))
-            safe = keep is None or _apart(columns, keep, work)
+            safe = keep is None or _disjoint(columns, keep, work)
             done = safe and call(tasks, len(work.taken), layouts, rows.data_ptr(), threads, self.variant)
         if not done:
-            return honest(*columns)
+            return fallback(*columns)
         if not work.left:
             return rows
-        others = honest(*(None if column is None else [column[i] for i in work.left] for column in columns))
+        others = fallback(*(None if column is None else [column[i] for i in work.left] for column in columns))
         with torch.no_grad(), torch.inference_mode(False):
             order = torch.tensor([*work.taken, *work.left], dtype=torch.int64, device="cpu").argsort()
             return torch.cat([rows, others]).index_select(0, order)
@@ -193,13 +227,54 @@ class Native:
 # --- lists of tensors in the library's form: `task` and `layouts` of native.c --------------------------------------------
 
 
+NO_LAYOUTS = 0
+
+
+def empty_tasks(n: int) -> array:
+    """Tasks of n rows without operands."""
+    tasks = array("q", bytes(8 * _TASK * n))
+    tasks[2 * _OPERANDS :: _TASK] = array("q", [_GAP]) * n
+    return tasks
+
+
+def addresses(tasks: array, operand: int) -> array:
+    """Of an operand, in each row."""
+    return tasks[operand::_TASK]
+
+
+def set_addresses(tasks: array, operand: int, pointers: array) -> None:
+    """Write them."""
+    tasks[operand::_TASK] = pointers
+
+
+def types(tasks: array, operand: int) -> array:
+    """Codes of an operand's types, in each row."""
+    return tasks[_OPERANDS + operand :: _TASK]
+
+
+def total(tasks: array) -> int:
+    """Entries of all rows."""
+    return sum(tasks[2 * _OPERANDS :: _TASK])
+
+
+def own_memory(rooms: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    """Whether each room has a storage that no other tensor here has."""
+    mine = _storages(rooms)
+    return len(mine) == sum(room.numel() > 0 for room in rooms) and mine.isdisjoint(_storages(others))
+
+
+def modes_are_active() -> bool:
+    """Whether what is made here would be no ordinary tensor."""
+    return bool(torch._C._len_torch_dispatch_stack()) or torch._C._functorch.peek_interpreter_stack() is not None
+
+
 class _Work:
     """The tasks of a call, and which rows are `taken`; what is `left` is not plain."""
 
-    def __init__(self, columns: Sequence[Column], asker: Asker | None = None) -> None:
+    def __init__(self, columns: Sequence[Column], introspector: Introspector | None = None) -> None:
         n = next(len(column) for column in columns if column is not None)
-        self._columns = [None if column is None else reference.whole("a list", column, n) for column in columns]
-        self._asker = asker
+        self._columns = [None if column is None else reference.check_lengths("a list", column, n) for column in columns]
+        self._introspector = introspector
         self._local: list[Tensor] = []  # parts of distributed tensors, alive while their addresses are in use
         self.tasks, self.layouts = array("q"), array("q", [0])
         self.taken: list[int] = []
@@ -212,21 +287,25 @@ class _Work:
         part = self._columns
         if stop - start < self._n:
             part = [None if column is None else column[start:stop] for column in self._columns]
-        tasks = _tasks(part, stop - start) if self._asker is None else _asked(part, stop - start, self._asker)
+        tasks = (
+            _tasks(part, stop - start)
+            if self._introspector is None
+            else _introspected(part, stop - start, self._introspector)
+        )
         if tasks is None and stop - start > 1:
             middle = (start + stop) // 2
             self._take(start, middle)
             self._take(middle, stop)
             return
         if tasks is None:
-            tasks = self._bent([None if column is None else column[0] for column in part])
+            tasks = self._strided_task([None if column is None else column[0] for column in part])
         if tasks is None:
             self.left.append(start)
         else:
             self.taken.extend(range(start, stop))
             self.tasks.extend(tasks)
 
-    def _bent(self, row: Sequence[Tensor | None]) -> array | None:
+    def _strided_task(self, row: Sequence[Tensor | None]) -> array | None:
         """The task of plain tensors in whatever order of memory; None where one is not plain."""
         row = [None if tensor is None else _local_part(tensor) for tensor in row]
         task = _tasks([None if tensor is None else [tensor] for tensor in row], 1, straight=False)
@@ -244,10 +323,9 @@ class _Work:
         return task
 
 
-def _asked(columns: Sequence[Column], n: int, asker: Asker) -> array | None:
+def _introspected(columns: Sequence[Column], n: int, introspector: Introspector) -> array | None:
     """As `_tasks`, of contiguous tensors."""
-    tasks = array("q", bytes(8 * _TASK * n))
-    tasks[2 * _OPERANDS :: _TASK] = array("q", [_GAP]) * n
+    tasks = empty_tasks(n)
     known: list[tuple[int, Sequence[Any]]] = []
     for operand, column in enumerate(columns):
         if column is None:
@@ -256,12 +334,12 @@ def _asked(columns: Sequence[Column], n: int, asker: Asker) -> array | None:
         if twin is not None:
             tasks[operand::_TASK] = tasks[twin::_TASK]
             tasks[_OPERANDS + operand :: _TASK] = tasks[_OPERANDS + twin :: _TASK]
-        elif isinstance(column, Fixed) and column.facts is not None:
+        elif isinstance(column, StableTensors) and column.facts is not None:
             if not _fits(column.facts, tasks, operand):
                 return None
-        elif not asker(column, tasks, operand):
+        elif not introspector(column, tasks, operand):
             return None
-        elif isinstance(column, Fixed):
+        elif isinstance(column, StableTensors):
             starts = operand, _OPERANDS + operand, 2 * _OPERANDS
             pointers, codes, counts = (tasks[start::_TASK].tolist() for start in starts)
             column.facts = pointers, codes, counts
@@ -312,7 +390,7 @@ _Facts = tuple[list[int], list[int], list[int]]  # addresses, types and counts
 
 def _facts(column: Sequence[Tensor | None], straight: bool) -> _Facts | None:
     """What the library must know of plain tensors; None if any is not plain."""
-    if isinstance(column, Fixed) and straight:
+    if isinstance(column, StableTensors) and straight:
         if column.facts is None:
             column.facts = _facts(list(column), straight)
         return column.facts
@@ -371,17 +449,17 @@ def _local_part(tensor: Tensor) -> Tensor:
     return tensor if local is None else local().detach()
 
 
-def _apart(columns: Sequence[Column], keep: Holes, work: _Work) -> bool:
+def _disjoint(columns: Sequence[Column], keep: OptionalTensors, work: _Work) -> bool:
     """Whether no tensor to be overwritten lies in the memory of one that the other backend reads, or the other way round."""
     if not work.left:
         return True  # the library looks at its own
     rows = {True: work.taken, False: work.left}
-    written = {mine: _homes(keep[i] for i in rows[mine]) for mine in rows}
-    read = {mine: _homes(column[i] for column in columns if column is not None for i in rows[mine]) for mine in rows}
+    written = {mine: _storages(keep[i] for i in rows[mine]) for mine in rows}
+    read = {mine: _storages(column[i] for column in columns if column is not None for i in rows[mine]) for mine in rows}
     return written[True].isdisjoint(read[False]) and written[False].isdisjoint(read[True])
 
 
-def _homes(tensors: Iterable[Tensor | None]) -> set[int]:
+def _storages(tensors: Iterable[Tensor | None]) -> set[int]:
     """Where their storages begin."""
     strided = (tensor for tensor in tensors if tensor is not None and tensor.layout == torch.strided)
     return {tensor.untyped_storage().data_ptr() for tensor in map(_local_part, strided) if tensor.is_cpu} - {0}

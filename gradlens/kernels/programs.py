@@ -23,13 +23,16 @@ import triton.language as tl
 from gradlens import fields
 from gradlens.kernels import reference
 
-HEAD = 8  #: integers of a table's entry before its layout: the addresses of four operands, and the next four
-NUMEL, FIRST, COUNT, ROW = 4, 5, 6, 7  #: entries, the first of its chunks, how many they are, the row of the result
-PADDED = 32  #: columns of a partial row before its histogram: `fields.SUMMARY`, and room
+HEAD = 10  #: integers of a table's entry before its layout: the addresses of four operands, the next five, and room
+#: Entries, the first of its chunks, how many they are, the row of the result, the lines of a stratum (`entries.stride`).
+NUMEL, FIRST, COUNT, ROW, STRIDE = 4, 5, 6, 7, 8
+PADDED = 32  #: columns of a partial row before its histogram: `fields.SUMMARY`, zeros that the histogram counts, and room
 PARTIAL = PADDED + 2 * fields.BUCKETS
 MOVED = 16  #: columns of a partial row of an update: `fields.UPDATES`, and room
 
-_HEAD, _NUMEL, _FIRST, _COUNT, _ROW, _PADDED, _PARTIAL = map(tl.constexpr, (HEAD, NUMEL, FIRST, COUNT, ROW, PADDED, PARTIAL))
+_HEAD, _NUMEL, _FIRST, _COUNT, _ROW, _STRIDE = map(tl.constexpr, (HEAD, NUMEL, FIRST, COUNT, ROW, STRIDE))
+_PADDED, _PARTIAL, _COUNTED_ZERO = map(tl.constexpr, (PADDED, PARTIAL, len(fields.SUMMARY)))
+_LINE = tl.constexpr(fields.LINE)
 _POSITIVE, _NEGATIVE, _ZERO, _NANS, _INFS = (
     tl.constexpr(fields.AT[name]) for name in ("positive", "negative", "zero", "nan", "inf")
 )
@@ -37,7 +40,10 @@ _ENTRIES, _SUM, _ABS_SUM, _SQUARE_SUM = (tl.constexpr(fields.AT[name]) for name 
 _MIN, _MAX, _ABS_MAX, _ABS_MIN = (tl.constexpr(fields.AT[name]) for name in ("min", "max", "abs_max", "abs_min_nonzero"))
 _W_SQUARE, _W_MAX, _DOT, _W_NONFINITE = (tl.constexpr(fields.AT[field.name]) for field in fields.WEIGHTS)
 _COMPARED, _MOVING, _FLIPPED, _P_DOT, _G_SQUARE, _P_SQUARE = (tl.constexpr(fields.AT[field.name]) for field in fields.FLIPS)
-_SUMMARY, _WIDTH, _TOP = tl.constexpr(len(fields.SUMMARY)), tl.constexpr(fields.WIDTH), tl.constexpr(fields.TOP)
+_SUMMARY, _TOP = tl.constexpr(len(fields.SUMMARY)), tl.constexpr(fields.TOP)
+_WIDTH, _LIGHT_WIDTH, _HISTOGRAM = (tl.constexpr(at) for at in (fields.WIDTH, fields.LIGHT_WIDTH, fields.HISTOGRAM.start))
+_QUANTILE = tl.constexpr(fields.QUANTILE.start)
+_Q05, _Q25, _Q50, _Q75, _Q95 = map(tl.constexpr, fields.QUANTILES.values())
 _BUCKETS, _BINS = tl.constexpr(fields.BUCKETS), tl.constexpr(2 * fields.BUCKETS)
 _LOWEST, _HIGHEST = tl.constexpr(fields.EXPONENT_MIN), tl.constexpr(fields.EXPONENT_MAX)
 _PARTIALS, _INDICES, _VALUES = (
@@ -175,6 +181,14 @@ def _bucket(bits):
 
 
 @triton.jit
+def _sampled(at, stride):
+    """Whether entries are in the sample: see `entries.sampled`."""
+    line = at // _LINE
+    stratum = line // stride
+    return line == stratum * stride + (((stratum * 2654435761) & 0xFFFFFFFF) >> 8) % stride
+
+
+@triton.jit
 def scan(
     table, owners, partials, length,
     G: tl.constexpr, W: tl.constexpr, P: tl.constexpr, KEEP: tl.constexpr,
@@ -196,6 +210,8 @@ def scan(
     abs_total, square_total = total, total
     least, most, smallest = none + limit, none - limit, none + limit
     histogram = tl.zeros([_BINS], tl.int32)
+    stride = _field(table, tensor, _STRIDE, AXES)
+    negatives, positives, counted, counted_zeros = zeros, zeros, zeros, zeros
     if W is not None:
         weight = _address(table, tensor, 1, W, AXES, ALIGNED)
         w_none = _bits(tl.zeros([TILE], W))
@@ -223,9 +239,15 @@ def scan(
         least = tl.minimum(least, tl.where(fine, key, limit))
         most = tl.maximum(most, tl.where(fine, key, -limit))
         smallest = tl.minimum(smallest, tl.where(there, magnitude, limit))
-        # What has no bucket is counted in the first one, and taken out of it in the end.
-        bucket = tl.where(there, _bucket(bits), 0)
-        histogram += tl.histogram(bucket, _BINS)
+        negatives += (there & (bits < 0)).to(tl.int32)
+        positives += (there & (bits > 0)).to(tl.int32)
+        taken = _sampled(at, stride) & inside
+        chosen = there & taken
+        counted_zeros += ((magnitude == 0) & taken).to(tl.int32)
+        counted += chosen.to(tl.int32)
+        if tl.max(chosen.to(tl.int32)) > 0:
+            # What has no bucket is counted in the first one, and taken out of it in the end.
+            histogram += tl.histogram(tl.where(chosen, _bucket(bits), 0), _BINS)
         g = tl.where(fine, _wide(x), 0.0)
         total += g
         abs_total += tl.abs(g)
@@ -258,13 +280,13 @@ def scan(
 
     row = partials + chunk.to(tl.int64) * _PARTIAL
     bins = tl.arange(0, _BINS)
-    tiles = tl.cdiv(stop - start, TILE)
     zero, nan, inf = tl.sum(zeros), tl.sum(odd & 0xFFFF), tl.sum(odd >> 16)
-    bucketless = tiles * TILE - (stop - start - zero - nan - inf)
+    bucketless = tl.sum(histogram) - tl.sum(counted)
     histogram -= tl.where(bins == 0, bucketless, 0).to(tl.int32)
     tl.store(row + _PADDED + bins, histogram.to(tl.float64))
-    tl.store(row + _NEGATIVE, tl.sum(tl.where(bins < _BUCKETS, histogram, 0)).to(tl.float64))
-    tl.store(row + _POSITIVE, tl.sum(tl.where(bins < _BUCKETS, 0, histogram)).to(tl.float64))
+    tl.store(row + _COUNTED_ZERO, tl.sum(counted_zeros).to(tl.float64))
+    tl.store(row + _NEGATIVE, tl.sum(negatives).to(tl.float64))
+    tl.store(row + _POSITIVE, tl.sum(positives).to(tl.float64))
     tl.store(row + _ZERO, zero.to(tl.float64))
     tl.store(row + _NANS, nan.to(tl.float64))
     tl.store(row + _INFS, inf.to(tl.float64))
@@ -346,22 +368,40 @@ def top(
 
 
 @triton.jit
+def _quantile(histogram, zero, low, high, q: tl.constexpr):
+    """As `fields.quantiles`: the one bucket that holds the rank, and the place in it. Negative buckets rise by magnitude."""
+    bins = tl.arange(0, _BINS)
+    passed = tl.cumsum(histogram, axis=0)
+    negatives = tl.sum(tl.where(bins < _BUCKETS, histogram, 0.0))
+    after = tl.where(bins < _BUCKETS, negatives - passed + histogram, zero + passed)
+    total = tl.sum(histogram) + zero
+    rank = (tl.maximum(total - 1, 0.0) * q).to(tl.int64).to(tl.float64)
+    here = (after > rank) & (after - histogram <= rank)
+    exponent = (bins % _BUCKETS + _LOWEST).to(tl.int64)
+    power = ((exponent + 1023) << 52).to(tl.float64, bitcast=True)
+    start = tl.where(bins < _BUCKETS, -2 * power, power)
+    share = (rank - (after - histogram) + 0.5) / tl.maximum(histogram, 1.0)
+    value = tl.sum(tl.where(here, start + share * power, 0.0))  # 0 where no bucket is: the rank is that of a zero
+    return tl.where(total > 0, tl.minimum(tl.maximum(value, low), high), float("nan"))
+
+
+@triton.jit
 def close(
     table, partials, magnitudes, indices, slots, rows,
-    G: tl.constexpr, W: tl.constexpr, P: tl.constexpr, AXES: tl.constexpr, MERGED: tl.constexpr,
+    G: tl.constexpr, W: tl.constexpr, P: tl.constexpr, DETAIL: tl.constexpr, AXES: tl.constexpr, MERGED: tl.constexpr,
 ):  # fmt: skip
     """The row of a tensor."""
     tensor = tl.program_id(0)
     chunks = _field(table, tensor, _FIRST, AXES)
     count = _field(table, tensor, _COUNT, AXES)
-    row = rows + _field(table, tensor, _ROW, AXES) * _WIDTH
+    row = rows + _field(table, tensor, _ROW, AXES) * (_WIDTH if DETAIL else _LIGHT_WIDTH)
     columns, bins = tl.arange(0, _PADDED), tl.arange(0, _BINS)
     total, histogram = tl.zeros([_PADDED], tl.float64), tl.zeros([_BINS], tl.float64)
     least, most = total + _INF, total - _INF
     for first in range(0, count, MERGED):
         at = first + tl.arange(0, MERGED).to(tl.int64)[:, None]
         line = partials + (chunks + at) * _PARTIAL
-        there = (at < count) & (columns < _SUMMARY)[None, :]
+        there = (at < count) & (columns <= _COUNTED_ZERO)[None, :]
         part = tl.load(line + columns[None, :], mask=there, other=0.0)
         total += tl.sum(part, axis=0)
         least = tl.minimum(least, tl.min(tl.where(there, part, _INF), axis=0))
@@ -381,7 +421,16 @@ def close(
         nothing = nothing | ((columns >= _P_DOT) & (columns <= _P_SQUARE))
         value = tl.where((columns >= _COMPARED) & (columns <= _FLIPPED), 0.0, value)
     tl.store(row + columns, tl.where(nothing, float("nan"), value), mask=columns < _SUMMARY)
-    tl.store(row + _SUMMARY + bins, histogram)
+    zero = tl.sum(tl.where(columns == _COUNTED_ZERO, total, 0.0))
+    low = tl.min(tl.where(columns == _MIN, least, _INF))
+    high = tl.max(tl.where(columns == _MAX, most, -_INF))
+    tl.store(row + _QUANTILE, _quantile(histogram, zero, low, high, _Q05))
+    tl.store(row + _QUANTILE + 1, _quantile(histogram, zero, low, high, _Q25))
+    tl.store(row + _QUANTILE + 2, _quantile(histogram, zero, low, high, _Q50))
+    tl.store(row + _QUANTILE + 3, _quantile(histogram, zero, low, high, _Q75))
+    tl.store(row + _QUANTILE + 4, _quantile(histogram, zero, low, high, _Q95))
+    if DETAIL:
+        tl.store(row + _HISTOGRAM + bins, histogram)
 
     lanes = tl.arange(0, _TOP * _TOP)
     there = lanes < slots * _TOP

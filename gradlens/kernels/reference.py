@@ -35,13 +35,14 @@ def summarize(
     weights: Sequence[Tensor | None] | None = None,
     previous: Sequence[Tensor | None] | None = None,
     keep: Sequence[Tensor | None] | None = None,
+    detail: bool = True,
 ) -> Tensor:
-    """One row a gradient, `[n, fields.WIDTH]`, float64, on their device. See `gradlens.kernels.summarize`."""
+    """One row a gradient, float64, on their device. See `gradlens.kernels.summarize`."""
     n = len(gradients)
-    columns = [holes(name, given, n) for name, given in (("weights", weights), ("previous", previous), ("keep", keep))]
+    columns = [optional(name, given, n) for name, given in (("weights", weights), ("previous", previous), ("keep", keep))]
     with quiet():
-        rows = [_summary(*group) for group in zip(gradients, *columns, strict=True)]
-        return torch.stack(rows) if rows else torch.empty(0, fields.WIDTH, dtype=torch.float64, device="cpu")
+        rows = [_summary(*group, detail=detail) for group in zip(gradients, *columns, strict=True)]
+        return torch.stack(rows) if rows else torch.empty(0, width(detail), dtype=torch.float64, device="cpu")
 
 
 def compare(
@@ -52,7 +53,7 @@ def compare(
 ) -> Tensor:
     """One row an update, `[n, len(fields.UPDATES)]`, float64, on their device. See `gradlens.kernels.compare`."""
     n = len(before)
-    columns = [holes("used", used, n), before, whole("after", after, n), holes("loss", loss, n)]
+    columns = [optional("used", used, n), before, check_lengths("after", after, n), optional("loss", loss, n)]
     with quiet():
         rows = [_update(*group) for group in zip(*columns, strict=True)]
         return torch.stack(rows) if rows else torch.empty(0, len(fields.UPDATES), dtype=torch.float64, device="cpu")
@@ -72,11 +73,15 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def holes(name: str, given: Sequence[Tensor | None] | None, n: int) -> Sequence[Tensor | None]:
-    return [None] * n if given is None else whole(name, given, n)
+def optional(name: str, given: Sequence[Tensor | None] | None, n: int) -> Sequence[Tensor | None]:
+    return [None] * n if given is None else check_lengths(name, given, n)
 
 
-def whole(name: str, given: Sequence[Any], n: int) -> Sequence[Any]:
+def width(detail: bool) -> int:
+    return fields.WIDTH if detail else fields.LIGHT_WIDTH
+
+
+def check_lengths(name: str, given: Sequence[Any], n: int) -> Sequence[Any]:
     if len(given) != n:
         raise ArgumentError(f"{name} has {len(given)} entries for {n} tensors; give one each, None where there is none")
     return given
@@ -151,13 +156,13 @@ def write(room: Tensor, piece: Tensor) -> None:
 # --- rows of summarize ------------------------------------------------------------------------------------------------
 
 
-def _summary(g: Tensor, w: Tensor | None, previous: Tensor | None, keep: Tensor | None) -> Tensor:
+def _summary(g: Tensor, w: Tensor | None, previous: Tensor | None, keep: Tensor | None, *, detail: bool) -> Tensor:
     g = plain(g)
     if is_sparse(g) and (previous is not None or keep is not None or g.numel() == 0):
         g = g.to_dense()
     w, p, room = like("a weight", w, g), like("a previous gradient", previous, g), room_for(keep, g)
-    numbers, top = _sparse_numbers(g, w) if is_sparse(g) else _dense_numbers(g, w, p, room)
-    return torch.cat([entries.closed(numbers, fields.SUMMARY), numbers[entries.HISTOGRAM], *top[1:]])
+    numbers, top = _sparse_numbers(g, w) if is_sparse(g) else _dense_numbers(g, w, p, room, detail)
+    return entries.row(numbers, top, detail)
 
 
 def room_for(keep: Tensor | None, g: Tensor) -> Tensor | None:
@@ -170,12 +175,16 @@ def room_for(keep: Tensor | None, g: Tensor) -> Tensor | None:
     return keep.view(g.shape)
 
 
-def _dense_numbers(g: Tensor, w: Tensor | None, p: Tensor | None, room: Tensor | None) -> tuple[Numbers, Tensor]:
+def _dense_numbers(
+    g: Tensor, w: Tensor | None, p: Tensor | None, room: Tensor | None, detail: bool = True
+) -> tuple[Numbers, Tensor]:
     names = entries.GRADIENT + (entries.WEIGHTS if w is not None else []) + (entries.FLIPS if p is not None else [])
     numbers, top, start = entries.identity(names, g.device), entries.nobody(g.device), 0
+    stride = entries.stride(_reals(g), g.is_contiguous(), detail)
     for g_piece, w_piece, p_piece, target in pieces([g, w, p, room]):
         x, y, z = _read([g_piece, w_piece, p_piece])
-        entries.merge(numbers, entries.summary(x, y, z))
+        counted = True if stride == 1 else entries.sampled(start, len(x), stride, x.device)
+        entries.merge(numbers, entries.summary(x, y, z, counted))
         top = entries.best(torch.cat([top, entries.largest(x, y, start)], dim=1))
         start += x.numel()
         if target is not None:
@@ -192,7 +201,8 @@ def _sparse_numbers(g: Tensor, w: Tensor | None) -> tuple[Numbers, Tensor]:
     if untouched:
         zero = torch.zeros((), dtype=torch.float64, device=g.device)
         count = torch.full_like(zero, untouched)
-        entries.merge(numbers, {"numel": count, "zero": count, "min": zero, "max": zero, "abs_max": zero})
+        counts = dict.fromkeys(["numel", "zero", entries.COUNTED_ZERO], count)
+        entries.merge(numbers, counts | {"min": zero, "max": zero, "abs_max": zero})
         index = touched.first_untouched(min(fields.TOP, untouched))
         values = torch.full_like(index, torch.nan, dtype=torch.float64) if w is None else _at(w, index)
         top = entries.best(torch.cat([top, entries.candidates(torch.zeros_like(values), index, values)], dim=1))

@@ -16,6 +16,7 @@ from array import array
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,12 +25,13 @@ from torch import Tensor
 
 from gradlens import fields
 from gradlens.kernels import programs, reference
+from gradlens.kernels.entries import stride
 
 _PLAIN = {Tensor, torch.nn.Parameter}
 _TYPES = {torch.float32: tl.float32, torch.float64: tl.float64, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 _LAYOUTS = (0, 4, 8)  # numbers of axes that programs are compiled for; 0: contiguous
 
-Holes = Sequence[Tensor | None]
+OptionalTensors = Sequence[Tensor | None]
 Column = Sequence[Any] | None
 
 
@@ -58,15 +60,19 @@ class Triton:
     def summarize(
         self,
         gradients: Sequence[Tensor],
-        weights: Holes | None = None,
-        previous: Holes | None = None,
-        keep: Holes | None = None,
+        weights: OptionalTensors | None = None,
+        previous: OptionalTensors | None = None,
+        keep: OptionalTensors | None = None,
+        detail: bool = True,
     ) -> Tensor:
         """As `reference.summarize`."""
-        columns = [gradients, weights, previous, keep]
-        return self._rows(self._summarize, reference.summarize, columns, fields.WIDTH, keeps=True)
+        columns, width = [gradients, weights, previous, keep], reference.width(detail)
+        launch, fallback = partial(self._summarize, detail=detail), partial(reference.summarize, detail=detail)
+        return self._rows(launch, fallback, columns, width, keeps=True, detail=detail)
 
-    def compare(self, used: Holes, before: Sequence[Tensor], after: Sequence[Tensor], loss: Holes | None = None) -> Tensor:
+    def compare(
+        self, used: OptionalTensors, before: Sequence[Tensor], after: Sequence[Tensor], loss: OptionalTensors | None = None
+    ) -> Tensor:
         """As `reference.compare`."""
         return self._rows(self._compare, reference.compare, [used, before, after, loss], len(fields.UPDATES))
 
@@ -75,22 +81,28 @@ class Triton:
         return self._rows(self._sample, reference.sample, [tensors], reference.SAMPLES)
 
     def _rows(
-        self, launch: Callable, honest: Callable, columns: Sequence[Column], width: int, keeps: bool = False
+        self,
+        launch: Callable,
+        fallback: Callable,
+        columns: Sequence[Column],
+        width: int,
+        keeps: bool = False,
+        detail: bool = True,
     ) -> Tensor:
-        work = _Work(columns, keeps)
+        work = _Work(columns, keeps, detail)
         if not work.groups or torch._C._len_torch_dispatch_stack():
-            return honest(*columns)
+            return fallback(*columns)
         device = work.device
         with torch.no_grad(), torch.inference_mode(False), _on(device):
             rows = torch.empty(work.count, width, dtype=torch.float64, device=device)
             for group, table, owners in work.shipped(self.sizes):
                 launch(group, table, owners, rows)
             if work.left:
-                others = honest(*(None if column is None else [column[i] for i in work.left] for column in columns))
+                others = fallback(*(None if column is None else [column[i] for i in work.left] for column in columns))
                 torch._foreach_copy_([rows[i] for i in work.left], list(others))
             return rows
 
-    def _summarize(self, group: Group, table: Tensor, owners: Tensor, rows: Tensor) -> None:
+    def _summarize(self, group: Group, table: Tensor, owners: Tensor, rows: Tensor, detail: bool) -> None:
         sizes, count, chunks = self.sizes, len(group.members), len(owners)
         g, w, p, kept = group.types
         partials = _room(rows, chunks, programs.PARTIAL)
@@ -115,7 +127,7 @@ class Triton:
             num_warps=8,
         )
         programs.close[(count,)](
-            table, partials, magnitudes, indices, slots, rows, g, w, p, AXES=group.axes, MERGED=sizes.merged
+            table, partials, magnitudes, indices, slots, rows, g, w, p, detail, AXES=group.axes, MERGED=sizes.merged
         )
 
     def _compare(self, group: Group, table: Tensor, owners: Tensor, rows: Tensor) -> None:
@@ -152,6 +164,7 @@ class Group:
     members: list[tuple[int, int]] = field(default_factory=list)  #: row and entries
     layouts: list[Sequence[int]] = field(default_factory=list)
     addresses: list[Sequence[int]] = field(default_factory=list)
+    strides: list[int] = field(default_factory=list)  #: of the sample that quantiles rest on
     length: int = 0  #: entries of a chunk
 
     def words(self, sizes: Sizes) -> tuple[array, array]:
@@ -163,7 +176,7 @@ class Group:
         for i, (row, entries) in enumerate(self.members):
             count = -(-entries // self.length)
             table.extend(self.addresses[i])
-            table.extend((entries, first, count, row))
+            table.extend((entries, first, count, row, self.strides[i], 0))
             table.extend(self.layouts[i])
             owners.extend([i] * count)
             first += count
@@ -173,14 +186,14 @@ class Group:
 class _Work:
     """Lists of tensors as groups; those that no program takes are `left`."""
 
-    def __init__(self, columns: Sequence[Column], keeps: bool = False) -> None:
+    def __init__(self, columns: Sequence[Column], keeps: bool = False, detail: bool = True) -> None:
         self.groups: dict[tuple, Group] = {}
         self.left: list[int] = []
         self.device = torch.device("cpu")
-        self._keeps = keeps
+        self._keeps, self._detail = keeps, detail
         self._local: list[Tensor] = []  # parts of distributed tensors, alive while their addresses are in use
         self.count = next(len(column) for column in columns if column is not None)
-        lists = [reference.holes("a list", column, self.count) for column in columns]
+        lists = [reference.optional("a list", column, self.count) for column in columns]
         lists += [[None] * self.count] * (4 - len(lists))
         for i, group in enumerate(zip(*lists, strict=True)):
             if not self._take(i, group):
@@ -223,6 +236,7 @@ class _Work:
         into.members.append((row, first.numel()))
         into.addresses.append(addresses)
         into.layouts.append(layout)
+        into.strides.append(stride(first.numel(), first.is_contiguous(), self._detail))
         return True
 
     def _operand(self, tensor: Tensor) -> Tensor:
@@ -266,7 +280,7 @@ def _extent(tensor: Tensor) -> int:
     return 1 + sum((n - 1) * int(stride) for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
-def _layout(operands: Holes) -> Sequence[int] | None:
+def _layout(operands: OptionalTensors) -> Sequence[int] | None:
     """Sizes and strides of each operand, the last axis first, padded to a number of axes that programs exist for.
 
     Nothing for contiguous tensors of as many entries; None where no program does.
@@ -295,7 +309,7 @@ def _layout(operands: Holes) -> Sequence[int] | None:
     return [axis[i] for i in range(5) for axis in axes]
 
 
-def _may_keep(keep: Tensor, operands: Holes) -> bool:
+def _may_keep(keep: Tensor, operands: OptionalTensors) -> bool:
     """Whether the gradient can be written there while it is read: bits as they are, over no tensor but the very previous."""
     gradient, weight, previous, _ = operands
     if gradient is None or keep.dtype != gradient.dtype or _extent(keep) != keep.numel():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -60,14 +59,8 @@ def length(batches: Any) -> int | None:
         return None
 
 
-@contextmanager
-def kept_generators(batches: Any) -> Iterator[None]:
-    """Put the generators of a DataLoader back, from which passing over it draws."""
+def generators(batches: Any) -> list[torch.Generator]:
+    """The generators of a DataLoader, from which passing over it draws."""
     owners = [batches, *(getattr(batches, name, None) for name in ("sampler", "batch_sampler"))]
     found = [getattr(owner, "generator", None) for owner in owners]
-    states = [(g, g.get_state()) for g in found if isinstance(g, torch.Generator)]
-    try:
-        yield
-    finally:
-        for generator, state in states:
-            generator.set_state(state)
+    return [generator for generator in found if isinstance(generator, torch.Generator)]

@@ -33,6 +33,7 @@ from torch.amp.grad_scaler import OptState
 from torch.optim import Optimizer
 
 from gradlens.errors import ArgumentTypeError, ProbeError
+from gradlens.probes.interrupts import leaves_no_trace
 from gradlens.probes.isolated_loss import IsolatedLoss
 from gradlens.probes.loss import Target
 from gradlens.probes.per_weight import sampled
@@ -248,6 +249,7 @@ class Dissection:
         partial = (used if wish is None else wish).double()
         return wide, partial, used.double(), after.double() - wide, bits, summed(blame, moving, error)
 
+    @leaves_no_trace
     def _integrated(self) -> tuple[Path, list[Tensor]]:
         """The loss and its slopes along the way, and each weight's share of the change."""
         with self._isolated as isolated:

@@ -22,13 +22,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gradlens.errors import ArgumentError, ProbeError
+from gradlens.probes.interrupts import leaves_no_trace
 from gradlens.probes.isolated_loss import IsolatedLoss
 from gradlens.probes.loss import Target
 from gradlens.probes.per_weight import unravelled
 from gradlens.probes.progress import tracked
+from gradlens.probes.second_order import kept_at_zero
 from gradlens.records import Parameters
 from gradlens.selection import Select
 from gradlens.weight_names import label
@@ -91,6 +93,7 @@ class PartialsCheck:
         return "\n".join(lines)
 
 
+@leaves_no_trace
 def check_partials(
     model: Target,
     loss_fn: Callable[[Any], Tensor],
@@ -116,7 +119,7 @@ def check_partials(
         gradient = [torch.zeros_like(w) if g is None else g for g, w in zip(partials, isolated.weights, strict=True)]
         noise = _noise(isolated, loss.item(), seed)
         places = _draw(
-            gradient, [_kept_at_zero(owner, w) for owner, w in zip(isolated.owners(), gradient, strict=True)], k, seed
+            gradient, [kept_at_zero(owner, w) for owner, w in zip(isolated.owners(), gradient, strict=True)], k, seed
         )
         rows = [
             _row(isolated, gradient, place, loss.item(), noise)
@@ -170,12 +173,6 @@ def _noise(isolated: IsolatedLoss, loss: float, seed: int) -> float:
 def _set(w: Tensor, value: Tensor | float) -> None:
     with torch.no_grad():
         w.copy_(value) if isinstance(value, Tensor) else w.fill_(value)
-
-
-def _kept_at_zero(owner: nn.Module | None, weight: Tensor) -> range:
-    """The flat indices whose partials are 0 by declaration, whatever the loss does: the padding row of an embedding."""
-    row = owner.padding_idx if isinstance(owner, nn.Embedding | nn.EmbeddingBag) else None
-    return range(0) if row is None else range(row * weight.shape[1], (row + 1) * weight.shape[1])
 
 
 def _draw(gradient: Sequence[Tensor], skipped: Sequence[range], k: int, seed: int) -> list[tuple[int, int]]:

@@ -2,19 +2,29 @@
 
 A central difference divides the rounding error of the loss by a small step: in float32 that leaves two digits, in
 float64 nine. Casting the weights is not enough, since inputs, targets and constants that the loss holds on to stay narrow
-and operations refuse to mix. So a `TorchFunctionMode` widens what each operation is given. What an operation still gives
-back narrow is noted by name: there the loss is less exact than it looks.
+and operations refuse to mix. So a `TorchFunctionMode` widens what each operation is given.
+
+- A narrow tensor that is written into (`x.add_(1)`, `out=x`) gets a float64 tensor that stands for its storage from then on,
+  views of it included; the tensor itself stays as it is.
+- An operation that does not exist in float64 is computed in the precision that it has, and named in `coarse`.
+- What else gives back less than float64 is named in `narrow`: there the loss is less exact than it looks.
+
+With `hold_cuts` the values that the first evaluation cuts off from its gradient (`detach()`, `.data`, `no_grad()`) are kept,
+and given again in the evaluations that follow: what is differentiated then is the function that the author meant.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
+
+from gradlens.errors import ProbeError
 
 _WIDE = {
     **dict.fromkeys((torch.float32, torch.float16, torch.bfloat16), torch.float64),
@@ -25,18 +35,23 @@ _CASTS: dict[Callable, Callable] = {
     **dict.fromkeys((Tensor.float, Tensor.half, Tensor.bfloat16), Tensor.double),
     Tensor.chalf: lambda x: x.to(torch.complex128),
 }
+_PLAIN = (int, float, bool, str, type(None), torch.Size, torch.device, slice)
+_TYPES = ("Double", "double", "Float", "Half", "BFloat16", "float32", "float64", "bfloat16", "dtype")
+_COARSER = (torch.float32, torch.bfloat16, torch.float16)
+_DATA = Tensor.data.__get__  # type: ignore[attr-defined]
+CONSTANTS, CONSTANT_BYTES = 256, 1 << 28  #: inputs and targets whose float64 copies are kept
 
 
 def is_narrow(x: object) -> bool:
     """Whether x is a real or complex floating tensor of less than float64."""
-    return isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex()) and x.dtype not in _WIDE.values()
+    return isinstance(x, Tensor) and x.dtype in _WIDE
 
 
 def widen(x: Any) -> Any:
     """A narrow tensor in float64, a narrow dtype as the wide one, anything else as it is."""
     if isinstance(x, torch.dtype):
         return _WIDE.get(x, x)
-    return x.to(torch.complex128 if x.is_complex() else torch.float64) if is_narrow(x) else x
+    return x.to(_WIDE[x.dtype]) if is_narrow(x) else x
 
 
 def grad(output: Tensor, inputs: Sequence[Tensor], seed: Tensor, create: bool, retain: bool) -> list[Tensor | None]:
@@ -51,37 +66,180 @@ def grad(output: Tensor, inputs: Sequence[Tensor], seed: Tensor, create: bool, r
 class Float64(TorchFunctionMode):
     """Within it, operations see float64; `narrow` names those whose results were not."""
 
-    def __init__(self) -> None:
+    def __init__(self, hold_cuts: bool = False) -> None:
         super().__init__()
         self.narrow: set[str] = set()
+        self.coarse: set[str] = set()
+        self._cuts = Cuts() if hold_cuts else None
+        self._written: dict[int, tuple[Tensor, Tensor]] = {}  # by storage: who has it, and what stands for it
+        self._constants: dict[int, tuple[Tensor, int, Tensor]] = {}
+        self._bytes = 0
+        self._forward = True
+
+    def __enter__(self) -> Self:
+        self._written.clear()
+        self._forward = True
+        if self._cuts is not None:
+            self._cuts.begin()
+        return super().__enter__()
+
+    def backward_begins(self) -> None:
+        """The loss is there: what runs without gradients from now on is the backward, and cuts nothing off."""
+        self._forward = False
+
+    def closed(self) -> Self:
+        """Let go of all tensors; the names stay."""
+        self._written.clear()
+        self._constants.clear()
+        self._cuts = None
+        return self
 
     def __torch_function__(self, func: Callable, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        name = getattr(func, "__name__", str(func))
+        name = getattr(func, "__name__", "")
         if func in _CASTS:
-            return _CASTS[func](args[0])
-        if name == "__get__":  # x.dtype, x.shape, x.T: nothing is computed, so nothing need be copied
-            return widen_dtype(func(*args, **kwargs))
-        kept = args[:1] if _in_place(name) else ()  # an in-place operation must reach the tensor itself
-        result = func(*kept, *self._wide(args[len(kept) :]), **self._wide(kwargs))
-        if not kept and any(map(is_narrow, result if isinstance(result, tuple | list) else [result])):
+            result = _CASTS[func](self._given(args[0]))
+        elif name == "__get__":  # x.dtype, x.shape, x.T: nothing is computed, so nothing need be copied
+            given = (self._stands_for(args[0]), *args[1:]) if self._written and args else args
+            result = func(*given, **(kwargs or {}))
+            result = (
+                widen(result) if isinstance(result, torch.dtype) else result
+            )  # code compares those of inputs and weights
+        else:
+            result = self._computed(func, name, args, kwargs)
+        if self._cuts is not None and self._forward and (name == "detach" or func == _DATA or not torch.is_grad_enabled()):
+            return self._cuts.held(result)
+        return result
+
+    def _computed(self, func: Callable, name: str, args: Sequence[Any], kwargs: Any) -> Any:
+        into = _in_place(name)
+        if into and args:
+            given = [self._target(args[0]), *map(self._wide, args[1:])]
+        else:
+            given = [*map(self._wide, args)]
+        named = {key: self._wide(value) for key, value in kwargs.items()} if kwargs else {}
+        if named.get("out") is not None:
+            named["out"] = _each(kwargs["out"], self._target)
+        try:
+            result = func(*given, **named)
+        except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
+            result = self._coarser(func, name, given, named, error)
+        if not into and (result.dtype in _WIDE if isinstance(result, Tensor) else _any_narrow(result)):
             self.narrow.add(name)
         return result
 
-    def _wide(self, tree: Any) -> Any:
-        return tree_map_only((Tensor, torch.dtype), self._given, tree)
+    def _coarser(self, func: Callable, name: str, args: Sequence[Any], kwargs: Any, error: Exception) -> Any:
+        """The operation in less than float64, where it exists there only."""
+        if isinstance(error, ProbeError) or not any(word in str(error) for word in _TYPES):
+            raise error
+        for dtype in _COARSER:
+            try:
+                fewer = tree_map_only((Tensor, torch.dtype), partial(_to, dtype), (tuple(args), kwargs))
+                result = func(*fewer[0], **fewer[1])
+            except (RuntimeError, TypeError, ValueError, NotImplementedError):
+                continue
+            self.coarse.add(name)
+            self.narrow.add(name)
+            return tree_map_only(Tensor, widen, result)
+        raise error
 
-    def _given(self, x: Any) -> Any:
-        if is_narrow(x) and isinstance(x.grad_fn, torch.autograd.function.BackwardCFunction):
-            # The result of a custom autograd.Function: applying one does not pass through the mode.
-            self.narrow.add(type(x.grad_fn).__name__)
-        return widen(x)
+    def _wide(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return self._given(value)
+        if isinstance(value, _PLAIN):
+            return value
+        if isinstance(value, torch.dtype):
+            return _WIDE.get(value, value)
+        return tree_map_only((Tensor, torch.dtype), self._wide, value)
 
+    def _given(self, x: Tensor) -> Tensor:
+        if x.dtype not in _WIDE:
+            return x
+        if self._written and (there := self._stands_for(x)) is not x:
+            return there
+        if x.grad_fn is not None or x.requires_grad:
+            if isinstance(x.grad_fn, torch.autograd.function.BackwardCFunction):
+                # The result of a custom autograd.Function: applying one does not pass through the mode.
+                self.narrow.add(type(x.grad_fn).__name__)
+            return x.to(_WIDE[x.dtype])
+        return self._constant(x)
 
-def widen_dtype(x: Any) -> Any:
-    """Only a dtype is widened: code compares those of inputs and weights."""
-    return widen(x) if isinstance(x, torch.dtype) else x
+    def _constant(self, x: Tensor) -> Tensor:
+        """Inputs and targets in float64: the same copy at each evaluation, while they stay as they are."""
+        known = self._constants.get(id(x))
+        version = 0 if x.is_inference() else x._version
+        if known is not None and known[0] is x and known[1] == version:
+            return known[2]
+        wide = x.to(_WIDE[x.dtype])
+        size = wide.numel() * wide.element_size()
+        if len(self._constants) < CONSTANTS and self._bytes + size < CONSTANT_BYTES and x.layout == torch.strided:
+            self._constants[id(x)] = x, version, wide
+            self._bytes += size
+        return wide
+
+    def _stands_for(self, x: Any) -> Any:
+        """The part of what stands for its storage; itself where nothing does."""
+        if not isinstance(x, Tensor) or x.dtype not in _WIDE or x.layout != torch.strided or x.grad_fn is not None:
+            return x
+        owner, there = self._written.get(x.untyped_storage()._cdata, (None, None))
+        if owner is None or there is None or owner.dtype != x.dtype:
+            return x
+        return there.as_strided(x.size(), x.stride(), x.storage_offset())
+
+    def _target(self, x: Any) -> Any:
+        """What an operation writes into in place of a narrow tensor."""
+        if not is_narrow(x) or x.layout != torch.strided or x.grad_fn is not None or x.requires_grad:
+            return self._wide(x) if not isinstance(x, Tensor) else x
+        storage = x.untyped_storage()._cdata
+        if storage not in self._written:
+            n = x.untyped_storage().nbytes() // x.element_size()
+            whole = torch.empty(0, dtype=x.dtype, device=x.device).set_(x.untyped_storage(), 0, (n,), (1,))
+            self._written[storage] = x, whole.to(_WIDE[x.dtype])
+        return self._stands_for(x)
 
 
 def _in_place(name: str) -> bool:
     return (name.endswith("_") and not name.endswith("__")) or name == "__setitem__" or name.startswith("__i")
+
+
+def _each(value: Any, call: Callable[[Any], Any]) -> Any:
+    return type(value)(map(call, value)) if isinstance(value, tuple | list) else call(value)
+
+
+def _any_narrow(result: Any) -> bool:
+    return isinstance(result, tuple | list) and any(map(is_narrow, result))
+
+
+def _to(dtype: torch.dtype, x: Any) -> Any:
+    if isinstance(x, torch.dtype):
+        return dtype if x == torch.float64 else x
+    return x.to(dtype) if x.dtype == torch.float64 else x
+
+
+class Cuts:
+    """The values that one evaluation cut off from its gradient, given again in those that follow, in the same order."""
+
+    def __init__(self) -> None:
+        self._values: list[Any] = []
+        self._at = -1  # of the next one to give; -1 while they are being kept
+
+    def begin(self) -> None:
+        """One more evaluation."""
+        if self._values and self._at not in (-1, len(self._values)):
+            raise ProbeError(
+                "loss_fn cuts off other values than at its first call, so that they cannot be held as they were"
+            )
+        self._at = 0 if self._values else -1
+
+    def held(self, result: Any) -> Any:
+        """A value that is cut off: kept at first, then what was kept."""
+        if not isinstance(result, Tensor):
+            return result
+        if self._at < 0:
+            self._values.append(result.detach().clone())
+            return result
+        if self._at >= len(self._values) or self._values[self._at].shape != result.shape:
+            raise ProbeError(
+                "loss_fn cuts off other values than at its first call, so that they cannot be held as they were"
+            )
+        self._at += 1
+        return self._values[self._at - 1].clone()

@@ -2,30 +2,34 @@
 
     L(w, batch) = loss_fn(the model with weights w, batch)
 
-`IsolatedLoss` makes of a model and a loss function that function of its weights. The weights are private copies, put into
-the model for the time of one evaluation by `torch.func.functional_call`: tied weights stay tied, and hooks that sit on the live
-parameters (a watching lens, the user's own) never see them. Afterwards parameters, buffers, `.grad`, training modes,
-attributes and hook dictionaries of every module, and the random states of torch, CUDA, numpy and Python are as they were,
-also when the loss raises. Each evaluation starts from the same weights, buffers and attributes.
+`IsolatedLoss` makes of a model and a loss function that function of its weights. Every tensor that the modules hold is
+copied once, and the copies stand in its place for the time of one evaluation. Each parameter is mapped once, by its
+identity: tied weights stay tied, a module that is registered twice is one module, and hooks that sit on the live parameters
+(a watching lens, the user's own) never see a probe. What a forward writes into (running statistics, counters, weights) is
+copied again before the next evaluation, so that each starts from the same weights, buffers and attributes.
 
-What it cannot undo is what a loss function does elsewhere: files, generators of its own, the insides of other objects.
-Hooks that the user put on modules run at each evaluation, as at each forward.
+Modules, tensors and generators that the loss function can reach besides its argument (`reach`) are protected likewise.
+Afterwards everything is as it was, by identity, also when the loss raises and wherever Ctrl-C stops it (`interrupts`).
+What it cannot undo is what a loss function does elsewhere: files, the insides of other objects. Hooks that the user put on
+modules run at each evaluation, as at each forward.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
-from gradlens.errors import ArgumentError, ProbeError
+from gradlens.errors import ArgumentError, GradlensWarning, ProbeError
 from gradlens.probes import float64
+from gradlens.probes.interrupts import OPEN, uninterrupted
 from gradlens.probes.loss import Loss, Target, check_arguments, varies
-from gradlens.probes.untouched import protected, randomness, set_randomness
+from gradlens.probes.stand_ins import StandIns
+from gradlens.probes.untouched import ModuleState, ProcessState, compiled
 from gradlens.records import Parameters
 from gradlens.selection import Select, check, predicate
 
@@ -36,7 +40,8 @@ class IsolatedLoss:
     """`loss_fn` as a function of private weights; a context manager.
 
     `weights` are the leaves to differentiate by and to move, one real tensor a chosen parameter (a complex one ends with an
-    axis of 2); `parameters` says their names, shapes and dtypes in the model. With `wide` all is computed in float64.
+    axis of 2); `parameters` says their names, shapes and dtypes in the model. With `wide` all is computed in float64. With
+    `hold_cuts` what the first evaluation cut off (`detach()`, `no_grad()`) has the same values in those that follow.
     `batched` says that the loss function also takes a batch.
     """
 
@@ -48,70 +53,119 @@ class IsolatedLoss:
         select: Select = None,
         wide: bool = False,
         batched: bool = False,
+        hold_cuts: bool = False,
     ) -> None:
         check_arguments(loss_fn, batched)
         self._loss = Loss(target, loss_fn)
         self._named = self._loss.named()
-        trainable = {name: tensor for name, tensor in self._named.values() if varies(name, tensor)}
+        trainable = {name: tensor for name, tensor, _ in self._named if varies(name, tensor)}
         if not trainable:
             raise ArgumentError("nothing to differentiate by: no parameter of the model requires a gradient")
         check(select, trainable)
         chosen = {name for name, tensor in trainable.items() if predicate(select)(name, tensor)}
-        self._chosen = [raw for raw, (name, _) in self._named.items() if name in chosen]
-        self.parameters = _describe([self._named[raw] for raw in self._chosen])
+        self._chosen = [(name, tensor, owner) for name, tensor, owner in self._named if name in chosen]
+        self.all_names = tuple(trainable)
+        self.parameters = _describe([(name, tensor) for name, tensor, _ in self._chosen])
         self.weights: list[Tensor] = []
-        self._mode = float64.Float64() if wide else None
+        self._hold_cuts = hold_cuts
+        self._mode = float64.Float64(hold_cuts) if wide or hold_cuts else None
+        self._wide = wide
+        self._generators: list[Any] = []
+        self._differentiates: bool | None = None  # whether the loss itself needs gradients; None: not tried
+        self._draws = True  # whether it draws from numpy's or Python's generator
+        self._closed = True
 
     def __enter__(self) -> Self:
-        with ExitStack() as stack:
-            self._random = randomness()
-            stack.callback(set_randomness, self._random)
-            stack.enter_context(torch.inference_mode(False))
-            stack.enter_context(torch.enable_grad())
-            if self._mode is not None:
-                stack.callback(torch.set_default_dtype, torch.get_default_dtype())
-                torch.set_default_dtype(torch.float64)
-            if any(map(_compiled, self._loss.modules())):
-                stack.enter_context(torch.compiler.set_stance("force_eager"))
-            self.weights = [_real(self._copy(raw)).contiguous().requires_grad_() for raw in self._chosen]
-            self._stack = stack.pop_all()
+        self._process = ProcessState([*self._loss.reach.generators.values(), *self._generators])
+        modules = self._modules()
+        self._state = ModuleState(modules)
+        self._inside = False
+        self._closed = False
+        OPEN.blocks.append(self)
+        try:
+            self._process.enter(self._wide, compiled())
+            self.weights = [_real(self._copy(name, tensor)).contiguous() for name, tensor, _ in self._chosen]
+            self._stand_ins = StandIns(
+                modules, self._state, self._chosen_copies(), self._loss.plain, self._loss.reach.tensors, self._cast
+            )
+            self.weights = [nn.Parameter(w) for w in self.weights]
+        except BaseException:
+            uninterrupted(self.close)
+            raise
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.weights = []
-        self._stack.close()
+        uninterrupted(self.close)
+
+    def close(self) -> None:
+        """Put everything back; once more does no harm."""
+        if not self._closed:
+            self._put_back()
+            self._process.put_back()
+            self.weights = []
+            self._mode = self._mode and self._mode.closed()
+            self._stand_ins = StandIns.none()
+            self._closed = True
+        if self in OPEN.blocks:
+            OPEN.blocks.remove(self)
+
+    def keep(self, generators: Sequence[Any]) -> None:
+        """Put these generators back at the end too; before entering."""
+        self._generators += generators
 
     def evaluate(self, then: Callable[[Tensor], T], *batch: Any) -> T:
         """`then(loss)`, with the weights still in place: a backward may run checkpointed forwards again."""
-        with protected(self._loss.parts.modules(), self._cast), self._mode or nullcontext(), explained():
-            return functional_call(self._loss, self._tensors(), (self._plain(), then, batch))
+        self._inside = True
+        try:
+            self._stand_ins.swap_in(self.weights)
+            if self._mode is not None:
+                self._mode.__enter__()  # and left by `_put_back`, which an interrupt cannot skip
+            with explained():
+                loss = self._loss(self._stand_ins.plain(), batch)
+                if self._mode is not None:
+                    self._mode.backward_begins()
+                result = then(loss)
+        finally:
+            uninterrupted(self._put_back)
+        self._check_written()
+        return result
 
     def loss(self, *batch: Any) -> float:
         """The loss at the current weights."""
-        with torch.no_grad():
-            return self.evaluate(Tensor.item, *batch)
+        if self._differentiates is None:
+            self._differentiates = self._needs_gradients(batch)
+        with torch.set_grad_enabled(self._differentiates):
+            return self.evaluate(_number, *batch)
 
     def gradient(self, *batch: Any) -> tuple[Tensor, list[Tensor | None]]:
         """The loss and its partials by each of `weights`; None where it does not depend on a parameter."""
         return self.evaluate(lambda loss: (loss.detach(), self.grad(loss)), *batch)
 
     def grad(
-        self, output: Tensor, seed: Tensor | None = None, *, create_graph: bool = False, retain_graph: bool = False
+        self,
+        output: Tensor,
+        seed: Tensor | None = None,
+        *,
+        create_graph: bool = False,
+        retain_graph: bool = False,
+        by: Sequence[Tensor] | None = None,
+        sparse: bool = False,
     ) -> list[Tensor | None]:
-        """Partials of an output by each of `weights`; called within `evaluate`."""
+        """Partials of an output by each of `weights`, or `by` some of them; called within `evaluate`."""
+        by = self.weights if by is None else by
         if not output.requires_grad:
-            return [None] * len(self.weights)
+            return [None] * len(by)
         seed = torch.ones_like(output) if seed is None else seed
         keep = create_graph or retain_graph
         if self._mode is not None:
-            found = float64.grad(output, self.weights, seed, create_graph, keep)
+            found = float64.grad(output, by, seed, create_graph, keep)
         else:
-            found = list(torch.autograd.grad(output, self.weights, seed, keep, create_graph, allow_unused=True))
-        return [g.to_dense() if g is not None and g.is_sparse else g for g in found]
+            found = list(torch.autograd.grad(output, by, seed, keep, create_graph, allow_unused=True))
+        return [g.to_dense() if g is not None and g.is_sparse and not sparse else g for g in found]
 
     def tensors(self) -> list[Tensor]:
         """The model's own parameters, in the order of `weights`."""
-        return [self._named[raw][1] for raw in self._chosen]
+        return [tensor for _, tensor, _ in self._chosen]
 
     def live(self) -> list[Tensor]:
         """Their values: `weights` are copies of these."""
@@ -119,53 +173,102 @@ class IsolatedLoss:
 
     def owners(self) -> list[nn.Module | None]:
         """The module that owns each of `weights`; None for a plain tensor."""
-        plain = self._loss.plain
-        return [None if raw in plain else self._loss.get_submodule(raw.rpartition(".")[0]) for raw in self._chosen]
+        return [owner for _, _, owner in self._chosen]
 
     @property
     def training(self) -> str:
         """The mode of the modules: `train`, `eval`, or `mixed`."""
-        modes = {module.training for place in self._loss.places.values() for module in place.modules()}
+        modes = {module.training for module in self._loss.modules()}
         return "mixed" if len(modes) > 1 else "eval" if modes == {False} else "train"
 
     def rewind(self) -> None:
         """Set the random states back to where they were on entering: the next evaluation draws the same numbers."""
-        set_randomness(self._random)
+        self._process.rewind(self._draws)
+
+    def settle_randomness(self) -> None:
+        """After an evaluation from the start: whether later ones need to rewind numpy's and Python's generators at all."""
+        self._draws = self._process.drawn()
 
     @property
     def narrow(self) -> tuple[str, ...]:
         """Operations that gave results of less than float64 in spite of `wide`."""
-        return tuple(sorted(self._mode.narrow)) if self._mode is not None else ()
+        return tuple(sorted(self._mode.narrow)) if self._mode is not None and self._wide else ()
+
+    @property
+    def coarse(self) -> tuple[str, ...]:
+        """Of these, operations that do not exist in float64 and were computed in the precision that they have."""
+        return tuple(sorted(self._mode.coarse)) if self._mode is not None else ()
+
+    # --- how ----------------------------------------------------------------------------------------------------------
+
+    def _modules(self) -> list[nn.Module]:
+        """Those of the target, and those that the loss function reaches besides."""
+        found = {id(module): module for module in self._loss.modules()}
+        for other in self._loss.reach.modules.values():
+            found.update((id(module), module) for module in other.modules() if _protectable(module))
+        return list(found.values())
+
+    def _chosen_copies(self) -> dict[int, int]:
+        """From the identity of a live parameter to its place in `weights`."""
+        return {id(tensor): i for i, (_, tensor, _) in enumerate(self._chosen)}
+
+    def _put_back(self) -> None:
+        """After an evaluation: the modules, and the modes that the evaluation may have been stopped in."""
+        if self._inside:
+            self._process.leave_modes()
+            self._stand_ins.swap_out()
+            self._state.put_back()
+            self._inside = False
+
+    def _check_written(self) -> None:
+        """What the evaluation wrote into is written anew before the next one."""
+        lost = self._stand_ins.renew(self.weights, self.live(), self._cast)
+        if lost:
+            warnings.warn(
+                f"loss_fn writes into {', '.join(lost[:3])}{', ...' if len(lost) > 3 else ''}, which a probe finds and does "
+                f"not put back, being large: it is not as it was; let loss_fn write into a copy",
+                GradlensWarning,
+                stacklevel=5,
+            )
+
+    def _needs_gradients(self, batch: tuple) -> bool:
+        """Whether the loss is another, or fails, without gradients: it differentiates within (a penalty, an inner loop)."""
+        before = ProcessState(self._loss.reach.generators.values())
+        if self._hold_cuts:
+            return True
+        with torch.enable_grad():
+            value = self.evaluate(_number, *batch)
+        before.rewind()
+        try:
+            with torch.no_grad():
+                other = self.evaluate(_number, *batch)
+        except RuntimeError:
+            self._check_written()
+            return True
+        finally:
+            before.rewind()
+        return not (other == value or (other != other and value != value))
 
     def _cast(self, tensor: Tensor) -> Tensor:
-        return float64.widen(tensor) if self._mode is not None else tensor
+        return float64.widen(tensor) if self._wide else tensor
 
-    def _copy(self, raw: str) -> Tensor:
-        name, tensor = self._named[raw]
+    def _copy(self, name: str, tensor: Tensor) -> Tensor:
         try:
-            return self._cast(tensor.detach()).clone()
+            wide = self._cast(tensor.detach())
+            return wide.clone() if wide.dtype == tensor.dtype else wide
         except RuntimeError as error:
             raise ProbeError(f"parameter {name!r} ({tensor.dtype}) cannot be copied for a probe: {error}") from error
 
-    def _tensors(self) -> dict[str, Tensor]:
-        """What `functional_call` puts into the modules. All are copies, so that a forward may write into them."""
-        tensors = {raw: value for raw, value in self._values() if raw not in self._loss.plain}
-        for raw, buffer in self._loss.named_buffers():
-            tensors[raw] = self._cast(buffer.detach()).clone()
-        return tensors
 
-    def _plain(self) -> dict[str, Tensor]:
-        return {raw: value for raw, value in self._values() if raw in self._loss.plain}
+def _number(loss: Tensor) -> float:
+    return loss.detach().item()
 
-    def _values(self) -> Iterator[tuple[str, Tensor]]:
-        leaves = dict(zip(self._chosen, self.weights, strict=True))
-        for raw, (_, tensor) in self._named.items():
-            if raw not in leaves:
-                yield raw, self._copy(raw).requires_grad_(tensor.requires_grad)
-            elif tensor.is_complex():
-                yield raw, torch.view_as_complex(leaves[raw].clone())
-            else:
-                yield raw, leaves[raw].clone()
+
+def _protectable(module: nn.Module) -> bool:
+    """Whether its tensors can be copied: no scripted module, none whose weights are spread over processes."""
+    return not isinstance(module, torch.jit.ScriptModule) and not any(
+        hasattr(p, "to_local") or p.is_meta for p in module._parameters.values() if p is not None
+    )
 
 
 def _describe(named: Sequence[tuple[str, Tensor]]) -> Parameters:
@@ -180,15 +283,13 @@ def _real(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
-def _compiled(module: nn.Module) -> bool:
-    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
-
-
 # --- what torch says, in terms of what to do --------------------------------------------------------------------------
 
 _EXPLAINED = {
     "modified by an inplace operation": "the backward of this loss fails: a value that it needs was changed in place after "
     "it was used (x += y, relu(inplace=True), an assignment to x[...]); compute into a new tensor there",
+    "a leaf Variable that requires grad is being used in an in-place operation": "the forward changes a weight in place "
+    "while it is differentiated; write into a copy, or under torch.no_grad()",
     "not implemented for 'Double'": "an operation of this model does not exist in float64, where this probe computes",
 }
 

@@ -1,4 +1,4 @@
-"""A loss function as a module around the model, so that `torch.func.functional_call` can reach into the model.
+"""A loss function, and what it is a function of.
 
 Here targets are taken apart (a module, or a mapping of names to modules and tensors), parameters get their names, and what
 cannot be probed is refused with a reason.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Mapping, MutableMapping
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -18,61 +18,62 @@ from torch.autograd.graph import Node
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
 from gradlens.errors import ArgumentTypeError, ProbeError
-from gradlens.probes.untouched import randomness, set_randomness
+from gradlens.probes.reach import reach
+from gradlens.probes.untouched import ProcessState
 from gradlens.unwrapping import plain_name, unwrap_model
 
 Target = nn.Module | Mapping[str, Any]
-T = TypeVar("T")
 
 
-class Loss(nn.Module):
-    """The loss function as a module around the model, so that `functional_call` can reach into the model."""
+class Loss:
+    """The loss function, the modules and tensors that it is a function of, and the names of their parameters."""
 
     def __init__(self, target: Target, loss_fn: Callable[..., Tensor]) -> None:
-        super().__init__()
         given = {"": target} if isinstance(target, nn.Module) else _mapping(target)
         self.single = isinstance(target, nn.Module)
         self.places = {key: unwrap_model(part) for key, part in given.items() if isinstance(part, nn.Module)}
         self.plain = _plain({key: part for key, part in given.items() if not isinstance(part, nn.Module)}, self.places)
-        self.parts = nn.ModuleList(self.places.values())
-        self.functions = (loss_fn,)  # in a tuple, since a loss that is a module is no part of the model
+        self.function = loss_fn
+        self.reach = reach(loss_fn)  # beside what it is given
         self.known_to_use = self.known_to_be_whole = False
         self._refuse_jit()
-        self._live = {id(tensor): name for name, tensor in self.named().values()}
+        self._live = {id(tensor): name for name, tensor, _ in self.named()}
 
-    def forward(self, plain: Mapping[str, Tensor], then: Callable[[Tensor], T], batch: tuple) -> T:
+    def __call__(self, plain: Mapping[str, Tensor], batch: tuple) -> Tensor:
         argument = self.places[""] if self.single else {**self.places, **plain}
         if not self.known_to_use:
             self._refuse_ignored(batch)
-        loss = _scalar(self.functions[0](argument, *map(_fresh, batch)))
+        loss = _scalar(self.function(argument, *map(_fresh, batch)))
         if not self.known_to_be_whole:
             _refuse_reentrant(loss)
             self._refuse_live(loss)
-            self.known_to_be_whole = True
-        return then(loss)
+            self.known_to_be_whole = loss.requires_grad
+        return loss
 
-    def named(self) -> dict[str, tuple[str, Tensor]]:
-        """By the name within this module: the parameter's own name, wrappers' prefixes stripped, and the live tensor."""
-        keys = list(self.places)
-        found = {}
-        for raw, tensor in self.named_parameters():
-            _, place, inner = raw.split(".", 2)
-            key = keys[int(place)]
-            found[raw] = (
-                f"{key}.{plain_name(self.places[key], inner)}" if key else plain_name(self.places[key], inner),
-                tensor,
-            )
-        return found | {name: (name, tensor) for name, tensor in self.plain.items()}
+    def modules(self) -> list[nn.Module]:
+        """All modules of the target, each once."""
+        found = {id(module): module for place in self.places.values() for module in place.modules()}
+        return list(found.values())
+
+    def named(self) -> list[tuple[str, Tensor, nn.Module | None]]:
+        """Each parameter once: its name without wrappers' prefixes, the live tensor, and the module that owns it."""
+        found: dict[int, tuple[str, Tensor, nn.Module | None]] = {}
+        for key, place in self.places.items():
+            for raw, tensor in place.named_parameters():
+                name = plain_name(place, raw)
+                owner = place.get_submodule(raw.rpartition(".")[0])
+                found.setdefault(id(tensor), (f"{key}.{name}" if key else name, tensor, owner))
+        return [*found.values(), *((name, tensor, None) for name, tensor in self.plain.items())]
 
     def _refuse_ignored(self, batch: tuple) -> None:
         """Call the loss function with something that cannot be used: one that does not notice ignores its argument."""
-        before = randomness()
+        before = ProcessState(self.reach.generators.values())
         try:
-            self.functions[0](_Unusable(), *map(_fresh, batch))
+            self.function(_Unusable(), *map(_fresh, batch))
         except Exception:  # noqa: BLE001 - whatever it raised, it needed its argument, or fails in earnest just below
             self.known_to_use = True
         finally:
-            set_randomness(before)
+            before.rewind()
         if not self.known_to_use:
             raise ProbeError(
                 "loss_fn ignores the model it is given: a probe moves the weights of its argument, so compute the loss with "
@@ -92,7 +93,7 @@ class Loss(nn.Module):
             )
 
     def _refuse_jit(self) -> None:
-        for module in self.parts.modules():
+        for module in self.modules():
             if isinstance(module, torch.jit.ScriptModule):
                 raise ProbeError(
                     f"{module.original_name} is a scripted module, whose weights cannot be exchanged; probe the original"
@@ -164,13 +165,28 @@ def _number(value: Any) -> torch.dtype:
 
 def _scalar(loss: object) -> Tensor:
     if not isinstance(loss, Tensor):
-        raise ProbeError(f"loss_fn returned {type(loss).__name__}, not a tensor; return the loss itself, without .item()")
+        raise ProbeError(f"loss_fn returned {_described(loss)}")
     if loss.numel() != 1 or not loss.dtype.is_floating_point:
         raise ProbeError(
             f"loss_fn returned a tensor of shape {tuple(loss.shape)} and {loss.dtype}; a loss is one real number: "
             f"return its mean or sum"
         )
     return loss.reshape(())
+
+
+def _described(loss: Any) -> str:
+    """What was returned that is no tensor, and what to return."""
+    kind = type(loss).__name__
+    if loss is None:
+        return "None, not a tensor; end it with return loss"
+    if isinstance(loss, tuple | list):
+        at = next((i for i, item in enumerate(loss) if isinstance(item, Tensor) and item.numel() == 1), 0)
+        return f"{kind} of {len(loss)}, not a tensor; return the loss alone, as in lambda ...: loss_fn(...)[{at}]"
+    if isinstance(getattr(loss, "loss", None), Tensor) or (isinstance(loss, Mapping) and "loss" in loss):
+        return f"{kind}, not a tensor; return its loss, as in model(**batch).loss"
+    if isinstance(loss, float | int | np.ndarray | np.generic):
+        return f"{kind}, not a tensor; return the loss itself, without .item(), float() or .numpy()"
+    return f"{kind}, not a tensor; return the loss, one real number as a tensor"
 
 
 def _refuse_reentrant(loss: Tensor) -> None:

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from gradlens.errors import ArgumentError, ArgumentTypeError, nearest
-from gradlens.probes.batches import check_batches, counted, kept_generators
+from gradlens.probes.batches import check_batches, counted, generators
+from gradlens.probes.interrupts import leaves_no_trace
 from gradlens.probes.isolated_loss import IsolatedLoss
 from gradlens.probes.loss import Target
 from gradlens.probes.untouched import randomness, set_randomness
@@ -63,6 +64,7 @@ class Nudge:
         return text
 
 
+@leaves_no_trace
 def nudge(
     model: Target,
     loss_fn: Callable[[Any, Any], Tensor],
@@ -82,7 +84,9 @@ def nudge(
     if not isinstance(size, int | float) or not np.isfinite(size) or size == 0:
         raise ArgumentError(f"size is how far each weight moves, a finite number that is not 0, not {size!r}")
     check_batches(batches)
-    with IsolatedLoss(model, loss_fn, batched=True) as isolated, kept_generators(batches):
+    isolated = IsolatedLoss(model, loss_fn, batched=True)
+    isolated.keep(generators(batches))
+    with isolated:
         moves, predicted = _moves(isolated, verdicts, float(size))
         held = [w.detach().clone() for w in isolated.weights]
         rows = []

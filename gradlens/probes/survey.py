@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from gradlens.errors import ArgumentError, GradlensWarning, ProbeError
-from gradlens.probes.batches import check_batches, counted, kept_generators
+from gradlens.probes.batches import check_batches, counted, generators
+from gradlens.probes.interrupts import leaves_no_trace
 from gradlens.probes.isolated_loss import IsolatedLoss
 from gradlens.probes.loss import Target
 from gradlens.probes.per_weight import sampled
@@ -42,6 +43,7 @@ MUCH = 2**30  #: bytes from which on a survey says what it needs, also where no 
 Given = Iterator[tuple[int, tuple[Any, int | None]]]  #: batches with their numbers and sizes
 
 
+@leaves_no_trace
 def survey(
     model: Target,
     loss_fn: Callable[[Any, Any], Tensor],
@@ -79,7 +81,8 @@ def survey(
     chosen = top if top is not None and top < sum(numel) else 0
     surveyed = chosen or sum(n if at is None else len(at) for n, at in zip(numel, index, strict=True))
     _state_memory(surveyed, isolated.tensors(), progress)
-    with isolated, kept_generators(batches):
+    isolated.keep(generators(batches))
+    with isolated:
         given = enumerate(counted(batches, "surveying", progress))
         if chosen:
             index = _most_sensitive(isolated, chosen, given)

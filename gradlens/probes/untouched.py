@@ -1,88 +1,173 @@
-"""What a probe must leave as it was: the attributes of modules, and the random states of the process."""
+"""What a probe must leave as it was: the attributes of modules, and the state of the process.
+
+`ModuleState` and `ProcessState` take note of it; `put_back()` compares and repairs, and may run any number of times.
+"""
 
 from __future__ import annotations
 
 import copy
-import operator
 import random
+import sys
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-_CONTAINERS = (dict, OrderedDict, defaultdict, list, deque, set)
-_TORCHS_OWN = ("_parameters", "_buffers", "_modules")  #: `functional_call` sees to what is in these
+CONTAINERS = (dict, OrderedDict, defaultdict, list, deque, set)
 
 
-@contextmanager
-def protected(modules: Iterable[nn.Module], cast: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> Iterator[None]:
-    """Put every attribute of the modules back at the end, and the contents of those that are containers, at any depth.
+class ModuleState:
+    """Every attribute of some modules, by identity, and the contents of those that are containers, at any depth.
 
-    Tensors among them (that are no parameters) are replaced by copies meanwhile, so that a forward may write into them.
+    The insides of tensors and of other objects are not its business.
     """
-    copies = _Copies(cast)
-    saved = [(module, dict(vars(module))) for module in modules]
-    try:
-        for module, attributes in saved:
-            vars(module).update({k: copies.of(v, k not in _TORCHS_OWN) for k, v in attributes.items()})
-        yield
-    finally:
-        for module, attributes in saved:
-            for added in vars(module).keys() - attributes.keys():
-                del vars(module)[added]
-            vars(module).update(attributes)
-        copies.put_back()
 
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self._contents: list[tuple[Any, Any, list[int]]] = []  # a container, a copy of it, and the identities in it
+        self._empty: list[Any] = []  # most are: hook dictionaries
+        self._seen: set[int] = set()
+        for module in modules:
+            self._note(vars(module))
 
-class _Copies:
-    """Copies of tensors, the same one wherever the same tensor is met; containers stay themselves, and are refilled."""
-
-    def __init__(self, cast: Callable[[Tensor], Tensor]) -> None:
-        self._cast = cast
-        self._met: dict[int, tuple[Any, Any]] = {}  # by id: a value, kept alive, and what stands for it
-        self._filled: list[tuple[Any, Any]] = []  # containers, and what was in them
-
-    def of(self, value: Any, inside: bool = True) -> Any:
-        """What stands for a value meanwhile. `inside`: whether tensors in a container are to be replaced too."""
+    def _note(self, value: Any) -> None:
         kind = type(value)
-        if isinstance(value, nn.Parameter) or not (isinstance(value, Tensor) or kind in _CONTAINERS or kind is tuple):
-            return value
-        if id(value) not in self._met:
-            self._met[id(value)] = value, value  # a container may contain itself
-            self._met[id(value)] = value, self._made(value, inside)
-        return self._met[id(value)][1]
-
-    def _made(self, value: Any, inside: bool) -> Any:
-        if isinstance(value, Tensor):
-            return self._cast(value.detach()).clone()
-        if type(value) is tuple:
-            items = [self.of(item) for item in value]
-            return value if all(map(operator.is_, items, value)) else tuple(items)
-        self._filled.append((value, copy.copy(value)))
-        if inside and not isinstance(value, set):
-            for key in list(value) if isinstance(value, dict) else range(len(value)):
-                if (item := self.of(value[key])) is not value[key]:
-                    value[key] = item
-        return value
+        if (kind not in CONTAINERS and kind is not tuple) or id(value) in self._seen:
+            return
+        self._seen.add(id(value))
+        if not value and kind is not tuple:
+            self._empty.append(value)
+            return
+        if kind is not tuple:
+            self._contents.append((value, copy.copy(value), _identities(value)))
+        for item in value.values() if isinstance(value, dict) else value:
+            self._note(item)
 
     def put_back(self) -> None:
-        for container, content in self._filled:
-            _refill(container, content)
+        """Make every container hold what it held, in the same order."""
+        for container in self._empty:
+            if container:
+                container.clear()
+        for container, content, identities in self._contents:
+            if _identities(container) != identities:
+                container.clear()
+                container.extend(content) if isinstance(container, list | deque) else container.update(content)
+
+    def mutable(self) -> list[Any]:
+        """The containers that were not empty."""
+        return [container for container, _, _ in self._contents]
 
 
-def _refill(container: Any, content: Any) -> None:
-    if list(map(id, _items(container))) == list(map(id, _items(content))):
-        return
-    container.clear()
-    container.extend(content) if isinstance(container, list | deque) else container.update(content)
+def _identities(container: Any) -> list[int]:
+    if isinstance(container, dict):
+        return [*map(id, container.keys()), *map(id, container.values())]
+    return list(map(id, container))
 
 
-def _items(container: Any) -> list[Any]:
-    return [*container.keys(), *container.values()] if isinstance(container, dict) else list(container)
+class ProcessState:
+    """Random states, defaults and modes: of torch, numpy and Python, and of the generators that are given."""
+
+    def __init__(self, generators: Iterable[Any] = ()) -> None:
+        self._generators = list(generators)
+        self._states = [_state(generator) for generator in self._generators]
+        self.random = randomness()
+        self._dtype = torch.get_default_dtype()
+        self._grad = torch.is_grad_enabled()
+        self._modes = torch._C._len_torch_function_stack()
+        self._attention = [read() for read, _ in _ATTENTION]
+        self._stance = _stance()
+        self._inference = torch.inference_mode(False) if torch.is_inference_mode_enabled() else None
+
+    def enter(self, wide: bool, eager: bool) -> None:
+        """What every probe computes in: gradients on; float64 by default if `wide`; no compiled code if `eager`."""
+        if self._inference is not None:
+            self._inference.__enter__()
+        torch.set_grad_enabled(True)
+        if wide:
+            torch.set_default_dtype(torch.float64)
+        if eager:
+            torch.compiler.set_stance("force_eager")
+
+    def rewind(self, all_of_it: bool = True) -> None:
+        """Set the random states back; without `all_of_it` only torch's own, which is quick."""
+        if all_of_it:
+            set_randomness(self.random)
+        else:
+            _set_torch(*self.random[:2])
+        for generator, state in zip(self._generators, self._states, strict=True):
+            _set_state(generator, state)
+
+    def drawn(self) -> bool:
+        """Whether numbers were drawn from numpy's or Python's global generator."""
+        *_, of_numpy, of_python = randomness()
+        return of_python != self.random[3] or not _same_numpy(of_numpy, self.random[2])
+
+    def leave_modes(self) -> None:
+        """Take off the function modes that were entered since; any number of times."""
+        while torch._C._len_torch_function_stack() > self._modes:
+            torch._C._pop_torch_function_stack()
+
+    def put_back(self) -> None:
+        """As it was."""
+        self.leave_modes()
+        if torch.get_default_dtype() != self._dtype:
+            torch.set_default_dtype(self._dtype)
+        for (_, write), value in zip(_ATTENTION, self._attention, strict=True):
+            write(value)
+        if self._stance is not None and _stance() is not self._stance:
+            torch._dynamo.eval_frame._set_stance(self._stance)
+        if self._inference is not None and not torch.is_inference_mode_enabled():
+            self._inference.__exit__(None, None, None)
+        torch.set_grad_enabled(self._grad)
+        self.rewind()
+
+
+#: The kernels of attention that may be used: how to read and how to set each.
+_ATTENTION = (
+    (torch.backends.cuda.flash_sdp_enabled, torch.backends.cuda.enable_flash_sdp),
+    (torch.backends.cuda.mem_efficient_sdp_enabled, torch.backends.cuda.enable_mem_efficient_sdp),
+    (torch.backends.cuda.math_sdp_enabled, torch.backends.cuda.enable_math_sdp),
+    (torch.backends.cuda.cudnn_sdp_enabled, torch.backends.cuda.enable_cudnn_sdp),
+)
+
+
+def plain_attention() -> None:
+    """Let attention run as plain matrix products, which can be differentiated twice; `put_back()` undoes it."""
+    for (_, write), value in zip(_ATTENTION, (False, False, True, False), strict=True):
+        write(value)
+
+
+def compiled() -> bool:
+    """Whether anything may have been compiled in this process: then torch's compiler is loaded."""
+    return "torch._dynamo" in sys.modules
+
+
+def _stance() -> Any:
+    return torch._dynamo.eval_frame._stance if compiled() else None
+
+
+def _state(generator: Any) -> Any:
+    if isinstance(generator, torch.Generator):
+        return generator.get_state()
+    if isinstance(generator, random.Random):
+        return generator.getstate()
+    if isinstance(generator, np.random.RandomState):
+        return generator.get_state()
+    return copy.deepcopy(generator.bit_generator.state)
+
+
+def _set_state(generator: Any, state: Any) -> None:
+    if isinstance(generator, torch.Generator | np.random.RandomState):
+        generator.set_state(state)
+    elif isinstance(generator, random.Random):
+        generator.setstate(state)
+    else:
+        generator.bit_generator.state = state
+
+
+GENERATORS = (torch.Generator, random.Random, np.random.RandomState, np.random.Generator)
 
 
 def randomness() -> tuple[Any, ...]:
@@ -94,8 +179,16 @@ def randomness() -> tuple[Any, ...]:
 def set_randomness(state: tuple[Any, ...]) -> None:
     """Put them back."""
     cpu, cuda, of_numpy, of_python = state
+    _set_torch(cpu, cuda)
+    np.random.set_state(of_numpy)
+    random.setstate(of_python)
+
+
+def _set_torch(cpu: Tensor, cuda: Any) -> None:
     torch.set_rng_state(cpu)
     if cuda is not None:
         torch.cuda.set_rng_state_all(cuda)
-    np.random.set_state(of_numpy)
-    random.setstate(of_python)
+
+
+def _same_numpy(a: Any, b: Any) -> bool:
+    return a[0] == b[0] and a[2:] == b[2:] and bool((a[1] == b[1]).all())

@@ -28,7 +28,9 @@ class Buffer:
         self._parameters: Parameters | None = None
         self._rooms: dict[int, Tensor] = {}
         self._kept: dict[int, Tensor] = {}  # those of the rooms that are filled
-        self._last: tuple[list[int], list[torch.dtype], kernels.Fixed] | None = None  # rows that were all kept whole at once
+        self._last: tuple[list[int], list[torch.dtype], kernels.StableTensors] | None = (
+            None  # rows that were all kept whole at once
+        )
 
     def use(self, parameters: Parameters) -> Buffer:
         """The buffer, for rows of these parameters."""
@@ -37,12 +39,12 @@ class Buffer:
             self._samples = self._plan.samples_of(parameters)
         return self
 
-    def together(self, rows: Sequence[int], tensors: Sequence[Tensor]) -> kernels.Fixed | None:
+    def together(self, rows: Sequence[int], tensors: Sequence[Tensor]) -> kernels.StableTensors | None:
         """What is kept of these rows, if they were last kept all at once and whole: as from one step to the next."""
         rooms = self._rooms_of(rows, tensors)
         return rooms if rooms is not None and all(map(self._kept.__contains__, rows)) else None
 
-    def _rooms_of(self, rows: Sequence[int], tensors: Sequence[Tensor]) -> kernels.Fixed | None:
+    def _rooms_of(self, rows: Sequence[int], tensors: Sequence[Tensor]) -> kernels.StableTensors | None:
         asked: Any = tensors
         if self._last is None or self._last[0] != rows or self._last[1] != list(map(_DTYPE, asked)):
             return None
@@ -50,7 +52,7 @@ class Buffer:
 
     def remember(self, rows: Sequence[int], tensors: Sequence[Tensor]) -> None:
         """These have been kept all at once."""
-        rooms = kernels.Fixed(self._rooms[row] for row in rows)
+        rooms = kernels.StableTensors(self._rooms[row] for row in rows)
         whole = all(self._samples[row].whole for row in rows)
         self._last = (list(rows), [tensor.dtype for tensor in tensors], rooms) if whole else None
 
@@ -104,14 +106,18 @@ def keepable(tensor: Tensor) -> bool:
 
 
 def summarize(
-    rows: Sequence[int], gradients: Sequence[Tensor], weights: Sequence[Tensor | None], last: Buffer | None
+    rows: Sequence[int],
+    gradients: Sequence[Tensor],
+    weights: Sequence[Tensor | None],
+    last: Buffer | None,
+    detail: bool = True,
 ) -> tuple[Tensor, tuple[list[int], Tensor] | None]:
     """Rows of the gradients, and separately the flips of those that are kept by sample; the buffer then has these."""
     if last is None:
-        return kernels.summarize(gradients, weights), None
+        return kernels.summarize(gradients, weights, detail=detail), None
     rooms = last.together(rows, gradients)
     if rooms is not None:
-        return kernels.summarize(gradients, weights, rooms, rooms), None
+        return kernels.summarize(gradients, weights, rooms, rooms, detail), None
     previous: list[Tensor | None] = []
     keep: list[Tensor | None] = []
     sampled: list[tuple[int, Tensor]] = []
@@ -125,7 +131,7 @@ def summarize(
                 sampled.append((row, last.view(row, g)))
         keep.append(last.room(row, g) if whole else None)
         previous.append(last.get(row) if whole else None)
-    numbers = kernels.summarize(gradients, weights, previous, keep)
+    numbers = kernels.summarize(gradients, weights, previous, keep, detail)
     flips = _sampled_flips(sampled, last) if sampled else None
     last.filled(kept)
     if len(kept) == len(rows):
@@ -136,6 +142,6 @@ def summarize(
 def _sampled_flips(sampled: Sequence[tuple[int, Tensor]], last: Buffer) -> tuple[list[int], Tensor]:
     rows, views = [row for row, _ in sampled], [view for _, view in sampled]
     rooms = [last.room(row, view) for row, view in sampled]
-    numbers = kernels.summarize(views, None, [last.get(row) for row in rows], rooms)
+    numbers = kernels.summarize(views, None, [last.get(row) for row in rows], rooms, False)
     first = fields.AT[fields.FLIPS[0].name]
     return rows, numbers[:, first : first + len(fields.FLIPS)].contiguous()

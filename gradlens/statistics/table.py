@@ -116,7 +116,8 @@ class _Assembly:
         self.table, self._numbers = table, numbers
         n = len(table.parameters)
         self.columns = fields.empty(n)
-        self.histogram = np.zeros((n, 2 * fields.BUCKETS), np.int64)
+        detailed = all(self._array(piece).shape[1] == fields.WIDTH for piece in table.pieces)
+        self.histogram = np.zeros((n, 2 * fields.BUCKETS), np.int64) if detailed else None
         self.top = Top(np.full((n, fields.TOP), -1), np.full((n, fields.TOP), np.nan), np.full((n, fields.TOP), np.nan))
         self.covered = np.zeros(n, bool)
 
@@ -176,7 +177,6 @@ class _Assembly:
         """What does not depend on updates: frozen, so that it can be shared."""
         updates = {field.name for field in fields.UPDATES}
         self.columns.update({name: values for name, values in other.columns.items() if name not in updates})
-        assert other.histogram is not None
         assert other.top is not None
         self.histogram, self.top = other.histogram, other.top
         for piece in self.table.pieces:
@@ -193,7 +193,6 @@ class _Assembly:
             if piece.divisor is not None:
                 divisors[self._rows(piece)] = self._number(piece, "divisor")
         self._unscale(divisors)
-        self.columns.update(fields.quantiles(self.histogram, self.columns))
 
     def _fill_absent(self) -> None:
         """A row that no gradient reached: its partials are 0."""
@@ -201,7 +200,9 @@ class _Assembly:
         self.columns["numel"][:] = self.columns["zero"][:] = numel
         for name in ("sum", "abs_sum", "square_sum"):
             self.columns[name][:] = 0.0
-        for name in ("min", "max", "abs_max"):
+        for name in fields.QUANTILES:
+            self.columns[name] = np.full(len(numel), np.nan)
+        for name in ("min", "max", "abs_max", *fields.QUANTILES):
             self.columns[name][numel > 0] = 0.0
 
     def _fill_group(self, piece: Piece, array: np.ndarray, group: Sequence[fields.Field], first: int = 0) -> None:
@@ -212,7 +213,10 @@ class _Assembly:
     def _fill(self, piece: Piece) -> None:
         array, rows = self._array(piece), self._rows(piece)
         self._fill_group(piece, array, fields.SUMMARY)
-        self.histogram[rows] = array[:, fields.HISTOGRAM]
+        for at, name in enumerate(fields.QUANTILES, start=fields.QUANTILE.start):
+            self.columns[name][rows] = array[:, at]
+        if self.histogram is not None:
+            self.histogram[rows] = array[:, fields.HISTOGRAM]
         self.top.partial[rows] = array[:, fields.TOP_PARTIAL]
         index = array[:, fields.TOP_INDEX]
         self.top.index[rows] = whole_index(
@@ -227,6 +231,8 @@ class _Assembly:
             return
         self.columns = fields.unscale(self.columns, known)
         self.top = Top(self.top.index, self.top.partial / known[:, None], self.top.value)
+        if self.histogram is None:
+            return
         for scale in set(known.tolist()) - {1.0}:
             rows = known == scale
             self.histogram[rows] = fields.shift(self.histogram[rows], round(math.log2(scale)))

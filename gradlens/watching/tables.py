@@ -20,6 +20,7 @@ from gradlens.capture.sharding import summand
 from gradlens.kernels.tensors import PLAIN, local_part
 from gradlens.records import PARTIAL, Finding, Parameters, Severity, Stage, Status
 from gradlens.statistics.buffers import Buffer, keepable, summarize
+from gradlens.statistics.detail import DetailSteps
 from gradlens.statistics.memory import Plan
 from gradlens.statistics.streaming import Streaming
 from gradlens.statistics.table import Piece, Table, UpdatePiece
@@ -43,7 +44,7 @@ class UpdateEntries:
 #: Notes of rows whose partials a backward did not compute, or of which others are in `.grad` too.
 _NOT_COMPUTED = (Status.FROZEN, Status.EXCLUDED, Status.UNCAPTURED)
 
-#: Fixed samples of gradients, by device.
+#: StableTensors samples of gradients, by device.
 Samples = dict[torch.device, Piece]
 
 
@@ -60,11 +61,12 @@ class TableBuilder:
         self._flips: dict[str, Buffer] = {}
         self._before = Buffer(plan)
         self.evidence = Streaming(plan) if "evidence" in features else None
-        self._reading = kernels.Fixed()  # what was read at the end of a pass, until its samples were taken
+        self._reading = kernels.StableTensors()  # what was read at the end of a pass, until its samples were taken
         self._ended: Samples = {}  # `.grad` as the last backward left it
         self._consumed: Samples = {}  # as the optimizer got it
         self._marked: tuple[Parameters, frozenset[int], Parameters] | None = None
         self._told: set[str] = set()  # parameters whose gradients were found to be summands, why evidence left something out
+        self.detail = DetailSteps()
         self._timed = timed
         self.count = 0  # tables that were made
 
@@ -107,7 +109,7 @@ class TableBuilder:
         self._open = {key: table for key, table in self._open.items() if table.step > step}
         if self.failures.findings:
             self._do("findings", self._send, [], {})  # what could not be sent with the step
-        self._last, self._ended, self._consumed, self._reading = None, {}, {}, kernels.Fixed()
+        self._last, self._ended, self._consumed, self._reading = None, {}, {}, kernels.StableTensors()
         self._before.forget()
 
     def interrupt(self) -> None:
@@ -160,15 +162,16 @@ class TableBuilder:
     def _read(self, reading: Reading) -> None:
         table = self._table(reading)
         used = reading.key[2] == Stage.USED
+        detail = process_group.count() > 1 or self.detail.of(reading.key[0])  # what ranks hold merges by its histograms
         if used:
             self._consumed.update(self._sample(reading.rows, reading.tensors))
         if reading.rows and not (used and reading.unchanged and self._copy(table, reading)):
             for rows, tensors, now in _by_device(reading.rows, reading.tensors, reading.weights):
-                fixed = kernels.Fixed(tensors)
+                fixed = kernels.StableTensors(tensors)
                 if reading.complete and reading.key[2] == Stage.BACKWARD:
                     self._reading = fixed
                 weights = [self._weight_before(row, w) for row, w in zip(rows, now, strict=True)] if reading.late else now
-                numbers, flips = summarize(rows, fixed, weights, self._last_of(reading))
+                numbers, flips = summarize(rows, fixed, weights, self._last_of(reading), detail)
                 table.pieces.append(Piece(rows, numbers, reading.skipped))
                 if flips is not None:
                     table.flips.append(Piece(*flips))
@@ -282,7 +285,7 @@ class TableBuilder:
         return {members[0].device: Piece(at, kernels.sample(members)) for at, members, _ in groups}
 
     def _sample_end(self, rows: Sequence[int], gradients: Sequence[Tensor]) -> None:
-        self._ended, last, self._reading = {}, self._reading, kernels.Fixed()
+        self._ended, last, self._reading = {}, self._reading, kernels.StableTensors()
         if len(last) == len(gradients) and all(map(is_, last, gradients)):  # what was just read, on one device
             self._ended = {last[0].device: Piece(list(rows), kernels.sample(last))} if last else {}
         else:

@@ -40,7 +40,9 @@ def hostile(n, dtype, seed=0):
 def summaries_agree(gradients, weights=None, previous=None, kernel=KERNEL):
     rows = kernel.summarize(gradients, weights, previous)
     check_identical(rows, reference.summarize(gradients, weights, previous), fields.SUMMARY)
-    return rows
+    light = kernel.summarize(gradients, weights, previous, None, False)
+    check_identical(light, reference.summarize(gradients, weights, previous, detail=False), fields.SUMMARY)
+    return light
 
 
 def updates_agree(used, before, after, loss=None):
@@ -167,9 +169,32 @@ def the_largest_wherever_they_are():
 
 
 @case
+def quantiles_of_large_tensors_rest_on_the_sample_of_the_reference():
+    patch = pytest.MonkeyPatch()
+    patch.setattr(fields, "LARGE", 100)  # the programs are told the strides alone
+    patch.setattr(fields, "STRATA", 5)
+    try:
+        square = hostile(400, torch.float32, 3).view(20, 20)
+        gradients = [
+            hostile(300, torch.float32),
+            hostile(1000, torch.float64, 1),
+            hostile(50, torch.bfloat16),
+            square,
+            square.t(),
+        ]
+        light = summaries_agree(gradients, gradients, gradients)
+        full = KERNEL.summarize(gradients)
+    finally:
+        patch.undo()
+    differs = (light[:, fields.QUANTILE] != full[:, fields.QUANTILE]).any(dim=1)
+    assert differs.tolist() == [True, True, False, True, False]
+
+
+@case
 def a_chunk_is_never_too_long_for_its_counters():
     sizes = triton.Sizes(tile=16, chunk=16, programs=1)
-    group = triton.Group((None,) * 4, 0, True, members=[(0, 2**40)], layouts=[()], addresses=[(0,) * 4])
+    member = {"members": [(0, 2**40)], "layouts": [()], "addresses": [(0,) * 4], "strides": [1]}
+    group = triton.Group((None,) * 4, 0, True, **member)
     group.words(sizes)
     assert group.length / sizes.tile < 2**16
 

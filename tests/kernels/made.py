@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import torch
 from hypothesis import strategies as st
 
@@ -103,6 +104,13 @@ def expected_histogram(g):
     return counts
 
 
+def expected_quantiles(g):
+    """As the host makes them of the histogram."""
+    columns = {name: np.array([value]) for name, value in expected_scalars(g).items()}
+    quantiles = fields.quantiles(np.array([expected_histogram(g)]), columns)
+    return [values[0] for values in quantiles.values()]
+
+
 def expected_top(g, w=None):
     """Partials, indices and weights of the largest."""
     order = sorted((i for i, x in enumerate(g) if math.isfinite(x)), key=lambda i: (-abs(g[i]), i))[: fields.TOP]
@@ -142,6 +150,7 @@ def check_row(row, g, w=None, p=None):
     for name, at in fields.AT.items():
         assert same(row[at], expected[name], scale.get(name, 0.0)), (name, row[at], expected[name])
     assert row[fields.HISTOGRAM] == expected_histogram(g)
+    assert all(map(same, row[fields.QUANTILE], expected_quantiles(g))), (row[fields.QUANTILE], expected_quantiles(g))
     for columns, numbers in zip((fields.TOP_PARTIAL, fields.TOP_INDEX, fields.TOP_VALUE), expected_top(g, w), strict=True):
         assert all(map(same, row[columns], numbers)), (row[columns], numbers)
 

@@ -22,8 +22,10 @@ if not native.LIBRARY.exists():
 
 BEST = native.load()
 # The plain one asks tensors by `map`, as where torch has no table of functions.
-KERNELS = [native.Native(BEST.library, variant, BEST.asker if variant else None) for variant in range(BEST.variant + 1)]
-askers = pytest.mark.parametrize("asker", [BEST.asker, None], ids=["by table", "by map"])
+KERNELS = [
+    native.Native(BEST.library, variant, BEST.introspector if variant else None) for variant in range(BEST.variant + 1)
+]
+introspectors = pytest.mark.parametrize("introspector", [BEST.introspector, None], ids=["by table", "by map"])
 variants = pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: native.VARIANTS[kernel.variant])
 BITS = {torch.float32: torch.int32, torch.float64: torch.int64, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 
@@ -59,9 +61,9 @@ def spied(monkeypatch):
         for name in ("summarize", "compare", "sample"):
             honest = getattr(reference, name)
 
-            def spy(first, *others, honest=honest):
+            def spy(first, *others, honest=honest, **options):
                 asked.append(len(first))
-                return honest(first, *others)
+                return honest(first, *others, **options)
 
             patch.setattr(reference, name, spy)
         yield asked
@@ -373,11 +375,11 @@ def strange():
     }
 
 
-@askers
+@introspectors
 @pytest.mark.parametrize("kind", strange())
-def test_what_is_not_plain_goes_to_the_reference_alone(kind, asker, monkeypatch):
+def test_what_is_not_plain_goes_to_the_reference_alone(kind, introspector, monkeypatch):
     """One odd tensor among many takes its own row there, and the rows keep their order."""
-    kernel = native.Native(BEST.library, BEST.variant, asker)
+    kernel = native.Native(BEST.library, BEST.variant, introspector)
     tensors = [made(n, seed=n) for n in (3, 9, 5, 4)]
     tensors.insert(2, strange()[kind])
     expected = reference.summarize(tensors)
@@ -389,10 +391,10 @@ def test_what_is_not_plain_goes_to_the_reference_alone(kind, asker, monkeypatch)
         assert asked == [1, 1, 1]
 
 
-@askers
-def test_gaps_stay_with_the_kernel(asker, monkeypatch):
+@introspectors
+def test_gaps_stay_with_the_kernel(introspector, monkeypatch):
     """Tensors that are not there send no row to the reference."""
-    kernel = native.Native(BEST.library, BEST.variant, asker)
+    kernel = native.Native(BEST.library, BEST.variant, introspector)
     g, w, p = ([made(n, seed=n + i) for n in (3, 9, 5)] for i in range(3))
     weights, previous = [w[0], None, w[2]], [None, p[1], None]
     expected = reference.summarize(g, weights, previous)
@@ -416,19 +418,19 @@ def test_inference_tensors_and_parameters_are_plain(monkeypatch):
     assert not rows.requires_grad
 
 
-@askers
-def test_a_storage_that_is_too_small_is_never_read(asker):
+@introspectors
+def test_a_storage_that_is_too_small_is_never_read(introspector):
     """FSDP frees storages under tensors; a shrunken one is not taken either, in any layout."""
     for left in (0, 3996):
         for view in (lambda t: t, lambda t: t.view(10, 100).t()):
             tensor = view(torch.randn(1000))
             tensor.untyped_storage().resize_(left)
-            assert native._Work([[tensor]], asker).taken == []
+            assert native._Work([[tensor]], introspector).taken == []
     begins_later = torch.randn(1000)[10:]
     begins_later.untyped_storage().resize_(3996)
-    assert native._Work([[begins_later], [None], [begins_later[:-1]]], asker).taken == []
-    assert native._Work([[begins_later[:-1]]], asker).taken == [0]
-    assert native._Work([[torch.empty(3, device="meta")]], asker).taken == []
+    assert native._Work([[begins_later], [None], [begins_later[:-1]]], introspector).taken == []
+    assert native._Work([[begins_later[:-1]]], introspector).taken == [0]
+    assert native._Work([[torch.empty(3, device="meta")]], introspector).taken == []
 
 
 class Noted(TorchDispatchMode):
@@ -457,22 +459,22 @@ def test_under_a_user_s_mode_no_memory_is_touched(monkeypatch):
     assert len(seen) == 2
 
 
-@askers
-def test_what_escaped_from_a_transform_is_not_taken(asker):
+@introspectors
+def test_what_escaped_from_a_transform_is_not_taken(introspector):
     """It has the class of a tensor and no memory."""
     escaped = []
     for transform in (torch.func.grad, torch.func.vmap):
         argument = torch.randn(7) if transform is torch.func.grad else torch.randn(2, 7)
         transform(lambda x: (escaped.append(x), x.sum())[1])(argument)
     assert {type(tensor) for tensor in escaped} == {torch.Tensor}
-    assert native._Work([escaped], asker).taken == []
+    assert native._Work([escaped], introspector).taken == []
 
 
 def test_torch_s_table_of_functions_is_used_where_there_is_one(monkeypatch):
     """It asks a thousand tensors in the time in which one after the other asks four hundred."""
-    assert (BEST.asker is not None) == hasattr(torch.Tensor, "__dlpack_c_exchange_api__")
+    assert (BEST.introspector is not None) == hasattr(torch.Tensor, "__dlpack_c_exchange_api__")
     monkeypatch.delattr(torch.Tensor, "__dlpack_c_exchange_api__", raising=False)
-    assert native.load().asker is None
+    assert native.load().introspector is None
 
 
 def test_a_default_device_s_mode_changes_nothing(monkeypatch):

@@ -8,9 +8,10 @@ from torch.utils.checkpoint import checkpoint
 
 from gradlens.probes.curvature import curvature
 from gradlens.probes.finite_difference import check_partials
-from gradlens.probes.mixed_partials import check_symmetry, mixed_partials
+from gradlens.probes.mixed_partials import mixed_partials
 from gradlens.probes.nudge import nudge
 from gradlens.probes.survey import survey
+from gradlens.probes.symmetry import check_symmetry
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from gradlens.errors import ArgumentError, ArgumentTypeError, ProbeError
 from gradlens.probes.isolated_loss import IsolatedLoss
-from gradlens.probes.mixed_partials import check_symmetry
+from gradlens.probes.symmetry import check_symmetry
 
 from .helpers import trace
 

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from gradlens.errors import ArgumentError, ArgumentTypeError, ProbeError
-from gradlens.probes.mixed_partials import check_symmetry, mixed_partials
+from gradlens.probes.mixed_partials import mixed_partials
 
 from .helpers import trace
 
@@ -113,48 +113,6 @@ def test_too_many_weights_are_refused_before_any_work():
         mixed_partials(nn.Linear(50, 50, bias=False), lambda m: pytest.fail("was run"), "weight")
 
 
-def attention():
-    torch.manual_seed(0)
-    return nn.TransformerEncoderLayer(8, 2, 16, dropout=0.1, batch_first=True), torch.randn(2, 5, 8)
-
-
-@pytest.mark.parametrize(
-    "make",
-    [
-        mlp,
-        attention,
-        lambda: (nn.Sequential(nn.Conv1d(2, 3, 2), nn.BatchNorm1d(3), nn.GELU()), torch.randn(4, 2, 5)),
-        lambda: (nn.Sequential(nn.LayerNorm(3), nn.Softplus(), nn.Dropout(0.5)), torch.randn(4, 3)),
-    ],
-)
-def test_correct_models_are_symmetric(make):
-    """u.Hv equals v.Hu to rounding in float64, through attention, BatchNorm and dropout, without a trace."""
-    model, x = make()
-    before = trace(model)
-    found = check_symmetry(model, lambda m: m(x).pow(4).mean())
-    assert found.ok
-    assert found.asymmetry < 1e-12
-    assert (found.frame["scale"] > 0).all()
-    assert "mixed partials are equal" in str(found)
-    assert trace(model) == before
-
-
-def test_a_broken_backward_is_found():
-    """A custom backward that gives the gradient of no function is not ok, and the text says where to look."""
-    model, x = mlp()
-    found = check_symmetry(model, lambda m: WrongBackward.apply(m(x)).square().mean())
-    assert not found.ok
-    assert "NOT equal" in str(found)
-    assert list(found.frame.columns) == ["u_Hv", "v_Hu", "difference", "scale", "asymmetry"]
-
-
-def test_a_hessian_of_zero_says_that_nothing_was_tested():
-    """A loss without curvature is symmetric, and the text does not sell that as proof."""
-    found = check_symmetry(nn.Linear(2, 1), lambda m: m(torch.ones(3, 2)).sum())
-    assert found.ok
-    assert "nothing was put to test" in str(found)
-
-
 class Once(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
@@ -185,11 +143,5 @@ def test_operators_without_a_second_derivative_are_named(loss, operator):
     model, x = nn.Linear(3, 4), torch.randn(6, 3)
     before = trace(model)
     with pytest.raises(ProbeError, match=f"{operator}.*has no second derivative.*check_partials"):
-        check_symmetry(model, lambda m: loss(m(x)))
+        mixed_partials(model, lambda m: loss(m(x)), "bias")
     assert trace(model) == before
-
-
-def test_no_directions_are_refused():
-    """k = 0 would pass anything."""
-    with pytest.raises(ArgumentError, match="at least 1"):
-        check_symmetry(nn.Linear(1, 1), lambda m: m, k=0)

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from gradlens.probes.finite_difference import check_partials
+from gradlens.probes.symmetry import check_symmetry
 
 from .helpers import trace
 
@@ -168,6 +169,18 @@ def test_every_standard_module_is_right(case):
     assert (found.frame["result"] == "right").all(), str(found)
     assert found.frame["partial"].any()
     assert found.narrow == ()
+
+
+@pytest.mark.filterwarnings("ignore:.*(nested|Complex|RNN|Lazy|non-contiguous|MultiheadAttention).*")
+@pytest.mark.parametrize("case", CASES, ids=name)
+def test_every_standard_module_is_symmetric(case):
+    """Its mixed partials are equal and its slopes right, with the power to find a percent of asymmetry."""
+    model = made(case)
+    before = trace(model)
+    found = check_symmetry(model, weighed, k=2)
+    assert trace(model) == before
+    assert found.ok, str(found)
+    assert found.flat or found.detectable < 0.01, str(found)
 
 
 def test_the_one_whose_backward_torch_has_wrong_is_found():

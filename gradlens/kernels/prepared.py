@@ -1,0 +1,193 @@
+"""Calls that are prepared once, for parameters whose gradients are read step after step.
+
+A *prepared call* knows the weights, where the last gradients are kept, and where the weights before the step go. A step then
+costs two native calls and a few questions that are asked of all gradients at once:
+
+    read        rows of `summarize`; the last gradients are replaced, the weights copied, samples taken, all in one pass
+    unchanged   whether the samples are still what `read` saw
+    compare     rows of `compare`, from the weights before the step to those after it
+
+`read` and `compare` return None, and have done nothing, where a fact is not what it was when the call was prepared: a type,
+a size, a place in memory, a storage that is too small. The general calls serve then. What a prepared call returns is bit for
+bit what the general calls return; `GeneralPrepared` makes it from these, for every device and kernel.
+
+Weights and rooms are referred to as long as this lives, gradients only during a call. A room belongs to gradlens alone: that
+no gradient lies in one is not checked.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from gradlens import fields
+from gradlens.kernels import native, reference
+from gradlens.kernels.native import StableTensors
+
+if TYPE_CHECKING:
+    from gradlens.kernels import Backend
+
+_G, _W, _PREVIOUS, _KEEP, _COPY = range(5)  # operands of a reading
+_USED, _BEFORE, _AFTER = range(3)  # operands of a comparison
+
+
+class Reading(NamedTuple):
+    """What `read` gives: rows of `kernels.summarize`, and what `kernels.sample` gives of the gradients and the weights."""
+
+    rows: Tensor
+    gradient_samples: Tensor
+    weight_samples: Tensor
+
+
+class Prepared(Protocol):
+    """The calls for one list of parameters."""
+
+    def read(self, gradients: Sequence[Tensor], detail: bool = True, copy: bool = True) -> Reading | None:
+        """Read the gradients; None where they are not as they were. `copy`: whether the weights are copied."""
+
+    def unchanged(self, gradients: Sequence[Tensor]) -> tuple[bool, bool]:
+        """Whether the samples of the gradients, and those of the weights, are what they were when `read` took them.
+
+        False where nothing was read, and where the host would have to wait for a device.
+        """
+
+    def compare(self, gradients: Sequence[Tensor]) -> Tensor | None:
+        """What the step did, from the copy of the weights; None where tensors are not as they were."""
+
+
+class GeneralPrepared:
+    """The same from the general calls of a backend."""
+
+    def __init__(
+        self, backend: Backend, weights: Sequence[Tensor], previous: StableTensors | None, before: StableTensors | None
+    ) -> None:
+        self._backend, self._weights, self._previous, self._before = backend, list(weights), previous, before
+        self._read: Reading | None = None
+
+    def read(self, gradients: Sequence[Tensor], detail: bool = True, copy: bool = True) -> Reading | None:
+        """As `Prepared.read`."""
+        if len(gradients) != len(self._weights):
+            return None
+        rows = self._backend.summarize(gradients, self._weights, self._previous, self._previous, detail)
+        if copy and self._before:
+            with reference.quiet():
+                torch._foreach_copy_(self._before, self._weights)
+        self._read = Reading(rows, self._backend.sample(gradients), self._backend.sample(self._weights))
+        return self._read
+
+    def unchanged(self, gradients: Sequence[Tensor]) -> tuple[bool, bool]:
+        """As `Prepared.unchanged`."""
+        if self._read is None or not self._read.rows.is_cpu or len(gradients) != len(self._weights):
+            return False, False
+        pairs = ((self._read.gradient_samples, gradients), (self._read.weight_samples, self._weights))
+        gradient, weight = (_same_bits(taken, self._backend.sample(tensors)) for taken, tensors in pairs)
+        return gradient, weight
+
+    def compare(self, gradients: Sequence[Tensor]) -> Tensor | None:
+        """As `Prepared.compare`."""
+        if self._before is None or len(gradients) != len(self._weights):
+            return None
+        return self._backend.compare(gradients, self._before, self._weights, None)
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a.view(torch.int64), b.view(torch.int64))
+
+
+class NativePrepared:
+    """The native kernel's tasks, filled but for the gradients."""
+
+    def __init__(self, kernel: native.Native, weights: Sequence[Tensor]) -> None:
+        self._kernel, self._weights = kernel, list(weights)
+        self._tasks, self._moves = native.empty_tasks(len(weights)), native.empty_tasks(len(weights))
+        self._samples: Tensor | None = None
+        self._rooms: list[StableTensors] = []  # referred to: their addresses are in the tasks
+        self._copies = self._no_copies = array("q", bytes(8 * len(weights)))
+        self._has_previous = self._has_before = False
+
+    @classmethod
+    def of(
+        cls, kernel: native.Native, weights: Sequence[Tensor], previous: StableTensors | None, before: StableTensors | None
+    ) -> NativePrepared | None:
+        """None where a weight or a room is not plain and contiguous, or two of them share memory."""
+        made = cls(kernel, weights)
+        with torch._C.DisableTorchFunction():
+            return made if made._fill(previous, before) else None
+
+    def _fill(self, previous: StableTensors | None, before: StableTensors | None) -> bool:
+        fill, tasks, moves = self._kernel.fill, self._tasks, self._moves
+        if not (fill(self._weights, tasks, _W) and fill(self._weights, moves, _AFTER)):
+            return False
+        if previous is not None:
+            if not (fill(previous, tasks, _PREVIOUS) and fill(previous, tasks, _KEEP)):
+                return False
+            self._rooms.append(previous)
+        if before is not None:
+            if not (fill(before, tasks, _COPY) and fill(before, moves, _BEFORE)):
+                return False
+            if native.types(tasks, _COPY) != native.types(tasks, _W):
+                return False
+            self._rooms.append(before)
+        self._has_previous, self._has_before = previous is not None, before is not None
+        self._copies = native.addresses(tasks, _COPY)
+        self._entries = native.total(tasks)
+        self._places = native.addresses(tasks, _W), native.types(tasks, _W)
+        return native.own_memory([room for rooms in self._rooms for room in rooms], self._weights)
+
+    def _calls(self) -> Any:
+        holding = self._kernel.holding
+        return holding if holding is not None and self._entries < native.BRIEF else self._kernel.library
+
+    def _threads(self) -> int:
+        return torch.get_num_threads() if self._entries >= native.THREADED else 1
+
+    def _found(self, gradients: Sequence[Tensor], tasks: array, gradient: int, weight: int) -> bool:
+        """Whether all tensors are where and what they have to be; the gradients' addresses are in the tasks then."""
+        if len(gradients) != len(self._weights) or native.modes_are_active():
+            return False
+        fill = self._kernel.fill
+        if not (fill(self._weights, tasks, weight) and fill(gradients, tasks, gradient)):
+            return False
+        return (native.addresses(tasks, weight), native.types(tasks, weight)) == self._places
+
+    def read(self, gradients: Sequence[Tensor], detail: bool = True, copy: bool = True) -> Reading | None:
+        """As `Prepared.read`."""
+        self._samples, tasks, n = None, self._tasks, len(self._weights)
+        with torch._C.DisableTorchFunction(), torch.inference_mode(False):
+            if not self._found(gradients, tasks, _G, _W):
+                return None
+            if self._has_previous and native.types(tasks, _G) != native.types(tasks, _KEEP):
+                return None
+            native.set_addresses(tasks, _COPY, self._copies if copy else self._no_copies)
+            rows = torch.empty(n, reference.width(detail), dtype=torch.float64, device="cpu")
+            samples = torch.empty(n, 2 * reference.SAMPLES, dtype=torch.float64, device="cpu")
+            at, variant = tasks.buffer_info()[0], self._kernel.variant
+            self._calls().gradlens_read(at, n, rows.data_ptr(), samples.data_ptr(), self._threads(), variant, detail)
+            self._samples = samples
+            return Reading(rows, samples[:, : reference.SAMPLES], samples[:, reference.SAMPLES :])
+
+    def unchanged(self, gradients: Sequence[Tensor]) -> tuple[bool, bool]:
+        """As `Prepared.unchanged`."""
+        if self._samples is None:
+            return False, False
+        with torch._C.DisableTorchFunction():
+            if not self._found(gradients, self._tasks, _G, _W):
+                return False, False
+            at, samples = self._tasks.buffer_info()[0], self._samples.data_ptr()
+            same = self._calls().gradlens_unchanged(at, len(self._weights), samples)
+        return bool(same & 1), bool(same & 2)
+
+    def compare(self, gradients: Sequence[Tensor]) -> Tensor | None:
+        """As `Prepared.compare`."""
+        moves, n = self._moves, len(self._weights)
+        with torch._C.DisableTorchFunction(), torch.inference_mode(False):
+            if not self._has_before or not self._found(gradients, moves, _USED, _AFTER):
+                return None
+            rows = torch.empty(n, len(fields.UPDATES), dtype=torch.float64, device="cpu")
+            at, variant = moves.buffer_info()[0], self._kernel.variant
+            self._calls().gradlens_compare(at, n, native.NO_LAYOUTS, rows.data_ptr(), self._threads(), variant)
+            return rows

@@ -1,0 +1,39 @@
+"""Which steps get detail: exact histograms of all entries, which cost as much as all other columns together.
+
+Each observed step at first, then one whenever their number has grown by a tenth, and the next one after a request: some 130
+steps of a million. All stages and backwards of a step are alike.
+"""
+
+from __future__ import annotations
+
+GROWTH = 1.1
+
+
+class DetailSteps:
+    """Asked once for each observed step, and again for what else is read of it."""
+
+    def __init__(self) -> None:
+        self._answers: dict[int, bool] = {}  # of the last steps: those of two may take turns
+        self._count, self._due = 0, 1.0
+        self._requested = False
+
+    def of(self, step: int) -> bool:
+        """Whether this step gets detail."""
+        answer = self._answers.get(step)
+        if answer is None:
+            answer = self._answers[step] = self._decide()
+            if len(self._answers) > 4:
+                del self._answers[next(iter(self._answers))]
+        return answer
+
+    def _decide(self) -> bool:
+        self._count += 1
+        if not (self._requested or self._count >= self._due):
+            return False
+        self._requested = False
+        self._due = max(self._count + 1.0, self._count * GROWTH)
+        return True
+
+    def request(self) -> None:
+        """The next step that begins gets detail."""
+        self._requested = True
