@@ -42,7 +42,6 @@ class Likeness(NamedTuple):
     parameters: int  #: by identity
     rows: tuple[int, ...]
     notes: tuple[str | None, ...]
-    width: int
     rank: int
     updated: tuple[int, ...] | None = None  #: rows of the update
     moved: tuple[bool, ...] = ()
@@ -62,7 +61,6 @@ def likeness(table: Table) -> Likeness | None:
         id(table.parameters),
         tuple(piece.rows),
         tuple(table.notes),
-        piece.numbers.shape[1],
         table.rank,
     )
     if not table.updates:
@@ -182,37 +180,28 @@ class _Run:
         return self._memory[same]
 
     def _gradients(self, pieces: Sequence[Piece]) -> dict[str, np.ndarray]:
-        numbers = np.ascontiguousarray(self._numbers(pieces, len(fields.SUMMARY)).transpose(2, 0, 1))
-        quantiles = self._quantiles(pieces, numbers)
+        numbers = np.ascontiguousarray(self._numbers(pieces, fields.QUANTILE.stop).transpose(2, 0, 1))
         rows = self._rows(self._key.rows)
+        dtypes = {column.name: column.dtype for column in fields.SUMMARY} | dict.fromkeys(fields.QUANTILES, "float64")
         columns: dict[str, np.ndarray] = {}
-        for column, values in zip(fields.SUMMARY, numbers, strict=True):
-            values = values.astype(column.dtype, copy=False)
-            columns[column.name] = values if isinstance(rows, slice) else self._filled(column, rows, values)
-        for name, values in quantiles.items():
-            columns[name] = values if isinstance(rows, slice) else self._spread(np.zeros(self._shape), rows, values)
+        for (name, dtype), values in zip(dtypes.items(), numbers, strict=True):
+            values = values.astype(dtype, copy=False)
+            columns[name] = values if isinstance(rows, slice) else self._spread(self._untouched(name, dtype), rows, values)
         return columns
-
-    def _quantiles(self, pieces: Sequence[Piece], numbers: np.ndarray) -> dict[str, np.ndarray]:
-        histogram = np.concatenate([_host(piece.numbers)[:, fields.HISTOGRAM] for piece in pieces])
-        flat = {name: numbers[fields.AT[name]].reshape(-1) for name in ("zero", "min", "max")}
-        return {name: values.reshape(numbers.shape[1:]) for name, values in fields.quantiles(histogram, flat).items()}
 
     def _rows(self, rows: tuple[int, ...]) -> np.ndarray | slice:
         return slice(None) if rows == tuple(range(self._shape[1])) else np.asarray(rows, np.int64)
 
-    def _filled(self, column: fields.Field, rows: np.ndarray, values: np.ndarray) -> np.ndarray:
-        """The rows that no gradient reached have partials of 0."""
+    def _untouched(self, name: str, dtype: str) -> np.ndarray:
+        """What rows have that no gradient reached: their partials are 0."""
         numel = numel_of(self._first.parameters)
-        if column.name in ("numel", "zero"):
-            result = np.broadcast_to(numel, self._shape).copy()
-        elif column.dtype == "int64" or column.name in ("sum", "abs_sum", "square_sum"):
-            result = np.zeros(self._shape, column.dtype)
-        elif column.name in ("min", "max", "abs_max"):
-            result = np.broadcast_to(np.where(numel > 0, 0.0, np.nan), self._shape).copy()
-        else:
-            result = np.full(self._shape, np.nan)
-        return self._spread(result, rows, values)
+        if name in ("numel", "zero"):
+            return np.broadcast_to(numel, self._shape).copy()
+        if dtype == "int64" or name in ("sum", "abs_sum", "square_sum"):
+            return np.zeros(self._shape, dtype)
+        if name in ("min", "max", "abs_max") or name in fields.QUANTILES:
+            return np.broadcast_to(np.where(numel > 0, 0.0, np.nan), self._shape).copy()
+        return np.full(self._shape, np.nan)
 
     @staticmethod
     def _spread(result: np.ndarray, rows: np.ndarray, values: np.ndarray) -> np.ndarray:
@@ -225,13 +214,17 @@ class _Run:
         rows = self._rows(self._key.rows)
 
         def detail() -> tuple[np.ndarray | None, Top | None]:
-            histogram = np.zeros((n, 2 * fields.BUCKETS), np.int64)
-            histogram[rows] = array[:, fields.HISTOGRAM]
+            histogram = None
+            if array.shape[1] == fields.WIDTH:
+                histogram = np.zeros((n, 2 * fields.BUCKETS), np.int64)
+                histogram[rows] = array[:, fields.HISTOGRAM]
             top = Top(np.full((n, fields.TOP), -1), *np.full((2, n, fields.TOP), np.nan))
             index = array[:, fields.TOP_INDEX]
             top.index[rows] = whole_index(parameters, piece.rows, np.where(np.isnan(index), -1, index).astype(np.int64))
             top.partial[rows], top.value[rows] = array[:, fields.TOP_PARTIAL], array[:, fields.TOP_VALUE]
-            return (histogram, top) if isinstance(kept, slice) else (histogram[kept], top.take(kept))
+            if isinstance(kept, slice):
+                return histogram, top
+            return None if histogram is None else histogram[kept], top.take(kept)
 
         return detail
 

@@ -44,7 +44,6 @@ REST = 50  #: times as long as it worked, that the recorder rests
 SHORTEST, LONGEST = 0.05, 5.0  #: seconds that it rests at least and at most
 RECORDED = 0.4  #: seconds after which what came is with the durable writers; those take up to half a second more
 PATIENCE = 15.0  #: seconds without any progress, after which a rule, a writer or a callback is not waited for
-ROW = 2800  #: bytes of one parameter's numbers that wait
 
 
 @dataclass(eq=False)
@@ -117,7 +116,7 @@ class Recorder:
         if self._closed or not (tables or findings):
             return
         step = tables[-1].step if tables else self._failures.step()
-        size = ROW * sum(len(table.parameters) for table in tables)
+        size = 8 * sum(piece.numbers.numel() for table in tables for piece in table.pieces)
         batch = TableBatch(step, size, tables, losses or [None] * len(tables), dict(scalars), findings[:])
         del findings[: len(batch.findings)]
         observed = [name for name, value in batch.scalars.items() if isinstance(value, Tensor) and not value.is_cpu]
@@ -271,12 +270,17 @@ class Recorder:
             if closing:
                 break
             rest = min(max(REST * spent, SHORTEST), LONGEST)
-        for finding in self._delivery.left_out():
-            self._guarded("findings", self._delivery.tell, finding)
-        self._guarded("durable writers", self._close_durable)
         self._guarded("writers", self._delivery.others.close)
+        self._guarded("findings", self._say_the_last)
+        self._guarded("durable writers", self._close_durable)
         self._enter("")
         self._ended.set()
+
+    def _say_the_last(self) -> None:
+        """What came up while the lens was closed, and how much rules found that was not kept."""
+        for finding in [*self._failures.findings, *self._delivery.left_out()]:
+            self._delivery.tell(finding)
+        self._delivery.tell_failures()
 
     def _deliver(self) -> None:
         while self._recorded:
