@@ -287,9 +287,10 @@ class Lens:
     def close(self) -> None:
         """Detach everything, write what is left, leave the model as it was. May be called again."""
         with self._closing:
-            if self._closed:
-                return
-            self._closed = True
+            again, self._closed = self._closed, True
+        if again:
+            self._recorder.flush()  # somebody else closes it: wait for that
+            return
         try:
             self._capture.poll()
             if not self._capture.elsewhere():

@@ -193,6 +193,7 @@ class _Assembly:
             if piece.divisor is not None:
                 divisors[self._rows(piece)] = self._number(piece, "divisor")
         self._unscale(divisors)
+        self.columns = fields.without_nothing(self.columns)
 
     def _fill_absent(self) -> None:
         """A row that no gradient reached: its partials are 0."""

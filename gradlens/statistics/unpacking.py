@@ -187,7 +187,7 @@ class _Run:
         for (name, dtype), values in zip(dtypes.items(), numbers, strict=True):
             values = values.astype(dtype, copy=False)
             columns[name] = values if isinstance(rows, slice) else self._spread(self._untouched(name, dtype), rows, values)
-        return columns
+        return fields.without_nothing(columns)
 
     def _rows(self, rows: tuple[int, ...]) -> np.ndarray | slice:
         return slice(None) if rows == tuple(range(self._shape[1])) else np.asarray(rows, np.int64)

@@ -138,8 +138,7 @@ class Store:
         rank = self._segment.key.rank
         self._older = {s.key: s for s in known}
         for folder in (self._run / name for name in ("segments", *TABLES)):
-            for path in tables.leftovers(folder, rank):
-                path.unlink(missing_ok=True)
+            tables.settle(folder, rank)
         for table in TABLES:
             for part in tables.parts(self._run / table):
                 if part.tail and part.key.rank == rank:
@@ -323,8 +322,10 @@ class Store:
                 self._append(table, batches)
                 self._pending[table] = []
         self._waiting = 0
-        if not (self._run / "segments" / f"{self._segment.key}.json").exists():
-            raise RunDirectoryError(f"{self._run} was removed while it was written")
+        for path in (self._run / "segments" / f"{self._segment.key}.json", *(each.path for each in self._tails.values())):
+            if not path.exists():
+                what = self._run if not self._run.exists() else path.parent if not path.parent.exists() else path
+                raise RunDirectoryError(f"{what} was removed while it was written")
 
     def _append(self, table: str, batches: list[Rows]) -> None:
         current = self._tails.get(table)
@@ -400,10 +401,12 @@ class Store:
             output = tables.part(self._run / table, self._segment.key, run[0].first, run[-1].last)
             paths = [p.path for p in run]
             names = self._names(table, self._segment.key)
-            if not parts.merge(paths, output, table, self._segment.key, names, lambda: not self._stop.is_set()):
+            hidden = tables.hidden(output)  # a reader that globs sees the eight, then none, then the one
+            if not parts.merge(paths, hidden, table, self._segment.key, names, lambda: not self._stop.is_set()):
                 return
             for path in paths:
                 path.unlink()
+            os.replace(hidden, output)
 
 
 def _mergeable(own: Sequence[Part]) -> list[Part]:

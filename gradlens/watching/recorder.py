@@ -227,6 +227,7 @@ class Recorder:
 
     def _record(self, wait: bool = False) -> None:
         """Take what has come; numbers that a device still has are waited for where asked."""
+        self._enter("the durable writers")
         with self._recording:
             taken = self.inbox.take(lambda item: wait or isinstance(item, Finding) or item.arrived())
             if not taken:
@@ -298,7 +299,9 @@ class Recorder:
         self._delivery.tell_failures()
 
     def _enter(self, whose: str) -> None:
-        """Whose function runs now."""
+        """Whose function runs now, on the recorder's thread."""
+        if threading.current_thread() is not self._threads[0]:
+            return
         self._within, self._progress = whose, self._progress + 1
 
     def _guarded(self, where: str, call: Callable[..., Any], *args: Any) -> None:

@@ -230,7 +230,7 @@ def test_findings_are_bounded_and_that_is_said(tmp_path, monkeypatch):
         assert rules.count("findings-bounded") == 1
         assert rules.count("once") == 1
         (left,) = [finding for finding in found if finding.rule == "findings-left-out"]
-        assert left.value == 20 * 2 * 5 - 50
+        assert left.value == 20 * 5 - 50
 
 
 # --- the training thread --------------------------------------------------------------------------------------------
