@@ -5,7 +5,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from gradlens import rules
-from gradlens.analysis import ruleset
+from gradlens.analysis import patterns, ruleset
 
 TOP = f"""\
 # Rules
@@ -58,6 +58,13 @@ print(*lens.findings(), sep="\\n")
 those of the last steps, and `history.series(parameter, column)` is one number over time. `gradlens.rules.lasting` gives
 the rows where something held on each of the last steps, `gradlens.rules.judged` those with a gradient of their own.
 
+## What the graph of a loss shows
+
+`GraphAudit` and `gradlens.audit(loss, model, optimizer)` look for these, each a chain of operations from the loss's side
+down (`LogSoftmax <- Softmax`) in `gradlens.analysis.patterns.PATTERNS`.
+
+{patterns}
+
 ## What is found elsewhere
 
 Findings that no rule makes: what was asked for and cannot be had, and what went wrong on the way.
@@ -67,6 +74,8 @@ OTHERS = {
     "evidence-unavailable": "the feature `evidence` without the stage `backward`, on which it rests",
     "evidence-left-out": "backwards while the weights may move within the step: evidence does without them",
     "updates-unavailable": "the feature `updates` without the stage `used`, on whose rows it stands",
+    "cut": "a loss that depends on no parameter of the model: it was detached, or re-created",
+    "unregistered": "parameters that the loss depends on and that neither the model nor an optimizer has",
     "memory": "an allowance that has no room for even one weight of each parameter",
     "reduced-unavailable": "the stage `reduced` in one process",
     "not-averaged": "the stage `reduced`, and no backward that ended with averaged gradients, or parameters left out",
@@ -92,9 +101,19 @@ def text() -> str:
     for rule, name in names:
         settings = ", ".join(f"{field.name}={field.default:g}" for field in fields(rule))
         lines += ["", f"## {name}", "", f"`gradlens.rules.{name}({settings})`", "", inspect.getdoc(type(rule)) or ""]
-    lines += ["", OWN, "| `finding.rule` | says |", "|---|---|"]
+    lines += ["", OWN.replace("{patterns}", _patterns()), "| `finding.rule` | says |", "|---|---|"]
     lines += [f"| `{name}` | {meaning} |" for name, meaning in OTHERS.items()]
     return "\n".join(lines) + "\n"
+
+
+def _patterns() -> str:
+    """A row for each rule of the graph, with what causes it."""
+    causes: dict[str, list[str]] = {}
+    for pattern in patterns.PATTERNS:
+        known = causes.setdefault(pattern.rule, [])
+        known += [cause for cause in pattern.causes[:1] if cause not in known]
+    rows = [f"| `{rule}` | {'; '.join(what)} |" for rule, what in causes.items()]
+    return "\n".join(["| `finding.rule` | because of |", "|---|---|", *rows])
 
 
 def _first(rule: rules.Rule) -> str:

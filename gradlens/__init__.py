@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from gradlens import testing, writers
     from gradlens.analysis import rules
     from gradlens.lens import Lens, watch
+    from gradlens.probes.audit import audit
     from gradlens.probes.curvature import curvature, hessian_product
     from gradlens.probes.dissect import dissect
     from gradlens.probes.finite_difference import check_partials
@@ -44,6 +45,7 @@ __all__ = [
     "curvature",
     "hessian_product",
     "dissect",
+    "audit",
     # what was recorded
     "open_run",
     "Run",
@@ -82,6 +84,7 @@ _LAZY: dict[str, tuple[str, str | None]] = {
     "curvature": ("gradlens.probes.curvature", "curvature"),
     "hessian_product": ("gradlens.probes.curvature", "hessian_product"),
     "dissect": ("gradlens.probes.dissect", "dissect"),
+    "audit": ("gradlens.probes.audit", "audit"),
     "open_run": ("gradlens.store.run", "open_run"),
     "Run": ("gradlens.store.run", "Run"),
     "rules": ("gradlens.analysis.rules", None),

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradlens import frames
+from gradlens import frames, markup
 from gradlens.analysis import rules as default_rules
 from gradlens.capture.attachment import Attachment, Target
 from gradlens.capture.clock import Clock
@@ -43,6 +43,7 @@ from gradlens.watching.failures import Failures
 from gradlens.watching.isolation import isolated_compute
 from gradlens.watching.live_weights import Held
 from gradlens.watching.overhead import Meter, Overhead, Pace, Stopwatch
+from gradlens.watching.partials import PartialRecorder, check_keep
 from gradlens.watching.recorder import Recorder
 from gradlens.watching.tables import TableBuilder
 from gradlens.watching.unavailable import unavailable
@@ -83,6 +84,7 @@ class Lens:
         budget: float | None,
         first_step: int,
         local: bool,
+        keep: str | Iterable[str] | None = None,
     ) -> None:
         attachment = Attachment(target, select)
         arguments.warn_of_strangers(optimizers, attachment)
@@ -93,8 +95,9 @@ class Lens:
             features = features - {"evidence"}
         self._plan = _plan(attachment, features, stages, memory)
         self._failures.findings += unavailable(stages, asked, self._plan, process_group.count(), first_step)
-        settings = _settings(attachment, stages, features, self._plan, schedule, first_step)
+        settings = _settings(attachment, optimizers, stages, features, self._plan, schedule, first_step)
         own = [] if run is None else _run_writers(run, settings, first_step, self._failures.findings.append)
+        self._store: Any = own[0] if own else None
         timed = Stopwatch()
         try:
             self._recorder = Recorder(rules, [*own, *writers], on_finding, self._failures)
@@ -117,6 +120,7 @@ class Lens:
             )
             self._closed = False
             self._closing = threading.Lock()
+            self._partials = self._keep_partials(keep, optimizers, own)
             self._capture.attach()
         except BaseException:
             for writer in own:
@@ -250,6 +254,27 @@ class Lens:
         self._catch_up()
         return page.brief(self._recorder.history, self._recorder.found)
 
+    def _repr_html_(self) -> str:
+        self._catch_up()
+        return markup.lens(self._title(), self._recorder.history, self._recorder.found)
+
+    def plot(self, kind: str = "flow", *arguments: Any, **options: Any) -> Any:
+        """A picture of `gradlens.plots`: `flow, directions, sizes, updates, histogram, weight`. Needs matplotlib."""
+        from gradlens import plots
+
+        return plots.plot(self, kind, *arguments, **options)
+
+    def live(self, seconds: float = 1.0) -> Any:
+        """In a notebook: an output that is replaced in place while this cell trains. Returns it; `stop()` ends it."""
+        from gradlens.notebook import LiveView
+
+        return LiveView(self, seconds)
+
+    @property
+    def closed(self) -> bool:
+        """Whether it has seen its last step."""
+        return self._closed
+
     def __reduce__(self) -> tuple[Any, tuple]:
         """None: a copy of a model is not watched, though the model has its lens as an attribute."""
         return type(None), ()
@@ -266,6 +291,11 @@ class Lens:
         `batch_size`: the examples of one backward, which makes examples the unit of the noise scale.
         """
         self._require_open("observe()")
+        if loss is not None and not self._clock.open:
+            if self._capture.gradients.roots.step_of(loss) is not None:
+                loss = None  # it was the root of a backward whose step is over, and stands there
+            else:
+                self._capture.auditor.observed(loss, self._clock.step)
         given = {"loss": loss, "batch_size": batch_size, **scalars}
         self._clock.observe({name: arguments.number_of(name, value) for name, value in given.items() if value is not None})
 
@@ -299,9 +329,13 @@ class Lens:
                 self._tables.release_open(self._clock.scalars)
         finally:
             self._capture.detach()
+            if self._partials is not None:
+                self._partials.close()
             for finalizer in self._finalizers:
                 finalizer.detach()
             _open_lenses.discard(self)
+            if self._store is not None:
+                self._store.annotate(overhead=str(self.overhead()))
             self._recorder.close()
 
     def __enter__(self) -> Lens:
@@ -328,6 +362,19 @@ class Lens:
                 value=share,
             )
         )
+
+    def _keep_partials(
+        self, keep: str | Iterable[str] | None, optimizers: Sequence[torch.optim.Optimizer], own: Sequence[Writer]
+    ) -> PartialRecorder | None:
+        names = check_keep(keep, self._all_held(), self._run, optimizers)
+        if not names or self._run is None:
+            return None
+        clock, key = self._clock, own[0].key  # type: ignore[attr-defined] # the store is the first
+        recorder = PartialRecorder(
+            self._run, key, names, self._all_held, lambda: clock.step if clock.observed else None, self._failures
+        )
+        recorder.attach(optimizers)
+        return recorder
 
     def _catch_up(self) -> None:
         if not self._closed and not self._capture.elsewhere():
@@ -460,6 +507,7 @@ def watch(
     on_finding: str | Callable[[Finding], None] = "record",
     budget: float | None = None,
     first_step: int = 0,
+    keep: str | Iterable[str] | None = None,
 ) -> Lens:
     """Watch a model: capture dL/dw of every weight after every `backward()`, and what the optimizer does with it.
 
@@ -479,6 +527,8 @@ def watch(
         on_finding: `"record"`, `"warn"`, `"raise"` (in the training thread, after an update), or a callable.
         budget: the share of the training time that gradlens may cost, such as 0.01; it stretches its schedule to keep it.
         first_step: the number of the first step, for a training that goes on from a checkpoint.
+        keep: names or glob patterns of parameters whose whole partials are kept in the run directory, for heat maps: what
+            the optimizer used and the weights before its step, at steps spread over the run, in 256 MiB at most.
 
     Raises:
         gradlens.GradlensError: an argument that cannot be meant; nothing is attached then.
@@ -503,6 +553,7 @@ def watch(
         budget=budget,
         first_step=first_step,
         local=process_group.count() > 1,
+        keep=keep,
     )
     _announce(lens)
     return lens
@@ -526,9 +577,17 @@ def _plan(attachment: Attachment, features: frozenset[str], stages: frozenset[st
 
 
 def _settings(
-    attachment: Attachment, stages: frozenset[str], features: frozenset[str], plan: Plan, schedule: Schedule, first_step: int
+    attachment: Attachment,
+    optimizers: Sequence[torch.optim.Optimizer],
+    stages: frozenset[str],
+    features: frozenset[str],
+    plan: Plan,
+    schedule: Schedule,
+    first_step: int,
 ) -> dict[str, Any]:
     return {
+        "command": list(sys.argv),
+        "optimizers": [_described(optimizer) for optimizer in optimizers],
         "stages": sorted(stages),
         "features": sorted(features),
         "schedule": repr(schedule),
@@ -539,6 +598,16 @@ def _settings(
         "ranks": process_group.count(),
         "aliases": dict(attachment.aliases),
     }
+
+
+def _described(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Its type and its numbers by group, as they are now; not its parameters."""
+    plain = (bool, int, float, str, tuple, list)
+    groups = [
+        {name: value for name, value in group.items() if name != "params" and isinstance(value, plain)}
+        for group in optimizer.param_groups
+    ]
+    return {"type": type(optimizer).__name__, "groups": groups}
 
 
 def _run_writers(run: Path, settings: dict[str, Any], first_step: int, tell: Callable[[Finding], None]) -> list[Writer]:

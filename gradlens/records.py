@@ -16,7 +16,7 @@ from itertools import repeat
 
 import numpy as np
 
-from gradlens import fields
+from gradlens import fields, markup
 
 
 class Stage(enum.StrEnum):
@@ -335,6 +335,9 @@ class Finding:
         if self.remedy:
             lines.append(f"  do: {self.remedy}")
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        return markup.block(markup.finding(self))
 
 
 #: A record is what writers get: a snapshot, or a finding.

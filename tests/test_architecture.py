@@ -8,14 +8,33 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent / "gradlens"
-BOTTOM = {"errors", "fields", "records", "blocks", "frames", "noise", "pooling", "schedules", "selection", "weight_names"}
+BOTTOM = {
+    "errors",
+    "facts",
+    "markup",
+    "progress",
+    "plots",
+    "fields",
+    "records",
+    "blocks",
+    "frames",
+    "noise",
+    "pooling",
+    "schedules",
+}
+BOTTOM |= {"selection", "weight_names"}
 LIVE = BOTTOM | {"kernels", "statistics", "capture", "analysis", "store", "writers", "watching", "unwrapping"}
 
 #: module -> the modules of gradlens it may import. A package may always import itself.
 ALLOWED = {
     "errors": set(),
+    "facts": set(),
+    "markup": set(),
+    "progress": {"markup"},
+    "plots": {"errors", "fields"},
+    "notebook": {"errors"},
     "fields": {"errors"},
-    "records": {"errors", "fields"},
+    "records": {"errors", "fields", "markup"},
     "blocks": {"fields", "records"},
     "frames": {"errors", "fields", "records"},
     "noise": {"errors", "records"},
@@ -29,10 +48,10 @@ ALLOWED = {
     "writers": BOTTOM | {"analysis", "store"},
     "kernels": {"errors", "fields"},
     "statistics": {"errors", "fields", "records", "kernels"},
-    "capture": {"errors", "records", "schedules", "selection", "unwrapping"},
-    "probes": BOTTOM | {"statistics", "kernels", "unwrapping"},
+    "capture": {"errors", "facts", "records", "schedules", "selection", "unwrapping"},
+    "probes": BOTTOM | {"statistics", "kernels", "unwrapping", "capture", "analysis"},
     "watching": LIVE,
-    "lens": LIVE,
+    "lens": LIVE | {"notebook"},
     "integrations": {"errors", "lens", "watching", "page", "store"},
     "testing": LIVE | {"lens"},
     "dashboard": BOTTOM | {"analysis", "store", "writers"},

@@ -23,12 +23,15 @@ from typing import Any
 
 import numpy as np
 
+from gradlens.analysis.course import Course
 from gradlens.blocks import Block, block_of
 from gradlens.errors import ArgumentError, NothingCapturedError, choice
+from gradlens.facts import Fact
 from gradlens.records import Parameters, Snapshot, Stage, Status, Top
 
 #: 500,000 rows of 37 columns are about 160 MB: 1,000 moments of 500 parameters.
 MAX_ROWS = 500_000
+MAX_FACTS = 500
 LAYOUTS = 16  #: stages times sets of parameters whose first rows are kept
 
 
@@ -121,8 +124,17 @@ class History:
         self._firsts: dict[tuple[str, tuple[str, ...]], Snapshot] = {}
         self._heavy = 0  #: the number of the first moment that has what is large
         self._lock = Lock()
+        self.course = Course()  #: of the whole run
+        self.facts: list[Fact] = []  #: oldest first
 
     # --- growth -----------------------------------------------------------------------------------------------------
+
+    def note(self, fact: Fact) -> None:
+        """Keep what is known beside gradients: all of what is first and last, and fewer and fewer of what is between."""
+        self.facts.append(fact)
+        if len(self.facts) > 2 * MAX_FACTS:
+            first, last = MAX_FACTS // 2, len(self.facts) - MAX_FACTS
+            self.facts[:] = [*self.facts[:first], *self.facts[first:last:2], *self.facts[last:]]
 
     def append(self, snapshot: Snapshot) -> None:
         """Take the newest snapshot; the oldest leave when it is too many."""
@@ -144,6 +156,8 @@ class History:
                     columns = placed[id(block)] = self._place(block)
                 rows += len(block.parameters)
                 self._add(columns, at, number, rows)
+        for block in placed.values():
+            self.course.add(block)
         return list(placed.values())
 
     def _place(self, block: Block) -> Columns:

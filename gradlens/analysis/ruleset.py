@@ -28,6 +28,7 @@ import numpy as np
 
 from gradlens.analysis.history import Columns, History, Moment
 from gradlens.analysis.rules.base import ColumnRule, RowFindings, Rule
+from gradlens.analysis.rules.occasional import Occasional
 from gradlens.analysis.streaks import Streaks
 from gradlens.errors import GradlensWarning
 from gradlens.records import Finding, Severity, Snapshot
@@ -58,7 +59,7 @@ class RuleSet:
     """Called after history has grown, from one thread."""
 
     def __init__(self, rules: Iterable[Rule]) -> None:
-        self._asked = [_ColumnRule(rule) if isinstance(rule, ColumnRule) else _AnyRule(rule) for rule in rules]
+        self._asked = [_asked(rule) for rule in rules]
         self._last = -1  # the number of the last moment that the rules were asked about
 
     def __call__(self, history: History) -> list[Finding]:
@@ -84,6 +85,32 @@ class RuleSet:
                 moment = asked.at or moments[-1]
                 new.append((moment.seq, _switched_off(asked.rule, error, moment.snapshot)))
         return sorted(new, key=lambda each: (each[0], -each[1].severity.rank))
+
+
+def _asked(rule: Rule) -> _ColumnRule | _OccasionalRule | _AnyRule:
+    if isinstance(rule, ColumnRule):
+        return _ColumnRule(rule)
+    return _OccasionalRule(rule) if isinstance(rule, Occasional) else _AnyRule(rule)
+
+
+class _OccasionalRule:
+    """A rule about the whole run: asked when that has grown, and what it said then stands until it is asked again."""
+
+    def __init__(self, rule: Occasional) -> None:
+        self.rule = rule
+        self.at: Moment | None = None
+        self._due, self._stands = 0, _NOTHING
+        self._illnesses = _Illnesses()
+
+    def new(
+        self, history: History, blocks: Sequence[Columns], moments: Sequence[Moment]
+    ) -> Iterator[tuple[Moment, list[_Said]]]:
+        """What is new, at the newest moment."""
+        seen, self.at = history.course.seen, moments[-1]
+        if seen >= self._due:
+            self._due = self.rule.next_look(seen)
+            self._stands = _said(self.rule(history)) or _NOTHING
+            yield from self._illnesses.new([self.at], {self.at.seq: self._stands} if self._stands else {})
 
 
 class _AnyRule:

@@ -38,6 +38,7 @@ from torch.utils.hooks import unserializable_hook
 from gradlens.capture.attachment import Attachment, Slot
 from gradlens.capture.clock import Clock
 from gradlens.capture.compiling import eagerly
+from gradlens.capture.losses import Roots, loss_of, roots_elsewhere
 from gradlens.capture.readings import GONE, Reading, Sink
 from gradlens.capture.scaling import Scaling
 from gradlens.records import Stage, Status
@@ -69,6 +70,7 @@ class _Run:
     accumulates: bool | None  # None: not to be seen
     inputs: Sequence[Any]
     root: Any  # the outermost run's first output, which tells one run from another; None: not to be seen
+    roots: Sequence[Any] = ()  # all of them
 
 
 def _engine_run() -> _Run:
@@ -87,7 +89,7 @@ def _engine_run() -> _Run:
         elif frame.f_code is _APPLY and depth:
             within = True  # an autograd function called this run: on the engine's own threads the stack ends here
         frame = frame.f_back  # type: ignore[assignment]
-    return _Run(depth, depth > 1 or within, accumulates, inputs, None if within else roots[0])
+    return _Run(depth, depth > 1 or within, accumulates, inputs, None if within else roots[0], () if within else roots)
 
 
 def _accumulates(parameter: Tensor) -> bool:
@@ -151,6 +153,8 @@ class Pass:
         self.last: tuple[Slot, tuple[int, int]] | None = None  # what was accumulated last, over ranks
         self.bytes = 0
         self.scale = scale
+        self.loss: float | Tensor | None = None  # the root, where that is one number, unscaled
+        self.root: Any = None  # while the pass lasts
 
     def alive(self) -> bool:
         """Whether one of its engine runs goes on."""
@@ -191,6 +195,7 @@ class Gradients:
         local: bool,
         before_pass: Callable[[], list[int]],
         after_pass: Callable[[], None],
+        look: Callable[[Sequence[Any], int], None],
         fault: Callable[[str, Exception], None],
         timed: AbstractContextManager[None],
     ) -> None:
@@ -198,6 +203,7 @@ class Gradients:
         self._stages = stages
         self.local = local  # gradients are mixed with other ranks' before the pass ends: read them inside the hook
         self._before_pass, self._after_pass, self._fault, self._timed = before_pass, after_pass, fault, timed
+        self._look, self.roots = look, Roots()
         self._threads: set[int] = set()  # that ran passes
         self.trainers: dict[int, int] = {}  # the threads that the user trains on, and the step in which each did last
         self._passes: list[Pass] = []  # those that are not over, one a thread but for what failed
@@ -351,6 +357,7 @@ class Gradients:
                 current.late.update(self._attachment.slots[i] for i in late)
                 self._threads.add(thread)
                 current.plain = self._plain()
+                self._note_roots(current, run)
             self._passes.append(current)
         current.tasks.append(task)
         self._by_task[task] = current
@@ -361,6 +368,13 @@ class Gradients:
         current.compiled |= bool(getattr(compiled_autograd, "in_compiled_autograd_region", False))
         self._queue_end(current, task)
         return current
+
+    def _note_roots(self, current: Pass, run: _Run) -> None:
+        """What backward was called on: the loss, and its graph."""
+        roots = roots_elsewhere() if run.depth == 0 and not run.roots else run.roots
+        current.loss = loss_of(roots, current.scale)
+        current.root = roots[0] if len(roots) == 1 else None
+        self._look(roots, self._clock.step)
 
     def _plain(self) -> set[Slot]:
         """The slots of which the hooks of a pass that starts now need to note nothing but that the gradient came."""
@@ -520,6 +534,10 @@ class Gradients:
             return  # only tensor hooks: torch.autograd.grad
         with self.lock, self._attachment.still:
             self._key(Stage.BACKWARD, current)  # the pass has its number, whatever is read of it
+            if current.loss is not None and current.place is not None:
+                self.roots.add(current.root, current.place[0], current.loss)
+                self._sink.loss(*current.place, current.loss)
+            current.root = None
             self._note(current)
             if Stage.BACKWARD in self._stages:
                 self._read_backward(current)

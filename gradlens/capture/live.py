@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from gradlens.capture import compiling
 from gradlens.capture.attachment import Attachment, Slot
+from gradlens.capture.auditor import Auditor
 from gradlens.capture.clock import Clock
 from gradlens.capture.gradients import Gradients, running
 from gradlens.capture.readings import Sink
@@ -48,6 +49,7 @@ class Capture:
     ) -> None:
         self.attachment, self.clock, self._sink, self._fault = attachment, clock, sink, fault
         self.scaling = Scaling(scaler)
+        self.auditor = Auditor(attachment, self._optimizers, sink.note, fault)
         self.gradients = Gradients(
             attachment,
             clock,
@@ -57,6 +59,7 @@ class Capture:
             local=local,
             before_pass=self._before_pass,
             after_pass=self._after_pass,
+            look=self.auditor.pass_begins,
             fault=fault,
             timed=timed,
         )
@@ -71,6 +74,7 @@ class Capture:
             settle=self.settle,
             close=self.close_step,
             stranger=self._look_again,
+            look=self.auditor.optimizer_steps,
             fault=fault,
             timed=timed,
         )
@@ -78,6 +82,9 @@ class Capture:
         self._dirty = False
         self._reduced, self._told = "reduced" in stages, set[str]()
         self._pid = os.getpid()
+
+    def _optimizers(self) -> list[Optimizer]:
+        return [optimizer for role in self.updates.roles if (optimizer := role.ref()) is not None]
 
     # --- life -------------------------------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from gradlens.facts import Fact
 from gradlens.records import Finding, Parameters
 
 GONE = "gone"  #: the note of a gradient that somebody used and freed before it could be read
@@ -74,6 +75,12 @@ class Sink(Protocol):
 
     def tell(self, finding: Finding) -> None:
         """Something that the user asked for cannot be had here, or not as elsewhere."""
+
+    def loss(self, step: int, backward: int, value: float | Tensor) -> None:
+        """The loss of a backward pass, unscaled, before its table is complete."""
+
+    def note(self, fact: Fact) -> None:
+        """Something is known beside gradients."""
 
     def step_closed(self, step: int, scalars: Mapping[str, Any]) -> None:
         """Nothing more comes of this step; `scalars` are what the user observed in it."""

@@ -69,9 +69,11 @@ class Updates:
         settle: Callable[[], None],
         close: Callable[[], None],
         stranger: Callable[[], None],
+        look: Callable[[int, Optimizer, int], None],
         fault: Callable[[str, Exception], None],
         timed: AbstractContextManager[None],
     ) -> None:
+        self._look = look
         self._attachment, self._clock, self._gradients, self._sink = attachment, clock, gradients, sink
         self._used, self._weights = used, weights
         self._settle, self._close, self._fault, self._timed = settle, close, fault, timed
@@ -171,6 +173,7 @@ class Updates:
         self._clock.moving |= closure is not None
         if not self._clock.observed:
             return
+        self._look(self.roles.index(role), optimizer, self._clock.step)
         held = self._held(role)
         if self._weights:
             self._keep(held)

@@ -16,6 +16,8 @@ COMMANDS = {
     "demo": "gradlens.cli.demo",
     "run": "gradlens.cli.run",
     "report": "gradlens.cli.report",
+    "compare": "gradlens.cli.compare",
+    "top": "gradlens.cli.top",
     "view": "gradlens.cli.view",
     "finish": "gradlens.cli.finish",
     "completion": "gradlens.cli.completion",

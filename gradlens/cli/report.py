@@ -39,20 +39,24 @@ def command(run: str, page: str | None, as_json: bool, fail_on: str | None) -> N
 
     summary = Summary.of(opened(run))
     if page is not None:
-        _write(summary, page)
+        from gradlens.page.html import render
+
+        write(render(summary), page)
     if as_json:
         click.echo(json.dumps(_content(summary), indent=2, default=str))
     elif page is None:
-        _show(summary.text())
+        show(summary.text())
     worst = summary.worst()
     if fail_on is not None and worst is not None and worst.rank >= Severity(fail_on).rank:
         sys.exit(1)
 
 
-def _write(summary: Summary, page: str) -> None:
-    from gradlens.page.html import render
+def write(text: str, page: str) -> None:
+    """A page to a file, or to standard output.
 
-    text = render(summary)
+    Raises:
+        RunDirectoryError: It cannot be written.
+    """
     if page == "-":
         click.echo(text)
         return
@@ -63,7 +67,7 @@ def _write(summary: Summary, page: str) -> None:
     click.echo(f"{page}: {len(text.encode()) / 1e6:.2f} MB, opens in any browser, offline", err=True)
 
 
-def _show(text: str) -> None:
+def show(text: str) -> None:
     """With colours on a terminal, and as it is in a pipe."""
     if not sys.stdout.isatty():
         click.echo(text)

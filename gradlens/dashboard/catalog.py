@@ -15,13 +15,13 @@ import time
 from pathlib import Path
 
 from gradlens.errors import GradlensError, RunDirectoryError, nearest
-from gradlens.store import tables
+from gradlens.store import partials, tables
 
 MAX_DEPTH, MAX_ENTRIES, MAX_RUNS = 8, 50_000, 2000
 SECONDS = 2.0  #: that a search may take
 FRESH = 2.0  #: seconds for which a search stands
 
-FOLDERS = ("segments", "findings", *tables.TABLES)
+FOLDERS = ("segments", "findings", partials.FOLDER, *tables.TABLES)
 
 
 class UnknownRunError(GradlensError, LookupError):
@@ -134,7 +134,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def _of_the_run(name: str) -> bool:
-    return name.endswith((".json", ".jsonl", ".parquet", ".tail"))
+    return name.endswith((".json", ".jsonl", ".parquet", ".tail", ".partials"))
 
 
 def _can_be_told(name: str) -> bool:

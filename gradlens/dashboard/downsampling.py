@@ -1,6 +1,7 @@
 """A million steps as some hundred columns, in which no spike vanishes.
 
     kept(steps, values, columns)     which points of lines to draw: of each column the lowest, the highest, the first gap
+    largest_of_squares(matrix, most) a matrix of many weights, made small
     Cells                            a matrix [rows, columns]: the lowest and highest value of each cell, and what was seen
 
 A column of a matrix is a run of `width` steps, `width` a power of two that begins at a multiple of itself. So two matrices
@@ -59,6 +60,22 @@ def _first_of(wanted: np.ndarray, values: np.ndarray, begins: np.ndarray) -> np.
 def width_for(steps: int, columns: int) -> int:
     """The smallest power of two of which `columns` cover so many steps."""
     return 1 << max(-(-steps // max(columns, 1)) - 1, 0).bit_length()
+
+
+def largest_of_squares(values: np.ndarray, most: int) -> tuple[np.ndarray, int]:
+    """Flat places of a matrix with at most so many rows and columns: in each square of neighbours the value of largest size,
+    or one that is not finite; and the side of the squares."""
+    rows, columns = values.shape
+    side = max(-(-max(rows, columns, 1) // most), 1)
+    if side == 1:
+        return np.arange(rows * columns, dtype=np.int32).reshape(rows, columns), 1
+    padded = np.full((-(-rows // side) * side, -(-columns // side) * side), -1.0)
+    padded[:rows, :columns] = np.where(np.isfinite(values), np.abs(values), np.inf)
+    squares = padded.reshape(padded.shape[0] // side, side, padded.shape[1] // side, side).transpose(0, 2, 1, 3)
+    place = squares.reshape(*squares.shape[:2], -1).argmax(axis=2)
+    row = np.arange(squares.shape[0])[:, None] * side + place // side
+    column = np.arange(squares.shape[1])[None] * side + place % side
+    return (row * columns + column).astype(np.int32), side
 
 
 @dataclass(frozen=True, eq=False)

@@ -152,7 +152,7 @@ class _Server:
     """What is kept between requests: the list of runs and the matrices."""
 
     QUESTIONS = (
-        "runs", "run", "version", "map", "extreme", "table", "timelines", "scalars", "histogram", "weights",
+        "runs", "run", "version", "map", "extreme", "table", "timelines", "scalars", "histogram", "weights", "partials",
     )  # fmt: skip
 
     def __init__(self, logdir: str) -> None:
@@ -278,6 +278,11 @@ class _Server:
         from gradlens.dashboard import views
 
         return views.weights(run, asked.text("parameter"), asked.number("step"))
+
+    def _partials(self, run: Any, asked: _Asked) -> Any:
+        from gradlens.dashboard import views
+
+        return views.matrix(run, asked.text("parameter"), asked.number("step"))
 
 
 def _open(path: Path) -> Any:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gradlens import fields
-from gradlens.dashboard.downsampling import kept
+from gradlens.dashboard.downsampling import kept, largest_of_squares
 from gradlens.dashboard.maps import Quantity
 from gradlens.errors import ArgumentError, NothingCapturedError
 from gradlens.records import Finding, Severity, Stage
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 Answer = tuple[dict[str, Any], dict[str, np.ndarray]]
 
 MAX_FINDINGS = 1000
+MAX_SIDE = 700  #: rows and columns of a heat map
 WINDOW = 64  #: steps around the one asked for in which the nearest that was observed is looked for first
 
 #: Columns of the parameter table, beside `parameter`, `status`, `shape` and `dtype`.
@@ -67,6 +68,7 @@ def overview(run: Run) -> dict[str, Any]:
     names, extent = run.names(), run.extent()
     content = {**summary(run), "names": names, "stages": [], "shapes": {}, "dtypes": {}, "notes": run.notes}
     content["settings"] = run.settings
+    content["kept"] = run.kept()
     content["ranks"] = run.ranks()
     content["meanings"] = {name: fields.meaning(name) for name in (*TABLE, *(c for cs in CHARTS.values() for c in cs))}
     content |= diagnosis(run)
@@ -253,6 +255,25 @@ def weights(run: Run, parameter: str, step: int | None) -> dict[str, Any]:
         for index, values in zip(frame["index"], frame[columns].itertuples(index=False, name=None), strict=True)
     ]
     return {"step": frame.attrs.get("step"), "stage": frame.attrs.get("stage"), "columns": columns, "weights": rows}
+
+
+def matrix(run: Run, parameter: str, step: int | None) -> Answer:
+    """All partials and weights of a parameter as a matrix: of many, the largest partial of each square of neighbours."""
+    kept_partials = run.partials(parameter, step)
+    shape = kept_partials.partial.shape
+    rows = shape[0] if len(shape) > 1 else 1
+    partial, value = (array.reshape(rows, -1) for array in (kept_partials.partial, kept_partials.value))
+    index, reduced = largest_of_squares(partial, MAX_SIDE)
+    header = {
+        "parameter": parameter,
+        "step": kept_partials.step,
+        "stage": kept_partials.stage,
+        "shape": list(shape),
+        "rows": index.shape[0],
+        "columns": index.shape[1],
+        "reduced": reduced,
+    }
+    return header, {"index": index, "partial": partial.ravel()[index], "value": value.ravel()[index]}
 
 
 def _kept_step(run: Run, parameter: str, step: int) -> int | None:

@@ -39,7 +39,7 @@ from torch.nn.modules.module import (
     register_module_parameter_registration_hook,
 )
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.optim.optimizer import _global_optimizer_pre_hooks, register_optimizer_step_pre_hook
 
 VARIABLE = "GRADLENS_RUN"  #: of the environment: what `gradlens run` was told, as JSON
 FRUITLESS = 16  #: looks that found nothing new, after which no model is looked for any more
@@ -330,7 +330,7 @@ class Session:
 
     def _step_now(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """The global hooks are done. Those that are added here would miss this step, so they are called."""
-        there = torch.optim.optimizer._global_optimizer_pre_hooks
+        there = _global_optimizer_pre_hooks
         before = set(there)
         self._begin(extra=optimizer)
         for key in [key for key in there if key not in before]:
@@ -431,9 +431,14 @@ def _is_first_rank() -> bool:
 
 
 def _say_end(lens: Any) -> None:
-    where = lens._run
-    print(f"\n{lens}".rstrip(), file=sys.stderr)
-    print(f"  gradlens report {where}    gradlens report {where} --html page.html", file=sys.stderr)
+    """The run's first lines, as `gradlens report` has them, and how to see more."""
+    from gradlens.page.summary import Summary
+    from gradlens.store.run import open_run
+
+    where = os.path.relpath(lens._run)
+    where = str(lens._run) if where.startswith("..") else where
+    more = f"the whole page: gradlens report {where}    as HTML: gradlens report {where} --html page.html"
+    print(f"\n{Summary.of(open_run(lens._run)).brief(more)}", file=sys.stderr)
 
 
 def _say(text: str) -> None:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import base64
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from gradlens import fields
+from gradlens.progress import tracked
 from gradlens.records import Finding, Parameters, Severity, Snapshot, Stage, Status, directions, total
 from gradlens.writers.report import named
 
@@ -82,7 +83,7 @@ def collect(summary: Summary) -> dict[str, Any]:
         "last": summary.steps[-1] if summary.steps else None,
         "health": _health(summary),
         "findings": _findings(summary.findings),
-        "loss": _loss(summary.losses),
+        "loss": thinned(summary.losses),
         "overhead": summary.overhead,
         "settings": {name: str(value) for name, value in run.settings.items() if name not in ("overhead", "aliases")},
         "table": rows(summary),
@@ -117,8 +118,8 @@ def _findings(found: Iterable[Finding]) -> list[dict[str, Any]]:
     ]
 
 
-def _loss(losses: Mapping[int, float]) -> dict[str, list[Any]]:
-    """Thinned so that no peak is lost: of each stretch its lowest and its highest."""
+def thinned(losses: Mapping[int, float]) -> dict[str, list[Any]]:
+    """A loss of at most some `POINTS`, and no peak is lost: of each stretch its lowest and its highest."""
     steps = np.array(sorted(losses), np.int64)
     values = np.array([losses[step] for step in steps.tolist()], np.float64)
     if len(steps) > POINTS:
@@ -193,25 +194,24 @@ def _over_time(summary: Summary) -> dict[str, Any]:
     stage = next((each.value for each in reversed(Stage) if summary.run.steps(each.value)), None)
     if stage is None:
         return {"steps": [], "names": [], "matrices": {}, "whole": {}, "stage": None, "left_out": 0}
-    shown = [names[i] for i in _evenly(len(names), ROWS)]
+    shown = [names[i] for i in evenly(len(names), ROWS)]
     there = summary.run.steps(stage)
     count = max(LEAST, min(MOST, CELLS // max(len(shown), 1)))
-    steps = [there[i] for i in _evenly(len(there), count)]
-    place = {name: row for row, name in enumerate(shown)}
+    steps = [there[i] for i in evenly(len(there), count)]
     column = {step: at for at, step in enumerate(steps)}
-    cells = {name: np.full((len(shown), len(steps)), np.nan) for name in _MATRICES}
     whole = {name: np.full(len(steps), np.nan) for name in (*_WHOLE, "low", "middle", "high")}
-    for snapshots in _in_parts(summary, steps, stage, len(names)):
-        for snapshot in snapshots:
-            _fill(snapshot, column[snapshot.step], place, cells)
+
+    def also(snapshots: Sequence[Snapshot]) -> None:
         for step in {snapshot.step for snapshot in snapshots}:
             _fill_whole([each for each in snapshots if each.step == step], column[step], whole)
+
+    matrices = cells(summary, shown, steps, stage, tuple(_MATRICES), also)
     return {
         "stage": stage,
         "steps": steps,
         "names": shown,
         "left_out": len(names) - len(shown),
-        "matrices": {name: _MATRICES[name](values) for name, values in cells.items()},
+        "matrices": {name: _MATRICES[name](values) for name, values in matrices.items()},
         "whole": {name: [finite(value) for value in values.tolist()] for name, values in whole.items()},
     }
 
@@ -219,7 +219,29 @@ def _over_time(summary: Summary) -> dict[str, Any]:
 _WHOLE = ("rms", "alignment", "against_share", "loss_change", "flip_share")
 
 
-def _evenly(count: int, most: int) -> list[int]:
+def cells(
+    summary: Summary,
+    names: Sequence[str],
+    steps: Sequence[int],
+    stage: str,
+    columns: Sequence[str],
+    also: Callable[[Sequence[Snapshot]], None] = lambda snapshots: None,
+) -> dict[str, np.ndarray]:
+    """Columns of a run as matrices, [parameters, steps]; `balance` is the share to increase less the share to decrease.
+
+    `also` is called with the snapshots, those of a step together.
+    """
+    place = {name: row for row, name in enumerate(names)}
+    column = {step: at for at, step in enumerate(steps)}
+    result = {name: np.full((len(names), len(steps)), np.nan) for name in columns}
+    for snapshots in _in_parts(summary, steps, stage, len(summary.run.names())):
+        for snapshot in snapshots:
+            _fill(snapshot, column[snapshot.step], place, result)
+        also(snapshots)
+    return result
+
+
+def evenly(count: int, most: int) -> list[int]:
     """Up to `most` places among `count`, the first and the last with them."""
     return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int)).tolist() if count else []
 
@@ -227,16 +249,17 @@ def _evenly(count: int, most: int) -> list[int]:
 def _in_parts(summary: Summary, steps: Sequence[int], stage: str, parameters: int) -> Iterable[list[Snapshot]]:
     """Some steps at a time: 50,000 rows are in memory."""
     size = max(1, 50_000 // max(parameters, 1))
-    for start in range(0, len(steps), size):
+    starts = range(0, len(steps), size)
+    for start in tracked(starts, "reading", len(starts), None if len(starts) > 1 else False):
         yield summary.run.snapshots(steps=steps[start : start + size], stage=stage)
 
 
-def _fill(snapshot: Snapshot, column: int, place: Mapping[str, int], cells: Mapping[str, np.ndarray]) -> None:
+def _fill(snapshot: Snapshot, column: int, place: Mapping[str, int], into: Mapping[str, np.ndarray]) -> None:
     pairs = [(place[name], row) for row, name in enumerate(snapshot.names) if name in place]
     if not pairs:
         return
     to, of = (np.array(each) for each in zip(*pairs, strict=True))
-    for name, values in cells.items():
+    for name, values in into.items():
         if name == "balance":
             read = snapshot.column("increase_share") - snapshot.column("decrease_share")
         else:

@@ -14,27 +14,37 @@ from typing import TYPE_CHECKING, Any
 from gradlens.page.data import collect
 
 if TYPE_CHECKING:
+    from gradlens.page.comparison import Comparison
     from gradlens.page.summary import Summary
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:; base-uri 'none'"
 
 
 def render(summary: Summary) -> str:
-    """The file."""
+    """The page of a run."""
     content = collect(summary)
+    return _filled("page", f"{content['name']} - gradlens", content, summary.text())
+
+
+def render_comparison(comparison: Comparison) -> str:
+    """The page of two runs."""
+    names = [summary.run.path.resolve().name for summary in (comparison.a, comparison.b)]
+    return _filled("compare", f"{names[0]} and {names[1]} - gradlens", comparison.page(), comparison.text())
+
+
+def _filled(name: str, title: str, content: Any, text: str) -> str:
     static, vendor = files("gradlens") / "page" / "static", files("gradlens") / "dashboard" / "static" / "vendor" / "uplot"
     parts = {
         "POLICY": POLICY,
-        "TITLE": html.escape(f"{content['name']} - gradlens"),
+        "TITLE": html.escape(title),
         "STYLE": vendor.joinpath("uPlot.min.css").read_text() + "\n" + static.joinpath("page.css").read_text(),
         "LICENCE": html.escape(vendor.joinpath("LICENSE").read_text()),
-        "TEXT": html.escape(summary.text()),
+        "TEXT": html.escape(text),
         "DATA": embedded(content),
         "LIBRARY": vendor.joinpath("uPlot.iife.min.js").read_text(),
-        "SCRIPT": static.joinpath("page.js").read_text(),
+        "SCRIPT": static.joinpath("common.js").read_text() + static.joinpath(f"{name}.js").read_text(),
     }
-    page = static.joinpath("page.html").read_text()
-    pieces = page.split("%%")  # what is filled in is not looked at again
+    pieces = static.joinpath(f"{name}.html").read_text().split("%%")  # what is filled in is not looked at again
     return "".join(parts[piece] if place % 2 else piece for place, piece in enumerate(pieces))
 
 

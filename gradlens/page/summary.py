@@ -73,6 +73,12 @@ class Summary:
             self.history, self.findings, overhead=self.overhead, title=title, steps=self.steps, losses=self.losses
         )
 
+    def brief(self, more: str) -> str:
+        """Its first lines, and `more` as the last one."""
+        from gradlens.writers import report
+
+        return report.brief(self.history, self.findings, steps=self.steps, losses=self.losses, more=more)
+
 
 def as_json(finding: Finding) -> dict[str, Any]:
     """A finding as JSON writes it."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gradlens.errors import ArgumentError, ArgumentTypeError
-from gradlens.probes.progress import tracked
+from gradlens.progress import tracked
 
 
 def counted(batches: Iterable[Any], told: str, progress: bool | None) -> Iterator[tuple[Any, int | None]]:

@@ -28,13 +28,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gradlens import markup
 from gradlens.errors import ArgumentError, ArgumentTypeError, GradlensWarning, nearest
 from gradlens.probes.interrupts import leaves_no_trace
 from gradlens.probes.lanczos import ITERATIONS, End, Spectrum, extremes
 from gradlens.probes.loss import Target
 from gradlens.probes.per_weight import PerWeight
-from gradlens.probes.progress import tracked
 from gradlens.probes.second_order import Agreement, Products, flatten, host, unflatten, with_products
+from gradlens.progress import tracked
 from gradlens.selection import Select
 from gradlens.statistics.evidence import CONSTANT, REASONS, Moments, TestResults, check_level, test_means
 from gradlens.statistics.significance import detectable, q_values
@@ -47,8 +48,8 @@ LAYER_ITERATIONS = 32  #: of the eigenvalue of one layer, at most
 BENDS = np.array(["undecided", "up", "down"], object)
 
 
-@dataclass(frozen=True, eq=False)
-class Curvature(PerWeight):
+@dataclass(frozen=True, eq=False, repr=False)
+class Curvature(markup.Shown, PerWeight):
     """The curvature of one batch's loss.
 
     One row a weight in `frame`: `parameter, index, value, partial, curvature, noise, t, p, q, bends, newton`;

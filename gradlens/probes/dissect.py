@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.amp.grad_scaler import OptState
 from torch.optim import Optimizer
 
-from gradlens.errors import ArgumentTypeError, ProbeError
+from gradlens.errors import ArgumentTypeError, GradlensError, ProbeError
 from gradlens.probes.interrupts import leaves_no_trace
 from gradlens.probes.isolated_loss import IsolatedLoss
 from gradlens.probes.loss import Target
@@ -288,6 +288,12 @@ class Dissection:
 
     def __str__(self) -> str:
         return str(self.result)
+
+    def _repr_html_(self) -> str | None:
+        try:
+            return self.result._repr_html_()
+        except GradlensError:  # within its block: there is no result yet
+            return None
 
 
 def _none(model: Any) -> Tensor:

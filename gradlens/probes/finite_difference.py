@@ -24,13 +24,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gradlens import markup
 from gradlens.errors import ArgumentError, ProbeError
 from gradlens.probes.interrupts import leaves_no_trace
 from gradlens.probes.isolated_loss import IsolatedLoss
 from gradlens.probes.loss import Target
 from gradlens.probes.per_weight import unravelled
-from gradlens.probes.progress import tracked
 from gradlens.probes.second_order import kept_at_zero
+from gradlens.progress import tracked
 from gradlens.records import Parameters
 from gradlens.selection import Select
 from gradlens.weight_names import label
@@ -44,8 +45,8 @@ OF_LARGEST = 1e-6  #: truncation does not shrink with the partial: allow this sh
 ROUNDING = 10  #: times the measured rounding noise of the loss
 
 
-@dataclass(frozen=True, eq=False)
-class PartialsCheck:
+@dataclass(frozen=True, eq=False, repr=False)
+class PartialsCheck(markup.Shown):
     """What `check_partials` found. `ok`: no partial was wrong."""
 
     frame: pd.DataFrame  #: a row a weight: `parameter, index, value, partial, difference, error, tolerance, result`

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gradlens import markup
 from gradlens.errors import ArgumentError, ArgumentTypeError, nearest
 from gradlens.probes.batches import check_batches, counted, generators
 from gradlens.probes.interrupts import leaves_no_trace
@@ -33,8 +34,8 @@ SIGN = {"increase": 1.0, "decrease": -1.0, "undecided": 0.0}
 NEEDED = ("parameter", "index", "verdict", "partial")
 
 
-@dataclass(frozen=True, eq=False)
-class Nudge:
+@dataclass(frozen=True, eq=False, repr=False)
+class Nudge(markup.Shown):
     """What moving the weights did to the loss."""
 
     frame: pd.DataFrame  #: a row a batch: `size, before, after, change`

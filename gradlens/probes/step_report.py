@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from gradlens import markup
 from gradlens.probes.per_weight import PerWeight
 from gradlens.statistics.attribution import CAUSES, Attribution, alpha
 
@@ -38,8 +39,8 @@ class Path:
         return self.actual - float(self.allocated.sum())
 
 
-@dataclass(frozen=True, eq=False)
-class StepReport(PerWeight):
+@dataclass(frozen=True, eq=False, repr=False)
+class StepReport(markup.Shown, PerWeight):
     """One step of an optimizer, beside what the gradient asked for.
 
     One row a weight in `frame`: `parameter, index, value` (before the step)`, partial, used, dw, against, cause,

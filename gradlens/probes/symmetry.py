@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gradlens import markup
 from gradlens.errors import ArgumentError
 from gradlens.probes import second_order
 from gradlens.probes.allowed import Allowed, parse_allowed
@@ -41,8 +42,8 @@ SURE = 0.99
 _EPS = 2.0**-52
 
 
-@dataclass(frozen=True, eq=False)
-class Symmetry:
+@dataclass(frozen=True, eq=False, repr=False)
+class Symmetry(markup.Shown):
     """What `check_symmetry` found. `ok`: mixed partials are equal and slopes are right, as far as the directions tell."""
 
     frame: pd.DataFrame  #: a row a pair: `u_Hv, v_Hu, difference, scale, asymmetry, allowed`

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from gradlens import markup
 from gradlens.probes.per_weight import PerWeight
 from gradlens.statistics.evidence import REASONS, VERDICTS, TestResults
 
@@ -21,8 +22,8 @@ RARE = {8: 0.41, 16: 0.33, 32: 0.23, 64: 0.12}
 MOVE = 1e-4  #: the move that `expected_change` is for, and that `nudge` makes
 
 
-@dataclass(frozen=True, eq=False)
-class Survey(PerWeight):
+@dataclass(frozen=True, eq=False, repr=False)
+class Survey(markup.Shown, PerWeight):
     """Verdicts on the weights of a model, and how sure they are.
 
     One row a weight in `frame`: `parameter, index, value, partial, verdict, t, p, q, agree, expected_change, reason`.

@@ -21,7 +21,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from gradlens import noise
+from gradlens import markup, noise
 from gradlens.errors import (
     ArgumentError,
     CorruptRunError,
@@ -29,13 +29,16 @@ from gradlens.errors import (
     GradlensWarning,
     NothingCapturedError,
     choice,
+    nearest,
 )
 from gradlens.noise import DECAY, NoiseScale
 from gradlens.pooling import pool
+from gradlens.progress import tracked
 from gradlens.records import Finding, Snapshot
-from gradlens.store import answers, lock, rows, segment, tables, tail
+from gradlens.store import answers, lock, partials, rows, segment, tables, tail
 from gradlens.store.answers import Columns
 from gradlens.store.filters import Filter, Names, Steps
+from gradlens.store.partials import Partials
 from gradlens.store.ranks import merged
 from gradlens.store.rows import Found
 from gradlens.store.segment import Segment
@@ -80,6 +83,10 @@ class Run:
 
     def __repr__(self) -> str:
         return f"<gradlens.Run {self.path}>"
+
+    def _repr_html_(self) -> str:
+        losses = self.scalar("loss")[1].tolist()
+        return markup.run(str(self.path), self.steps(), self.names(), losses, self.findings())
 
     # --- questions ----------------------------------------------------------------------------------------------------
 
@@ -138,6 +145,33 @@ class Run:
             raise ArgumentError(f"top is a whole number of weights of at least 1, not {top!r}")
         wanted = self._last_step("weights") if step is None else step
         return answers.weights(self._find("weights", ["index", "partial", "value"], Filter(name, wanted)), top, by)
+
+    def partials(self, name: str, step: int | None = None, *, stage: str | None = None) -> Partials:
+        """All partials and weights of a parameter that `watch(keep=)` named, at the last step that was kept, or the last at
+        or before `step`. `kept()` says which there are."""
+        there = [
+            place for place in self._partial_places() if place[2]["name"] == name and stage in (None, place[2]["stage"])
+        ]
+        if not there:
+            known = sorted(self.kept())
+            hint = nearest(name, known) if known else "; name parameters in watch(keep=[...])"
+            raise NothingCapturedError(f"no whole partials of {name!r} were kept in {self.path}{hint}")
+        steps = sorted({at for _, at, _ in there})
+        chosen = max((at for at in steps if step is None or at <= step), default=steps[0])
+        last = [place for place in there if place[1] == chosen]
+        return partials.load([place for place in last if place[2]["stage"] == last[-1][2]["stage"]])
+
+    def kept(self) -> dict[str, list[int]]:
+        """The parameters whose whole partials were kept, and at which steps."""
+        found: dict[str, list[int]] = {}
+        for _, step, entry in self._partial_places():
+            steps = found.setdefault(entry["name"], [])
+            if not steps or steps[-1] != step:
+                steps.append(step)
+        return found
+
+    def _partial_places(self) -> list[Any]:
+        return partials.places(self.path, rows.replaced(self._segments()))
 
     def findings(self) -> list[Finding]:
         """What the rules found, in the order of steps; those that a resumed run has replaced are left out."""
@@ -220,6 +254,7 @@ class Run:
         parameters: Names = None,
         stage: str | None = None,
         rank: int | None = None,
+        progress: bool | None = None,
     ) -> None:
         """Hand the records to a writer, as a lens would have done: `run.replay(gradlens.writers.CSV("all.csv"))`.
 
@@ -230,7 +265,8 @@ class Run:
         there = [step for step in self.steps(stage) if asked.has(step)]
         findings = [finding for finding in self.findings() if asked.has(finding.step)]
         together = max(1, REPLAYED // max(2 * len(self.names()), 1))
-        for first in range(0, len(there), together):
+        places = range(0, len(there), together)
+        for first in tracked(places, "replaying", len(places), progress):
             part = there[first : first + together]
             records: list[Snapshot | Finding] = []
             records += self.snapshots(steps=part, parameters=parameters, stage=stage, rank=rank)
@@ -240,6 +276,12 @@ class Run:
             for record in sorted(records, key=lambda record: record.step):
                 writer.write(record)
         writer.flush()
+
+    def plot(self, kind: str = "flow", *arguments: Any, **options: Any) -> Any:
+        """A picture of `gradlens.plots`: `flow, directions, sizes, updates, histogram, weight`. Needs matplotlib."""
+        from gradlens import plots
+
+        return plots.plot(self, kind, *arguments, **options)
 
     def steps(self, stage: str | None = None) -> list[int]:
         """The steps of which there are rows, rising."""
@@ -253,6 +295,10 @@ class Run:
     def names(self) -> list[str]:
         """The parameters, in model order."""
         return list(dict.fromkeys(name for each in self._segments() for name, *_ in each.parameters))
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Each parameter's shape, in model order."""
+        return {name: shape for each in self._segments() for name, shape, *_ in each.parameters}
 
     @property
     def settings(self) -> dict[str, Any]:

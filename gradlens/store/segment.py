@@ -172,7 +172,7 @@ def _segment(path: Path, key: Key, version: tuple[int, int, int]) -> Segment:
     try:
         if "checksum" in content and content.pop("checksum") != _checksum(content):
             raise ValueError("its checksum is another; without one it would be believed")
-        parameters = [_entry(*entry) for entry in content["parameters"]]
+        parameters = [checked_entry(*entry) for entry in content["parameters"]]
         first = content["first_step"]
         settings, versions = content["settings"], content["versions"]
         scalars = [_text(name) for name in content["scalars"]]
@@ -183,7 +183,12 @@ def _segment(path: Path, key: Key, version: tuple[int, int, int]) -> Segment:
         raise CorruptRunError(f"{path} does not describe a segment: {type(error).__name__}: {error}") from None
 
 
-def _entry(name: object, shape: object, dtype: object, piece: object) -> Entry:
+def checked_entry(name: object, shape: object, dtype: object, piece: object) -> Entry:
+    """A parameter as a file describes it.
+
+    Raises:
+        ValueError: There is no such shape, or no such piece of it.
+    """
     if not isinstance(shape, list) or len(shape) > 31 or not all(type(n) is int and 0 <= n < 1 << 62 for n in shape):
         raise ValueError(f"{shape!r:.80} is no shape")
     if math.prod(max(n, 1) for n in shape) >= 1 << 62:

@@ -61,6 +61,11 @@ class Store:
 
     durable = True  #: it gets records before others do
 
+    @property
+    def key(self) -> Key:
+        """Which segment it writes."""
+        return self._segment.key
+
     def __init__(
         self,
         run: str | os.PathLike[str],
@@ -193,6 +198,12 @@ class Store:
             except Exception as error:
                 self._error = error
                 raise
+
+    def annotate(self, **facts: Any) -> None:
+        """Add to the settings what is known only later, such as what watching cost. On disk with the next flush."""
+        with self._guard:
+            self._segment.settings = {**self._segment.settings, **facts}
+            self._stale = True
 
     def close(self) -> None:
         """Flush, make parts of the tails, let go of the directory."""

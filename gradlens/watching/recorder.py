@@ -22,7 +22,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from torch import Tensor
@@ -31,6 +31,7 @@ from gradlens.analysis.history import History
 from gradlens.analysis.ruleset import RuleSet
 from gradlens.blocks import Block
 from gradlens.errors import GradlensWarning
+from gradlens.facts import Fact
 from gradlens.records import Finding, Severity
 from gradlens.statistics.table import Table, settle
 from gradlens.statistics.transfer import Transfer
@@ -56,6 +57,7 @@ class TableBatch:
     losses: Sequence[float | Tensor | None]  # by table
     scalars: dict[str, Any]
     findings: Sequence[Finding]
+    facts: Sequence[Fact] = ()
     transfer: Transfer | None = None  # of what a device has
     slots: Sequence[tuple[object, str]] = ()  # where that belongs
 
@@ -92,7 +94,8 @@ class Recorder:
         self._wake = threading.Event()
         self.inbox = Inbox(self._wake.set)
         self._recording = threading.Lock()  # one thread takes from the inbox at a time
-        self._recorded: deque[list[tuple[Block, int]] | Finding] = deque()  # that were not delivered
+        self._recorded: deque[list[tuple[Block, int]] | Finding | Fact] = deque()  # that were not delivered
+        self._facts: list[Fact] = []
         self._requests: deque[threading.Event] = deque()
         self._within, self._progress = "", 0  # whose function is running, and how many have
         self._working = self._closed = False
@@ -108,6 +111,10 @@ class Recorder:
 
     # --- the training thread ----------------------------------------------------------------------------------------
 
+    def note(self, fact: Fact) -> None:
+        """Something is known beside gradients; it is handed on with the next tables."""
+        self._facts.append(fact)
+
     def send(
         self, tables: list[Table], scalars: Mapping[str, Any], losses: Sequence[float | Tensor | None] | None = None
     ) -> None:
@@ -117,7 +124,8 @@ class Recorder:
             return
         step = tables[-1].step if tables else self._failures.step()
         size = 8 * sum(piece.numbers.numel() for table in tables for piece in table.pieces)
-        batch = TableBatch(step, size, tables, losses or [None] * len(tables), dict(scalars), findings[:])
+        facts, self._facts = self._facts, []
+        batch = TableBatch(step, size, tables, losses or [None] * len(tables), dict(scalars), findings[:], facts)
         del findings[: len(batch.findings)]
         observed = [name for name, value in batch.scalars.items() if isinstance(value, Tensor) and not value.is_cpu]
         late = [i for i, loss in enumerate(batch.losses) if isinstance(loss, Tensor) and not loss.is_cpu]
@@ -236,6 +244,7 @@ class Recorder:
                 for finding in [item] if isinstance(item, Finding) else item.findings:
                     self._delivery.record_finding(finding)
                     self._recorded.append(finding)
+                self._recorded.extend(() if isinstance(item, Finding) else map(on_host, item.facts))
             moments = self._unpacked([item for item in taken if isinstance(item, TableBatch)])
             if moments:
                 self._delivery.record(moments)
@@ -288,8 +297,10 @@ class Recorder:
             each = self._recorded.popleft()
             if isinstance(each, Finding):
                 self._delivery.tell(each, recorded=True)
-            else:
+            elif isinstance(each, list):
                 self._delivery.deliver(each)
+            else:
+                self.history.note(each)
         self._delivery.tell_failures()
         self._enter("")
 
@@ -309,6 +320,12 @@ class Recorder:
             call(*args)
         except BaseException as error:  # noqa: BLE001 - the thread must live, and say what it lost
             self._failures(where, error)
+
+
+def on_host(fact: Fact) -> Fact:
+    """The fact without tensors: numbers that a device had are waited for, on this thread."""
+    moved = {f.name: float(value) for f in fields(fact) if isinstance(value := getattr(fact, f.name), Tensor)}
+    return replace(fact, **moved) if moved else fact  # type: ignore[arg-type]
 
 
 class _Box:

@@ -17,6 +17,7 @@ from torch import Tensor
 from gradlens import kernels
 from gradlens.capture.readings import Key, Reading, Update
 from gradlens.capture.sharding import summand
+from gradlens.facts import Fact
 from gradlens.kernels.tensors import PLAIN, local_part
 from gradlens.records import PARTIAL, Finding, Parameters, Severity, Stage, Status
 from gradlens.statistics.buffers import Buffer, keepable, summarize
@@ -57,6 +58,7 @@ class TableBuilder:
         self.recorder, self.failures = recorder, failures
         self._plan, self._features = plan, features
         self._open: dict[Key, Table] = {}
+        self._losses: dict[tuple[int, int], float | Tensor] = {}  # by step and backward
         self._last: Table | None = None  # the last `backward` table, which `used` may copy
         self._flips: dict[str, Buffer] = {}
         self._before = Buffer(plan)
@@ -96,6 +98,14 @@ class TableBuilder:
         """Sample `.grad` as a backward pass left it, to tell later what was done to it."""
         self._do("gradient samples", self._sample_end, rows, gradients)
 
+    def loss(self, step: int, backward: int, value: float | Tensor) -> None:
+        """Keep the loss of a backward pass, for its tables."""
+        self._losses[step, backward] = value
+
+    def note(self, fact: Fact) -> None:
+        """Hand a fact on, with what is sent next."""
+        self.recorder.note(fact)
+
     def tell(self, finding: Finding) -> None:
         """Hand a finding on, with what is sent next."""
         self.failures.findings.append(finding)
@@ -107,6 +117,7 @@ class TableBuilder:
         if self._open:
             self._do("end of a step", self._release, step, scalars)
         self._open = {key: table for key, table in self._open.items() if table.step > step}
+        self._losses = {key: loss for key, loss in self._losses.items() if key[0] > step}
         if self.failures.findings:
             self._do("findings", self._send, [], {})  # what could not be sent with the step
         self._last, self._ended, self._consumed, self._reading = None, {}, {}, kernels.StableTensors()
@@ -354,7 +365,7 @@ class TableBuilder:
         self._do("a question in the middle of a step", self._send, tables, scalars)
 
     def _send(self, tables: list[Table], scalars: Mapping[str, Any]) -> None:
-        self.recorder.send(tables, scalars)
+        self.recorder.send(tables, scalars, [self._losses.get((table.step, table.backward)) for table in tables])
         for table in tables:
             self._open.pop((table.step, table.backward, table.stage), None)
 

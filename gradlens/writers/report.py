@@ -61,16 +61,25 @@ def text(
     return "\n\n".join("\n".join(block) for block in blocks if block)
 
 
-def brief(history: History, found: Sequence[Finding]) -> str:
+def brief(
+    history: History,
+    found: Sequence[Finding],
+    *,
+    steps: Sequence[int] | None = None,
+    losses: Mapping[int, float] | None = None,
+    more: str = "report() has the whole page.",
+) -> str:
     """The page's first lines: the run, its health, and the weight to which the loss answers most."""
     if not len(history):
         return f"gradlens: {NOTHING[0].lower()}{NOTHING[1:]}"
-    lines = [f"gradlens: {line.strip()}" if not i else line for i, line in enumerate(_run(history, history.at()))]
+    lines = [
+        f"gradlens: {line.strip()}" if not i else line for i, line in enumerate(_run(history, history.at(), steps, losses))
+    ]
     lines.append(f"  health: {_counted(found)}")
     lines += [f"    {_heading(group)}" for group in _grouped(found)[:NAMED]]
     for name, value, partial in _top(history, 1):
         lines.append(f"  most sensitive: {name} = {format_number(value)}, partial {_signed(partial)}: {_toward(partial)}")
-    return "\n".join([*map(_fit, lines), "  report() has the whole page."])
+    return "\n".join([*map(_fit, lines), f"  {more}"])
 
 
 def explain(

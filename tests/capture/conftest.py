@@ -37,6 +37,8 @@ class RecordingSink:
     closed: list = field(default_factory=list)
     events: list = field(default_factory=list)
     kept: dict = field(default_factory=dict)
+    losses: dict = field(default_factory=dict)
+    facts: list = field(default_factory=list)
 
     def read(self, reading):
         names = reading.parameters.names
@@ -67,6 +69,12 @@ class RecordingSink:
     def step_closed(self, step, scalars):
         self.closed.append((step, dict(scalars)))
         self.events.append((step, "closed"))
+
+    def loss(self, step, backward, value):
+        self.losses[step, backward] = value
+
+    def note(self, fact):
+        self.facts.append(fact)
 
     def interrupt(self):
         pass

@@ -2,23 +2,25 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 
-from gradlens.dashboard.downsampling import MISSING, NONFINITE, SEEN, Cells, kept, width_for
+from gradlens.dashboard.downsampling import MISSING, NONFINITE, SEEN, Cells, kept, largest_of_squares, width_for
 
+BUSY = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # other tests share the machine
 VALUES = st.sampled_from([0.0, -1.0, 1.0, 1e-30, 1e30, 3.5, np.nan, np.inf, -np.inf])
 
 
 @st.composite
 def lines(draw):
     """Rising steps with gaps, and some lines over them."""
-    count = draw(st.integers(1, 300))
-    steps = np.cumsum(draw(st.lists(st.integers(0, 50), min_size=count, max_size=count)))
-    several = draw(st.lists(st.lists(VALUES, min_size=count, max_size=count), min_size=1, max_size=3))
-    return steps, [np.array(line) for line in several]
+    count = draw(st.integers(1, 120))
+    steps = np.cumsum(draw(arrays(np.int64, count, elements=st.integers(0, 50))))
+    return steps, draw(st.lists(arrays(np.float64, count, elements=VALUES), min_size=1, max_size=3))
 
 
+@BUSY
 @given(lines(), st.integers(1, 40))
 def test_no_spike_vanishes_from_a_line(drawn, columns):
     """The drawn points have the lowest and highest value of each line in each column, and a gap where there is one."""
@@ -77,6 +79,7 @@ def same(a, b):
         np.testing.assert_array_equal(getattr(a._spread(first, stop), name), getattr(b._spread(first, stop), name))
 
 
+@BUSY
 @given(points(), WIDTHS)
 def test_a_matrix_has_the_extremes_of_each_cell(drawn, width):
     """Each cell holds the lowest and highest finite value of its steps, and the flags of all of them."""
@@ -95,6 +98,7 @@ def test_a_matrix_has_the_extremes_of_each_cell(drawn, width):
                 assert np.isnan(cells.high[r, column])
 
 
+@BUSY
 @given(points(), points(), points(), WIDTHS)
 def test_merging_is_that_of_all_rows_in_any_order(a, b, c, width):
     """A matrix of rows that were read in pieces is that of all; merging is associative and commutes."""
@@ -106,6 +110,7 @@ def test_merging_is_that_of_all_rows_in_any_order(a, b, c, width):
     same(one.merge(Cells.empty(ROWS, width)), one)
 
 
+@BUSY
 @given(points(), WIDTHS, st.integers(0, 3))
 def test_a_coarser_matrix_is_that_of_wider_columns(drawn, width, times):
     """Joining neighbours gives what wider columns would have given at once."""
@@ -113,6 +118,7 @@ def test_a_coarser_matrix_is_that_of_wider_columns(drawn, width, times):
     same(Cells.of(ROWS, *drawn, width).coarser(wide), Cells.of(ROWS, *drawn, wide))
 
 
+@BUSY
 @given(points(), st.integers(1, 8))
 def test_a_bounded_matrix_keeps_each_rows_extremes(drawn, columns):
     """However coarse, a row's lowest and highest value are there, and no more columns than asked."""
@@ -140,6 +146,7 @@ def test_a_spike_of_one_step_is_what_its_cell_shows(spike, log):
     assert shown.shape == (cells.shape[1],)
 
 
+@BUSY
 @given(st.integers(1, 10**7), st.integers(1, 2000))
 def test_the_width_is_the_smallest_that_suffices(steps, columns):
     """A power of two, of which so many cover the steps, and half of which do not."""
@@ -147,3 +154,20 @@ def test_the_width_is_the_smallest_that_suffices(steps, columns):
     assert width & (width - 1) == 0
     assert width * columns >= steps
     assert width == 1 or width // 2 * columns < steps
+
+
+@BUSY
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 12), st.data())
+def test_a_small_matrix_keeps_the_largest_weight(rows, columns, most, data):
+    """No more rows and columns than asked, each place the largest of its neighbours, so the largest of all stays."""
+    values = data.draw(arrays(np.float64, (rows, columns), elements=VALUES))
+    index, side = largest_of_squares(values, most)
+    assert max(index.shape) <= most or side == 1
+    assert index.shape == (-(-rows // side), -(-columns // side))
+    size = np.where(np.isfinite(values), np.abs(values), np.inf)
+    for r in range(index.shape[0]):
+        for c in range(index.shape[1]):
+            square = size[r * side : (r + 1) * side, c * side : (c + 1) * side]
+            assert size.ravel()[index[r, c]] == square.max()
+            assert index[r, c] // columns // side == r
+            assert index[r, c] % columns // side == c

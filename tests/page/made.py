@@ -29,11 +29,16 @@ def snapshot(of, step, stage, scale=1.0):
     }  # fmt: skip
     if stage == "used":
         columns |= {
-            "update_numel": np.full(n, 16), "update_square_sum": np.full(n, 1.6e-5),
-            "update_before_square_sum": np.full(n, 16.0), "update_used_square_sum": 16 * size**2,
-            "update_dot": -1e-3 * size, "update_moving": np.full(n, 15),
-            "update_against": np.full(n, 4), "update_loss_dot": -1e-3 * size, "update_loss_exact": np.full(n, 1),
-        }  # fmt: skip
+            "update_numel": np.full(n, 16),
+            "update_square_sum": np.full(n, 1.6e-5),
+            "update_before_square_sum": np.full(n, 16.0),
+            "update_used_square_sum": 16 * size**2,
+            "update_dot": -1e-3 * size,
+            "update_moving": np.full(n, 15),
+            "update_against": np.full(n, 4),
+            "update_loss_dot": -1e-3 * size,
+            "update_loss_exact": np.full(n, 1),
+        }
     k = fields.TOP
     top = Top(
         np.tile(np.arange(k), (n, 1)) % 16,

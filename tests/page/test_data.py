@@ -70,7 +70,7 @@ def test_no_peak_of_the_loss_is_lost():
     """Thinning keeps the highest and the lowest of each stretch, and both ends."""
     losses = dict.fromkeys(range(20_000), 1.0)
     losses[7777], losses[13_001] = 50.0, -3.0
-    thin = data._loss(losses)
+    thin = data.thinned(losses)
     assert len(thin["steps"]) <= data.POINTS + 2
     assert (thin["steps"][0], thin["steps"][-1]) == (0, 19_999)
     found = dict(zip(thin["steps"], thin["values"], strict=True))

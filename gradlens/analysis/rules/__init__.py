@@ -8,13 +8,19 @@ A rule is any callable `history -> findings`: a frozen class as here, or a plain
 from __future__ import annotations
 
 from gradlens.analysis.rules.absent import Absent, Frozen, Uncaptured
+from gradlens.analysis.rules.accumulation import LastOnly, Undivided
 from gradlens.analysis.rules.base import Rule, judged, lasting
+from gradlens.analysis.rules.collapse import Collapse, DiscriminatorWon, EmptyLatent, RareClass
 from gradlens.analysis.rules.dead import Dead
 from gradlens.analysis.rules.exploding import Exploding, Spike
+from gradlens.analysis.rules.graph import Cut, GraphAudit
+from gradlens.analysis.rules.learning import Disagreement, TooFast, TooSlow
 from gradlens.analysis.rules.lost import Lost, Unstepped
 from gradlens.analysis.rules.nonfinite import NonFinite
 from gradlens.analysis.rules.scaling import ClippedScaled, LossScaled, Skipped
+from gradlens.analysis.rules.settings import Epsilon, EvalMode, ForeignParameters, LearningRateGone, WeightDecay
 from gradlens.analysis.rules.stale import Stale
+from gradlens.analysis.rules.structure import Fading, Identical, InputScale
 from gradlens.analysis.rules.updates import RoundedAway, Shrunk, Unmoved, UpdateRatio
 from gradlens.analysis.rules.vanishing import Vanishing
 
@@ -37,6 +43,25 @@ DEFAULT: tuple[Rule, ...] = (
     LossScaled(),
     ClippedScaled(),
     Skipped(),
+    GraphAudit(),
+    Cut(),
+    LearningRateGone(),
+    Epsilon(),
+    ForeignParameters(),
+    EvalMode(),
+    WeightDecay(),
+    TooSlow(),
+    TooFast(),
+    Disagreement(),
+    Identical(),
+    InputScale(),
+    Fading(),
+    LastOnly(),
+    Undivided(),
+    Collapse(),
+    EmptyLatent(),
+    DiscriminatorWon(),
+    RareClass(),
 )
 
 __all__ = [
@@ -64,6 +89,31 @@ __all__ = [
     "LossScaled",
     "ClippedScaled",
     "Skipped",
+    # the loss's graph
+    "GraphAudit",
+    "Cut",
+    # what the training was told to do
+    "LearningRateGone",
+    "Epsilon",
+    "ForeignParameters",
+    "EvalMode",
+    "WeightDecay",
+    # a loss that does not fall
+    "TooSlow",
+    "TooFast",
+    "Disagreement",
+    # how the model was made
+    "Identical",
+    "InputScale",
+    "Fading",
+    # several backwards to a step
+    "LastOnly",
+    "Undivided",
+    # the same answer to everything
+    "Collapse",
+    "EmptyLatent",
+    "DiscriminatorWon",
+    "RareClass",
     # for rules of one's own
     "lasting",
     "judged",

@@ -1,0 +1,235 @@
+"""Looks at what is beside the gradients: the loss's graph, the modules' mode, the optimizers' settings.
+
+It looks in the first passes, then each time the run has grown by half: a look takes some hundred microseconds. Settings are
+compared at each observed step, and noted when they changed by a tenth. What it finds are facts; rules say what they mean.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from gradlens.capture import features
+from gradlens.capture.attachment import Attachment, parts, walk
+from gradlens.capture.graph import walk as walk_graph
+from gradlens.capture.losses import loss_of
+from gradlens.capture.unregistered import Unregistered
+from gradlens.facts import Fact, Features, Graph, Group, Modes, Settings
+
+GROWTH = 1.5  #: of the steps, from look to look
+EVERY = 4  #: the first so many steps are all looked at
+PASSES = 4  #: backward passes of one step that are looked at
+NOTICED = 0.1  #: a change of the learning rate that is noted, beside the last one noted
+FIRST_CHANGES, LATER = 200, 50  #: changes that are all noted, and of which fraction of the run a later one is
+NAMED = 64  #: modules that a fact names
+
+_DROPOUT = nn.modules.dropout._DropoutNd
+_BATCH_NORM = nn.modules.batchnorm._BatchNorm
+
+
+class Auditor:
+    """What one lens looks at beside gradients. Nothing here raises into a training step."""
+
+    def __init__(
+        self,
+        attachment: Attachment,
+        optimizers: Callable[[], Iterable[Optimizer]],
+        note: Callable[[Fact], None],
+        fault: Callable[[str, Exception], None],
+    ) -> None:
+        self._attachment, self._optimizers, self._note, self._fault = attachment, optimizers, note, fault
+        self._strangers = Unregistered()
+        self._steps, self._next, self._step, self._passes, self._looks = 0, 0, -1, 0, False
+        self._modes: Modes | None = None
+        self._settings: dict[int, tuple[Any, Settings]] = {}
+        self._changes: dict[int, int] = {}
+
+    def pass_begins(self, roots: Sequence[Any], step: int) -> None:
+        """An outermost backward pass from these roots has reached its first hook."""
+        try:
+            if self._due(step) and len(roots) == 1 and type(roots[0]) is Tensor:
+                self._look(roots[0], step, self._passes - 1)
+        except Exception as error:  # noqa: BLE001 - nothing of ours is raised in a training step
+            self._fault("a look at the loss's graph", error)
+
+    def observed(self, loss: Any, step: int) -> None:
+        """The user observed a loss whose backward has not run: numbers inside its graph are still there."""
+        try:
+            if isinstance(loss, Tensor) and loss.grad_fn is not None and loss.is_cpu and self._will_look():
+                names = self._names()
+                self._note(replace(walk_graph(loss, names, values=True), step=step, backward=0, loss=float(loss.detach())))
+        except Exception as error:  # noqa: BLE001
+            self._fault("a look at the observed loss's graph", error)
+
+    def optimizer_steps(self, index: int, optimizer: Optimizer, step: int) -> None:
+        """An optimizer of the lens is about to step."""
+        try:
+            key = [(g.get("lr"), g.get("weight_decay"), g.get("eps"), len(g["params"])) for g in optimizer.param_groups]
+            last = self._settings.get(index)
+            if last is not None and not self._changed(index, last, key, step):
+                return
+            settings = self._read(index, optimizer, step)
+            self._settings[index] = (key, settings)
+            self._note(settings)
+        except Exception as error:  # noqa: BLE001
+            self._fault("the optimizer's settings", error)
+
+    # --- when -------------------------------------------------------------------------------------------------------
+
+    def _due(self, step: int) -> bool:
+        """Whether this pass is looked at."""
+        if step != self._step:
+            self._step, self._passes = step, 0
+            self._steps += 1
+            self._looks = self._steps <= EVERY or self._steps >= self._next
+            if self._looks:
+                self._next = max(self._steps + 1, math.ceil(self._steps * GROWTH))
+        self._passes += 1
+        return self._looks and self._passes <= PASSES
+
+    def _will_look(self) -> bool:
+        return self._steps < EVERY or self._steps + 1 >= self._next
+
+    # --- the graph --------------------------------------------------------------------------------------------------
+
+    def _names(self) -> dict[int, str]:
+        """Every parameter of what is watched, selected or not, by id."""
+        names: dict[int, str] = {}
+        for prefix, part in parts(self._attachment.target()).items():
+            if isinstance(part, nn.Module):
+                names |= {id(tensor): name for name, _, _, tensor in walk(part, f"{prefix}." if prefix else "")}
+            else:
+                names[id(part)] = prefix
+        for slot, tensor in zip(self._attachment.slots, self._attachment.tensors(), strict=True):
+            if tensor is not None:
+                names[id(tensor)] = slot.name
+        return names
+
+    def _look(self, root: Tensor, step: int, backward: int) -> None:
+        names = self._names()
+        leaves: dict[int, Tensor] = {}
+        graph = walk_graph(root, names, leaf=leaves.__setitem__)
+        owned = {id(p) for optimizer in self._optimizers() for group in optimizer.param_groups for p in group["params"]}
+        strange = self._strangers.look(graph, leaves, names.keys() | owned, step)
+        loss = loss_of([root])
+        outside = tuple(names[id(t)] for t in leaves.values() if owned and id(t) in names and id(t) not in owned)
+        self._note(
+            replace(
+                graph,
+                step=step,
+                backward=backward,
+                loss=loss if isinstance(loss, float) else None,
+                strange=strange,
+                outside=outside,
+            )
+        )
+        self._look_at_features(root, graph, names, step, backward)
+        self._look_at_modes(step)
+
+    def _look_at_features(self, root: Tensor, graph: Graph, names: dict[int, str], step: int, backward: int) -> None:
+        if graph.compiled:
+            return
+        node = features.last_layer(root)
+        batch = None if node is None else features.features_of(node)
+        if batch is not None and len(batch) > 1:
+            numbers = features.spread_of(batch)
+            made = features.output_spread(node, batch)
+            name = features.name_of(node, names)
+            self._note(Features(step, backward, name, output_spread=math.nan if made is None else made, **numbers))  # type: ignore[arg-type]
+        for at, data in features.inputs_of(root):
+            self._note(Features(step, backward, f"input:{features.name_of(at, names)}", **features.spread_of(data)))  # type: ignore[arg-type]
+        for kind, deviation, noise, at in features.latents(root):
+            name = f"{kind}:{features.name_of(at, names)}"
+            self._note(Features(step, backward, name, deviation, noise, 0.0))  # type: ignore[arg-type]
+
+    # --- modules ----------------------------------------------------------------------------------------------------
+
+    def _look_at_modes(self, step: int) -> None:
+        modules = [
+            (f"{prefix}.{name}".strip("."), module)
+            for prefix, part in self._attachment.target().items()
+            if isinstance(part, nn.Module)
+            for name, module in part.named_modules()
+        ]
+        if not modules:
+            return
+        acting = [(n, m) for n, m in modules if isinstance(m, _BATCH_NORM) or (isinstance(m, _DROPOUT) and m.p > 0)]
+        training = any(m.training for n, m in modules[:1]) or any(m.training for _, m in modules)
+        modes = Modes(
+            step,
+            training=training,
+            evaluated=tuple(n for n, m in acting if not m.training)[:NAMED],
+            dropout=tuple(n for n, m in acting if isinstance(m, _DROPOUT))[:NAMED],
+            normalised=tuple(n for n, m in acting if isinstance(m, _BATCH_NORM))[:NAMED],
+            types=self._types(modules) if self._modes is None else self._modes.types,
+        )
+        if self._modes is None or replace(modes, step=0) != replace(self._modes, step=0):
+            self._modes = modes
+            self._note(modes)
+
+    def _types(self, modules: Sequence[tuple[str, nn.Module]]) -> dict[str, str]:
+        """By module, its class: of those that own parameters, and of the one that follows each in the model."""
+        return {name: type(module).__name__ for name, module in modules if not any(True for _ in module.children())}
+
+    # --- settings ---------------------------------------------------------------------------------------------------
+
+    def _changed(self, index: int, last: tuple[Any, Settings], key: Any, step: int) -> bool:
+        before, settings = last
+        if len(before) != len(key):
+            return True
+        for old, new in zip(before, key, strict=True):
+            if old[1:] != new[1:]:
+                return True
+            if old[0] is not new[0] and _moved(_number(old[0]), _number(new[0])):
+                count = self._changes.get(index, 0)
+                if count < FIRST_CHANGES or step >= settings.step + max(1, settings.step // LATER):
+                    self._changes[index] = count + 1
+                    return True
+        return False
+
+    def _read(self, index: int, optimizer: Optimizer, step: int) -> Settings:
+        names = self._names()
+        groups = []
+        for group in optimizer.param_groups:
+            given = group["params"]
+            betas = group.get("betas")
+            groups.append(
+                Group(
+                    lr=_number(group.get("lr")),
+                    weight_decay=_number(group.get("weight_decay", 0.0)),
+                    eps=_number(group["eps"]) if isinstance(group.get("eps"), int | float) else None,
+                    momentum=_number(betas[0]) if isinstance(betas, tuple) else _optional(group.get("momentum")),
+                    parameters=tuple(names[id(p)] for p in given if id(p) in names),
+                    strange=tuple(tuple(p.shape) for p in given if id(p) not in names),
+                    dtypes=tuple(dict.fromkeys(str(p.dtype).removeprefix("torch.") for p in given)),
+                )
+            )
+        kind = type(optimizer).__name__
+        decoupled = any(group.get("decoupled_weight_decay") for group in optimizer.param_groups) or kind in _DECOUPLED
+        return Settings(step, kind, index, tuple(groups), decoupled)
+
+
+_DECOUPLED = frozenset({"AdamW", "SGDW", "Lion", "Adafactor", "Muon", "LAMB", "RAdamW"})
+
+
+def _number(value: Any) -> float:
+    """A setting as a number; NaN where it is on a device, or none."""
+    if isinstance(value, Tensor):
+        return float(value) if value.device.type == "cpu" and value.numel() == 1 else math.nan
+    return float(value) if isinstance(value, int | float) else math.nan
+
+
+def _optional(value: Any) -> float | None:
+    return None if value is None else _number(value)
+
+
+def _moved(old: float, new: float) -> bool:
+    """Whether a learning rate changed by a tenth or more."""
+    if old == new or (math.isnan(old) and math.isnan(new)):
+        return False
+    return not abs(new - old) < NOTICED * abs(old)

@@ -1,0 +1,168 @@
+"""Whole partials of the parameters that `keep=` names: what the optimizer used, and the weights before its step.
+
+    optimizer's pre hook, on steps that are due -> copies, one device's packed -> a thread of its own -> `store.partials`
+
+Due are the steps at which the run has grown by a tenth (more, once the allowance is used up), if they are observed: about 25
+for each tenfold. On other steps a comparison of two numbers is all that happens. When the disk is slower than that, a step
+is left out; training does not wait.
+"""
+
+from __future__ import annotations
+
+import math
+import queue
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradlens.errors import ArgumentError, ArgumentTypeError, nearest
+from gradlens.records import Stage
+from gradlens.selection import predicate
+from gradlens.statistics.transfer import Transfer
+from gradlens.store.partials import ALLOWANCE, Kept, PartialStore, width
+from gradlens.store.segment import Entry
+from gradlens.store.tables import Key
+from gradlens.watching.failures import Failures
+from gradlens.watching.isolation import capturing_cuda_graph, isolated_compute
+from gradlens.watching.live_weights import Held
+
+LEAST = 4  #: steps that the allowance has to hold
+WAITING = 4  #: steps that may wait for the disk
+PARTING = 10.0  #: seconds in which `close()` lets them be written
+
+_WHERE = "whole partials"
+
+
+def check_keep(
+    keep: str | Iterable[str] | None, parameters: Sequence[Held], run: Path | None, optimizers: Sequence
+) -> set[str]:
+    """The names that `keep=` means.
+
+    Raises:
+        ArgumentError: No parameter is called so, there is no run directory or optimizer, or they exceed the allowance.
+        ArgumentTypeError: It is no name, pattern or list of them.
+    """
+    if keep is None:
+        return set()
+    patterns = [keep] if isinstance(keep, str) else list(keep)
+    if not patterns or not all(isinstance(pattern, str) for pattern in patterns):
+        raise ArgumentTypeError(f"keep is a name or glob pattern of parameters, or a list of them, not {keep!r}")
+    if run is None:
+        raise ArgumentError("keep= writes to the run directory; give run= too")
+    if not optimizers:
+        raise ArgumentError("keep= reads what an optimizer uses; give watch() the optimizer too")
+    named = {each.name: each for each in parameters}
+    for pattern in patterns:
+        if not any(predicate(pattern.removeprefix("!"))(name, None) for name in named):
+            raise ArgumentError(f"keep={pattern!r} fits no parameter{nearest(pattern.strip('!*'), named)}")
+    test = predicate(patterns)
+    chosen = [each for name, each in named.items() if test(name, each)]
+    each_step = sum(each.numel(here=True) * 2 * width(each.place().dtypes[0]) for each in chosen)
+    if each_step * LEAST > ALLOWANCE:
+        count = sum(each.numel(here=True) for each in chosen)
+        raise ArgumentError(
+            f"keep= names {count:,} weights, {each_step / 2**20:,.0f} MiB a step; the "
+            f"allowance is {ALLOWANCE >> 20} MiB and has to hold {LEAST} steps: name fewer or smaller parameters"
+        )
+    return {each.name for each in chosen}
+
+
+class PartialRecorder:
+    """Takes copies on the training thread, and writes them on another."""
+
+    def __init__(
+        self,
+        run: Path,
+        key: Key,
+        names: set[str],
+        parameters: Callable[[], Sequence[Held]],
+        step: Callable[[], int | None],
+        failures: Failures,
+    ) -> None:
+        self._store = PartialStore(run, key)
+        self._names, self._parameters, self._step, self._failures = names, parameters, step, failures
+        self._seen, self._due, self._next = 0, -1, 1
+        self._last = -1
+        self._queue: queue.Queue[tuple[int, int, list[Entry], Transfer] | None] = queue.Queue(WAITING)
+        self._error: Exception | None = None
+        self._handles: list[Any] = []
+        self._thread = threading.Thread(target=self._write, name="gradlens-partials", daemon=True)
+        self._thread.start()
+
+    def attach(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+        """Look at what these optimizers use."""
+        for number, optimizer in enumerate(optimizers):
+
+            def before(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any, number: int = number) -> None:
+                self._before_step(optimizer, number)
+
+            self._handles.append(optimizer.register_step_pre_hook(before))
+
+    def close(self) -> None:
+        """Let go of the optimizers, and write what waits."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        try:
+            self._queue.put(None, timeout=PARTING)
+        except queue.Full:
+            return
+        self._thread.join(PARTING)
+        self._report()
+
+    def _before_step(self, optimizer: torch.optim.Optimizer, number: int) -> None:
+        try:
+            step = self._step()
+            if step is None or not self._is_due(step) or self._failures.off(_WHERE) or capturing_cuda_graph():
+                return
+            self._report()
+            with isolated_compute():
+                self._take(optimizer, step, number)
+        except Exception as error:  # noqa: BLE001 - nothing of ours is raised in a training step
+            self._failures(_WHERE, error)
+
+    def _is_due(self, step: int) -> bool:
+        if step != self._last:
+            self._last, self._seen = step, self._seen + 1
+            if self._seen >= self._next:
+                self._due, self._next = step, max(self._seen + 1, math.ceil(self._seen * self._store.growth))
+        return step == self._due
+
+    def _take(self, optimizer: torch.optim.Optimizer, step: int, number: int) -> None:
+        mine = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        scale = getattr(optimizer, "grad_scale", None)
+        entries: list[Entry] = []
+        tensors: list[Tensor] = []
+        for each in self._parameters():
+            if each.name not in self._names or each.gradient is None or id(each.slot.tensor()) not in mine:
+                continue
+            place = each.place()
+            entries.append((each.name, tuple(int(n) for n in place.shapes[0]), place.dtypes[0], place.piece(0)))
+            partial = each.partials(1.0 if scale is None else scale)
+            tensors += [_readable(partial), _readable(each.values().clone())]
+        if entries and not self._queue.full():
+            self._queue.put_nowait((step, number, entries, Transfer(tensors)))
+
+    def _write(self) -> None:
+        while (waiting := self._queue.get()) is not None:
+            step, number, entries, transfer = waiting
+            try:
+                arrays = iter(transfer.wait())
+                kept = [Kept(entry, Stage.USED.value, next(arrays), next(arrays)) for entry in entries]
+                self._store.write(step, number, kept)
+            except Exception as error:  # noqa: BLE001 - a full disk, say: told by the training thread
+                self._error = error
+
+    def _report(self) -> None:
+        error, self._error = self._error, None
+        if error is not None:
+            self._failures(_WHERE, error)
+
+
+def _readable(tensor: Tensor) -> Tensor:
+    """Of a type that numpy has."""
+    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.to(torch.float32)
