@@ -337,8 +337,11 @@ class TensorBoard:
 # --- what the numbers are: NaN where there is nothing to say ----------------------------------------------------------
 
 
+_OF_MODEL = ("numel", "positive", "negative", "zero", "nan", "inf", "square_sum", "flip_count", "flip_moving")
+
+
 def _of_model(gradient: Snapshot) -> dict[str, float]:
-    whole = _pooled(gradient, "positive", "negative", "zero", "nan", "inf", "square_sum", "flip_count", "flip_moving")
+    whole = _pooled(gradient, *_OF_MODEL)
     result = {
         f"{tags.HEALTH}/gradient_norm": fields.derive("l2", whole).item(),
         f"{tags.HEALTH}/layer_spread": _spread(gradient),
