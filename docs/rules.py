@@ -6,6 +6,7 @@ from pathlib import Path
 
 from gradlens import rules
 from gradlens.analysis import patterns, ruleset
+from gradlens.findings import CATALOGUE
 
 TOP = f"""\
 # Rules
@@ -70,29 +71,6 @@ down (`LogSoftmax <- Softmax`) in `gradlens.analysis.patterns.PATTERNS`.
 Findings that no rule makes: what was asked for and cannot be had, and what went wrong on the way.
 '''
 
-OTHERS = {
-    "evidence-unavailable": "the feature `evidence` without the stage `backward`, on which it rests",
-    "evidence-left-out": "backwards while the weights may move within the step: evidence does without them",
-    "updates-unavailable": "the feature `updates` without the stage `used`, on whose rows it stands",
-    "cut": "a loss that depends on no parameter of the model: it was detached, or re-created",
-    "unregistered": "parameters that the loss depends on and that neither the model nor an optimizer has",
-    "memory": "an allowance that has no room for even one weight of each parameter",
-    "reduced-unavailable": "the stage `reduced` in one process",
-    "not-averaged": "the stage `reduced`, and no backward that ended with averaged gradients, or parameters left out",
-    "unknown-optimizer": "an optimizer that moves watched parameters, and that `watch()` was not given",
-    "partial-gradient": "gradients that are summands which the ranks have yet to add",
-    "read-at-step": "FSDP1's original parameters, whose gradients are read at the optimizer's step only",
-    "flat-parameters": "FSDP1 without original parameters: rows of what it has flattened",
-    "ranks-apart": "ranks that do not meet at an address: the dashboard shows the first one's own table",
-    "ranks-missing": "ranks of which nothing came in time for the dashboard",
-    "cuda-graph": "CUDA graphs, whose replays run no hook",
-    "budget": "a budget below what a step that is not observed costs already",
-    "records-thinned": "steps left out of the records, as writing was slower than training",
-    "records-torn": "the end of a run that was cut off, as by `kill -9`: it is read up to its last whole batch",
-    "records-damaged": "a file of a run that does not read",
-    "gradlens-fault": "a failure of gradlens itself; training is not affected",
-}
-
 
 def text() -> str:
     names = [(rule, type(rule).__name__) for rule in rules.DEFAULT]
@@ -102,7 +80,7 @@ def text() -> str:
         settings = ", ".join(f"{field.name}={field.default:g}" for field in fields(rule))
         lines += ["", f"## {name}", "", f"`gradlens.rules.{name}({settings})`", "", inspect.getdoc(type(rule)) or ""]
     lines += ["", OWN.replace("{patterns}", _patterns()), "| `finding.rule` | says |", "|---|---|"]
-    lines += [f"| `{name}` | {meaning} |" for name, meaning in OTHERS.items()]
+    lines += [f"| `{name}` | {meaning} |" for name, meaning in CATALOGUE.items()]
     return "\n".join(lines) + "\n"
 
 

@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradlens import frames, markup
+from gradlens import findings, frames, markup
 from gradlens.analysis import rules as default_rules
 from gradlens.capture.attachment import Attachment, Target
-from gradlens.capture.clock import Clock
-from gradlens.capture.live import Capture
+from gradlens.capture.guards import Guard
+from gradlens.capture.watcher import Watched, Watcher
 from gradlens.errors import (
     ArgumentError,
     ClosedError,
@@ -30,7 +30,7 @@ from gradlens.errors import (
     nearest,
 )
 from gradlens.noise import DECAY, NoiseScale, measured
-from gradlens.records import Finding, Severity, Snapshot, Stage
+from gradlens.records import Finding, Snapshot, Stage
 from gradlens.schedules import Schedule, as_schedule
 from gradlens.selection import Select
 from gradlens.statistics.evidence import Evidence
@@ -41,7 +41,7 @@ from gradlens.watching import process_group
 from gradlens.watching import settings as arguments
 from gradlens.watching.failures import Failures
 from gradlens.watching.isolation import isolated_compute
-from gradlens.watching.live_weights import Held
+from gradlens.watching.live_weights import LiveParameter
 from gradlens.watching.overhead import Meter, Overhead, Pace, Stopwatch
 from gradlens.watching.partials import PartialRecorder, check_keep
 from gradlens.watching.recorder import Recorder
@@ -70,6 +70,7 @@ class Lens:
         self,
         target: Target,
         optimizers: Sequence[torch.optim.Optimizer],
+        wrapped: Sequence[bool],
         *,
         run: Path | None,
         writers: Sequence[Writer],
@@ -87,14 +88,14 @@ class Lens:
         keep: str | Iterable[str] | None = None,
     ) -> None:
         attachment = Attachment(target, select)
-        arguments.warn_of_strangers(optimizers, attachment)
+        foreign = arguments.foreign_parameters(optimizers, attachment, first_step)
         self._run = run
         self._failures = Failures()
         asked = features
         if Stage.BACKWARD not in stages:
             features = features - {"evidence"}
         self._plan = _plan(attachment, features, stages, memory)
-        self._failures.findings += unavailable(stages, asked, self._plan, process_group.count(), first_step)
+        self._failures.findings += foreign + unavailable(stages, asked, self._plan, process_group.count(), first_step)
         settings = _settings(attachment, optimizers, stages, features, self._plan, schedule, first_step)
         own = [] if run is None else _run_writers(run, settings, first_step, self._failures.findings.append)
         self._store: Any = own[0] if own else None
@@ -103,30 +104,28 @@ class Lens:
             self._recorder = Recorder(rules, [*own, *writers], on_finding, self._failures)
             self._tables = TableBuilder(self._recorder, self._plan, features, self._failures, timed)
             self._meter, self._budget = Meter(timed, self._recorder.busy), budget
-            pace = Pace(schedule, budget, self._meter, tell=self._floor_above_budget)
-            self._clock = Clock(pace, first_step, fault=self._failures)
-            self._failures.step = lambda: self._clock.step
-            self._capture = Capture(
+            watched = Watched(
                 attachment,
                 optimizers,
-                self._clock,
+                wrapped,
+                Pace(schedule, budget, self._meter, tell=self._floor_above_budget),
                 scaler,
-                self._tables,
                 stages,
                 updates="updates" in features,
                 local=local,
-                fault=self._failures,
-                timed=timed,
+                first_step=first_step,
             )
+            self._watcher = Watcher(watched, self._tables, Guard(self._failures, timed), may_raise=self._recorder.interrupt)
+            self._failures.step = lambda: self._watcher.step.number
             self._closed = False
             self._closing = threading.Lock()
             self._partials = self._keep_partials(keep, optimizers, own)
-            self._capture.attach()
+            self._watcher.attach()
         except BaseException:
             for writer in own:
                 writer.close()
             raise
-        self._finalizers = [weakref.finalize(part, _orphan, weakref.ref(self)) for part in attachment.target().values()]
+        self._finalizers = [weakref.finalize(part, _orphan, weakref.ref(self)) for part in attachment.everything()]
         for finalizer in self._finalizers:
             finalizer.atexit = False
         _open_lenses.add(self)
@@ -164,11 +163,7 @@ class Lens:
         weights.check_whole(everything)
         self._require_gradients(everything)
         with isolated_compute():
-            parts = [held.partials(self._scale(held)) for held in everything]
-            devices, dtypes = {p.device for p in parts}, {p.dtype for p in parts}
-            device = devices.pop() if len(devices) == 1 else torch.device("cpu")
-            dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
-            return torch.cat([p.to(device=device, dtype=dtype) for p in parts])
+            return weights.flat_gradient(everything, [self._scale(held) for held in everything])
 
     def weights(self, name: str | None = None, *, top: int | None = None, by: str = "sensitivity") -> pd.DataFrame:
         """One row a weight: `parameter, index, value, partial, direction, sensitivity, saliency`.
@@ -193,17 +188,21 @@ class Lens:
             if index is not None:
                 return _only(self.weights(name), name, index)
         asked = self._all_held() if name is None else [self._held(name)]
-        self._capture.poll()
-        if self._capture.elsewhere() or not self._has_gradients():
+        self._watcher.close_skipped_step()
+        if self._watcher.elsewhere() or not self._has_gradients():
             return self._kept_weights(asked, top, by)
         if top is None and name is None:
             weights.check_rows(asked)
         with isolated_compute():
-            result = weights.joined([held.frame(self._scale(held), top, by) for held in asked], top, by)
+            scales = [self._scale(held) for held in asked]
+            if top is None:
+                result = weights.joined([held.frame(scale) for held, scale in zip(asked, scales, strict=True)], top, by)
+            else:
+                result = weights.largest(asked, scales, top, by)
             self._add_evidence(result, asked)
         summands = [held.name for held in asked if held.summand]
         result.attrs.update({"summands": summands} if summands else {})
-        return self._stamped(result, self._clock.open)
+        return self._stamped(result, self._watcher.step.open)
 
     def explain(self, name: str, index: int | Sequence[int] | None = None) -> str:
         """One paragraph on one weight: its partial, what that means, and how it compares.
@@ -217,9 +216,7 @@ class Lens:
         whole, here = held.at(at)
         self._require_gradients([held])
         with isolated_compute():
-            partials, value = held.partials(self._scale(held)), float(held.values()[here])
-            partial = float(partials[here])
-            larger = int((partials.abs() > abs(partial)).sum()) if np.isfinite(partial) else partials.numel()
+            (partial, larger), value = held.partial(here, self._scale(held)), held.value(here)
             evidence = self._evidence_of(held, here)
         return page.explain(
             held.name,
@@ -227,7 +224,7 @@ class Lens:
             value=value,
             partial=partial,
             rank=larger + 1,
-            numel=partials.numel(),
+            numel=held.numel(here=True),
             history=self._seen(held.name, whole),
             evidence=evidence,
         )
@@ -281,7 +278,7 @@ class Lens:
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else "watching"
-        return f"<gradlens.Lens {state} {len(self._capture.attachment.slots)} parameters, step {self._clock.step}>"
+        return f"<gradlens.Lens {state} {len(self._watcher.attachment.slots)} parameters, step {self._watcher.step.number}>"
 
     # --- steps and life ---------------------------------------------------------------------------------------------
 
@@ -291,23 +288,23 @@ class Lens:
         `batch_size`: the examples of one backward, which makes examples the unit of the noise scale.
         """
         self._require_open("observe()")
-        if loss is not None and not self._clock.open:
-            if self._capture.gradients.roots.step_of(loss) is not None:
+        if loss is not None and not self._watcher.step.open:
+            if self._watcher.roots.step_of(loss) is not None:
                 loss = None  # it was the root of a backward whose step is over, and stands there
             else:
-                self._capture.auditor.observed(loss, self._clock.step)
+                self._watcher.auditor.observed(loss, self._watcher.step.number)
         given = {"loss": loss, "batch_size": batch_size, **scalars}
-        self._clock.observe({name: arguments.number_of(name, value) for name, value in given.items() if value is not None})
+        self._watcher.observe({name: arguments.number_of(name, value) for name, value in given.items() if value is not None})
 
     def step(self) -> None:
         """The step ends here: for loops without an optimizer."""
         self._require_open("step()")
-        if self._capture.updates.roles:
+        if self._watcher.optimizers.watched:
             raise StepError(
                 "lens.step() beside an optimizer: its step() already ends the step. Remove lens.step(), or watch the model "
                 "without the optimizer"
             )
-        self._capture.explicit_step()
+        self._watcher.explicit_step()
         self._recorder.interrupt()
 
     def flush(self) -> None:
@@ -322,13 +319,12 @@ class Lens:
             self._recorder.flush()  # somebody else closes it: wait for that
             return
         try:
-            self._capture.poll()
-            if not self._capture.elsewhere():
-                if self._clock.open and not self._capture.updates.roles:
-                    self._capture.close_step()
-                self._tables.release_open(self._clock.scalars)
+            self._watcher.close_skipped_step()
+            if not self._watcher.elsewhere():
+                self._watcher.release()
+                self._tables.release_open({})
         finally:
-            self._capture.detach()
+            self._watcher.detach()
             if self._partials is not None:
                 self._partials.close()
             for finalizer in self._finalizers:
@@ -347,21 +343,7 @@ class Lens:
     # --- details ----------------------------------------------------------------------------------------------------
 
     def _floor_above_budget(self, share: float) -> None:
-        seen = (
-            f"a step that is not observed costs {share:.1%} of its time already, and the budget is {self._budget:.1%}: it "
-            "cannot be kept by looking less often"
-        )
-        self._failures.findings.append(
-            Finding(
-                rule="budget",
-                step=self._clock.step,
-                severity=Severity.INFO,
-                seen=seen,
-                causes=("very short steps: the optimizer's hooks cost some microseconds, whatever is observed",),
-                remedy=f"a budget above {share:.1%}, or longer steps; lens.overhead() says what is spent on what",
-                value=share,
-            )
-        )
+        self._failures.findings.append(findings.floor_above_budget(self._watcher.step.number, share, self._budget or 0.0))
 
     def _keep_partials(
         self, keep: str | Iterable[str] | None, optimizers: Sequence[torch.optim.Optimizer], own: Sequence[Writer]
@@ -369,26 +351,31 @@ class Lens:
         names = check_keep(keep, self._all_held(), self._run, optimizers)
         if not names or self._run is None:
             return None
-        clock, key = self._clock, own[0].key  # type: ignore[attr-defined] # the store is the first
+        watcher, key = self._watcher, own[0].key  # type: ignore[attr-defined] # the store is the first
         recorder = PartialRecorder(
-            self._run, key, names, self._all_held, lambda: clock.step if clock.observed else None, self._failures
+            self._run,
+            key,
+            names,
+            self._all_held,
+            lambda: watcher.step.number if watcher.step.observed else None,
+            self._failures,
         )
         recorder.attach(optimizers)
         return recorder
 
     def _catch_up(self) -> None:
-        if not self._closed and not self._capture.elsewhere():
-            self._capture.poll()
-            self._tables.release_open(self._clock.scalars)
+        if not self._closed and not self._watcher.elsewhere():
+            self._watcher.close_skipped_step()
+            self._tables.release_open(self._watcher.step.scalars)
         self._recorder.flush()
 
     def _require_open(self, call: str) -> None:
         if self._closed:
             raise ClosedError(f"lens.{call} after close(): this lens sees nothing any more; call gradlens.watch() again")
 
-    def _all_held(self) -> list[Held]:
-        slots = self._capture.attachment.slots
-        return [Held(slot, tensor) for slot in slots if (tensor := slot.tensor()) is not None]
+    def _all_held(self) -> list[LiveParameter]:
+        slots = self._watcher.attachment.slots
+        return [LiveParameter(slot, tensor) for slot in slots if (tensor := slot.tensor()) is not None]
 
     def _weight(self, name: str, index: int | Sequence[int] | None) -> tuple[str, tuple[int, ...]]:
         """The parameter and the index of one weight, which may be written as text: `fc1.weight[3, 17]`."""
@@ -397,16 +384,16 @@ class Lens:
         name, written = parse_weight(name, [held.name for held in self._all_held()])
         return name, written or ()
 
-    def _held(self, name: str) -> Held:
+    def _held(self, name: str) -> LiveParameter:
         everything = {held.name: held for held in self._all_held()}
-        alias = self._capture.attachment.aliases.get(name, name)
+        alias = self._watcher.attachment.aliases.get(name, name)
         found = everything.get(known_name(alias, everything) or alias)
         if found is None:
             raise ArgumentError(f"there is no watched parameter {name!r}{nearest(str(name), everything)}")
         return found
 
-    def _scale(self, held: Held) -> float | Tensor:
-        return self._capture.scale_now(held.slot)
+    def _scale(self, held: LiveParameter) -> float | Tensor:
+        return self._watcher.scale_now(held.slot)
 
     def _history_at(self, step: int | None, stage: str | None) -> Snapshot:
         history = self._recorder.history
@@ -425,15 +412,15 @@ class Lens:
         return any(held.gradient is not None for held in self._all_held())
 
     def _require_here(self) -> None:
-        if self._capture.elsewhere():
+        if self._watcher.elsewhere():
             raise NothingCapturedError(
                 "another thread trains this model, and .grad must not be read while it does; ask from that thread, or ask "
                 "weights(top=k) or table(), which answer from what was kept"
             )
 
-    def _require_gradients(self, asked: Sequence[Held]) -> None:
+    def _require_gradients(self, asked: Sequence[LiveParameter]) -> None:
         self._require_here()
-        self._capture.poll()
+        self._watcher.close_skipped_step()
         if any(held.gradient is not None for held in asked):
             return
         if not self._tables.count:
@@ -445,7 +432,7 @@ class Lens:
             "weights(top=k), which answers from what was kept"
         )
 
-    def _kept_weights(self, asked: Sequence[Held], top: int | None, by: str) -> pd.DataFrame:
+    def _kept_weights(self, asked: Sequence[LiveParameter], top: int | None, by: str) -> pd.DataFrame:
         self._catch_up()
         if self._recorder.history.latest() is None:
             raise NothingCapturedError(_nothing(self._closed))
@@ -458,19 +445,19 @@ class Lens:
         result.attrs.update(step=snapshot.step, stage=str(snapshot.stage))
         return result
 
-    def _add_evidence(self, frame: pd.DataFrame, asked: Sequence[Held]) -> None:
+    def _add_evidence(self, frame: pd.DataFrame, asked: Sequence[LiveParameter]) -> None:
         if self._tables.evidence is not None:
             weights.add_evidence(frame, asked, self._tables.evidence.of)
 
-    def _evidence_of(self, held: Held, here: int) -> str:
+    def _evidence_of(self, held: LiveParameter, here: int) -> str:
         followed = None if self._tables.evidence is None else self._tables.evidence.of(held.name)
         return "" if followed is None else describe(followed.columns(np.asarray([here])), followed.backwards)
 
     def _stamped(self, frame: pd.DataFrame, before: bool) -> pd.DataFrame:
-        before = before or self._capture.unheard()
-        averaged = process_group.count() > 1 and self._capture.averaged()
+        before = before or self._watcher.gradients_unheard()
+        averaged = process_group.count() > 1 and self._watcher.averaged()
         stage = Stage.USED if not before else Stage.REDUCED if averaged else Stage.ACCUMULATED
-        frame.attrs.update(step=self._clock.step if before else self._clock.step - 1, stage=stage.value)
+        frame.attrs.update(step=self._watcher.step.number if before else self._watcher.step.number - 1, stage=stage.value)
         return frame
 
     def _seen(self, name: str, flat: int) -> list[float]:
@@ -537,9 +524,11 @@ def watch(
     arguments.check_budget(budget)
     arguments.check_first_step(first_step)
     arguments.check_scaler(scaler)
+    optimizers, wrapped = arguments.optimizers_of(optimizer)
     lens = Lens(
         target,
-        arguments.optimizers_of(optimizer),
+        optimizers,
+        wrapped,
         run=None if run is None else Path(run),
         writers=arguments.writers_of(writers),
         schedule=as_schedule(schedule),
@@ -626,22 +615,11 @@ def _run_writers(run: Path, settings: dict[str, Any], first_step: int, tell: Cal
         if shared is not None:
             return [store, Background(Pooled(board, shared, together), patience=2 * PARTING + PATIENCE)]
         if together > 1:
-            tell(_apart(first_step))
+            tell(findings.ranks_apart(first_step))
         return [store, board]
     except BaseException:
         store.close()
         raise
-
-
-def _apart(step: int) -> Finding:
-    return Finding(
-        rule="ranks-apart",
-        step=step,
-        severity=Severity.INFO,
-        seen="the process group met in a file, which would grow with all that is sent through it: the dashboard shows the "
-        "first rank's own table",
-        remedy="meet at an address (torchrun does; init_method='env://' or 'tcp://...'); open_run() pools the records",
-    )
 
 
 def _only(frame: pd.DataFrame, name: str, index: tuple[int, ...]) -> pd.DataFrame:
@@ -668,7 +646,7 @@ def _nothing(closed: bool) -> str:
 def _orphan(lens: weakref.ref[Lens]) -> None:
     """A part of the target died. When none is left, close from a thread of its own: this one may hold any lock."""
     alive = lens()
-    if alive is not None and not alive._capture.attachment.alive():
+    if alive is not None and not alive._watcher.attachment.alive():
         threading.Thread(target=alive.close, name="gradlens-close", daemon=True).start()
 
 

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from itertools import repeat
+from typing import NamedTuple
 
 import numpy as np
 
@@ -39,6 +40,36 @@ class Status(enum.StrEnum):
     NONFINITE = "nonfinite"
     ZERO = "zero"  #: in the graph, all partials 0
     OK = "ok"
+
+
+class Note(enum.StrEnum):
+    """What capture says of a row that has no tensor, or a special one."""
+
+    FROZEN = Status.FROZEN.value
+    UNCAPTURED = Status.UNCAPTURED.value
+    ABSENT = Status.ABSENT.value
+    EXCLUDED = Status.EXCLUDED.value
+    UNDEFINED = Status.UNDEFINED.value
+    STALE = "stale"  #: left in `.grad` from an earlier step
+    ELSEWHERE = "elsewhere"  #: another reading has the row
+    GONE = "gone"  #: somebody used and freed the gradient before it could be read
+
+
+class TableKey(NamedTuple):
+    """Which table: there is one of each."""
+
+    step: int
+    backward: int
+    stage: Stage
+
+
+class Source(enum.Enum):
+    """Whose gradient is the g in `g.dw`, the first-order change of the loss."""
+
+    USED = "used"  #: the loss's own was used as it was
+    KEPT = "kept"  #: a copy of the loss's own, which feature `flips` has kept
+    RATIO = "ratio"  #: the used one, divided by what clipping multiplied all of it by, if that is one number
+    UNKNOWN = "unknown"  #: the optimizer wrote over it, and no copy was kept
 
 
 _BITS = {status.value: 1 << place for place, status in enumerate(Status)}

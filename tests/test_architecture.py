@@ -22,8 +22,8 @@ BOTTOM = {
     "pooling",
     "schedules",
 }
-BOTTOM |= {"selection", "weight_names"}
-LIVE = BOTTOM | {"kernels", "statistics", "capture", "analysis", "store", "writers", "watching", "unwrapping"}
+BOTTOM |= {"findings", "selection", "weight_names"}
+LIVE = BOTTOM | {"_torch", "kernels", "statistics", "capture", "analysis", "store", "writers", "watching", "unwrapping"}
 
 #: module -> the modules of gradlens it may import. A package may always import itself.
 ALLOWED = {
@@ -48,8 +48,10 @@ ALLOWED = {
     "writers": BOTTOM | {"analysis", "store"},
     "kernels": {"errors", "fields"},
     "statistics": {"errors", "fields", "records", "kernels"},
-    "capture": {"errors", "facts", "records", "schedules", "selection", "unwrapping"},
-    "probes": BOTTOM | {"statistics", "kernels", "unwrapping", "capture", "analysis"},
+    "_torch": set(),
+    "findings": {"errors", "records"},
+    "capture": {"_torch", "errors", "facts", "findings", "records", "schedules", "selection", "unwrapping"},
+    "probes": BOTTOM | {"_torch", "statistics", "kernels", "unwrapping", "capture", "analysis"},
     "watching": LIVE,
     "lens": LIVE | {"notebook"},
     "integrations": {"errors", "lens", "watching", "page", "store"},
@@ -92,7 +94,7 @@ def test_imports_go_one_way(path):
 
 
 @pytest.mark.parametrize(
-    "module", ["fields", "records", "frames", "noise", "pooling", "analysis", "store", "writers", "page", "cli"]
+    "module", ["fields", "records", "findings", "frames", "noise", "pooling", "analysis", "store", "writers", "page", "cli"]
 )
 def test_the_offline_half_imports_no_torch(module):
     """The offline half starts without torch, so that the command line and the tab start at once."""

@@ -57,7 +57,8 @@ def test_operations_do_not_grow_with_the_model(features):
     few, many = (added(layers, features=features) for layers in (5, 40))
     assert few == many
     assert sum(few.values()) < 20
-    assert few.keys() <= {"empty", "view", "detach", "to", "resolve_conj", "resolve_neg", "equal", "is_same_size"}
+    loss = {"item", "_local_scalar_dense", "div", "reshape"}  # the loss, one number, is read
+    assert few.keys() - loss <= {"empty", "view", "detach", "to", "resolve_conj", "resolve_neg", "equal", "is_same_size"}
 
 
 def test_by_default_each_weight_is_copied_once():

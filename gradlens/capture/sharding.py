@@ -3,7 +3,7 @@
 A distributed tensor (DTensor) says by its placements which entries of the whole are here. Between forward and backward
 FSDP2 lets the module show the *whole*, gathered parameter instead of the shard, which is another tensor, with other hooks
 and no averaged gradient: so the shard is looked up in FSDP2's own records, not in the module. FSDP1 flattens parameters into
-one and cuts that: an original parameter is a stretch of its own flattened whole. No collective is called.
+one and cuts that: an original parameter is a slice of its own flattened whole. No collective is called.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def shards(part: nn.Module | Tensor) -> dict[tuple[int, str], Any]:
 
 
 @dataclass(frozen=True)
-class Stretch:
+class FlatSlice:
     """What this rank has of an original parameter under FSDP1: entries `start` to `stop` of the flattened whole."""
 
     shape: tuple[int, ...]  #: of the whole
@@ -75,9 +75,9 @@ class Stretch:
         return tensor.grad is None or tuple(tensor.grad.shape) == (len(self),)
 
 
-def stretches(part: nn.Module | Tensor) -> dict[tuple[int, str], Stretch]:
+def flat_slices(part: nn.Module | Tensor) -> dict[tuple[int, str], FlatSlice]:
     """What FSDP1 keeps of each original parameter here, by the owner's id and the parameter's name there."""
-    result: dict[tuple[int, str], Stretch] = {}
+    result: dict[tuple[int, str], FlatSlice] = {}
     for module in part.modules() if isinstance(part, nn.Module) else ():
         handle: Any = getattr(module, "_handle", None)
         if not getattr(handle, "_use_orig_params", False):
@@ -85,7 +85,7 @@ def stretches(part: nn.Module | Tensor) -> dict[tuple[int, str], Stretch]:
         whole = handle.flat_param
         for i, (info, shape) in enumerate(zip(whole._param_infos, whole._shapes, strict=True)):
             start, stop = _ends(whole._shard_param_infos[i]) if handle.uses_sharded_strategy else (0, math.prod(shape))
-            result[id(info.module), info.param_name] = Stretch(tuple(shape), start, stop, weakref.ref(handle), i)
+            result[id(info.module), info.param_name] = FlatSlice(tuple(shape), start, stop, weakref.ref(handle), i)
         for tied in whole._shared_param_infos:
             result[id(tied.module), tied.param_name] = result[id(tied.prim_module), tied.prim_param_name]
     return result

@@ -375,7 +375,7 @@ class Session:
         """A model that was watched without an optimizer, and has one now, is watched with it from here on."""
         ids = {id(p) for p in found.parameters()}
         for lens in self.lenses:
-            if not lens._capture.updates.roles and any(id(t) in ids for t in lens._capture.attachment.tensors()):
+            if not lens._watcher.optimizers.watched and any(id(t) in ids for t in lens._watcher.attachment.tensors()):
                 lens.close()
 
     # --- the run directory ------------------------------------------------------------------------------------------

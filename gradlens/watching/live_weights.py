@@ -1,9 +1,13 @@
-"""The weights of a live model, and their partials as they are in `.grad` now: one row a weight."""
+"""The weights of a live model, and their partials as they are in `.grad` now: one row a weight.
+
+A model's own questions must not take as much memory as the model: tensors are read in chunks of `CHUNK` entries, in logical
+order, and only what is asked for is kept.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,9 +18,11 @@ from gradlens import frames
 from gradlens.capture.attachment import Slot
 from gradlens.capture.sharding import summand
 from gradlens.errors import ArgumentError, choice
+from gradlens.kernels import reference
 from gradlens.kernels.tensors import local_part
 from gradlens.records import Parameters, Snapshot
 from gradlens.statistics.streaming import Followed, Q
+from gradlens.watching.largest import Largest
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -24,11 +30,35 @@ if TYPE_CHECKING:
 ORDERS = ("sensitivity", "saliency", "value", "partial")
 ROWS = 1_000_000  #: no more rows than this without `top` or `name`: a DataFrame of them takes about 0.3 GB
 
+#: Entries that are read in one go: 1 MiB of float64, which stays in the cache.
+CHUNK = 2**17
+
 #: Of a parameter, what is known of its weights over several backwards.
 Follow = Callable[[str], Followed | None]
 
 
-class Held:
+class Workspace:
+    """Rooms for a chunk's intermediate results, each allocated once: where they come and go, malloc was measured to keep
+    hundreds of MiB of them."""
+
+    def __init__(self) -> None:
+        self._rooms: dict[tuple, Tensor] = {}
+
+    def __call__(self, name: str, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Room of this name for as many entries, of a type, on the same device."""
+        dtype = dtype or like.dtype
+        key = name, dtype, like.device
+        room = self._rooms.get(key)
+        if room is None or len(room) < len(like):
+            room = self._rooms[key] = torch.empty(max(len(like), CHUNK), dtype=dtype, device=like.device)
+        return room[: len(like)]
+
+    def countable(self, name: str, flat: Tensor) -> Tensor:
+        """Of a type that torch compares quickly and without rounding a bar: half types as float32."""
+        return flat if flat.dtype.itemsize >= 4 else self(name, flat, torch.float32).copy_(flat)
+
+
+class LiveParameter:
     """What this rank holds of one parameter, flat and real: a complex entry is two weights."""
 
     def __init__(self, slot: Slot, tensor: Tensor) -> None:
@@ -56,17 +86,66 @@ class Held:
             return 0
         return local_part(self._tensor).numel() * (2 if self._tensor.is_complex() else 1) if here else math.prod(self.shape)
 
-    def values(self) -> Tensor:
-        """The weights, `[n]`."""
-        return _reals(local_part(self._tensor.detach()))
+    def chunks(self, scale: float | Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Where a chunk begins, what is in `.grad` divided by the scale (0 where nothing is), and the weights: flat.
+
+        They are good until the next chunk.
+        """
+        if not self.numel(here=True):
+            return
+        weight, gradient, start, room = local_part(self._tensor.detach()), self.gradient, 0, Workspace()
+        whole = None if gradient is None else reference.like("a gradient", local_part(gradient), weight)
+        for values, partials in reference.pieces([weight, whole], CHUNK):
+            value = room.countable("value", reference.flat(values))
+            if partials is None:
+                partial = room("partial", value).zero_()
+            else:
+                partial = room.countable("partial", reference.flat(partials))
+                if not (isinstance(scale, float) and scale == 1.0):
+                    partial = torch.div(partial, scale, out=room("unscaled", partial))
+            yield start, partial, value
+            start += len(value)
+
+    def partial(self, here: int, scale: float | Tensor) -> tuple[float, int]:
+        """The partial of the weight at a flat index, and how many have a larger one: all of them where it is not finite."""
+        chunks = self.chunks(scale)
+        partial = next(float(part[here - start]) for start, part, _ in chunks if here < start + len(part))
+        if not math.isfinite(partial):
+            return partial, self.numel(here=True)
+        larger, room = 0, Workspace()
+        for _, part, _ in self.chunks(scale):
+            size = torch.abs(part, out=room("size", part))
+            larger += int(torch.gt(size, abs(partial), out=room("larger", part, torch.bool)).sum())
+        return partial, larger
+
+    def value(self, here: int) -> float:
+        """The weight at a flat index."""
+        return next(float(value[here - start]) for start, _, value in self.chunks(1.0) if here < start + len(value))
+
+    def kind(self) -> tuple[torch.device, torch.dtype]:
+        """Device and type of the partials, which are real."""
+        tensor = local_part(self._tensor if self.gradient is None else self.gradient)
+        return tensor.device, tensor.dtype.to_real()
+
+    def write_partials(self, out: Tensor, scale: float | Tensor) -> None:
+        """Write the partials into `out`, `[n]`, of whatever type and device."""
+        for start, part, _ in self.chunks(scale):
+            out[start : start + len(part)].copy_(part)
 
     def partials(self, scale: float | Tensor) -> Tensor:
-        """What is in `.grad` divided by the scale, `[n]`; zeros where there is nothing."""
-        gradient = self.gradient
-        if gradient is None:
-            return torch.zeros_like(self.values())
-        flat = _reals(local_part(gradient))
-        return flat.clone() if isinstance(scale, float) and scale == 1.0 else flat / scale
+        """A copy of all partials, `[n]`."""
+        device, dtype = self.kind()
+        out = torch.empty(self.numel(here=True), dtype=dtype, device=device)
+        self.write_partials(out, scale)
+        return out
+
+    def values(self) -> Tensor:
+        """A copy of all weights, `[n]`."""
+        weight = local_part(self._tensor.detach())
+        out = torch.empty(self.numel(here=True), dtype=weight.dtype.to_real(), device=weight.device)
+        for start, _, value in self.chunks(1.0):
+            out[start : start + len(value)].copy_(value)
+        return out
 
     def place(self) -> Parameters:
         """Which entries of the whole these are."""
@@ -99,14 +178,13 @@ class Held:
             )
         return whole, here
 
-    def frame(self, scale: float | Tensor, top: int | None, by: str) -> pd.DataFrame:
-        """One row a weight; the `top` ones by falling `by`, where given."""
-        partials, values = self.partials(scale).double(), self.values().double()
-        index = torch.arange(partials.numel(), device=partials.device)
-        if top is not None and top < partials.numel():
-            index = torch.topk(_key(partials, values, by), top).indices
-        whole = self.place().whole_index(0, index.cpu().numpy())
-        return frames.weights(self.name, self.shape, whole, values[index].cpu().numpy(), partials[index].cpu().numpy())
+    def frame(self, scale: float | Tensor) -> pd.DataFrame:
+        """One row a weight, in order."""
+        empty = torch.empty(0, dtype=torch.float64)
+        columns = [[empty, part.double().cpu(), value.double().cpu()] for _, part, value in self.chunks(scale)]
+        _, partials, values = (torch.cat(parts).numpy() for parts in zip([empty] * 3, *columns, strict=True))
+        whole = self.place().whole_index(0, np.arange(len(values)))
+        return frames.weights(self.name, self.shape, whole, values, partials)
 
 
 def check_order(top: int | None, by: str) -> None:
@@ -117,7 +195,7 @@ def check_order(top: int | None, by: str) -> None:
         raise ArgumentError(f"top is a whole number of weights of at least 1, not {top!r}")
 
 
-def check_rows(held: Sequence[Held]) -> None:
+def check_rows(held: Sequence[LiveParameter]) -> None:
     """Raise where a row for each weight would be too many."""
     count = sum(each.numel(here=True) for each in held)
     if count > ROWS:
@@ -127,7 +205,7 @@ def check_rows(held: Sequence[Held]) -> None:
         )
 
 
-def check_whole(held: Sequence[Held]) -> None:
+def check_whole(held: Sequence[LiveParameter]) -> None:
     """Raise where this rank has not got all partials."""
     parts = [each.name for each in held if each.place().piece(0) or each.summand]
     if parts:
@@ -137,6 +215,40 @@ def check_whole(held: Sequence[Held]) -> None:
             "weights() has what is here, by the index in the whole. On all ranks, p.grad.full_tensor() gathers one, and "
             "under FSDP1 summon_full_params(model, with_grads=True) all"
         )
+
+
+def flat_gradient(live: Sequence[LiveParameter], scales: Sequence[float | Tensor]) -> Tensor:
+    """All partials in one tensor: on the parameters' common device, else the CPU; of their common type, else float32."""
+    kinds = [each.kind() for each in live]
+    devices, dtypes = {device for device, _ in kinds}, {dtype for _, dtype in kinds}
+    sizes = [each.numel(here=True) for each in live]
+    out = torch.empty(
+        sum(sizes),
+        dtype=dtypes.pop() if len(dtypes) == 1 else torch.float32,
+        device=devices.pop() if len(devices) == 1 else "cpu",
+    )
+    for each, scale, part in zip(live, scales, out.split(sizes), strict=True):
+        each.write_partials(part, scale)
+    return out
+
+
+def largest(live: Sequence[LiveParameter], scales: Sequence[float | Tensor], top: int, by: str) -> pd.DataFrame:
+    """The `top` weights of all parameters by falling `by`, equal ones in model order."""
+    best, room = Largest(top), Workspace()
+    for source, (each, scale) in enumerate(zip(live, scales, strict=True)):
+        for start, partials, values in each.chunks(scale):
+            best.add(source, start, _key(room, partials, values, by), values, partials)
+    found = best.result()
+    if found is None:
+        return joined([], top, by)
+    parts, places = [], []
+    for source in found.source.unique().tolist():
+        at = (found.source == source).nonzero()[:, 0]
+        mine, each = found.take(at), live[source]
+        whole = each.place().whole_index(0, mine.index.numpy())
+        parts.append((each.name, each.shape, whole, mine.value.numpy(), mine.partial.numpy()))
+        places.append(at)
+    return frames.weights_of(parts).iloc[torch.cat(places).argsort().numpy()].reset_index(drop=True)
 
 
 def joined(parts: Sequence[pd.DataFrame], top: int | None, by: str) -> pd.DataFrame:
@@ -152,7 +264,7 @@ def joined(parts: Sequence[pd.DataFrame], top: int | None, by: str) -> pd.DataFr
     return frame.loc[order].reset_index(drop=True)
 
 
-def kept(snapshot: Snapshot, held: Sequence[Held], top: int | None, by: str) -> pd.DataFrame:
+def kept(snapshot: Snapshot, held: Sequence[LiveParameter], top: int | None, by: str) -> pd.DataFrame:
     """The most sensitive weights that a snapshot has: what is left to tell of when the gradients are gone."""
     parts = []
     for each in held:
@@ -164,7 +276,7 @@ def kept(snapshot: Snapshot, held: Sequence[Held], top: int | None, by: str) -> 
     return joined(parts, top, by)
 
 
-def add_evidence(frame: pd.DataFrame, held: Sequence[Held], follow: Follow) -> None:
+def add_evidence(frame: pd.DataFrame, held: Sequence[LiveParameter], follow: Follow) -> None:
     """The columns of the feature `evidence`; empty for weights that are not followed, or not yet."""
     for column in Followed.COLUMNS:
         frame[column] = np.full(len(frame), None, object) if column == "verdict" else np.nan
@@ -178,15 +290,6 @@ def add_evidence(frame: pd.DataFrame, held: Sequence[Held], follow: Follow) -> N
             frame.attrs.update(backwards=followed.backwards, false_discovery_rate=Q, over_steps=list(Followed.OVER_STEPS))
 
 
-def _reals(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach()
-    if tensor.layout != torch.strided:
-        tensor = tensor.to_dense()
-    if tensor.is_complex():
-        tensor = torch.view_as_real(tensor.resolve_conj())
-    return tensor.reshape(-1)
-
-
 def _flat_index(index: pd.Series, shape: tuple[int, ...]) -> np.ndarray:
     if not shape:
         return np.zeros(len(index), np.int64)
@@ -194,6 +297,10 @@ def _flat_index(index: pd.Series, shape: tuple[int, ...]) -> np.ndarray:
     return np.ravel_multi_index(tuple(np.asarray(known, np.int64).T), shape).astype(np.int64)
 
 
-def _key(partials: Tensor, values: Tensor, by: str) -> Tensor:
-    keys = {"sensitivity": partials, "saliency": partials * values, "value": values, "partial": partials}
-    return keys[by].abs().nan_to_num(nan=-1.0)
+def _key(room: Workspace, partials: Tensor, values: Tensor, by: str) -> Tensor:
+    """What is sorted by. Products in float64, as they are shown."""
+    if by == "saliency":
+        wide = room("key", partials, torch.float64).copy_(partials)
+        return wide.mul_(room("other", values, torch.float64).copy_(values)).abs_()
+    one = values if by == "value" else partials
+    return torch.abs(one, out=room("key", one))

@@ -28,7 +28,7 @@ from gradlens.store.segment import Entry
 from gradlens.store.tables import Key
 from gradlens.watching.failures import Failures
 from gradlens.watching.isolation import capturing_cuda_graph, isolated_compute
-from gradlens.watching.live_weights import Held
+from gradlens.watching.live_weights import LiveParameter
 
 LEAST = 4  #: steps that the allowance has to hold
 WAITING = 4  #: steps that may wait for the disk
@@ -38,7 +38,7 @@ _WHERE = "whole partials"
 
 
 def check_keep(
-    keep: str | Iterable[str] | None, parameters: Sequence[Held], run: Path | None, optimizers: Sequence
+    keep: str | Iterable[str] | None, parameters: Sequence[LiveParameter], run: Path | None, optimizers: Sequence
 ) -> set[str]:
     """The names that `keep=` means.
 
@@ -79,7 +79,7 @@ class PartialRecorder:
         run: Path,
         key: Key,
         names: set[str],
-        parameters: Callable[[], Sequence[Held]],
+        parameters: Callable[[], Sequence[LiveParameter]],
         step: Callable[[], int | None],
         failures: Failures,
     ) -> None:
@@ -143,7 +143,7 @@ class PartialRecorder:
             place = each.place()
             entries.append((each.name, tuple(int(n) for n in place.shapes[0]), place.dtypes[0], place.piece(0)))
             partial = each.partials(1.0 if scale is None else scale)
-            tensors += [_readable(partial), _readable(each.values().clone())]
+            tensors += [_readable(partial), _readable(each.values())]
         if entries and not self._queue.full():
             self._queue.put_nowait((step, number, entries, Transfer(tensors)))
 

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradlens import findings
 from gradlens.capture.attachment import Attachment
+from gradlens.capture.optimizers import may_move
 from gradlens.errors import ArgumentError, ArgumentTypeError, GradlensWarning, choice
-from gradlens.records import Finding, Stage
+from gradlens.records import Finding, Severity, Stage
 from gradlens.unwrapping import unwrap_optimizer
 from gradlens.watching import process_group
 from gradlens.writers.base import Writer
@@ -73,10 +75,10 @@ def check_scaler(given: Any) -> None:
         raise ArgumentTypeError(f"scaler is a torch.amp.GradScaler, not {type(given).__name__}")
 
 
-def optimizers_of(given: Any) -> list[torch.optim.Optimizer]:
-    """The optimizers, unwrapped, in order."""
+def optimizers_of(given: Any) -> tuple[list[torch.optim.Optimizer], list[bool]]:
+    """The optimizers, unwrapped, in order; and of each, whether what was around it may move weights itself."""
     if given is None:
-        return []
+        return [], []
     listed = list(given) if isinstance(given, list | tuple | set | frozenset) else [given]
     result = [unwrap_optimizer(optimizer) for optimizer in listed]
     for optimizer, original in zip(result, listed, strict=True):
@@ -85,7 +87,13 @@ def optimizers_of(given: Any) -> list[torch.optim.Optimizer]:
             raise ArgumentTypeError(
                 f"optimizer is a torch.optim.Optimizer, or a list of them, not {type(original).__name__}{hint}"
             )
-    return result
+        if not hasattr(type(optimizer).step, "hooked") or not hasattr(optimizer, "_optimizer_step_pre_hooks"):
+            raise ArgumentError(
+                f"{type(optimizer).__name__} never ran Optimizer.__init__, so torch tells nobody of its steps; call "
+                "super().__init__(params, defaults) in its __init__, or leave it out of watch() and call lens.step() after "
+                "each of its steps"
+            )
+    return result, [o is not original and may_move(original) for o, original in zip(result, listed, strict=True)]
 
 
 def writers_of(given: Iterable[Writer]) -> list[Writer]:
@@ -123,21 +131,21 @@ def number_of(name: str, value: Any) -> float | Tensor:
         raise ArgumentTypeError(f"observe({name}=...) takes a number or a tensor of one, not {value!r}") from None
 
 
-def warn_of_strangers(optimizers: Sequence[torch.optim.Optimizer], attachment: Attachment) -> None:
-    """An optimizer that moves nothing of the model is a mistake that the user should hear of."""
-    mine = {id(t) for slot in attachment.slots if (t := slot.tensor()) is not None}
+def foreign_parameters(optimizers: Sequence[torch.optim.Optimizer], attachment: Attachment, step: int) -> list[Finding]:
+    """An optimizer that moves what is not in the model is a mistake, or a limit, that the user should hear of."""
+    watched = {id(t) for slot in attachment.slots if (t := slot.tensor()) is not None}
     parts = attachment.target().values()
-    mine |= {id(p) for part in parts if isinstance(part, torch.nn.Module) for p in part.parameters()}
-    for optimizer in optimizers:
-        held = [p for group in optimizer.param_groups for p in group["params"]]
-        strange = [p for p in held if id(p) not in mine]
-        if strange:
-            shapes = ", ".join(str(tuple(p.shape)) for p in strange[:3])
-            warnings.warn(
-                GradlensWarning(
-                    f"{len(strange)} of the {len(held)} parameters of {type(optimizer).__name__} are not the model's "
-                    f"(shapes {shapes}{', ...' if len(strange) > 3 else ''}); was it made for another model, or before the "
-                    "model's parameters were replaced?"
-                ),
-                stacklevel=4,
-            )
+    mine = watched | {id(p) for part in parts if isinstance(part, torch.nn.Module) for p in part.parameters()}
+    held = [[p for group in optimizer.param_groups for p in group["params"]] for optimizer in optimizers]
+    covered = watched <= {id(p) for each in held for p in each}
+    found = []
+    for optimizer, moved in zip(optimizers, held, strict=True):
+        foreign = [p for p in moved if id(p) not in mine]
+        if foreign:
+            shapes = ", ".join(str(tuple(p.shape)) for p in foreign[:3]) + (", ..." if len(foreign) > 3 else "")
+            kind = type(optimizer).__name__
+            finding = findings.foreign_parameters(step, kind, len(foreign), len(moved), shapes, covered=covered)
+            found.append(finding)
+            if finding.severity is Severity.WARNING:
+                warnings.warn(GradlensWarning(f"{finding.seen}. {finding.remedy}"), stacklevel=4)
+    return found

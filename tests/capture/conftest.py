@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from gradlens.capture.attachment import Attachment
-from gradlens.capture.clock import Clock
-from gradlens.capture.live import Capture
+from gradlens.capture.guards import Guard
+from gradlens.capture.watcher import Watched, Watcher
 from gradlens.schedules import as_schedule
 
 
@@ -40,44 +40,45 @@ class RecordingSink:
     losses: dict = field(default_factory=dict)
     facts: list = field(default_factory=list)
 
-    def read(self, reading):
+    def __call__(self, event):
+        getattr(self, f"on_{type(event).__name__}", self.events.append)(event)
+
+    def on_Reading(self, reading):
+        if reading.replaces is not None:
+            self.readings = [r for r in self.readings if r.key != reading.replaces]
         names = reading.parameters.names
         partials = {names[i]: _copy(g) for i, g in zip(reading.rows, reading.tensors, strict=True)}
         notes = dict(zip(names, reading.notes or [None] * len(names), strict=True))
-        rest = (reading.complete, reading.unchanged, reading.skipped, reading.divisor, reading.scale)
+        rest = (reading.complete, reading.copies_backward, reading.skipped, reading.divisor, reading.scale)
         self.readings.append(Seen(reading.key, partials, notes, *rest))
         self.events.append(reading.key)
 
-    def abandon(self, key):
-        self.readings = [r for r in self.readings if r.key != key]
-        self.events.append((*key[:2], "abandoned"))
+    def on_PassFailed(self, event):
+        self.readings = [r for r in self.readings if r.key != event.key]
+        self.events.append((*event.key[:2], "abandoned"))
 
-    def before(self, parameters, rows, weights):
-        self.kept.update({i: _copy(w) for i, w in zip(rows, weights, strict=True)})
+    def on_WeightsBefore(self, event):
+        self.kept.update({i: _copy(w) for i, w in zip(event.rows, event.weights, strict=True)})
 
-    def update(self, update):
+    def on_Update(self, update):
         moved = {i: _copy(w) - self.kept[i] for i, w in zip(update.rows, update.weights, strict=True)}
         self.updates.append((update, moved))
         self.events.append((*update.key[:2], "update"))
 
-    def ended(self, rows, gradients):
+    def on_PassEnded(self, event):
         pass
 
-    def tell(self, finding):
-        self.events.append(finding)
+    on_TableDone = on_PassEnded  # noqa: N815
 
-    def step_closed(self, step, scalars):
-        self.closed.append((step, dict(scalars)))
-        self.events.append((step, "closed"))
+    def on_LossSeen(self, event):
+        self.losses[event.step, event.backward] = event.value
 
-    def loss(self, step, backward, value):
-        self.losses[step, backward] = value
+    def on_Noted(self, event):
+        self.facts.append(event.fact)
 
-    def note(self, fact):
-        self.facts.append(fact)
-
-    def interrupt(self):
-        pass
+    def on_StepClosed(self, event):
+        self.closed.append((event.step, dict(event.scalars)))
+        self.events.append((event.step, "closed"))
 
     def merged(self, step, backward, stage):
         """The partials of one table, over its readings."""
@@ -106,18 +107,17 @@ class Bench:
         fault = lambda where, error: self.faults.append((where, error))  # noqa: E731
         if isinstance(optimizers, torch.optim.Optimizer):
             optimizers = [optimizers]
-        self.capture = Capture(
+        watched = Watched(
             Attachment(model, select),
             list(optimizers),
-            Clock(as_schedule(schedule), fault=fault),
+            [False] * len(optimizers),
+            as_schedule(schedule),
             scaler,
-            self.sink,
             frozenset(stages),
             updates=True,
             local=local,
-            fault=fault,
-            timed=contextlib.nullcontext(),
         )
+        self.capture = Watcher(watched, self.sink, Guard(fault, contextlib.nullcontext()))
         self.capture.attach()
 
 

@@ -150,7 +150,7 @@ def test_a_changed_model_is_read_again(watched, change):
     if change.endswith("swapping"):
         assert set(bench.sink.notes(2, 0, "used").values()) == {"uncaptured"}
     train(model, optimizer, steps=1 if change != "past torch's registration" else 16)
-    last = bench.capture.clock.step - 1
+    last = bench.capture.step.number - 1
     same(bench.sink.merged(last, 0, "backward"), grads(model))
     same(bench.sink.merged(last, 0, "used"), grads(model))
     assert "uncaptured" not in bench.sink.notes(last, 0, "used").values()

@@ -209,7 +209,7 @@ def fork():
     return "the child hangs"
 
 def hold():
-    with lens._capture.gradients.lock:
+    with lens._watcher.engine.lock:
         held.set()
         released.wait(40)
 

@@ -201,8 +201,8 @@ def test_failed_backwards_hold_nothing(watched, error, accumulating):
     assert bench.sink.keys("backward") == [(0, 0)]
     same(bench.sink.merged(0, 0, "backward"), grads(twin))
     same(grads(model), grads(twin))
-    assert bench.capture.gradients._passes == []
-    assert bench.capture.gradients._by_task == {}
+    assert bench.capture.engine.passes == []
+    assert bench.capture.engine.by_task == {}
 
 
 def test_many_autograd_grads_hold_nothing(watched):
@@ -217,8 +217,8 @@ def test_many_autograd_grads_hold_nothing(watched):
                 torch.autograd.grad(model[1](Fails.apply(model[0](torch.ones(1, 3)))).sum(), list(model.parameters()))
         else:
             torch.autograd.grad(y, list(model.parameters()))
-    assert len(bench.capture.gradients._by_task) <= 101
-    assert bench.capture.gradients._passes == []
+    assert len(bench.capture.engine.by_task) <= 101
+    assert bench.capture.engine.passes == []
     assert bench.sink.events == []
 
 

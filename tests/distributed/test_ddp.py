@@ -14,8 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import gradlens
-from gradlens.capture.gradients import Gradients
-from gradlens.capture.updates import Updates
+from gradlens.capture.guards import GUARDED
+from gradlens.capture.watcher import Watcher
 from gradlens.watching import tables
 from tests.distributed.made import (
     Keep,
@@ -296,12 +296,12 @@ def noise():
 
 
 FAULTS = {
-    "the tensor hook": (Gradients, "_on_gradient"),
-    "the post hook": (Gradients, "_on_accumulated"),
-    "the end of backward": (Gradients, "_task_ended"),
+    "the tensor hook": (GUARDED["gradient hook"], "call"),
+    "the post hook": (GUARDED["accumulation hook"], "call"),
+    "the end of backward": (GUARDED["end of backward"], "call"),
     "statistics": (tables, "summarize"),
-    "before the step": (Updates, "_before"),
-    "after the step": (Updates, "_after"),
+    "before the step": (GUARDED["before the optimizer's step"], "call"),
+    "after the step": (Watcher, "_read_after"),
 }
 
 

@@ -1,0 +1,114 @@
+"""Every private of torch that gradlens' live half uses, once, with what it is for.
+
+A private may change with any release of torch. What is listed here is all that has to be looked at then: `PRIVATES` has each
+with its purpose, and a test looks every one of them up.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._dynamo import compiled_autograd, trace_rules
+from torch.amp.grad_scaler import GradScaler, OptState
+from torch.autograd.function import BackwardCFunction
+from torch.autograd.graph import _engine_run_backward
+from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
+from torch.optim import Optimizer
+from torch.utils._python_dispatch import _disable_current_modes
+
+__all__ = [
+    "ENGINE_RUN",
+    "FUNCTION_APPLY",
+    "OPTIMIZER_STEP",
+    "PRIVATES",
+    "SCALER_STEP",
+    "OptState",
+    "Private",
+    "UninitializedTensorMixin",
+    "current_task",
+    "disable_current_modes",
+    "executes",
+    "in_compiled_autograd",
+    "leave_to_python",
+    "queue_callback",
+]
+
+
+@dataclass(frozen=True)
+class Private:
+    """Something of torch without a promise: where it is, and what gradlens needs it for."""
+
+    path: str  #: as one would import it
+    purpose: str
+    make: Callable[[], Any] | None = None  #: for an attribute of instances: makes one
+
+    def find(self) -> Any:
+        """The thing itself; an AttributeError or ImportError where torch has it no more."""
+        module, _, attributes = self.path.partition(":")
+        found = import_module(module) if self.make is None else self.make()
+        for name in attributes.split("."):
+            found = getattr(found, name)
+        return found
+
+
+PRIVATES = (
+    Private("torch._C:_current_graph_task_id", "which engine run a hook is called by"),
+    Private("torch._C:_will_engine_execute_node", "whether a run on a device's thread is torch.autograd.grad"),
+    Private("torch.autograd:Variable._execution_engine.queue_callback", "to be called when a backward ends"),
+    Private("torch.autograd.graph:_engine_run_backward.__code__", "finds engine runs, nested ones too, on the stack"),
+    Private("torch.autograd.function:BackwardCFunction.apply.__code__", "finds a backward inside a custom function"),
+    Private("torch._dynamo.compiled_autograd:in_compiled_autograd_region", "callbacks are dropped there"),
+    Private("torch._dynamo.trace_rules:add", "keeps torch.compile from compiling gradlens"),
+    Private("torch.optim.optimizer:Optimizer.profile_hook_step", "finds the steps of optimizers on the stack"),
+    Private("torch.amp.grad_scaler:OptState.STEPPED", "tells a step that the scaler skipped"),
+    Private("torch:_per_optimizer_states", "tells a step that the scaler skipped", lambda: GradScaler("cpu")),
+    Private("torch:_scale", "the loss scale without a device sync", lambda: GradScaler("cpu")),
+    Private("torch.nn.parameter:UninitializedTensorMixin", "a lazy parameter has no shape yet"),
+    Private("torch:_backward_hooks", "leaves a parameter's hooks as they were", lambda: torch.zeros(1)),
+    Private("torch:_post_accumulate_grad_hooks", "the same of hooks after accumulation", lambda: torch.zeros(1)),
+    Private("torch:_version", "rises when a gradient is written", lambda: torch.zeros(1)),
+    Private("torch:_parameters", "finds what is at a place in the model now", torch.nn.Identity),
+    Private("torch:_modules", "walks a model without its wrappers' names", torch.nn.Identity),
+    Private("torch.utils._python_dispatch:_disable_current_modes", "a user's modes do not see our computing"),
+)
+
+current_task: Callable[[], int] = torch._C._current_graph_task_id
+disable_current_modes = _disable_current_modes
+
+#: Code objects by which frames are recognised.
+ENGINE_RUN = _engine_run_backward.__code__
+FUNCTION_APPLY = BackwardCFunction.apply.__code__
+OPTIMIZER_STEP = Optimizer.profile_hook_step(lambda self: None).__code__
+SCALER_STEP = GradScaler.step.__code__
+
+
+def queue_callback(callback: Callable[[], None]) -> None:
+    """Call this at the end of the engine run that is under way."""
+    torch.autograd.Variable._execution_engine.queue_callback(callback)  # type: ignore[attr-defined]
+
+
+def in_compiled_autograd() -> bool:
+    """Whether compiled autograd runs the backward."""
+    return bool(getattr(compiled_autograd, "in_compiled_autograd_region", False))
+
+
+def executes(leaf: Tensor) -> bool:
+    """Whether the run under way writes the leaf's `.grad`, where no stack shows it: `autograd.grad` captures there."""
+    with torch.enable_grad():
+        node = torch.autograd.graph.get_gradient_edge(leaf).node
+    try:
+        return bool(torch._C._will_engine_execute_node(node))
+    except RuntimeError:
+        return False
+
+
+@functools.cache
+def leave_to_python() -> None:
+    """Dynamo neither traces nor compiles this package, from now on."""
+    trace_rules.add("gradlens")

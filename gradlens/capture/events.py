@@ -1,0 +1,141 @@
+"""What capture tells whoever builds tables: small frozen events, all through one callable.
+
+Tensors of an event are valid during the call only: the training loop goes on to overwrite them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from gradlens.facts import Fact
+from gradlens.records import Finding, Note, Parameters, TableKey
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """The gradients of some parameters. A table may come in several; the last one is `complete` and has the notes."""
+
+    key: TableKey
+    parameters: Parameters
+    rows: Sequence[int]  #: the parameters that `tensors` belong to
+    tensors: Sequence[Tensor]
+    weights: Sequence[Tensor]
+    divisor: float | Tensor = 1.0  #: what the tensors still have to be divided by
+    scale: float | Tensor = 1.0  #: the loss scale at backward time
+    complete: bool = True
+    #: By row, why it has no tensor or what is special about it. Empty where every row has a tensor and nothing is special.
+    notes: Sequence[Note | None] = ()
+    copies_backward: bool = False  #: as far as identity and version tell, these are what the step's one backward left
+    skipped: bool | Tensor = False  #: the scaler found inf and the optimizer did nothing
+    late: bool = False  #: read after the optimizer's step: `weights` have moved
+    moving: bool = False  #: the weights may have moved since the step's first backward
+    gone: bool = False  #: `.grad` was cleared before it could be read: the last backward's rows stand in for it
+    replaces: TableKey | None = None  #: an earlier reading of the same step turned out not to be the last
+
+
+@dataclass(frozen=True, slots=True)
+class WeightsBefore:
+    """The weights that an optimizer is about to move."""
+
+    parameters: Parameters
+    rows: Sequence[int]
+    weights: Sequence[Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class GradientFacts:
+    """What is known about the gradient that the optimizer was given; `provenance` draws the conclusions."""
+
+    single: bool  #: the step had one backward, onto fresh gradients, in one process
+    own: bool  #: nobody else hooked the parameters: `.grad` got what backward computed
+    untouched: bool  #: by identity and version, `.grad` at the step was what the last backward left
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """What the optimizer did: read once its step is over."""
+
+    key: TableKey
+    rows: Sequence[int]
+    used: Sequence[Tensor | None]  #: None where the optimizer put another tensor there, or wrote to it
+    weights: Sequence[Tensor]
+    lr_positive: Sequence[bool]  #: whether the learning rate was above 0
+    facts: GradientFacts
+    scale: float | Tensor = 1.0
+    skipped: bool | Tensor = False
+    complete: bool = True  #: no other optimizer will add to this table
+
+
+@dataclass(frozen=True, slots=True)
+class PassEnded:
+    """A backward pass left these in `.grad`."""
+
+    rows: Sequence[int]
+    gradients: Sequence[Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class PassFailed:
+    """What was read of this backward pass counts for nothing."""
+
+    key: TableKey
+
+
+@dataclass(frozen=True, slots=True)
+class ScaleFound:
+    """The gradients of the open step turned out to be multiplied by this loss scale."""
+
+    step: int
+    scale: float | Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class LossSeen:
+    """The loss of a backward pass, unscaled, before its table is complete."""
+
+    step: int
+    backward: int
+    value: float | Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Noted:
+    """Something is known beside gradients."""
+
+    fact: Fact
+
+
+@dataclass(frozen=True, slots=True)
+class TableDone:
+    """Nothing more is added to the `used` table of this backward."""
+
+    key: TableKey
+
+
+@dataclass(frozen=True, slots=True)
+class StepClosed:
+    """The step is over; `scalars` are what the user observed in it."""
+
+    step: int
+    scalars: Mapping[str, Any]
+
+
+Event = (
+    Reading
+    | WeightsBefore
+    | Update
+    | PassEnded
+    | PassFailed
+    | ScaleFound
+    | LossSeen
+    | Noted
+    | TableDone
+    | StepClosed
+    | Finding
+)
+
+Sink = Callable[[Event], None]  #: where events go

@@ -1,0 +1,318 @@
+"""Every finding that no rule makes: what was asked for and cannot be had, and what went wrong on the way.
+
+`CATALOGUE` has each by its name, with what it says, for the docs. What capture and the lens find has its words here too;
+a store or a writer that finds something of its own takes the name from the catalogue.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from gradlens.records import Finding, Severity, Stage
+
+CATALOGUE = {
+    "evidence-unavailable": "the feature `evidence` without the stage `backward`, on which it rests",
+    "evidence-left-out": "backwards while the weights may move within the step: evidence does without them",
+    "updates-unavailable": "the feature `updates` without the stage `used`, on whose rows it stands",
+    "cut": "a loss that depends on no parameter of the model: it was detached, or re-created",
+    "unregistered": "parameters that the loss depends on and that neither the model nor an optimizer has",
+    "memory": "an allowance that has no room for even one weight of each parameter",
+    "reduced-unavailable": "the stage `reduced` in one process",
+    "not-averaged": "the stage `reduced`, and no backward that ended with averaged gradients, or parameters left out",
+    "unknown-optimizer": "an optimizer that moves watched parameters, and that `watch()` was not given",
+    "foreign-parameters": "an optimizer whose parameters are not the model's: copies, or another model's",
+    "idle-optimizer": "the optimizer that ends steps does not step, and another one does",
+    "many-backwards": "more backwards in one step than are read",
+    "written-by-hand": "`.grad` is written by hand, and no backward reaches the parameters",
+    "scaler-found": "a `GradScaler` that `watch()` was not given",
+    "watched-already": "a model that another open lens watches",
+    "used-unknown": "weights moved by hand, and gradients gone before `used` could be read",
+    "partial-gradient": "gradients that are summands which the ranks have yet to add",
+    "read-at-step": "FSDP1's original parameters, whose gradients are read at the optimizer's step only",
+    "flat-parameters": "FSDP1 without original parameters: rows of what it has flattened",
+    "ranks-apart": "ranks that do not meet at an address: the dashboard shows the first one's own table",
+    "ranks-missing": "ranks of which nothing came in time for the dashboard",
+    "cuda-graph": "CUDA graphs, whose replays run no hook",
+    "budget": "a budget below what a step that is not observed costs already",
+    "records-thinned": "steps left out of the records, as writing was slower than training",
+    "records-torn": "the end of a run that was cut off, as by `kill -9`: it is read up to its last whole batch",
+    "records-damaged": "a file of a run that does not read",
+    "gradlens-fault": "a failure of gradlens itself; training is not affected",
+}
+
+
+def few(names: Sequence[str]) -> str:
+    """The first three names."""
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def _of(names: Sequence[str]) -> dict[str, object]:
+    return {"parameter": names[0] if names else None, "parameters": tuple(names)}
+
+
+# --- optimizers -----------------------------------------------------------------------------------------------------
+
+
+def unknown_optimizer(step: int, kind: str, names: Sequence[str]) -> Finding:
+    """An optimizer stepped that `watch()` was not given."""
+    return Finding(
+        rule="unknown-optimizer",
+        step=step,
+        severity=Severity.WARNING,
+        seen=f"{kind} stepped on {len(names)} of the watched parameters ({few(names)}), and watch() was not given it: its "
+        "steps are not counted, and what it does to the weights is not measured",
+        causes=("watch() was given some of the optimizers only", "the optimizer was made again after watch()"),
+        remedy="give watch() all that move the model, last the one whose step ends a step: watch(model, [a, b]). Where one "
+        f"replaces another: lens.close(), then watch(model, optimizer, first_step={step})",
+        **_of(names),  # type: ignore[arg-type]
+    )
+
+
+def foreign_parameters(step: int, kind: str, foreign: int, held: int, shapes: str, *, covered: bool) -> Finding:
+    """An optimizer moves tensors that are not the model's; `covered`: all that is watched has an optimizer all the same."""
+    seen = f"{foreign} of the {held} parameters of {kind} are not the model's (shapes {shapes}): "
+    if foreign == held:
+        seen += (
+            "its steps are counted and the gradients that backward() leaves in the model are read, but what it consumes "
+            "and what it does to the weights is not measured"
+        )
+        causes = (
+            "it moves copies of the weights, as mixed precision by hand keeps them in float32",
+            "it was made for another model, or before the model's parameters were replaced",
+        )
+        remedy = (
+            'watch the copies too: watch({"": model, "master": copy, ...}, optimizer); names map to plain tensors as well'
+        )
+    else:
+        seen += "no row has them"
+        causes = (
+            "watch() was given a part of the model, and the optimizer all of it",
+            "layers were replaced after the optimizer was made",
+        )
+        remedy = "watch the whole model, with select= for a part of its rows; or make the optimizer after the last change"
+    severity = Severity.INFO if covered else Severity.WARNING
+    return Finding(rule="foreign-parameters", step=step, severity=severity, seen=seen, causes=causes, remedy=remedy)
+
+
+def idle_optimizer(step: int, idle: str, steps: int, stepping: str) -> Finding:
+    """Another optimizer ends steps now."""
+    return Finding(
+        rule="idle-optimizer",
+        step=step,
+        severity=Severity.INFO,
+        seen=f"{idle}, which was listed last and ends a step, has not stepped while {stepping} stepped {steps} times: until "
+        f"it does, each step of {stepping} ends one",
+        causes=("it starts later, as a generator does after its critic", "it is listed and not used"),
+        remedy="nothing, if that is meant; else list the optimizer last whose step ends a step",
+    )
+
+
+def many_backwards(step: int, read: int) -> Finding:
+    """The next backwards of this step are only counted."""
+    return Finding(
+        rule="many-backwards",
+        step=step,
+        severity=Severity.INFO,
+        seen=f"more than {read} backwards came without an optimizer's step: from then on they are counted and not read "
+        "until the step ends, and its `used` rows compare with no backward",
+        causes=("gradients of single examples are summed up, as for the Fisher information", "no optimizer ever steps"),
+        remedy="close the lens before such a pass and watch again after it; or lens.step() ends a step where there is no "
+        "optimizer",
+    )
+
+
+def written_by_hand(step: int, names: Sequence[str]) -> Finding:
+    """No backward reached these parameters in this step, and their `.grad` is new."""
+    return Finding(
+        rule="written-by-hand",
+        step=step,
+        severity=Severity.INFO,
+        stage=Stage.USED.value,
+        seen=f"`.grad` of {len(names)} parameters ({few(names)}) is new, and no backward reached any of them in this step: "
+        "it was written by hand. `used` rows have what the optimizer consumed; there is no `backward` of it",
+        causes=("evolution strategies, Reptile, per-example clipping or another rule that makes its own gradients",),
+        remedy="nothing, if that is meant",
+        **_of(names),  # type: ignore[arg-type]
+    )
+
+
+def scaler_found(step: int, scale: object) -> Finding:
+    """A scaler steps the optimizer, and `watch()` was not given it."""
+    known = f"its scale is {scale:g} now" if isinstance(scale, float) else "its scale is on a device"
+    return Finding(
+        rule="scaler-found",
+        step=step,
+        severity=Severity.INFO,
+        seen=f"a GradScaler calls the optimizer's step ({known}), and watch() was not given it: it is used from here on, "
+        "and earlier backwards of this step may stand in the records multiplied by the scale",
+        remedy="watch(model, optimizer, scaler=scaler)",
+    )
+
+
+def watched_already(step: int, names: Sequence[str], since: int) -> Finding:
+    """Another lens that is open watches these."""
+    return Finding(
+        rule="watched-already",
+        step=step,
+        severity=Severity.INFO,
+        seen=f"{len(names)} of these parameters ({few(names)}) are watched by {since} other open lens"
+        f"{'es' if since > 1 else ''}: each costs its time at every step",
+        causes=("a notebook cell that calls watch() ran again",),
+        remedy="close the old one (lens.close()), or let this one take its place: watch(..., replace=True)",
+        **_of(names),  # type: ignore[arg-type]
+    )
+
+
+def used_unknown(step: int) -> Finding:
+    """Without an optimizer, what the loop consumed was gone when the step ended."""
+    return Finding(
+        rule="used-unknown",
+        step=step,
+        severity=Severity.INFO,
+        stage=Stage.USED.value,
+        seen="there is no optimizer to listen to, and gradients were cleared or changed before the next backward: what the "
+        "loop consumed is not known, so `used` rows have the weights' move and no gradient",
+        causes=("weights are moved by hand, after clipping perhaps, and zero_grad() comes before the next backward",),
+        remedy="call lens.step() after the weights have moved and before zero_grad()",
+    )
+
+
+# --- ranks ----------------------------------------------------------------------------------------------------------
+
+
+def not_averaged(step: int) -> Finding:
+    """No backward of the step ended with averaged gradients."""
+    return Finding(
+        rule="not-averaged",
+        step=step,
+        severity=Severity.INFO,
+        stage=Stage.REDUCED.value,
+        seen="no backward of this step ended with gradients that were averaged over ranks, so there is nothing to read as "
+        "`reduced`; this is said once",
+        causes=(
+            "gradients are averaged by hand between backward() and the optimizer's step",
+            "the model is under neither DistributedDataParallel nor fully_shard",
+            "the optimizer's step came after no_sync() alone",
+        ),
+        remedy="read the stage `used`: what the optimizer consumed, however it was averaged",
+    )
+
+
+def not_sharded(step: int, names: Sequence[str]) -> Finding:
+    """FSDP2 does not average these."""
+    return Finding(
+        rule="not-averaged",
+        step=step,
+        severity=Severity.INFO,
+        stage=Stage.REDUCED.value,
+        seen=f"{len(names)} parameters ({few(names)}) are not among those that FSDP2 shards and averages: they have no "
+        "`reduced` rows",
+        causes=("fully_shard(..., ignored_params=...)", "fully_shard was called on parts of the model only"),
+        remedy="average their gradients before the optimizer's step, or the ranks' copies drift apart; `used` has what it "
+        "consumed",
+        **_of(names),  # type: ignore[arg-type]
+    )
+
+
+def read_at_step(step: int) -> Finding:
+    """FSDP1 suppresses the hooks of its original parameters."""
+    return Finding(
+        rule="read-at-step",
+        step=step,
+        severity=Severity.INFO,
+        stage=Stage.USED.value,
+        seen="FSDP1 lets no hook on its original parameters fire: their gradients are read at the optimizer's step, as "
+        "`used`, and no other stage has rows",
+        remedy="give watch() the optimizer, without which there is no step to read at; fully_shard (FSDP2) has `reduced` "
+        "gradients too",
+    )
+
+
+def flat_parameters(step: int) -> Finding:
+    """FSDP1 shows flat parameters only."""
+    return Finding(
+        rule="flat-parameters",
+        step=step,
+        severity=Severity.INFO,
+        seen="FSDP1 has made flat parameters of several: each row is of this rank's part of one, padding included, and in "
+        "`backward` of the whole of this rank's own flat gradient; no row is of a parameter that you named",
+        remedy="FullyShardedDataParallel(..., use_orig_params=True) has rows by name at the optimizer's step; fully_shard "
+        "(FSDP2) when a backward ends, too",
+    )
+
+
+def partial_gradient(step: int, stage: str, names: Sequence[str]) -> Finding:
+    """These gradients are summands that the ranks have yet to add."""
+    return Finding(
+        rule="partial-gradient",
+        step=step,
+        stage=stage,
+        severity=Severity.INFO,
+        seen=f"the gradients of {len(names)} parameters ({few(names)}) are summands that the ranks have yet to add "
+        "(placement Partial): their statistics are of this rank's summand, not of the gradient",
+        causes=("tensor parallel replicates a norm layer whose input is sharded by sequence",),
+        remedy="read them as local; reduce them before the optimizer's step if their placement is not meant",
+        **_of(names),  # type: ignore[arg-type]
+    )
+
+
+def ranks_apart(step: int) -> Finding:
+    """The process group met in a file."""
+    return Finding(
+        rule="ranks-apart",
+        step=step,
+        severity=Severity.INFO,
+        seen="the process group met in a file, which would grow with all that is sent through it: the dashboard shows the "
+        "first rank's own table",
+        remedy="meet at an address (torchrun does; init_method='env://' or 'tcp://...'); open_run() pools the records",
+    )
+
+
+# --- gradlens itself ------------------------------------------------------------------------------------------------
+
+
+def cuda_graph(step: int) -> Finding:
+    """A step was captured as a CUDA graph."""
+    return Finding(
+        rule="cuda-graph",
+        step=step,
+        severity=Severity.WARNING,
+        seen="a step was captured as a CUDA graph: it was not read, nor will replays be, for no hook runs in them",
+        remedy="watch the steps before the capture, or train without the graph for as long as you want to look",
+    )
+
+
+def evidence_left_out(step: int, why: str) -> Finding:
+    """Evidence does without some gradients."""
+    return Finding(
+        rule="evidence-left-out",
+        step=step,
+        severity=Severity.INFO,
+        seen=f"evidence does without some gradients: {why}",
+        remedy="gradlens.survey() gives verdicts at fixed weights for any model",
+    )
+
+
+def floor_above_budget(step: int, share: float, budget: float) -> Finding:
+    """A step that is not observed costs more than the budget."""
+    return Finding(
+        rule="budget",
+        step=step,
+        severity=Severity.INFO,
+        seen=f"a step that is not observed costs {share:.1%} of its time already, and the budget is {budget:.1%}: it cannot "
+        "be kept by looking less often",
+        causes=("very short steps: the optimizer's hooks cost some microseconds, whatever is observed",),
+        remedy=f"a budget above {share:.1%}, or longer steps; lens.overhead() says what is spent on what",
+        value=share,
+    )
+
+
+def fault(step: int, text: str) -> Finding:
+    """Something of gradlens failed."""
+    return Finding(
+        rule="gradlens-fault",
+        step=step,
+        severity=Severity.WARNING,
+        seen=f"gradlens failed in {text}; training is not affected",
+        remedy="please report this with the traceback of gradlens' warning",
+    )
