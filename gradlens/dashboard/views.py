@@ -100,7 +100,7 @@ def diagnosis(run: Run) -> dict[str, Any]:
     first = ([] if answer.origin is None else [answer.origin]) + list(answer.follows)
     rest = [finding for finding in ranked if finding not in first]
     told = {"verdict": answer.verdict, "confidence": answer.confidence, "origin": answer.origin is not None}
-    told["follows"] = len(answer.follows)
+    told |= {"follows": len(answer.follows), "ill": answer.ill}
     return {"diagnosis": told, **_listed(first + rest)}
 
 

@@ -160,7 +160,7 @@ export class Overview {
     const confidence = diagnosis.confidence === undefined || diagnosis.confidence === null ? "" : typeof diagnosis.confidence === "number" ? `, ${Math.round(100 * diagnosis.confidence)} % sure` : ` (${diagnosis.confidence})`;
     const verdict = `${diagnosis.verdict}${confidence}`;
     if (this.verdict.textContent !== verdict) this.verdict.textContent = verdict;
-    const worst = info.findings.error ? "error" : info.findings.warning ? "warning" : "fine";
+    const worst = info.findings.error ? "error" : info.findings.warning || diagnosis.ill ? "warning" : "fine";
     this.verdict.dataset.severity = worst;
     const facts = [
       info.steps === null ? "no step yet" : `steps ${whole(info.steps[0])} to ${whole(info.steps[1])}`,
