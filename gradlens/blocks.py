@@ -136,6 +136,28 @@ def block_of(snapshot: Snapshot) -> Block:
     )
 
 
+def concatenate(blocks: Sequence[Block]) -> Block:
+    """Blocks of one stage and the same parameters, behind each other."""
+    if len(blocks) == 1:
+        return blocks[0]
+
+    def joined(name: str) -> np.ndarray:
+        return np.concatenate([getattr(block, name) for block in blocks])
+
+    return replace(
+        blocks[0],
+        step=joined("step"),
+        backward=joined("backward"),
+        time=joined("time"),
+        status=joined("status"),
+        scale=joined("scale"),
+        columns={name: np.concatenate([block.columns[name] for block in blocks]) for name in blocks[0].columns},
+        details=[detail for block in blocks for detail in block.details],
+        scalars=[observed for block in blocks for observed in block.scalars],
+        _views={},
+    )
+
+
 def grouped(moments: Sequence[tuple[str, Parameters]]) -> list[int]:
     """Which block each moment goes into, by its stage and parameters: blocks are numbered as they begin.
 

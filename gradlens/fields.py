@@ -154,6 +154,32 @@ def finite(c: Columns) -> np.ndarray:
     return c["positive"] + c["negative"] + c["zero"]
 
 
+def nothing_finite(c: Columns) -> np.ndarray:
+    """Where every partial is NaN or infinite: nothing can be said of their size."""
+    return np.asarray((finite(c) == 0) & (c["numel"] > 0))
+
+
+def _known(c: Columns, values: np.ndarray) -> np.ndarray:
+    """NaN where nothing is finite, and not the 0 that a sum over nothing is."""
+    return np.where(nothing_finite(c), np.nan, np.asarray(values, np.float64))
+
+
+def without_nothing(columns: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The same columns, with empty sums where nothing is finite."""
+    empty = nothing_finite(columns)
+    if not empty.any():
+        return dict(columns)
+    return {name: np.where(empty, np.nan, values) if name in _SUMS else values for name, values in columns.items()}
+
+
+_SUMS = ("sum", "abs_sum", "square_sum", "weight_square_sum", "dot")
+
+
+def _share(c: Columns, name: str) -> np.ndarray:
+    """Of all entries; empty where nothing is finite."""
+    return np.where(nothing_finite(c), np.nan, _ratio(c[name], c["numel"]))
+
+
 def _mean(c: Columns) -> np.ndarray:
     return _ratio(c["sum"], finite(c))
 
@@ -189,11 +215,11 @@ DERIVED: tuple[Derived, ...] = (
     Derived("mean", "moments", "mean of g", _mean, power=1),
     Derived("std", "moments", "standard deviation of g within the parameter (divided by n)", _std, power=1),
     Derived("rms", "moments", "root mean square of g", lambda c: np.sqrt(_ratio(c["square_sum"], finite(c))), power=1),
-    Derived("l1", "moments", "sum of |g|", lambda c: np.asarray(c["abs_sum"], np.float64), power=1),
-    Derived("l2", "moments", "Euclidean norm of g", lambda c: np.sqrt(c["square_sum"]), power=1),
-    Derived("increase_share", "counts", "share of weights that should increase", lambda c: _ratio(c["negative"], finite(c))),
-    Derived("decrease_share", "counts", "share of weights that should decrease", lambda c: _ratio(c["positive"], finite(c))),
-    Derived("hold_share", "counts", "share of weights with partial 0", lambda c: _ratio(c["zero"], finite(c))),
+    Derived("l1", "moments", "sum of |g|", lambda c: _known(c, c["abs_sum"]), power=1),
+    Derived("l2", "moments", "Euclidean norm of g", lambda c: np.sqrt(_known(c, c["square_sum"])), power=1),
+    Derived("increase_share", "counts", "share of all weights that should increase", lambda c: _share(c, "negative")),
+    Derived("decrease_share", "counts", "share of all weights that should decrease", lambda c: _share(c, "positive")),
+    Derived("hold_share", "counts", "share of all weights with partial 0", lambda c: _share(c, "zero")),
     Derived("weight_l2", "weights", "Euclidean norm of w", lambda c: np.sqrt(c["weight_square_sum"])),
     Derived(
         "cosine",

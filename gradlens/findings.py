@@ -37,6 +37,10 @@ CATALOGUE = {
     "records-thinned": "steps left out of the records, as writing was slower than training",
     "records-torn": "the end of a run that was cut off, as by `kill -9`: it is read up to its last whole batch",
     "records-damaged": "a file of a run that does not read",
+    "writer-failed": "a writer that raised, and is switched off; an error where it is the store, as nothing is on disk then",
+    "recorder-stuck": "a rule, a writer or a callback that does not return: records go on without it",
+    "findings-bounded": "a rule that has found 2,000 things: more are counted and not kept",
+    "findings-left-out": "at the end, how many that were",
     "gradlens-fault": "a failure of gradlens itself; training is not affected",
 }
 

@@ -44,6 +44,15 @@ def frame(snapshots: Sequence[Snapshot]) -> pd.DataFrame:
     return result
 
 
+#: Names that a frame or a line has anyway.
+RESERVED = ("step", "kind")
+
+
+def scalar_name(name: str) -> str:
+    """What an observed number is called beside other columns: `observed.step` where `step` is the step itself."""
+    return f"observed.{name}" if name in RESERVED else name
+
+
 def weights(name: str, shape: tuple[int, ...], index: np.ndarray, value: np.ndarray, partial: np.ndarray) -> pd.DataFrame:
     """One row a weight of one parameter: `parameter, index, value, partial, direction, sensitivity, saliency`.
 

@@ -11,7 +11,7 @@ import enum
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import repeat
 from typing import NamedTuple
 
@@ -214,13 +214,18 @@ class Parameters:
         return {name: i for i, name in enumerate(self.names)}
 
     def take(self, rows: Sequence[int]) -> Parameters:
-        """Those of the given rows."""
-        return Parameters(
-            tuple(self.names[i] for i in rows),
-            tuple(self.shapes[i] for i in rows),
-            tuple(self.dtypes[i] for i in rows),
-            tuple(self.pieces[i] for i in rows) if self.pieces else (),
-        )
+        """Those of the given rows; the same object for the same rows, as long as it is asked for."""
+        return _taken(self, tuple(map(int, rows)))
+
+
+@lru_cache(maxsize=64)
+def _taken(parameters: Parameters, rows: tuple[int, ...]) -> Parameters:
+    return Parameters(
+        tuple(parameters.names[i] for i in rows),
+        tuple(parameters.shapes[i] for i in rows),
+        tuple(parameters.dtypes[i] for i in rows),
+        tuple(parameters.pieces[i] for i in rows) if parameters.pieces else (),
+    )
 
 
 def _blocks(piece: str) -> list[tuple[int | None, int]] | None:

@@ -47,7 +47,7 @@ ALLOWED = {
     "store": BOTTOM | {"analysis"},
     "writers": BOTTOM | {"analysis", "store"},
     "kernels": {"errors", "fields"},
-    "statistics": {"errors", "fields", "records", "kernels"},
+    "statistics": {"errors", "fields", "records", "blocks", "kernels"},
     "_torch": set(),
     "findings": {"errors", "records"},
     "capture": {"_torch", "errors", "facts", "findings", "records", "schedules", "selection", "unwrapping"},

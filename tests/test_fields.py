@@ -91,10 +91,12 @@ def test_derived_columns_are_their_definitions(values):
     assert fields.derive("std", columns)[0] == pytest.approx(g.std(), rel=1e-4, abs=1e-4 * max(np.abs(g).max(), 1))
 
 
-def test_shares_of_the_finite_add_up_to_one():
-    """increase, decrease and hold share what is finite; of nothing finite they are empty."""
+def test_shares_are_of_all_entries():
+    """increase, decrease, hold and what is not finite add up to one; of nothing finite they are empty."""
     columns = row([1.0, -1.0, -2.0, 0.0, math.nan])
-    assert sum(fields.derive(f"{word}_share", columns)[0] for word in ("increase", "decrease", "hold")) == 1.0
+    shares = [fields.derive(f"{word}_share", columns)[0] for word in ("increase", "decrease", "hold")]
+    assert shares == [0.4, 0.2, 0.2]
+    assert sum(shares) + (columns["nan"] + columns["inf"])[0] / columns["numel"][0] == pytest.approx(1.0)
     assert math.isnan(fields.derive("increase_share", row([math.nan]))[0])
 
 

@@ -64,6 +64,10 @@ class RuleSet:
 
     def __call__(self, history: History) -> list[Finding]:
         """The findings that are new with what has come since it was last called: by moment, the worst of each first."""
+        return [finding for _, finding in self.ask(history)]
+
+    def ask(self, history: History) -> list[tuple[int, Finding]]:
+        """The same, with the number of the moment that each is of."""
         moments = history.since(self._last)
         if not moments:
             return []
@@ -80,7 +84,7 @@ class RuleSet:
                 self._asked.remove(asked)
                 moment = asked.at or moments[-1]
                 new.append((moment.seq, _switched_off(asked.rule, error, moment.snapshot)))
-        return [finding for _, finding in sorted(new, key=lambda each: (each[0], -each[1].severity.rank))]
+        return sorted(new, key=lambda each: (each[0], -each[1].severity.rank))
 
 
 def _asked(rule: Rule) -> _ColumnRule | _OccasionalRule | _AnyRule:

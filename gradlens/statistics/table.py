@@ -8,7 +8,7 @@ transfer; `unpack()` takes the numbers back, on another thread, and gives the sn
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from gradlens import fields
 from gradlens.records import COMPLEX, Parameters, Snapshot, Status, Top
 
-_UNTOUCHED = (Status.FROZEN, Status.EXCLUDED, Status.ABSENT, Status.UNDEFINED)
+UNTOUCHED = (Status.FROZEN, Status.EXCLUDED, Status.ABSENT, Status.UNDEFINED)
 
 
 @dataclass(eq=False)
@@ -79,6 +79,23 @@ class Table:
             slots += [(update, "skipped"), (update, "scale"), (update.piece, "numbers")]
             slots += [(piece, "numbers") for piece in (update.ended, update.used) if piece is not None]
         return slots
+
+    def slots(self) -> list[tuple[object, str]]:
+        """Where the tensors of `pack` are: attributes of holders, which tables may share."""
+        return [(holder, name) for holder, name in self._slots() if isinstance(getattr(holder, name), Tensor)]
+
+    def on_host(self) -> bool:
+        """Whether every number of it is on the host already."""
+        pieces = (*self.pieces, *self.flips)
+        return (
+            not isinstance(self.scale, Tensor)
+            and not isinstance(self.divisor, Tensor)
+            and all(
+                piece.numbers.is_cpu and not isinstance(piece.skipped, Tensor) and not isinstance(piece.divisor, Tensor)
+                for piece in pieces
+            )
+            and all(update.piece.numbers.is_cpu and not isinstance(update.skipped, Tensor) for update in self.updates)
+        )
 
     def unpack(
         self, arrays: Sequence[np.ndarray], scalars: Mapping[str, float], before: tuple[Table, Snapshot] | None = None
@@ -176,10 +193,11 @@ class _Assembly:
             if piece.divisor is not None:
                 divisors[self._rows(piece)] = self._number(piece, "divisor")
         self._unscale(divisors)
+        self.columns = fields.without_nothing(self.columns)
 
     def _fill_absent(self) -> None:
         """A row that no gradient reached: its partials are 0."""
-        numel = _numel(self.table.parameters)
+        numel = numel_of(self.table.parameters)
         self.columns["numel"][:] = self.columns["zero"][:] = numel
         for name in ("sum", "abs_sum", "square_sum"):
             self.columns[name][:] = 0.0
@@ -202,16 +220,11 @@ class _Assembly:
             self.histogram[rows] = array[:, fields.HISTOGRAM]
         self.top.partial[rows] = array[:, fields.TOP_PARTIAL]
         index = array[:, fields.TOP_INDEX]
-        self.top.index[rows] = self._whole(piece.rows, np.where(np.isnan(index), -1, index).astype(np.int64))
+        self.top.index[rows] = whole_index(
+            self.table.parameters, piece.rows, np.where(np.isnan(index), -1, index).astype(np.int64)
+        )
         self.top.value[rows] = array[:, fields.TOP_VALUE]
         self.covered[rows] = True
-
-    def _whole(self, rows: Sequence[int], index: np.ndarray) -> np.ndarray:
-        """Indices into whole parameters, where a rank holds a piece."""
-        parameters = self.table.parameters
-        if not any(parameters.pieces):
-            return index
-        return np.stack([parameters.whole_index(row, at) for row, at in zip(rows, index, strict=True)])
 
     def _unscale(self, divisors: np.ndarray) -> None:
         known = np.where(np.isnan(divisors), 1.0, divisors)
@@ -251,7 +264,7 @@ class _Assembly:
             return math.nan
         before = np.stack([ended[i] for i in rows]) / self._number(update, "scale")
         after = np.stack([row for i, row in zip(update.used.rows, self._array(update.used), strict=True) if i in ended])
-        return _uniform_ratio(before, after, _precision([self.table.parameters.dtypes[i] for i in rows]))
+        return _uniform_ratio(before, after, precision_of([self.table.parameters.dtypes[i] for i in rows]))
 
     def _status(self) -> np.ndarray:
         c = self.columns
@@ -264,7 +277,7 @@ class _Assembly:
         for i, note in enumerate(self.table.notes):
             if note is None:
                 continue
-            if note in _UNTOUCHED:
+            if note in UNTOUCHED:
                 status[i] = str(note)
             elif note in ("stale", Status.UNCAPTURED):
                 untouched = c["zero"][i] == c["numel"][i]
@@ -274,8 +287,21 @@ class _Assembly:
         return status
 
 
+def settle(slots: Iterable[tuple[object, str]], arrays: Iterable[np.ndarray]) -> None:
+    """Put numbers that have arrived where a device's were."""
+    for (holder, name), array in zip(slots, arrays, strict=True):
+        setattr(holder, name, torch.from_numpy(array) if name == "numbers" else float(array.reshape(-1)[0]))
+
+
+def whole_index(parameters: Parameters, rows: Sequence[int], index: np.ndarray) -> np.ndarray:
+    """Indices into whole parameters, `[rows, k]`, where a rank holds a piece."""
+    if not any(parameters.pieces):
+        return index
+    return np.stack([parameters.whole_index(row, at) for row, at in zip(rows, index, strict=True)])
+
+
 @lru_cache(maxsize=8)
-def _numel(parameters: Parameters) -> np.ndarray:
+def numel_of(parameters: Parameters) -> np.ndarray:
     """`[n]` the numbers that a rank holds of each parameter: a complex entry is two."""
     sizes = [math.prod(parameters.local_shape(row)) for row in range(len(parameters))]
     return np.asarray(sizes, np.int64) * [2 if dtype in COMPLEX else 1 for dtype in parameters.dtypes]
@@ -291,7 +317,7 @@ def _same_samples(assembly: _Assembly, update: UpdatePiece) -> bool:
     return min(at, default=0) >= 0 and np.array_equal(ended[at], used)
 
 
-def _precision(dtypes: Sequence[str]) -> float:
+def precision_of(dtypes: Sequence[str]) -> float:
     return max(torch.finfo(getattr(torch, dtype)).eps for dtype in dtypes)
 
 

@@ -25,7 +25,7 @@ class Transfer:
         devices: dict[torch.device, list[int]] = {}
         for i, tensor in enumerate(tensors):
             if tensor.device.type == HERE:
-                self._done[i] = _known(tensor.detach()).numpy()
+                self._done[i] = known(tensor.detach()).numpy()
             else:
                 devices.setdefault(tensor.device, []).append(i)
         for members in devices.values():
@@ -51,8 +51,8 @@ def _size(shape: tuple[int, ...]) -> int:
     return int(np.prod(shape, dtype=np.int64))
 
 
-def _known(tensor: Tensor) -> Tensor:
-    """Of a type that numpy has."""
+def known(tensor: Tensor) -> Tensor:
+    """The tensor, as one of a type that numpy has."""
     return tensor if tensor.dtype in (torch.float64, torch.float32, torch.bool) else tensor.to(torch.float64)
 
 

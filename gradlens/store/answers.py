@@ -135,12 +135,12 @@ def scalars(found: Found) -> pd.DataFrame:
     """One row a step, one column a name, in the order in which they were first observed; the lowest rank's."""
     import pandas as pd
 
-    names = _scalar_names(found)
+    names = [frames.scalar_name(name) for name in _scalar_names(found)]
     long = pd.DataFrame({"step": found.columns["step"], "name": names, "value": found.columns["value"]})
     last = long.iloc[np.argsort(-found.columns["rank"], kind="stable")].drop_duplicates(["step", "name"], keep="last")
     wide = last.pivot(index="step", columns="name", values="value")
     wide.columns.name = None
-    return wide[[name for name in dict.fromkeys(names) if name != "step"]].reset_index()
+    return wide[list(dict.fromkeys(names))].reset_index()
 
 
 def scalar(found: Found, name: str) -> tuple[np.ndarray, np.ndarray]:

@@ -53,8 +53,9 @@ def finish(run: str | os.PathLike[str]) -> Finished:
     known = {each.key: each for each in segment.segments(path)}
     with _locked(path, sorted({key.rank for key in known})):
         leftovers = [file for rank in sorted({key.rank for key in known}) for file in _leftovers(path, rank)]
-        for file in leftovers:
-            file.unlink(missing_ok=True)
+        for rank in sorted({key.rank for key in known}):
+            for name in ("segments", *TABLES):
+                tables.settle(path / name, rank)
         results = [_roll(table, part, known) for table, part in _tails(path)]
     return Finished(
         files=sum(not result.damaged for result in results),

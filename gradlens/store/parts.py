@@ -1,5 +1,10 @@
 """Parquet parts: written whole, under another name, then renamed; sorted by parameter, so that its rows lie together.
 
+    pages | mark, checksum of what follows | footer, its length, PAR1
+
+The footer of a Parquet file has no checksum, and Arrow ends the process on some that are damaged: so ours has one, in front
+of it, where no other reader looks. It is checked before Arrow sees the file.
+
 Strings are dictionary columns. Floats are split by byte and integers stored as differences, which is what compresses them.
 Each row group says which entries and steps it has; what a question does not ask for is not read.
 """
@@ -8,8 +13,11 @@ from __future__ import annotations
 
 import itertools
 import os
+import struct
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import pyarrow as pa
@@ -22,6 +30,7 @@ from gradlens.store.tail import Rows
 #: Rows of a group. One is read whole for one parameter, so small parts have smaller ones: 64 of them, if that leaves 4,096.
 GROUP, LEAST, GROUPS = 32_768, 4096, 64
 CHUNK = 200_000  #: rows that merging holds in memory: about 70 MB
+LARGEST_FOOTER = 8 << 20  #: bytes from the end, within which a mark is looked for
 MAX_GROUP, MAX_ROWS = 1 << 18, 1 << 28  #: what is larger was not written by gradlens
 
 _WORDS = {"stage": STAGES, "status": STATUSES}
@@ -41,10 +50,58 @@ def write(path: Path, table: str, key: Key, names: Sequence[str], chunks: Iterab
                 for start in range(0, len(order), size):
                     group = {name: values[order[start : start + size]] for name, values in rows.items()}
                     writer.write_table(_arrow(group, key, names, schema), row_group_size=size)
+        _mark(temporary)
         _sync(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+_MARK = b"GRADLENS-FOOTER:"
+_END = struct.Struct("<I4s")  # the footer's length, and PAR1
+
+
+def _mark(path: Path) -> None:
+    """Put the footer's checksum in front of it: what a footer points at lies before it, and stays where it is."""
+    with open(path, "r+b") as file:
+        start, footer = _footer(file)
+        file.seek(start)
+        file.write(_MARK + struct.pack("<I", zlib.crc32(footer)) + footer)
+
+
+def _footer(file: IO[bytes]) -> tuple[int, bytes]:
+    """Where the footer begins, and the bytes from there to the end.
+
+    Raises:
+        ValueError: There is none.
+    """
+    size = file.seek(0, os.SEEK_END)
+    if size < 12:
+        raise ValueError("it is too short")
+    file.seek(size - _END.size)
+    length, magic = _END.unpack(file.read(_END.size))
+    start = size - _END.size - length
+    if magic != b"PAR1" or start < 4:
+        raise ValueError("its end is not that of a Parquet file")
+    file.seek(start)
+    return start, file.read()
+
+
+def _check_footer(path: Path) -> None:
+    """What pyarrow may be given to read. A file of another program has no mark, and is not checked."""
+    with open(path, "rb") as file:
+        start, footer = _footer(file)
+        before = start - len(_MARK) - 4
+        file.seek(max(before, 0))
+        mark = file.read(start - max(before, 0))
+        if before >= 0 and mark.startswith(_MARK):
+            if struct.pack("<I", zlib.crc32(footer)) != mark[len(_MARK) :]:
+                raise ValueError("its footer has another checksum")
+            return
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(size - LARGEST_FOOTER, 0))
+        if _MARK in file.read():
+            raise ValueError("its footer is not where it was")
 
 
 def _schema(table: str) -> pa.Schema:
@@ -122,6 +179,7 @@ class Reader:
     def __init__(self, path: Path, table: str) -> None:
         self._path, self._table = path, table
         with self._guard():
+            _check_footer(path)
             self._file = pq.ParquetFile(path, page_checksum_verification=True)
             meta = self._file.metadata
             self.rows: int = meta.num_rows

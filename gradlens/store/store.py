@@ -1,6 +1,6 @@
 """The writer of a run directory. Rows are collected in memory and, twice in `interval`, written as one frame a table.
 
-    write(record) -> memory        a copy of nothing: arrays are kept until the next flush
+    write(record), write_moments(blocks) -> memory        a copy of nothing: arrays are kept until the next flush
     pulse thread  -> flush()       also when no more records come
     keeper thread -> full tails become Parquet parts, eight parts become one
 
@@ -27,6 +27,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from gradlens import blocks
+from gradlens.blocks import Block, block_of
 from gradlens.errors import ArgumentError, CorruptRunError, RunDirectoryError
 from gradlens.records import Finding, Parameters, Record, Severity, Snapshot
 from gradlens.store import parts, segment, tables, tail
@@ -141,8 +143,7 @@ class Store:
         rank = self._segment.key.rank
         self._older = {s.key: s for s in known}
         for folder in (self._run / name for name in ("segments", *TABLES)):
-            for path in tables.leftovers(folder, rank):
-                path.unlink(missing_ok=True)
+            tables.settle(folder, rank)
         for table in TABLES:
             for part in tables.parts(self._run / table):
                 if part.tail and part.key.rank == rank:
@@ -171,9 +172,20 @@ class Store:
             if isinstance(record, Finding):
                 self._lines.append(segment.finding_line(record))
                 return
-            self._take(record)
-            if self._waiting >= self._roll:
-                self.flush()
+            block = block_of(record)
+            self._take([(block, 0)])
+        self._make_room()
+
+    def write_moments(self, moments: Sequence[tuple[Block, int]]) -> None:
+        """Take moments, each a block and a place in it: all of each block, in the order in which they came."""
+        with self._guard:
+            self._check()
+            self._take(moments)
+        self._make_room()
+
+    def _make_room(self) -> None:
+        if self._waiting >= self._roll:
+            self.flush()
         while len(self._sealed) > WAITING and self._error is None and not self._stop.is_set():
             time.sleep(0.01)
 
@@ -219,27 +231,32 @@ class Store:
 
     # --- records to rows ----------------------------------------------------------------------------------------------
 
-    def _take(self, snapshot: Snapshot) -> None:
-        entries = self._entries_of(snapshot.parameters)
-        if self._segment.first_step is None:
-            self._segment.first_step, self._stale = snapshot.step, True
-        keys = {
-            "snapshot": self._snapshots,
-            "step": snapshot.step,
-            "backward": snapshot.backward,
-            "stage": STAGES.index(snapshot.stage),
-            "time": round(snapshot.time * 1e6) if math.isfinite(snapshot.time) else 0,
-        }
-        self._snapshots += 1
-        status = np.array([STATUSES.index(word) for word in snapshot.status], np.int8)
-        history = {"entry": entries, "status": status, "scale": snapshot.scale}
+    def _take(self, moments: Sequence[tuple[Block, int]]) -> None:
+        if self._segment.first_step is None and moments:
+            block, at = moments[0]
+            self._segment.first_step, self._stale = int(block.step[at]), True
+        numbers: dict[int, tuple[Block, list[int]]] = {}
+        for number, (block, _) in enumerate(moments, start=self._snapshots):
+            numbers.setdefault(id(block), (block, []))[1].append(number)
+        for block, own in numbers.values():
+            self._put_block(block, np.array(own, np.int64))
+        self._put_scalars(moments)
+        for number, (block, at) in enumerate(moments, start=self._snapshots):
+            if self._kept.due(int(block.step[at]), number, block, at):
+                self._put_detail(number, block.snapshot(at))
+        self._kept.hold()
+        self._snapshots += len(moments)
+
+    def _put_block(self, block: Block, numbers: np.ndarray) -> None:
+        entries = self._entries_of(block.parameters)
+        n = len(entries)
+        rows = {name: np.repeat(values, n) for name, values in _keys(numbers, block).items()}
+        rows["entry"] = np.tile(entries, len(numbers))
+        rows["status"], rows["scale"] = _CODES[block.status].ravel(), block.scale.ravel()
         for name in TABLES["history"]:
-            if name not in keys and name not in history:
-                history[name] = snapshot.column(name)
-        self._put("history", keys, history)
-        self._put_scalars(keys, snapshot.scalars)
-        for old_keys, old_entries, old in self._kept.due(keys, entries, snapshot):
-            self._put_detail(old_keys, old_entries, old)
+            if name not in rows:
+                rows[name] = np.ravel(block.column(name))
+        self._put("history", rows)
 
     def _entries_of(self, parameters: Parameters) -> np.ndarray:
         known = self._lately.get(id(parameters))
@@ -258,33 +275,45 @@ class Store:
         self._lately[id(parameters)] = parameters, rows
         return rows
 
-    def _put_scalars(self, keys: Mapping[str, int], scalars: Mapping[str, float]) -> None:
+    def _put_scalars(self, moments: Sequence[tuple[Block, int]]) -> None:
         names = self._segment.scalars
-        for name in scalars:
-            if name not in names and len(names) < segment.MAX_SCALARS:
-                names.append(name)
-                self._stale = True
-        at = {name: i for i, name in enumerate(names)} if scalars else {}
-        there = [(at[name], value) for name, value in scalars.items() if name in at]
-        if there:
-            entries, values = zip(*there, strict=True)
-            self._put("scalars", keys, {"entry": np.array(entries, np.int32), "value": np.array(values, np.float64)})
+        places = {name: i for i, name in enumerate(names)}
+        found: list[tuple[int, Block, int, int, float]] = []
+        for number, (block, at) in enumerate(moments, start=self._snapshots):
+            for name, value in block.scalars[at].items():
+                if name not in places and len(names) < segment.MAX_SCALARS:
+                    places[name] = len(names)
+                    names.append(name)
+                    self._stale = True
+                if name in places:
+                    found.append((number, block, at, places[name], value))
+        if found:
+            keys = [_keys(np.array([number]), block, at) for number, block, at, *_ in found]
+            rows = {name: np.concatenate([each[name] for each in keys]) for name in keys[0]}
+            rows["entry"], rows["value"] = np.array([each[3] for each in found]), np.array([each[4] for each in found])
+            self._put("scalars", rows)
 
-    def _put_detail(self, keys: Mapping[str, int], entries: np.ndarray, snapshot: Snapshot) -> None:
+    def _put_detail(self, number: int, snapshot: Snapshot) -> None:
+        keys = _keys(np.array([number]), block_of(snapshot))
+        entries = self._entries_of(snapshot.parameters)
+
+        def put(table: str, entry: np.ndarray, columns: Mapping[str, np.ndarray]) -> None:
+            self._put(table, {**{name: np.repeat(v, len(entry)) for name, v in keys.items()}, "entry": entry, **columns})
+
         if snapshot.histogram is not None:
             row, bucket = np.nonzero(snapshot.histogram)
-            counts = snapshot.histogram[row, bucket]
-            self._put("histograms", keys, {"entry": entries[row], "bucket": bucket, "count": counts})
+            put("histograms", entries[row], {"bucket": bucket, "count": snapshot.histogram[row, bucket]})
         if snapshot.top is not None:
             row, column = np.nonzero(snapshot.top.index >= 0)
-            numbers = {name: getattr(snapshot.top, name)[row, column] for name in ("index", "partial", "value")}
-            self._put("weights", keys, {"entry": entries[row], **numbers})
+            put(
+                "weights",
+                entries[row],
+                {name: getattr(snapshot.top, name)[row, column] for name in ("index", "partial", "value")},
+            )
 
-    def _put(self, table: str, keys: Mapping[str, int], columns: Mapping[str, np.ndarray]) -> None:
-        count = len(columns["entry"])
-        rows = {}
-        for name, dtype in TABLES[table].items():
-            rows[name] = np.full(count, keys[name], dtype) if name in keys else np.asarray(columns[name]).astype(dtype)
+    def _put(self, table: str, columns: Mapping[str, np.ndarray]) -> None:
+        rows = {name: np.asarray(columns[name]).astype(dtype, copy=False) for name, dtype in TABLES[table].items()}
+        count = len(rows["entry"])
         if count:
             self._pending[table].append(rows)
             self._waiting += count
@@ -304,8 +333,10 @@ class Store:
                 self._append(table, batches)
                 self._pending[table] = []
         self._waiting = 0
-        if not (self._run / "segments" / f"{self._segment.key}.json").exists():
-            raise RunDirectoryError(f"{self._run} was removed while it was written")
+        for path in (self._run / "segments" / f"{self._segment.key}.json", *(each.path for each in self._tails.values())):
+            if not path.exists():
+                what = self._run if not self._run.exists() else path.parent if not path.parent.exists() else path
+                raise RunDirectoryError(f"{what} was removed while it was written")
 
     def _append(self, table: str, batches: list[Rows]) -> None:
         current = self._tails.get(table)
@@ -324,8 +355,8 @@ class Store:
         self._wake.set()
 
     def _finish(self) -> None:
-        for keys, entries, snapshot in self._kept.rest():
-            self._put_detail(keys, entries, snapshot)
+        for number, snapshot in self._kept.rest():
+            self._put_detail(number, snapshot)
         self._flush()
         for table in list(self._tails):
             self._seal(table)
@@ -381,10 +412,12 @@ class Store:
             output = tables.part(self._run / table, self._segment.key, run[0].first, run[-1].last)
             paths = [p.path for p in run]
             names = self._names(table, self._segment.key)
-            if not parts.merge(paths, output, table, self._segment.key, names, lambda: not self._stop.is_set()):
+            hidden = tables.hidden(output)  # a reader that globs sees the eight, then none, then the one
+            if not parts.merge(paths, hidden, table, self._segment.key, names, lambda: not self._stop.is_set()):
                 return
             for path in paths:
                 path.unlink()
+            os.replace(hidden, output)
 
 
 def _mergeable(own: Sequence[Part]) -> list[Part]:
@@ -397,32 +430,56 @@ def _mergeable(own: Sequence[Part]) -> list[Part]:
     return []
 
 
+def _keys(numbers: np.ndarray, block: Block, at: int | None = None) -> dict[str, np.ndarray]:
+    """What rows of these moments of a block begin with, `[m]` each."""
+    own = slice(None) if at is None else slice(at, at + 1)
+    time_ = np.nan_to_num(np.round(block.time[own] * 1e6), nan=0.0, posinf=0.0, neginf=0.0)
+    return {
+        "snapshot": numbers,
+        "step": block.step[own],
+        "backward": block.backward[own],
+        "stage": np.full(len(numbers), STAGES.index(block.stage)),
+        "time": time_.astype(np.int64),
+    }
+
+
+#: The code that the files have of each status of a block.
+_CODES = np.array([STATUSES.index(status) for status in blocks.STATUSES], np.int8)
+
+
 class _Kept:
     """Which steps' histograms and weights are kept: each at first, then when their count has grown; and the last."""
 
     def __init__(self) -> None:
         self._count, self._next, self._step, self._due = 0, 1, -1, False
-        self._last: list[tuple[Mapping[str, int], np.ndarray, Snapshot]] = []
+        self._last: list[tuple[int, Block | None, int, Snapshot | None]] = []
 
-    def due(
-        self, keys: Mapping[str, int], entries: np.ndarray, snapshot: Snapshot
-    ) -> list[tuple[Mapping[str, int], np.ndarray, Snapshot]]:
-        """What is to be kept now that this snapshot has come."""
-        if snapshot.step != self._step:
-            self._step, self._count, self._last = snapshot.step, self._count + 1, []
+    def due(self, step: int, number: int, block: Block, at: int) -> bool:
+        """Whether this moment's are to be kept."""
+        if step != self._step:
+            self._step, self._count, self._last = step, self._count + 1, []
             self._due = self._count >= self._next
             if self._due:
                 self._next = max(self._count + 1, math.ceil(self._count * GROWTH))
-        if self._due:
-            return [(keys, entries, snapshot)]
-        self._last.append((keys, entries, snapshot))
-        del self._last[:-8]
-        return []
+        if not self._due:
+            self._last.append((number, block, at, None))
+            del self._last[:-8]
+        return self._due
 
-    def rest(self) -> list[tuple[Mapping[str, int], np.ndarray, Snapshot]]:
+    def hold(self) -> None:
+        """Keep the last step's moments themselves, and not their blocks."""
+        self._last = [
+            (number, None, 0, _single(block, at) if block is not None else kept) for number, block, at, kept in self._last
+        ]
+
+    def rest(self) -> list[tuple[int, Snapshot]]:
         """The last step's, if they were not kept."""
         last, self._last = self._last, []
-        return last
+        return [(number, kept) for number, _, _, kept in last if kept is not None]
+
+
+def _single(block: Block, at: int) -> Snapshot:
+    return block.snapshot(at) if len(block) == 1 else block.part(at, at + 1).snapshot(0)
 
 
 def _versions(settings: Mapping[str, Any]) -> dict[str, str]:

@@ -4,6 +4,7 @@
     segments/0000-rank0.json                     of each lens and rank: settings, versions, parameters and their shapes
     history/0000-rank0-000000-000007.parquet     tails 0 to 7 of that segment, sorted by parameter
     history/_0000-rank0-000008.tail              the newest rows, in frames with a checksum
+    history/_0000-rank0-000000-000007.merged     a part of several, whole, while those that it is made of are removed
     histograms/, weights/, scalars/              the same
     findings/0000-rank0.jsonl                    one finding a line
 
@@ -46,7 +47,7 @@ TABLES: dict[str, dict[str, str]] = {
     "scalars": {**_KEYS, "entry": "int32", "value": "float64"},  # entry: into the segment's names of scalars
 }
 
-_NAME = re.compile(r"_?(\d{4,9})-rank(\d{1,9})-(\d{6,12})(?:-(\d{6,12}))?\.(parquet|tail)")
+_NAME = re.compile(r"_?(\d{4,9})-rank(\d{1,9})-(\d{6,12})(?:-(\d{6,12}))?\.(parquet|merged|tail)")
 
 
 @dataclass(frozen=True, order=True)
@@ -80,9 +81,28 @@ def part(folder: Path, key: Key, first: int, last: int | None = None) -> Path:
     return folder / (f"_{key}-{first:06d}.tail" if last is None else f"{key}-{first:06d}-{last:06d}.parquet")
 
 
+def hidden(path: Path) -> Path:
+    """What a part is called while those that it is made of are removed: no reader of Parquet sees both."""
+    return path.with_name(f"_{path.stem}.merged")
+
+
+def shown(path: Path) -> Path:
+    """What a hidden part is called from then on."""
+    return path.with_name(f"{path.stem[1:]}.parquet")
+
+
 def parts(folder: Path) -> list[Part]:
     """The files of a table that count, oldest first: without those whose rows a merged file has too."""
     return _divided(folder)[0]
+
+
+def settle(folder: Path, rank: int) -> None:
+    """Finish what a killed writer of this rank has begun: files whose rows a merged one has, and the merged one's name."""
+    for path in leftovers(folder, rank):
+        path.unlink(missing_ok=True)
+    for part in parts(folder):
+        if part.path.suffix == ".merged" and part.key.rank == rank:
+            os.replace(part.path, shown(part.path))
 
 
 def leftovers(folder: Path, rank: int) -> list[Path]:
@@ -114,7 +134,7 @@ def _listed(folder: Path) -> list[Part]:
         if match:
             segment, rank, first, last, _ = match.groups()
             found.append(Part(path, Key(int(segment), int(rank)), int(first), int(last or first)))
-    return sorted(found, key=lambda p: (p.key, p.first, -p.last, p.tail))
+    return sorted(found, key=lambda p: (p.key, p.first, -p.last, p.path.suffix != ".parquet", p.tail))
 
 
 def files(folder: Path) -> list[Path]:

@@ -26,7 +26,7 @@ class Failures:
         self.findings: list[Finding] = []
         self.step: Callable[[], int] = lambda: 0
 
-    def __call__(self, where: str, error: Exception) -> None:
+    def __call__(self, where: str, error: BaseException) -> None:
         count = self.counts[where] = self.counts.get(where, 0) + 1
         row = self._in_a_row[where] = self._in_a_row.get(where, 0) + 1
         if row >= FAULTS:

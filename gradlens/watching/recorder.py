@@ -1,17 +1,27 @@
 """From tables to records, on a thread of its own.
 
-    training thread:  tables -> Transfer -> queue
-    recorder thread:  queue -> Snapshot -> durable writers -> history -> rules -> the other writers
+    training thread:  tables -> inbox, a list
+    recorder thread:  inbox -> blocks -> durable writers -> history -> rules -> the other writers
+    a short one:      inbox -> blocks -> durable writers, when the recorder rests or is kept waiting
 
-One direction: nothing here calls back into the training loop. What the user asked to be raised waits in `to_raise`.
+One direction: nothing here calls back into the training loop. What the user asked to be raised waits for `interrupt`.
+
+The recorder takes everything that has come at once, and then rests `REST` times as long as it worked: its share of a core
+is bounded by construction, whatever the step rate. What came meanwhile is on disk all the same, no older than `RECORDED`
+seconds. A question wakes it; so does an inbox that is half full.
+
+A rule, a writer or a callback that never returns keeps its thread, and nothing else: records go on, questions are answered
+from memory after `PATIENCE` seconds, and `close()` says who it was.
 """
 
 from __future__ import annotations
 
-import contextlib
-import itertools
+import os
+import threading
+import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -21,139 +31,53 @@ from gradlens.analysis.diagnosis import Diagnosis, diagnose
 from gradlens.analysis.history import History
 from gradlens.analysis.ruleset import RuleSet
 from gradlens.analysis.trend import trend
-from gradlens.errors import FindingError, GradlensWarning
+from gradlens.blocks import Block
+from gradlens.errors import GradlensWarning
 from gradlens.facts import Fact
-from gradlens.records import Finding, Severity, Snapshot
-from gradlens.statistics.table import Table
+from gradlens.records import Finding, Severity
+from gradlens.statistics.table import Table, settle
 from gradlens.statistics.transfer import Transfer
+from gradlens.statistics.unpacking import Arrival, unpack
+from gradlens.watching.delivery import Delivery
 from gradlens.watching.failures import Failures
-from gradlens.writers.background import Background
+from gradlens.watching.inbox import Inbox
 from gradlens.writers.base import Writer
-from gradlens.writers.fanout import Fanout
+
+REST = 50  #: times as long as it worked, that the recorder rests
+SHORTEST, LONGEST = 0.05, 5.0  #: seconds that it rests at least and at most
+RECORDED = 0.4  #: seconds after which what came is with the durable writers; those take up to half a second more
+PATIENCE = 15.0  #: seconds without any progress, after which a rule, a writer or a callback is not waited for
 
 
 @dataclass(eq=False)
 class TableBatch:
-    """Tables on their way to the background thread."""
+    """Tables on their way to the recorder's thread."""
 
     step: int
+    nbytes: int
     tables: list[Table]
-    transfer: Transfer
+    losses: Sequence[float | Tensor | None]  # by table
     scalars: dict[str, Any]
-    on_device: Sequence[str] = ()  # the scalars that come last in the transfer
-    findings: Sequence[Finding] = ()
-    losses: Sequence[float | Tensor | None] = ()  # by table; those on a device come last in the transfer
+    findings: Sequence[Finding]
     facts: Sequence[Fact] = ()
-    snapshots: list[Snapshot] | None = None  # once the numbers have been taken
+    transfer: Transfer | None = None  # of what a device has
+    slots: Sequence[tuple[object, str]] = ()  # where that belongs
 
-    @property
-    def nbytes(self) -> int:
-        """What waits while the parcel waits."""
-        return sum(tensor.numel() * 8 for table in self.tables for tensor in table.pack())
+    def arrived(self) -> bool:
+        """Whether every number is there."""
+        return self.transfer is None or self.transfer.arrived()
 
-    def unpack(self) -> Iterator[Snapshot]:
-        """The tables, once their numbers have arrived."""
-        arrays = self.transfer.wait()
-        losses = list(self.losses) or [None] * len(self.tables)
-        moved = [i for i, loss in enumerate(losses) if isinstance(loss, Tensor)]
-        end = len(arrays) - len(moved)
-        for i, array in zip(moved, arrays[end:], strict=True):
-            losses[i] = array.item()
-        first = end - len(self.on_device)
-        late = {name: array.item() for name, array in zip(self.on_device, arrays[first:end], strict=True)}
-        scalars = {name: float(value) for name, value in {**self.scalars, **late}.items()}
-        given, before = iter(arrays[:first]), None
-        for table, loss in zip(self.tables, losses, strict=True):
-            own = scalars if loss is None or "loss" in scalars else {"loss": float(loss), **scalars}
-            snapshot = table.unpack(list(itertools.islice(given, len(table.pack()))), own, before)
-            before = (table, snapshot)
-            yield snapshot
+    def arrivals(self) -> list[Arrival]:
+        """The tables with their numbers; waits for those that a device has."""
+        if self.transfer is not None:
+            settle(self.slots, self.transfer.wait())
+            self.transfer = None
+        scalars = {name: float(value) for name, value in self.scalars.items()}
+        return [Arrival(table, _with_loss(scalars, loss)) for table, loss in zip(self.tables, self.losses, strict=True)]
 
 
-class RecordConsumer:
-    """A writer of table batches: what the background thread does with each.
-
-    A record that waits would be lost with the process. So what is waiting goes to the durable writers first; rules and the
-    other writers, which take longer, get it in its turn.
-    """
-
-    def __init__(
-        self,
-        history: History,
-        rules: RuleSet,
-        writers: Sequence[Writer],
-        on_finding: Callable[[Finding], None],
-    ) -> None:
-        self._history, self._rules, self._on_finding = history, rules, on_finding
-        self._durable = Fanout([writer for writer in writers if _durable(writer)])
-        self._others = Fanout([writer for writer in writers if not _durable(writer)])
-        self.waiting: Callable[[], list[Any]] = list
-        self._ahead: list[Finding] = []  # that waited, and are recorded already
-
-    def write(self, parcel: TableBatch | Finding) -> None:
-        """Snapshots, findings, records."""
-        if isinstance(parcel, Finding):
-            self._found(parcel)
-            return
-        snapshots = self._record(parcel)
-        self._record_waiting()
-        for finding in parcel.findings:
-            self._found(finding)
-        for fact in parcel.facts:
-            self._history.note(on_host(fact))
-        for snapshot in snapshots:
-            self._history.append(snapshot)
-            self._others.write(snapshot)
-            for finding in self._rules(self._history):
-                self._found(finding)
-
-    def _record(self, parcel: TableBatch) -> list[Snapshot]:
-        if parcel.snapshots is None:
-            parcel.snapshots = list(parcel.unpack())
-            for snapshot in parcel.snapshots:
-                self._durable.write(snapshot)
-        return parcel.snapshots
-
-    def _record_waiting(self) -> None:
-        for parcel in self.waiting():
-            if isinstance(parcel, Finding):  # that steps were left out, say
-                self._record_finding(parcel)
-            elif not parcel.transfer.arrived():
-                return
-            else:
-                with contextlib.suppress(Exception):  # of which is told when its turn has come
-                    self._record(parcel)
-
-    def _record_finding(self, finding: Finding) -> None:
-        if not any(finding is each for each in self._ahead):
-            self._durable.write(finding)
-            self._ahead.append(finding)
-
-    def _found(self, finding: Finding) -> None:
-        self._record_finding(finding)
-        self._ahead = [each for each in self._ahead if each is not finding]
-        self._others.write(finding)
-        self._on_finding(finding)
-
-    def flush(self) -> None:
-        """Hand on."""
-        self._durable.flush()
-        self._others.flush()
-
-    def close(self) -> None:
-        """Hand on."""
-        self._durable.close()
-        self._others.close()
-
-
-def on_host(fact: Fact) -> Fact:
-    """The fact without tensors: numbers that a device had are waited for, on this thread."""
-    moved = {f.name: float(value) for f in fields(fact) if isinstance(value := getattr(fact, f.name), Tensor)}
-    return replace(fact, **moved) if moved else fact  # type: ignore[arg-type]
-
-
-def _durable(writer: Writer) -> bool:
-    return bool(getattr(writer, "durable", False))
+def _with_loss(scalars: dict[str, float], loss: float | Tensor | None) -> dict[str, float]:
+    return scalars if loss is None or "loss" in scalars else {"loss": float(loss), **scalars}
 
 
 class Recorder:
@@ -167,42 +91,56 @@ class Recorder:
         failures: Failures,
     ) -> None:
         self.history = History()
-        self.found: list[Finding] = []
-        self._failures, self._on_finding = failures, on_finding
-        self._to_raise: list[Finding] = []
+        self._failures = failures
+        self._delivery = Delivery(self.history, RuleSet(rules), writers, on_finding, failures, self._enter)
+        self._wake = threading.Event()
+        self.inbox = Inbox(self._wake.set)
+        self._recording = threading.Lock()  # one thread takes from the inbox at a time
+        self._recorded: deque[list[tuple[Block, int]] | Finding | Fact] = deque()  # that were not delivered
         self._facts: list[Fact] = []
-        self._consumer = RecordConsumer(self.history, RuleSet(rules), writers, self._found)
-        self._background = Background(self._consumer)
-        self._consumer.waiting = self._background.waiting
+        self._requests: deque[threading.Event] = deque()
+        self._within, self._progress = "", 0  # whose function is running, and how many have
+        self._working = self._closed = False
+        self._spent = 0.0
+        self._pid = os.getpid()
+        self._ended = threading.Event()
+        self._threads = [
+            threading.Thread(target=work, name=name, daemon=True)
+            for work, name in ((self._work, "gradlens"), (self._keep_recording, "gradlens-records"))
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    # --- the training thread ----------------------------------------------------------------------------------------
 
     def note(self, fact: Fact) -> None:
         """Something is known beside gradients; it is handed on with the next tables."""
         self._facts.append(fact)
 
-    def send(self, tables: list[Table], scalars: Mapping[str, Any], losses: Sequence[float | Tensor | None] = ()) -> None:
+    def send(
+        self, tables: list[Table], scalars: Mapping[str, Any], losses: Sequence[float | Tensor | None] | None = None
+    ) -> None:
         """Hand tables on, with what the user observed at their step, and the findings that wait. Never waits."""
-        findings = list(self._failures.findings)
-        if not tables and not findings:
+        findings = self._failures.findings
+        if self._closed or not (tables or findings):
             return
-        facts, self._facts = self._facts, []
-        late = [loss for loss in losses if isinstance(loss, Tensor)]
-        observed = {name: value.detach() for name, value in scalars.items() if isinstance(value, Tensor)}
-        transfer = Transfer([tensor for table in tables for tensor in table.pack()] + list(observed.values()) + late)
         step = tables[-1].step if tables else self._failures.step()
-        self._background.write(TableBatch(step, tables, transfer, dict(scalars), list(observed), findings, losses, facts))
-        del self._failures.findings[: len(findings)]
+        size = 8 * sum(piece.numbers.numel() for table in tables for piece in table.pieces)
+        facts, self._facts = self._facts, []
+        batch = TableBatch(step, size, tables, losses or [None] * len(tables), dict(scalars), findings[:], facts)
+        del findings[: len(batch.findings)]
+        observed = [name for name, value in batch.scalars.items() if isinstance(value, Tensor) and not value.is_cpu]
+        late = [i for i, loss in enumerate(batch.losses) if isinstance(loss, Tensor) and not loss.is_cpu]
+        if observed or late or not all(table.on_host() for table in tables):
+            self._transfer(batch, observed, late)
+        self.inbox.append(batch)
 
-    def _found(self, finding: Finding) -> None:
-        self.found.append(finding)
-        if callable(self._on_finding):
-            try:
-                self._on_finding(finding)
-            except Exception as error:  # noqa: BLE001 - the user's callback must not stop the records
-                self._failures("on_finding", error)
-        elif self._on_finding == "warn":
-            warnings.warn(GradlensWarning(str(finding)), stacklevel=2)
-        elif self._on_finding == "raise" and finding.severity != Severity.INFO:
-            self._to_raise.append(finding)
+    @staticmethod
+    def _transfer(batch: TableBatch, observed: Sequence[str], late: Sequence[int]) -> None:
+        batch.losses = list(batch.losses)
+        boxes = [_Box(batch.scalars, name) for name in observed] + [_Box(batch.losses, i) for i in late]
+        batch.slots = [slot for table in batch.tables for slot in table.slots()] + [(box, "value") for box in boxes]
+        batch.transfer = Transfer([getattr(holder, name).detach() for holder, name in batch.slots])
 
     def diagnosis(self) -> Diagnosis:
         """What was found so far, in order."""
@@ -210,17 +148,203 @@ class Recorder:
 
     def interrupt(self) -> None:
         """Raise what the user asked to be raised: called in the training thread, after an update."""
-        if self._to_raise:
-            raise FindingError(self._to_raise.pop(0))
+        self._delivery.interrupt()
+
+    # --- questions --------------------------------------------------------------------------------------------------
+
+    @property
+    def found(self) -> list[Finding]:
+        """What was found, in order."""
+        return self._delivery.found
 
     def busy(self) -> bool:
-        """Whether something that was sent has not arrived yet."""
-        return self._background.busy
+        """Whether the recorder works now, and may take Python's lock from training."""
+        return self._working
+
+    @property
+    def seconds(self) -> float:
+        """Processor seconds that the recorder took."""
+        return self._spent
 
     def flush(self) -> None:
-        """Everything that was sent is in history and with the writers."""
-        self._background.flush()
+        """Everything that was sent is in history and with the writers; asked by one of these, it returns at once."""
+        if os.getpid() != self._pid or threading.current_thread() is self._threads[0]:
+            return
+        if self._closed:
+            self._wait(self._ended)
+            return
+        done = threading.Event()
+        self._requests.append(done)
+        self._wake.set()
+        if not self._wait(done):
+            self._say_stuck("a question was answered without what came last")
 
     def close(self) -> None:
-        """Drain, and close the writers."""
-        self._background.close()
+        """Drain, and close the writers; bounded in time. What was lost is said. May be called again."""
+        if self._closed or os.getpid() != self._pid:
+            return
+        self.inbox.close()
+        self._closed = True
+        self._wake.set()
+        if threading.current_thread() is self._threads[0]:
+            return
+        if not self._wait(self._ended):
+            self._close_without_recorder()
+
+    def _wait(self, done: threading.Event) -> bool:
+        """Whether it was done; not after `PATIENCE` seconds in which nothing went on."""
+        seen, since = self._progress, time.monotonic()
+        while not done.wait(0.1):
+            if not self._threads[0].is_alive():
+                return done.is_set()
+            if self._progress != seen:
+                seen, since = self._progress, time.monotonic()
+            elif self._within and time.monotonic() - since > PATIENCE:
+                return False
+        return True
+
+    def _say_stuck(self, what: str) -> Finding:
+        finding = Finding(
+            rule="recorder-stuck",
+            step=self._failures.step(),
+            severity=Severity.WARNING,
+            seen=f"{self._within or 'the recorder'} has not returned for {PATIENCE:g} seconds: {what}",
+            causes=("it waits for something that does not come: a lock, a network, an answer of its own thread",),
+            remedy="give it a timeout; records on disk go on without it",
+        )
+        if not any(finding.rule == each.rule and finding.seen == each.seen for each in self.found):
+            self.found.append(finding)
+            warnings.warn(GradlensWarning(finding.seen), stacklevel=3)
+        return finding
+
+    def _close_without_recorder(self) -> None:
+        """Somebody's function keeps the recorder's thread: the records are closed from here."""
+        if not self._recording.acquire(timeout=1.0):
+            self._say_stuck(f"the lens was closed without it, and {len(self.inbox):,} steps were not recorded")
+            return
+        self._recording.release()
+        self._record(wait=True)
+        waiting = sum(len(each) if isinstance(each, list) else 1 for each in self._recorded)
+        finding = self._say_stuck(
+            f"the lens was closed without it, and {waiting:,} records reached neither the rules nor the writers that "
+            "are not durable"
+        )
+        with self._recording:
+            self._delivery.durable.write(finding)
+            self._delivery.durable.close()
+
+    # --- recording: the inbox to the durable writers ----------------------------------------------------------------
+
+    def _keep_recording(self) -> None:
+        while not self._ended.wait(RECORDED) and not self._closed:
+            self._guarded("records", self._record)
+
+    def _record(self, wait: bool = False) -> None:
+        """Take what has come; numbers that a device still has are waited for where asked."""
+        self._enter("the durable writers")
+        with self._recording:
+            taken = self.inbox.take(lambda item: wait or isinstance(item, Finding) or item.arrived())
+            if not taken:
+                return
+            for item in taken:
+                for finding in [item] if isinstance(item, Finding) else item.findings:
+                    self._delivery.record_finding(finding)
+                    self._recorded.append(finding)
+                self._recorded.extend(() if isinstance(item, Finding) else map(on_host, item.facts))
+            moments = self._unpacked([item for item in taken if isinstance(item, TableBatch)])
+            if moments:
+                self._delivery.record(moments)
+                self._recorded.append(moments)
+
+    def _unpacked(self, batches: Sequence[TableBatch]) -> list[tuple[Block, int]]:
+        try:
+            return unpack([arrival for batch in batches for arrival in batch.arrivals()])
+        except Exception as error:  # noqa: BLE001 - a fault of ours costs the step that it touched
+            if len(batches) == 1:
+                self._failures("unpacking", error)
+                return []
+        return [moment for batch in batches for moment in self._unpacked([batch])]
+
+    # --- the recorder's thread --------------------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        rest = SHORTEST
+        while True:
+            self._wake.wait(rest)
+            self._wake.clear()
+            closing, requests = self._closed, [self._requests.popleft() for _ in range(len(self._requests))]
+            began, self._working = time.thread_time(), True
+            self._guarded("records", self._record, bool(requests) or closing)
+            self._guarded("recorder", self._deliver)
+            if requests or closing:
+                self._guarded("writers", self._delivery.flush)
+            self._working = False
+            spent = time.thread_time() - began
+            self._spent += spent
+            for done in requests:
+                done.set()
+            if closing:
+                break
+            rest = min(max(REST * spent, SHORTEST), LONGEST)
+        self._guarded("writers", self._delivery.others.close)
+        self._guarded("findings", self._say_the_last)
+        self._guarded("durable writers", self._close_durable)
+        self._enter("")
+        self._ended.set()
+
+    def _say_the_last(self) -> None:
+        """What came up while the lens was closed, and how much rules found that was not kept."""
+        for finding in [*self._failures.findings, *self._delivery.left_out()]:
+            self._delivery.tell(finding)
+        self._delivery.tell_failures()
+
+    def _deliver(self) -> None:
+        while self._recorded:
+            each = self._recorded.popleft()
+            if isinstance(each, Finding):
+                self._delivery.tell(each, recorded=True)
+            elif isinstance(each, list):
+                self._delivery.deliver(each)
+            else:
+                self.history.note(each)
+        self._delivery.tell_failures()
+        self._enter("")
+
+    def _close_durable(self) -> None:
+        with self._recording:
+            self._delivery.durable.close()
+        self._delivery.tell_failures()
+
+    def _enter(self, whose: str) -> None:
+        """Whose function runs now, on the recorder's thread."""
+        if threading.current_thread() is not self._threads[0]:
+            return
+        self._within, self._progress = whose, self._progress + 1
+
+    def _guarded(self, where: str, call: Callable[..., Any], *args: Any) -> None:
+        try:
+            call(*args)
+        except BaseException as error:  # noqa: BLE001 - the thread must live, and say what it lost
+            self._failures(where, error)
+
+
+def on_host(fact: Fact) -> Fact:
+    """The fact without tensors: numbers that a device had are waited for, on this thread."""
+    moved = {f.name: float(value) for f in fields(fact) if isinstance(value := getattr(fact, f.name), Tensor)}
+    return replace(fact, **moved) if moved else fact  # type: ignore[arg-type]
+
+
+class _Box:
+    """A place in a dictionary or a list, as an attribute."""
+
+    def __init__(self, holder: Any, key: Any) -> None:
+        self._holder, self._key = holder, key
+
+    @property
+    def value(self) -> Any:
+        """What is there."""
+        return self._holder[self._key]
+
+    @value.setter
+    def value(self, value: Any) -> None:
+        self._holder[self._key] = value

@@ -77,7 +77,8 @@ class Frame:
         by_step: dict[int, dict[str, float]] = {}
         for snapshot in self._snapshots:
             if snapshot.scalars:
-                by_step.setdefault(snapshot.step, {}).update(snapshot.scalars)
+                named = {frames.scalar_name(name): value for name, value in snapshot.scalars.items()}
+                by_step.setdefault(snapshot.step, {}).update(named)
         rows = [{**observed, "step": step} for step, observed in by_step.items()]
         names = dict.fromkeys(name for row in rows for name in row if name != "step")
         return pd.DataFrame(rows, columns=["step", *names])
@@ -185,7 +186,7 @@ class JSONLines(_File):
                 _line(file, "row", dict(zip(self._columns, row, strict=True)))
 
     def _write_scalars(self, file: IO[str], snapshot: Snapshot) -> None:
-        observed = (snapshot.step, dict(snapshot.scalars))
+        observed = (snapshot.step, {frames.scalar_name(name): value for name, value in snapshot.scalars.items()})
         if observed[1] and observed != self._observed:  # all snapshots of a step have them
             _line(
                 file,

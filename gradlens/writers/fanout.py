@@ -1,26 +1,49 @@
-"""Several writers as one. A writer that raises is named once in a warning and left out; the others go on."""
+"""Several writers as one. A writer that raises is named once and left out; the others go on.
+
+A writer that has `write_moments(moments)` is given whole blocks: a list of `(block, place)`, in order. Any other gets each
+moment as a snapshot.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from gradlens.blocks import Block
 from gradlens.errors import GradlensWarning
 from gradlens.writers.base import Writer
 
 
 class Fanout:
-    """Hands every record to every writer that works. `failed` lists those that do not, and why."""
+    """Hands every record to every writer that works. `failed` lists those that do not, and why.
 
-    def __init__(self, writers: Sequence[Writer]) -> None:
+    Args:
+        writers: Where records go.
+        on_failure: Told of each writer that failed, beside the warning.
+        entering: Told whose function is called next.
+    """
+
+    def __init__(
+        self,
+        writers: Sequence[Writer],
+        on_failure: Callable[[Writer, BaseException], None] = lambda writer, error: None,
+        entering: Callable[[str], None] = lambda whose: None,
+    ) -> None:
         self._writers = list(writers)
-        self.failed: list[tuple[Writer, Exception]] = []
+        self._on_failure, self._entering = on_failure, entering
+        self.failed: list[tuple[Writer, BaseException]] = []
 
     def write(self, record: Any) -> None:
         """To each writer."""
         self._each(lambda writer: writer.write(record))
+
+    def write_moments(self, moments: Sequence[tuple[Block, int]]) -> None:
+        """Each moment's snapshot to each writer; the blocks themselves to those that take them."""
+        if moments:
+            self._each(lambda writer: _write_moments(writer, moments))
 
     def flush(self) -> None:
         """Each writer."""
@@ -31,21 +54,33 @@ class Fanout:
         failed_before = list(self.failed)
         self._each(lambda writer: writer.close())
         for writer, _ in failed_before:
-            with contextlib.suppress(Exception):
+            with contextlib.suppress(BaseException):
                 writer.close()
         self._writers = []
 
     def _each(self, call: Callable[[Writer], None]) -> None:
         for writer in list(self._writers):
+            self._entering(f"the writer {type(writer).__name__}")
             try:
                 call(writer)
-            except Exception as error:  # noqa: BLE001 - a broken disk or server must not stop training or the other writers
+            except BaseException as error:
+                if isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
+                    raise  # the user's own Ctrl-C
                 self._writers.remove(writer)
                 self.failed.append((writer, error))
                 _warn(writer, error)
+                self._on_failure(writer, error)
 
 
-def _warn(writer: Writer, error: Exception) -> None:
+def _write_moments(writer: Any, moments: Sequence[tuple[Block, int]]) -> None:
+    if hasattr(writer, "write_moments"):
+        writer.write_moments(moments)
+        return
+    for block, at in moments:
+        writer.write(block.snapshot(at))
+
+
+def _warn(writer: Writer, error: BaseException) -> None:
     text = (
         f"{type(writer).__name__} failed and is switched off: {type(error).__name__}: {error}. Training and the other "
         "writers go on"

@@ -16,6 +16,7 @@ from itertools import groupby
 import numpy as np
 
 from gradlens.analysis.rules.base import judged
+from gradlens.blocks import Block, block_of
 from gradlens.records import Snapshot
 
 ROWS, SPANS = 160, 240  #: 160 x 240 cells of 5 sums are 1.5 MB
@@ -37,19 +38,25 @@ class Grid:
 
     def add(self, snapshot: Snapshot) -> None:
         """Count a step's snapshot in. Steps before the first are left out."""
+        self.add_moments(block_of(snapshot), [0])
+
+    def add_moments(self, block: Block, at: Sequence[int]) -> None:
+        """Count moments of a block in, in order."""
+        steps = block.step[at]
         if not self.spans:
-            self.first = snapshot.step
-        if snapshot.step < self.first or not len(snapshot):
+            self.first = int(steps[0])
+        counted = steps >= self.first
+        if not counted.any() or not len(block.parameters):
             return
-        self._cover(snapshot.names)
-        at = (snapshot.step - self.first) // self.span
-        while at >= self._max_spans:
+        moments, steps = np.asarray(at, np.int64)[counted], steps[counted]
+        self._cover(block.names)
+        while (int(steps.max()) - self.first) // self.span >= self._max_spans:
             self._fold()
-            at //= 2
-        self.spans = max(self.spans, at + 1)
-        rows = self.at(snapshot.names)
-        for total, values in zip(self._sums[:, :, at], _summands(snapshot), strict=True):
-            total += np.bincount(rows, values, len(self.labels))
+        spans = (steps - self.first) // self.span
+        self.spans = max(self.spans, int(spans.max()) + 1)
+        cells = (self.at(block.names)[None, :] * self._max_spans + spans[:, None]).ravel()
+        for total, values in zip(self._sums, _summands(block, moments), strict=True):
+            total += np.bincount(cells, values.ravel(), total.size).reshape(total.shape)
 
     def at(self, names: Sequence[str]) -> np.ndarray:
         """The rows of some parameters, `[n]`."""
@@ -90,10 +97,11 @@ class Grid:
         self.spans = (self.spans + 1) // 2
 
 
-def _summands(snapshot: Snapshot) -> list[np.ndarray]:
-    """The five sums' shares, `[n]` each: 0 for parameters that have no partials of their own."""
-    counts = snapshot.columns
-    own = judged(snapshot)
+def _summands(block: Block, moments: np.ndarray) -> list[np.ndarray]:
+    """The five sums' shares, `[moments, n]` each: 0 for parameters that have no partials of their own."""
+    names = ("positive", "negative", "zero", "square_sum", "nan", "inf")
+    counts = {name: block.columns[name][moments] for name in names}
+    own = judged(block)[moments]
     finite = counts["positive"] + counts["negative"] + counts["zero"]
     values = [counts["square_sum"], finite, counts["negative"], counts["positive"], counts["nan"] + counts["inf"]]
     return [np.where(own, np.nan_to_num(np.asarray(value, np.float64), posinf=np.inf), 0.0) for value in values]

@@ -294,11 +294,11 @@ def _entry(columns: fields.Columns, row: int, name: str, status: str, ratio: flo
 
 
 def _bar(up: float, down: float, hold: float) -> str:
-    """Shares as a picture: `+` should increase, `.` hold, `-` decrease."""
+    """Shares as a picture: `+` should increase, `.` hold, `-` decrease, `?` is not finite."""
     if math.isnan(up):
         return ""
-    first, last = round(BAR * up), round(BAR * (up + hold))
-    return "+" * first + "." * (last - first) + "-" * (BAR - last)
+    first, second, last = (round(BAR * share) for share in (up, up + hold, min(up + hold + down, 1.0)))
+    return "+" * first + "." * (second - first) + "-" * (last - second) + "?" * (BAR - last)
 
 
 # --- weights --------------------------------------------------------------------------------------------------------

@@ -7,10 +7,11 @@
 A step is written when the next begins: several snapshots make one (a backward's and the used gradient's, or the parts that
 two optimizers own). Size and direction are those of the loss's own gradient, before clipping; updates those of the used one.
 
-What a run costs is bounded, whatever its length. Numbers are written at every observed step up to the 10,000th, from there
-at steps that lie a ten-thousandth of the run apart, and at each with a finding. Pictures are drawn anew when the run has
-grown by a tenth, but not within `interval` seconds; histograms when it has grown by a quarter. Nothing here grows with the
-run but the file; the largest part is the pictures' table, 1.5 MB.
+What a run costs is bounded, whatever its length: a screen shows a thousand points. Numbers are written at each of the first
+200 observed steps, then at steps that lie a thousandth of the run apart, and `MOMENT` seconds, and at each with a finding:
+some 8,000 points of a million steps. Pictures are drawn again when the run has grown by a tenth, but not within `interval`
+seconds; histograms when it has grown by a quarter. Nothing here grows with the run but the file; the largest part is the
+pictures' table, 1.5 MB. A step of which nothing is written costs its share of that table, taken for many steps at once.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from __future__ import annotations
 import math
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +30,7 @@ from tensorboard.compat.proto.event_pb2 import Event
 from gradlens import fields
 from gradlens.analysis.history import History
 from gradlens.analysis.rules.base import judged, layout
+from gradlens.blocks import Block, block_of
 from gradlens.errors import ArgumentError, RunDirectoryError
 from gradlens.noise import Gauge
 from gradlens.records import Finding, Severity, Snapshot, Stage, Status
@@ -37,11 +41,13 @@ from gradlens.writers.grid import Grid, joined
 CHOSEN = 8
 OBSERVED = 20  #: scalars that a user observes and that are shown
 FOUND = 1000  #: findings that are kept for the page
+EACH = 200  #: observed steps, whose numbers are written each
+MOMENT = 0.02  #: seconds of the run between two steps whose numbers are written, after these
 DETAIL = 10  #: histograms tell apart what is within 2**DETAIL of the largest partial
 
 
 @dataclass
-class _Pace:
+class GeometricSchedule:
     """Due when the count has grown by a factor since it was last due: every time at first, ever more seldom later."""
 
     factor: float
@@ -62,18 +68,25 @@ class _Step:
         self.step, self.time = step, 0.0
         self.due = due  # whether its numbers are written
         self.written: set[str] = set()  # tags
-        self._last: dict[tuple[str, tuple[str, ...]], Snapshot] = {}
+        self._last: dict[tuple[str, tuple[str, ...]], tuple[Block, int]] = {}
         self._backwards = 0
+        self._alone: list[tuple[Block, int]] = []  # moments that the noise scale has not got, while one backward came
 
-    def take(self, snapshot: Snapshot) -> None:
-        """The next snapshot."""
-        self._last[snapshot.stage, snapshot.names] = snapshot
-        self._backwards = max(self._backwards, snapshot.backward + 1)
-        self.time = snapshot.time
+    def take(self, block: Block, at: int, gauge: Gauge) -> None:
+        """The next moment. The noise scale wants those of steps with several backwards alone."""
+        self._last[block.stage, block.names] = block, at
+        self._backwards = max(self._backwards, int(block.backward[at]) + 1)
+        self.time = float(block.time[at])
+        self._alone.append((block, at))
+        if self._backwards > 1:
+            for other, place in self._alone:
+                gauge.take(other.snapshot(place))
+            self._alone = []
+        del self._alone[:-8]
 
     def of(self, stage: Stage) -> Snapshot | None:
         """A stage, one row a parameter, parts behind each other."""
-        there = [snapshot for snapshot in self._last.values() if snapshot.stage == stage]
+        there = [block.snapshot(at) for (of, _), (block, at) in self._last.items() if of == stage]
         if len(there) < 2:
             return there[0] if there else None
         history, names = History(), list[str]()
@@ -83,12 +96,27 @@ class _Step:
         whole = history.at()
         return whole.take([whole.parameters.position[name] for name in names])
 
-    def gradient(self) -> Snapshot | None:
-        """The whole step's gradient of the loss, before it was clipped, where it was read; else what comes nearest."""
+    def _stage(self) -> Stage | None:
+        """That of the whole step's gradient of the loss, before it was clipped, where it was read; else the nearest."""
         whole = [Stage.REDUCED, Stage.ACCUMULATED, Stage.USED, Stage.BACKWARD]
         if self._backwards == 1:
             whole.insert(2, Stage.BACKWARD)
-        return next((snapshot for stage in whole if (snapshot := self.of(stage)) is not None), None)
+        there = {stage for stage, _ in self._last}
+        return next((stage for stage in whole if stage in there), None)
+
+    def gradient(self) -> Snapshot | None:
+        """The whole step's gradient."""
+        stage = self._stage()
+        return None if stage is None else self.of(stage)
+
+    def place(self) -> tuple[Block, int] | None:
+        """The same as a moment, where it is one."""
+        stage = self._stage()
+        there = [moment for (of, _), moment in self._last.items() if of == stage]
+        if len(there) == 1:
+            return there[0]
+        gradient = self.gradient()
+        return None if gradient is None else (block_of(gradient), 0)
 
 
 class TensorBoard:
@@ -122,11 +150,13 @@ class TensorBoard:
         self._count = 0  # steps that were observed, the open one included
         self._grid = Grid()
         self._gauge = Gauge()
+        self._unplotted: list[tuple[Block, int]] = []  # of steps that are over, and not in the pictures' table
         self._found: dict[tuple[object, ...], Finding] = {}
         self._news = False  # findings that no page has shown
         self._chosen: dict[str, str] = {}  # names, and what they are in tags
         self._described: set[str] = set()  # tags whose meaning is in the file
-        self._numbers, self._histograms, self._pictures = _Pace(1.0001), _Pace(1.25), _Pace(1.1)
+        self._numbers, self._histograms, self._pictures = (GeometricSchedule(factor) for factor in (1.001, 1.25, 1.1))
+        self._numbered_at = -math.inf
         self._drawn_at = self._told_at = -math.inf
 
     @property
@@ -138,13 +168,35 @@ class TensorBoard:
         """Take a record. Snapshots of a step that was left behind are not shown."""
         if isinstance(record, Finding):
             self._remember(record)
-        elif record.step >= self._open.step:
-            if record.step > self._open.step:
+        else:
+            self.write_moments([(block_of(record), 0)])
+
+    def write_moments(self, moments: Sequence[tuple[Block, int]]) -> None:
+        """Take moments, each a block and a place in it."""
+        for block, at in moments:
+            step = int(block.step[at])
+            if step > self._open.step:
                 self._finish()
                 self._count += 1
-                self._open = _Step(record.step, due=self._numbers.due(self._count))
-            self._open.take(record)
-            self._gauge.take(record)
+                self._open = _Step(step, due=self._due(float(block.time[at])))
+            if step == self._open.step:
+                self._open.take(block, at, self._gauge)
+        self._plot()
+
+    def _due(self, now: float) -> bool:
+        """Whether the numbers of the next step are written."""
+        rested = self._count <= EACH or not 0 <= now - self._numbered_at < MOMENT
+        if not (rested and self._numbers.due(self._count)):
+            return False
+        self._numbered_at = now
+        return True
+
+    def _plot(self) -> None:
+        """Count the steps that are over into the pictures' table."""
+        for _, run in groupby(self._unplotted, key=lambda moment: id(moment[0])):
+            members = list(run)
+            self._grid.add_moments(members[0][0], [at for _, at in members])
+        self._unplotted = []
 
     def flush(self) -> None:
         """Write the open step's numbers, and the findings. What the step gets later is written later."""
@@ -172,15 +224,21 @@ class TensorBoard:
     # --- one event a step -------------------------------------------------------------------------------------------
 
     def _finish(self, last: bool = False) -> None:
-        event = self._event()
-        gradient, noise = self._open.gradient(), self._gauge.end()
+        noise, place = self._gauge.end(), self._open.place()
+        if place is not None:
+            self._unplotted.append(place)
+        histograms = self._histograms.due(self._count) or last
+        pictures = last or (self._rested(self._drawn_at) and self._pictures.due(self._count))
+        if not (self._open.due or self._news or histograms or pictures):
+            return
+        self._plot()
+        event, gradient = self._event(), self._open.gradient()
         if gradient is not None:
-            self._grid.add(gradient)
             self._add_help(event)
             self._add_numbers(event, math.nan if noise is None else noise.noise_scale)
-            if self._histograms.due(self._count) or last:
+            if histograms:
                 self._add_histograms(event, gradient)
-            if last or (self._rested(self._drawn_at) and self._pictures.due(self._count)):
+            if pictures:
                 self._drawn_at = self._open.time
                 self._add_pictures(event)
             self._news |= last and self._told_at == -math.inf  # a healthy run says so at its end
@@ -279,8 +337,11 @@ class TensorBoard:
 # --- what the numbers are: NaN where there is nothing to say ----------------------------------------------------------
 
 
+_OF_MODEL = ("numel", "positive", "negative", "zero", "nan", "inf", "square_sum", "flip_count", "flip_moving")
+
+
 def _of_model(gradient: Snapshot) -> dict[str, float]:
-    whole = _pooled(gradient, "positive", "negative", "zero", "nan", "inf", "square_sum", "flip_count", "flip_moving")
+    whole = _pooled(gradient, *_OF_MODEL)
     result = {
         f"{tags.HEALTH}/gradient_norm": fields.derive("l2", whole).item(),
         f"{tags.HEALTH}/layer_spread": _spread(gradient),

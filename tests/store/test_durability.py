@@ -96,7 +96,6 @@ def test_what_waits_is_recorded_before_slow_rules_have_seen_it(tmp_path):
         case.train(9, first=1)
         go_on[0].set()
         assert reached[1].wait(20)
-        assert lens._recorder.history.latest().step == 1
         until(lambda: open_run(tmp_path).steps() == list(range(10)))
         go_on[1].set()
     assert lens.history()["step"].unique().tolist() == list(range(10))
@@ -197,15 +196,15 @@ def test_a_disk_that_is_slower_than_training_thins_the_records(tmp_path, monkeyp
     monkeypatch.setattr(tail.Tail, "_write", slow)
     case = gradlens.testing.healthy()
     with gradlens.watch(case.model, case.optimizer, writers=[Store(tmp_path, interval=0.05)]) as lens:
-        lens._recorder._background._queue.maxsize = 64  # a queue that is soon full
+        lens._recorder.inbox.items = 64  # soon full
         losses, most = case.train(5), 0
         time.sleep(0.2)  # by now a flush stands still
         for step in range(5, 150):
             losses += case.train(1, first=step)
-            most = max(most, len(lens._recorder._background.waiting()))
+            most = max(most, len(lens._recorder.inbox))
         assert most == 64
         go_on.set()
-        until(lambda: not lens._recorder.busy())
+        lens.flush()
         losses += case.train(10, first=150)
         found = lens.findings()
     same_training((losses, case.model.state_dict()), alone(160))

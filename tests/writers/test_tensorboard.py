@@ -261,21 +261,34 @@ def test_it_is_a_writer_and_closes_once(tmp_path):
 # --- now and then ---------------------------------------------------------------------------------------------------
 
 
-def test_numbers_are_thinned_only_in_a_very_long_run(tmp_path):
-    """Every step up to the 10,000th has its numbers; from there on they lie ever further apart, but for findings."""
+def numbered(tmp_path, steps, seconds, found=()):
+    """The steps of which a run of so many, each of so many seconds, has numbers."""
     writer = TensorBoard(tmp_path, chosen=0)
     record = snapshot(0, Stage.BACKWARD, {"x": np.ones(1)}, {"x": np.ones(1)}, time=0.0)
-    for number in range(12_000):
-        writer.write(replace(record, step=number, histogram=None))
-        if number == 11_995:
+    for number in range(steps):
+        writer.write(replace(record, step=number, time=number * seconds, histogram=None))
+        if number in found:
             writer.write(finding(number))
     writer.close()
-    at = [event.step for event in events(writer.path)[1:] if len(event.summary.value) > 2]
-    assert at[:10_000] == list(range(10_000))
-    later = set(range(10_000, 12_000)) & set(at)
-    assert 1000 <= len(later) <= 1003
-    assert 11_995 in later
-    assert 11_993 not in later
+    return [event.step for event in events(writer.path)[1:] if len(event.summary.value) > 2]
+
+
+def test_numbers_are_thinned_only_in_a_long_run(tmp_path):
+    """Every step up to the 1,000th has its numbers; from there on they lie ever further apart, but for findings."""
+    at = numbered(tmp_path, 5000, 1.0, found=[4995])
+    assert at[:1000] == list(range(1000))
+    later = [step for step in at if step >= 1000]
+    assert 1200 <= len(later) <= 1300  # half of 1000 * ln 2 up to the 2,000th, where steps are whole numbers
+    assert 4995 in at
+    assert all(late <= 1.001 * early + 2 for early, late in pairwise(later))
+
+
+def test_a_fast_run_has_no_more_numbers_than_a_screen_shows(tmp_path):
+    """After the first 200 steps they lie 20 ms of the run apart, at least."""
+    at = numbered(tmp_path, 2000, 0.001)
+    assert at[:200] == list(range(200))
+    assert all(late - early >= 20 for early, late in pairwise(at[200:-1]))
+    assert 280 <= len(at) <= 300
 
 
 def test_pictures_and_histograms_get_ever_rarer(tmp_path):

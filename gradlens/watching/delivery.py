@@ -1,0 +1,191 @@
+"""What the recorder does with blocks: history, rules, writers and the user's own functions, in that order.
+
+    moments -> history -> rules -> of each moment: the writers, then what was found of it
+
+A rule, a writer or a callback may raise whatever it likes, SystemExit too: it is named once, in a finding, and left out; the
+others go on. It may ask the lens anything: it is answered from what is in memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+from gradlens.analysis.history import History
+from gradlens.analysis.ruleset import RuleSet
+from gradlens.blocks import Block
+from gradlens.errors import FindingError, GradlensWarning
+from gradlens.records import Finding, Severity
+from gradlens.watching.failures import Failures
+from gradlens.writers.base import Writer
+from gradlens.writers.fanout import Fanout
+
+ROWS = 100_000  #: of blocks that are handed on together: some 40 MB
+FINDINGS = 2000  #: that one rule may make; what it finds after that is counted, and said at the end
+
+Moments = Sequence[tuple[Block, int]]
+
+
+class Delivery:
+    """Hands on what was recorded; called from the recorder's thread."""
+
+    def __init__(
+        self,
+        history: History,
+        rules: RuleSet,
+        writers: Sequence[Writer],
+        on_finding: str | Callable[[Finding], None],
+        failures: Failures,
+        entering: Callable[[str], None],
+    ) -> None:
+        self.found: list[Finding] = []
+        self.to_raise: list[Finding] = []
+        self._history, self._rules, self._failures = history, rules, failures
+        self._on_finding = on_finding
+        self._entering = entering
+        self._times: Counter[str] = Counter()
+        self.durable = Fanout([writer for writer in writers if _durable(writer)], self._writer_failed, entering)
+        self.others = Fanout([writer for writer in writers if not _durable(writer)], self._writer_failed, entering)
+        self._broken: list[Finding] = []  # writers that failed, of which nobody has heard yet
+        self._step = 0
+
+    # --- records ----------------------------------------------------------------------------------------------------
+
+    def record(self, moments: Moments) -> None:
+        """To the durable writers, at once."""
+        if moments:
+            block, at = moments[-1]
+            self._step = int(block.step[at])
+        self.durable.write_moments(moments)
+
+    def record_finding(self, finding: Finding) -> None:
+        """The same of a finding that is no rule's."""
+        self.durable.write(finding)
+
+    # --- everything else --------------------------------------------------------------------------------------------
+
+    def deliver(self, moments: Moments) -> None:
+        """To the history, the rules, the other writers."""
+        start = rows = 0
+        for stop, (block, _) in enumerate(moments, start=1):
+            rows += len(block.parameters)
+            if rows >= ROWS or stop == len(moments):
+                self._deliver(moments[start:stop])
+                start, rows = stop, 0
+        self.tell_failures()
+
+    def _deliver(self, moments: Moments) -> None:
+        first = self._history.extend(moments)[0].moments[0].seq
+        self._entering("a rule")
+        new = self._rules.ask(self._history)
+        at = 0
+        for seq, finding in new:
+            stop = min(max(seq - first + 1, at), len(moments))
+            self.others.write_moments(moments[at:stop])
+            at = stop
+            self.tell(finding)
+        self.others.write_moments(moments[at:])
+        self._history.trim()
+
+    def tell(self, finding: Finding, *, recorded: bool = False) -> None:
+        """Hand a finding on to everybody."""
+        times = self._times[finding.rule] = self._times[finding.rule] + 1
+        if times > FINDINGS:
+            return
+        self._tell(finding, recorded=recorded)
+        if times == FINDINGS:
+            self._tell(_too_many(finding))
+
+    def _tell(self, finding: Finding, *, recorded: bool = False) -> None:
+        self.found.append(finding)
+        if not recorded:
+            self.durable.write(finding)
+        self.others.write(finding)
+        self._call(finding)
+
+    def _call(self, finding: Finding) -> None:
+        if callable(self._on_finding):
+            self._entering("on_finding")
+            try:
+                self._on_finding(finding)
+            except BaseException as error:  # noqa: BLE001 - the user's callback must not stop the records
+                if not isinstance(error, Exception):  # it asked for an end, which this thread is not the one to make
+                    self._on_finding = "record"
+                self._failures("on_finding", error)
+        elif self._on_finding == "warn":
+            with contextlib.suppress(GradlensWarning):
+                warnings.warn(GradlensWarning(str(finding)), stacklevel=2)
+        elif self._on_finding == "raise" and finding.severity != Severity.INFO:
+            self.to_raise.append(finding)
+
+    # --- writers that fail ------------------------------------------------------------------------------------------
+
+    def _writer_failed(self, writer: Writer, error: BaseException) -> None:
+        self._broken.append(_failed(writer, error, self._step))
+
+    def tell_failures(self) -> None:
+        """Say which writers have failed since it was last said: in memory, in those that work, and in the report."""
+        while self._broken:
+            self.tell(self._broken.pop(0))
+
+    def flush(self) -> None:
+        """Every writer; and what that gave."""
+        self.durable.flush()
+        self.others.flush()
+        self.tell_failures()
+
+    def interrupt(self) -> None:
+        """Raise what the user asked to be raised."""
+        if self.to_raise:
+            raise FindingError(self.to_raise.pop(0))
+
+    def left_out(self) -> list[Finding]:
+        """What each rule found beyond what was handed on."""
+        return [_beyond(rule, times, self._step) for rule, times in self._times.items() if times > FINDINGS]
+
+
+def _durable(writer: Writer) -> bool:
+    return bool(getattr(writer, "durable", False))
+
+
+def _failed(writer: Writer, error: BaseException, step: int) -> Finding:
+    name, durable = type(writer).__name__, _durable(writer)
+    what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    return Finding(
+        rule="writer-failed",
+        step=step,
+        severity=Severity.ERROR if durable else Severity.WARNING,
+        seen=f"{name} failed and is switched off: {what}"
+        + (f"; nothing is recorded on disk from about step {step} on" if durable else ""),
+        causes=("the disk is full, or the directory was removed or cannot be written",)
+        if isinstance(error, OSError)
+        else ("a fault in the writer, or in what it writes to",),
+        remedy="training and the other writers go on, and what is in memory can be asked; for records on disk, watch again "
+        "with a directory that can be written"
+        if durable
+        else "training and the other writers go on; mend the writer",
+    )
+
+
+def _too_many(finding: Finding) -> Finding:
+    return Finding(
+        rule="findings-bounded",
+        step=finding.step,
+        severity=Severity.WARNING,
+        seen=f"{finding.rule} has found {FINDINGS:,} things; what it finds from here on is counted and not kept",
+        causes=("a rule that finds something new at nearly every step",),
+        remedy="make its threshold stricter, or have it ask that something lasts (gradlens.rules.lasting)",
+        value=float(FINDINGS),
+    )
+
+
+def _beyond(rule: str, times: int, step: int) -> Finding:
+    return Finding(
+        rule="findings-left-out",
+        step=step,
+        severity=Severity.INFO,
+        seen=f"{rule} found {times:,} things in all, of which the first {FINDINGS:,} were kept",
+        value=float(times - FINDINGS),
+    )

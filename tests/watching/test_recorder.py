@@ -1,0 +1,351 @@
+"""The recorder's thread: bounded work, answers to whoever asks, and nothing that stops it."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+import warnings
+
+import numpy as np
+import pytest
+
+import gradlens
+from gradlens import Finding, open_run
+from gradlens.errors import GradlensWarning
+from gradlens.testing import RecordingWriter, healthy
+from gradlens.watching import delivery, inbox, recorder
+
+QUIET = pytest.mark.filterwarnings("ignore::gradlens.errors.GradlensWarning")
+
+
+def once(step=2, name="once"):
+    """A rule that finds one thing, at a step."""
+
+    def rule(history):
+        newest = history.latest()
+        if newest.step == step and newest.stage == "used":
+            yield Finding(name, newest.step, "warning", "seen")
+
+    return rule
+
+
+def bounded(call, seconds=20.0):
+    """What a call gives, on a thread of its own, which must end."""
+    result = []
+    thread = threading.Thread(target=lambda: result.append(call()), daemon=True)
+    thread.start()
+    thread.join(seconds)
+    assert not thread.is_alive(), "it never returned"
+    return result[0]
+
+
+# --- whoever is called may ask --------------------------------------------------------------------------------------
+
+QUESTIONS = {
+    "report": lambda lens: lens.report(),
+    "print": str,
+    "table": lambda lens: lens.table(),
+    "history": lambda lens: lens.history(),
+    "findings": lambda lens: lens.findings(),
+    "flush": lambda lens: lens.flush(),
+    "weights": lambda lens: lens.weights(top=3),
+    "overhead": lambda lens: str(lens.overhead()),
+    "close": lambda lens: lens.close(),
+}
+
+
+@QUIET
+@pytest.mark.parametrize("asked", QUESTIONS)
+@pytest.mark.parametrize("who", ["on_finding", "rule", "writer"])
+def test_whoever_is_called_may_ask_the_lens(asked, who, tmp_path):
+    """From a callback, a rule or a writer every question has an answer, and the records go on."""
+    answers, case = [], healthy()
+
+    def ask(*_):
+        if len(answers) < 3:
+            answers.append(QUESTIONS[asked](lens))
+
+    writer = RecordingWriter()
+    if who == "writer":
+        writer.write = ask
+    rules = [once(), lambda history: ask()] if who == "rule" else [once()]
+    options = {"on_finding": ask} if who == "on_finding" else {}
+    lens = gradlens.watch(case.model, case.optimizer, run=tmp_path, rules=rules, writers=[writer], **options)
+    case.train(6)
+    bounded(lens.close)
+    assert answers
+    steps = open_run(tmp_path).steps()
+    assert steps == list(range(len(steps)))
+    assert len(steps) == 6 or (asked == "close" and steps)
+
+
+# --- whoever is called may fail, or never return --------------------------------------------------------------------
+
+ERRORS = [RuntimeError("no"), SystemExit(3), KeyboardInterrupt(), MemoryError()]
+
+
+@QUIET
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("who", ["on_finding", "rule", "write", "flush", "close"])
+def test_whatever_is_raised_is_named_once_and_the_rest_goes_on(error, who, tmp_path):
+    """SystemExit and KeyboardInterrupt too: every step is recorded, other writers and findings are there."""
+
+    def fail(*_):
+        raise error
+
+    bad, good, case = RecordingWriter(), RecordingWriter(), healthy()
+    if who in ("write", "flush", "close"):
+        setattr(bad, who, fail)
+    rules = [once(), fail] if who == "rule" else [once()]
+    options = {"on_finding": fail} if who == "on_finding" else {}
+    lens = gradlens.watch(case.model, case.optimizer, run=tmp_path, rules=rules, writers=[bad, good], **options)
+    case.train(10)
+    bounded(lens.flush)
+    case.train(10, first=10)
+    bounded(lens.close)
+    assert open_run(tmp_path).steps() == list(range(20))
+    found = lens.findings()
+    assert sum(finding.rule == "once" for finding in found) == 1
+    named = [finding for finding in found if type(error).__name__ in finding.seen]
+    assert len(named) == 1
+    assert {record.step for record in good.records if not isinstance(record, Finding)} == set(range(20))
+
+
+@QUIET
+@pytest.mark.parametrize("who", ["on_finding", "rule", "writer"])
+def test_who_never_returns_is_named_and_the_lens_closes(who, tmp_path, monkeypatch):
+    """close() is bounded, says who it was, and every step is on disk."""
+    monkeypatch.setattr(recorder, "PATIENCE", 1.0)
+    never, case = threading.Event(), healthy()
+
+    def block(*_):
+        never.wait()
+
+    writer = RecordingWriter()
+    if who == "writer":
+        writer.write = block
+    rules = [once(), lambda history: block()] if who == "rule" else [once()]
+    options = {"on_finding": block} if who == "on_finding" else {}
+    lens = gradlens.watch(case.model, case.optimizer, run=tmp_path, rules=rules, writers=[writer], **options)
+    case.train(10)
+    bounded(lens.flush)
+    case.train(10, first=10)
+    bounded(lens.close)
+    stuck = [finding for finding in lens.findings() if finding.rule == "recorder-stuck"]
+    assert stuck
+    assert {"on_finding": "on_finding", "rule": "a rule", "writer": "RecordingWriter"}[who] in stuck[-1].seen
+    run = open_run(tmp_path)
+    assert run.steps() == list(range(20))
+    assert "recorder-stuck" in {finding.rule for finding in run.findings()}
+    never.set()
+
+
+def test_a_process_ends_though_a_writer_never_returns(tmp_path):
+    """The interpreter's exit is bounded too, and what was recorded is there."""
+    script = f"""
+    import threading, warnings
+    import gradlens
+    from gradlens.testing import RecordingWriter, healthy
+    from gradlens.watching import recorder
+    warnings.simplefilter("ignore")
+    recorder.PATIENCE = 0.5
+    case, writer = healthy(), RecordingWriter()
+    writer.write = lambda record: threading.Event().wait()
+    gradlens.watch(case.model, case.optimizer, run={str(tmp_path)!r}, writers=[writer])
+    case.train(5)
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True, timeout=60, stderr=subprocess.DEVNULL)
+    assert open_run(tmp_path).steps() == list(range(5))
+
+
+def test_sigterm_loses_a_second_at_most(tmp_path):
+    """As kill -9 does: Python ends without a word, and the steps before the last second are on disk."""
+    script = f"""
+    import time
+    import gradlens
+    from gradlens.testing import healthy
+    case = healthy()
+    lens = gradlens.watch(case.model, case.optimizer, run={str(tmp_path)!r})
+    case.train(20)
+    time.sleep(1.5)
+    print("ready", flush=True)
+    time.sleep(60)
+    """
+    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)], stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b"ready\n"
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == -signal.SIGTERM
+    assert open_run(tmp_path).steps() == list(range(20))
+
+
+# --- a dead store ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gone", ["", "history", "segments"])
+def test_a_store_that_died_is_a_finding_everywhere(gone, tmp_path):
+    """In memory, in the other writers, in the report; soon after it happened, and training goes on."""
+    import shutil
+
+    case, other = healthy(), RecordingWriter()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        lens = gradlens.watch(case.model, case.optimizer, run=tmp_path / "run", writers=[other])
+        case.train(5)
+        lens.flush()
+        shutil.rmtree(tmp_path / "run" / gone)
+        case.train(5, first=5)
+        lens.flush()
+        found = [finding for finding in lens.findings() if finding.rule == "writer-failed"]
+        report = lens.report()
+        lens.close()
+    store = [finding for finding in found if finding.seen.startswith("Store")]
+    assert len(store) == 1
+    assert store[0].severity == "error"
+    assert "from about step" in store[0].seen
+    assert "removed" in store[0].seen
+    assert store[0] in other.records
+    assert "writer-failed" in report
+    assert "nothing looks ill" not in report
+
+
+# --- floods ---------------------------------------------------------------------------------------------------------
+
+
+@QUIET
+def test_findings_are_bounded_and_that_is_said(tmp_path, monkeypatch):
+    """A rule that finds too much is cut off, by name and with how much it was; the others are not."""
+    monkeypatch.setattr(delivery, "FINDINGS", 50)
+
+    def noisy(history):
+        newest = history.latest()
+        return [Finding("noisy", newest.step, "info", "", f"p{newest.step}.{i}") for i in range(5)]
+
+    case = healthy()
+    with gradlens.watch(case.model, case.optimizer, run=tmp_path, rules=[noisy, once(19)]) as lens:
+        case.train(20)
+    for found in (lens.findings(), open_run(tmp_path).findings()):
+        rules = [finding.rule for finding in found]
+        assert rules.count("noisy") == 50
+        assert rules.count("findings-bounded") == 1
+        assert rules.count("once") == 1
+        (left,) = [finding for finding in found if finding.rule == "findings-left-out"]
+        assert left.value == 20 * 5 - 50
+
+
+# --- the training thread --------------------------------------------------------------------------------------------
+
+
+def test_the_training_thread_wakes_nobody(monkeypatch):
+    """A step is appended to a list: no lock is taken, no event is set, while there is room."""
+    woken = []
+    box = inbox.Inbox(lambda: woken.append(1), items=100)
+
+    class Item:
+        step, nbytes = 0, 8
+
+    for _ in range(50):
+        box.append(Item())
+    assert (len(box), woken) == (50, [])
+    for _ in range(10):
+        box.append(Item())
+    assert woken
+
+
+def test_a_full_inbox_leaves_out_whole_steps_and_says_which():
+    """What finds no room is left out by step, and one finding names the steps."""
+    box = inbox.Inbox(items=4)
+
+    class Item:
+        def __init__(self, step):
+            self.step, self.nbytes = step, 8
+
+    for step in range(10):
+        for _ in range(2):
+            box.append(Item(step))
+    first = box.take()
+    box.append(Item(10))
+    gap, last = box.take()
+    assert [item.step for item in first] == [0, 0, 1, 1]
+    assert (gap.rule, gap.step, gap.value) == ("records-thinned", 2, 8.0)
+    assert last.step == 10
+    for step in range(11, 20):
+        box.append(Item(step))
+    box.take()
+    box.close()
+    (gap,) = box.take()
+    assert gap.step == 15
+
+
+def test_the_recorder_rests_fifty_times_as_long_as_it_works():
+    """Its processor time is a small share of the time that passes, at any step rate."""
+    case = healthy()
+    with gradlens.watch(case.model, case.optimizer) as lens:
+        case.train(20)
+        lens.flush()
+        before, began, steps = lens._recorder.seconds, time.monotonic(), 20
+        while time.monotonic() - began < 3.0:
+            case.train(20, first=steps)
+            steps += 20
+        share = (lens._recorder.seconds - before) / (time.monotonic() - began)
+    assert share < 0.06  # 2 % by construction, and one question at most within these seconds
+
+
+def test_what_came_is_on_disk_while_the_recorder_rests(tmp_path, monkeypatch):
+    """Between two rounds of rules and pictures the rows alone are written: a reader finds them within a second."""
+    monkeypatch.setattr(recorder, "SHORTEST", 60.0)
+    monkeypatch.setattr(recorder, "LONGEST", 60.0)
+    case = healthy()
+    lens = gradlens.watch(case.model, case.optimizer, run=tmp_path, rules=[once()])
+    case.train(3)
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline and open_run(tmp_path).steps() != [0, 1, 2]:
+        time.sleep(0.05)
+    assert open_run(tmp_path).steps() == [0, 1, 2]
+    assert lens._recorder.found == []
+    assert [finding.rule for finding in lens.findings()] == ["once"]  # a question wakes it
+    lens.close()
+
+
+@pytest.mark.parametrize("run", [False, True])
+def test_memory_stays_flat(run, tmp_path):
+    """Twice as many steps take no more: the slope over four thousand steps, after the history is full."""
+    import tracemalloc
+
+    case = healthy()
+    with gradlens.watch(case.model, case.optimizer, run=tmp_path if run else None) as lens:
+        sizes = []
+        tracemalloc.start()
+        try:
+            for round_ in range(5):
+                case.train(800, first=800 * round_)
+                lens.flush()
+                sizes.append(tracemalloc.get_traced_memory()[0])
+        finally:
+            tracemalloc.stop()
+    late = np.diff(sizes)[1:]
+    assert np.median(late) < 400_000  # bytes for 800 steps of 6 parameters, whose rows alone take 4 MB
+
+
+def test_a_question_from_another_thread_is_answered(tmp_path):
+    """Of the steps that are over."""
+    case = healthy()
+    with gradlens.watch(case.model, case.optimizer) as lens:
+        case.train(5)
+        table = bounded(lambda: lens.table())
+    assert table["step"].unique().tolist() == [4]
+    assert os.getpid()
+
+
+def test_a_warning_turned_into_an_error_stops_nothing():
+    """`-W error` and a writer that fails."""
+    case, bad, good = healthy(), RecordingWriter(), RecordingWriter()
+    bad.write = lambda record: 1 / 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", GradlensWarning)
+        with gradlens.watch(case.model, case.optimizer, writers=[bad, good], on_finding="warn", rules=[once()]) as lens:
+            case.train(5)
+    assert {finding.rule for finding in lens.findings()} == {"once", "writer-failed"}
+    assert len(good.records) >= 10
