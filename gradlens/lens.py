@@ -30,7 +30,7 @@ from gradlens.errors import (
     StepError,
     nearest,
 )
-from gradlens.noise import DECAY, NoiseScale, measured
+from gradlens.noise import DECAY, NoiseScale, effective_size, measured
 from gradlens.records import Finding, Snapshot, Stage
 from gradlens.schedules import Schedule, as_schedule
 from gradlens.selection import Select
@@ -119,6 +119,7 @@ class Lens:
             self._watcher = Watcher(watched, self._tables, Guard(self._failures, timed), may_raise=self._recorder.interrupt)
             self._failures.step = lambda: self._watcher.step.number
             self._closed = False
+            self._micro_batches: tuple[int, list[float]] = (-1, [])  # a step, and the sizes that observe() was told
             self._closing = threading.Lock()
             self._partials = self._keep_partials(keep, optimizers, own)
             self._watcher.attach()
@@ -230,14 +231,19 @@ class Lens:
             evidence=evidence,
         )
 
-    def noise_scale(self, *, decay: float = DECAY) -> NoiseScale:
+    def noise_scale(
+        self, *, decay: float = DECAY, sizes: Sequence[float] | None = None, weighted: bool = False
+    ) -> NoiseScale:
         """How noisy the gradient of one micro-batch is: the batch size above which larger ones bring little.
 
         From the micro-batches of each step in memory, no gradient stored; in examples after `observe(batch_size=)`. A step's
         weight falls by `decay` with each one after it. Where nothing is known the result says why.
+
+        `sizes`: the examples of each of a step's micro-batches, `[30, 2]`, where they are unequal and `observe` was not
+        told; `weighted`: their losses counted by size, and not alike. Backwards that are not alike have no scale.
         """
         self._catch_up()
-        return measured(self._recorder.history, decay=decay)
+        return measured(self._recorder.history, decay=decay, sizes=sizes, weighted=weighted)
 
     def diagnosis(self) -> Diagnosis:
         """What is wrong with this training, as far as that can be said: the origin, and what follows from it."""
@@ -300,7 +306,8 @@ class Lens:
     def observe(self, loss: Any = None, *, batch_size: int | None = None, **scalars: Any) -> None:
         """Attach values to the open step, or to the next where none is open. Tensors are taken without a device sync.
 
-        `batch_size`: the examples of one backward, which makes examples the unit of the noise scale.
+        `batch_size`: the examples of one backward, which makes examples the unit of the noise scale. Said for each
+        backward of a step, it is recorded as their harmonic mean, which unequal ones amount to.
         """
         self._require_open("observe()")
         if loss is not None and not self._watcher.step.open:
@@ -308,8 +315,17 @@ class Lens:
                 loss = None  # it was the root of a backward whose step is over, and stands there
             else:
                 self._watcher.auditor.observed(loss, self._watcher.step.number)
-        given = {"loss": loss, "batch_size": batch_size, **scalars}
+        given = {"loss": loss, "batch_size": self._batch_size(batch_size), **scalars}
         self._watcher.observe({name: arguments.number_of(name, value) for name, value in given.items() if value is not None})
+
+    def _batch_size(self, given: float | None) -> float | None:
+        """The examples of one backward of this step: of several, the harmonic mean."""
+        if not isinstance(given, int | float):
+            return given
+        step, sizes = self._micro_batches
+        sizes = [*sizes, given] if step == self._watcher.step.number else [given]
+        self._micro_batches = self._watcher.step.number, sizes
+        return given if len(set(sizes)) == 1 or not all(size > 0 for size in sizes) else effective_size(sizes)
 
     def step(self) -> None:
         """The step ends here: for loops without an optimizer."""

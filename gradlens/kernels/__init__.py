@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from gradlens.errors import ArgumentError, GradlensWarning
-from gradlens.kernels import batched, native
+from gradlens.kernels import accumulate, batched, native
 from gradlens.kernels.native import StableTensors
 from gradlens.kernels.prepared import GeneralPrepared, NativePrepared, Prepared
 
-__all__ = ["summarize", "compare", "sample", "prepare", "Prepared", "StableTensors"]
+__all__ = ["summarize", "compare", "sample", "prepare", "add_moments", "fold_decayed", "Prepared", "StableTensors"]
 
 OptionalTensors = Sequence[Tensor | None]  #: one entry a tensor, None where there is none
 
@@ -190,3 +190,18 @@ def prepare(
         if fast is not None:
             return fast
     return GeneralPrepared(_backend(weights), weights, previous, before)
+
+
+def add_moments(gradient: Tensor, kept: Sequence[Tensor], divisor: float | Tensor, share: float, weight: float) -> bool:
+    """As `accumulate.add_moments`: whether there is a kernel that did it."""
+    return accumulate.add_moments(_kernel_for(kept[0]), gradient, kept, divisor, share, weight)
+
+
+def fold_decayed(gradient: Tensor, kept: Sequence[Tensor], share: float) -> bool:
+    """As `accumulate.fold_decayed`: whether there is a kernel that did it."""
+    return accumulate.fold_decayed(_kernel_for(kept[0]), gradient, kept, share)
+
+
+def _kernel_for(tensor: Tensor) -> native.Native | None:
+    kernel = _native() if tensor.is_cpu else None
+    return kernel if isinstance(kernel, native.Native) else None

@@ -1563,3 +1563,147 @@ EXPORT int gradlens_unchanged(const task *tasks, int64_t n, const double *sample
     restore(was);
     return same[0] + 2 * same[1];
 }
+
+/* --- evidence -------------------------------------------------------------------------------------------------------------------- */
+
+/* What is known of n weights, one number a weight: see `statistics/evidence.py`. */
+typedef struct {
+    const void *gradient;
+    int type;
+    double divisor, share, weight;
+    double *mean, *squares;
+    int32_t *positive, *negative;
+} moments;
+
+typedef struct {
+    const double *gradient;
+    double share;
+    double *mean, *square;
+    float *sign, *seen, *flips, *moving;
+    int32_t *steps;
+    int8_t *last;
+} decayed;
+
+INLINE void add_moments(const void *argument, int64_t start, int64_t stop) {
+    const moments *m = argument;
+    const double share = m->share, weight = m->weight, divisor = m->divisor;
+    float between[BLOCK];
+    double room[BLOCK];
+    for (int64_t at = start; at < stop; at += BLOCK) {
+        int n = (int)(stop - at < BLOCK ? stop - at : BLOCK);
+        const double *g = wide((const char *)m->gradient + at * SIZE[m->type], m->type, n, between, room);
+        double *restrict mean = m->mean + at, *restrict squares = m->squares + at;
+        int32_t *restrict positive = m->positive + at, *restrict negative = m->negative + at;
+        if (divisor != 1) {
+            for (int i = 0; i < n; i++)
+                room[i] = g[i] / divisor;
+            g = room;
+        }
+        for (int i = 0; i < n; i++) {
+            double step = g[i] - mean[i];
+            mean[i] += share * step;
+            squares[i] += weight * (step * (g[i] - mean[i]));
+        }
+        for (int i = 0; i < n; i++) {
+            positive[i] += g[i] > 0;
+            negative[i] += g[i] < 0;
+        }
+    }
+}
+
+/* Exponentially decayed means, in the form that torch has for shares below a half. What is not finite has share 0. */
+INLINE void fold_decayed(const void *argument, int64_t start, int64_t stop) {
+    const decayed *d = argument;
+    const double share = d->share;
+    float sign[BLOCK], both[BLOCK], narrow_share[BLOCK];
+    for (int64_t at = start; at < stop; at += BLOCK) {
+        int n = (int)(stop - at < BLOCK ? stop - at : BLOCK);
+        const double *g = d->gradient + at;
+        double *restrict mean = d->mean + at, *restrict square = d->square + at;
+        for (int i = 0; i < n; i++) {
+            int64_t fine = is_finite(g[i]);
+            double x = fine ? g[i] : 0, part = fine ? share : 0;
+            mean[i] += part * (x - mean[i]);
+            square[i] += part * (x * x - square[i]);
+            sign[i] = (float)((x > 0 ? 1.0 : 0.0) - (x < 0 ? 1.0 : 0.0));
+            narrow_share[i] = (float)part;
+        }
+        int8_t *restrict last = d->last + at;
+        int32_t *restrict steps = d->steps + at;
+        for (int i = 0; i < n; i++) {
+            both[i] = sign[i] * (float)last[i];
+            last[i] = sign[i] != 0 ? (int8_t)sign[i] : last[i];
+            steps[i] += narrow_share[i] != 0;
+        }
+        float *restrict signs = d->sign + at, *restrict seen = d->seen + at;
+        for (int i = 0; i < n; i++) {
+            signs[i] += narrow_share[i] * (sign[i] - signs[i]);
+            seen[i] += narrow_share[i] * (fabsf(sign[i]) - seen[i]);
+        }
+        float *restrict flips = d->flips + at, *restrict moving = d->moving + at;
+        for (int i = 0; i < n; i++) {
+            flips[i] += narrow_share[i] * ((both[i] < 0 ? 1.0f : 0.0f) - flips[i]);
+            moving[i] += narrow_share[i] * (fabsf(both[i]) - moving[i]);
+        }
+    }
+}
+
+typedef void (*part_of)(const void *, int64_t, int64_t);
+
+#define EVIDENCE(name, attributes)                                                                                                \
+    attributes static void add_moments_##name(const void *m, int64_t a, int64_t b) { add_moments(m, a, b); }                      \
+    attributes static void fold_##name(const void *d, int64_t a, int64_t b) { fold_decayed(d, a, b); }
+
+EVIDENCE(plain, )
+#ifdef HAVE_VARIANTS
+EVIDENCE(avx2, __attribute__((target("avx2,bmi,bmi2"))))
+#else
+#define add_moments_avx2 add_moments_plain
+#define fold_avx2 fold_plain
+#endif
+
+typedef struct {
+    part_of work;
+    const void *argument;
+    int64_t start, stop;
+} share_of;
+
+static void *work_exactly(void *argument) {
+    const share_of *s = argument;
+    mode was = keep_subnormals();
+    s->work(s->argument, s->start, s->stop);
+    restore(was);
+    return NULL;
+}
+
+static void for_all(part_of work, const void *argument, int64_t n, int threads) {
+    share_of shares[THREADS];
+    threads = threads < 1 ? 1 : threads > THREADS ? THREADS : threads;
+    for (int k = 0; k < threads; k++) {
+        int64_t start = n / threads * k / BLOCK * BLOCK, stop = k + 1 < threads ? n / threads * (k + 1) / BLOCK * BLOCK : n;
+        shares[k] = (share_of){work, argument, start, stop};
+    }
+#ifdef HAVE_THREADS
+    pthread_t handles[THREADS];
+    int started[THREADS] = {0};
+    for (int k = 1; k < threads; k++)
+        started[k] = pthread_create(&handles[k], NULL, work_exactly, &shares[k]) == 0;
+    work_exactly(&shares[0]);
+    for (int k = 1; k < threads; k++)
+        if (started[k])
+            pthread_join(handles[k], NULL);
+        else
+            work_exactly(&shares[k]);
+#else
+    for (int k = 0; k < threads; k++)
+        work_exactly(&shares[k]);
+#endif
+}
+
+EXPORT void gradlens_add_moments(const moments *m, int64_t n, int threads, int variant) {
+    for_all(variant ? add_moments_avx2 : add_moments_plain, m, n, threads);
+}
+
+EXPORT void gradlens_fold_decayed(const decayed *d, int64_t n, int threads, int variant) {
+    for_all(variant ? fold_avx2 : fold_plain, d, n, threads);
+}

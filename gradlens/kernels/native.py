@@ -89,6 +89,9 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
         call.argtypes, call.restype = (pointer, whole, pointer, pointer, integer, integer), integer
     library.gradlens_read.argtypes = (pointer, whole, pointer, pointer, integer, integer, integer)
     library.gradlens_read.restype = None
+    for name in ("add_moments", "fold_decayed"):
+        call = getattr(library, f"gradlens_{name}")
+        call.argtypes, call.restype = (pointer, whole, integer, integer), None
     library.gradlens_unchanged.argtypes, library.gradlens_unchanged.restype = (pointer, whole, pointer), integer
     return library
 
@@ -424,6 +427,12 @@ def _facts(column: Sequence[Tensor | None], straight: bool) -> _Facts | None:
         if 0 in pointers:
             return None  # a storage without memory
     return pointers, [_CODES[types[0]]] * len(types) if one else list(map(_CODES.__getitem__, types)), counts
+
+
+def plain_facts(tensor: Tensor) -> tuple[int, int, int] | None:
+    """Address, type and entries of a plain contiguous tensor; None of any other."""
+    facts = _facts([tensor], straight=True)
+    return None if facts is None else (facts[0][0], facts[1][0], facts[2][0])
 
 
 def _spread(column: Sequence[Tensor | None], facts: _Facts | None) -> _Facts | None:

@@ -115,6 +115,8 @@ class IsolatedLoss:
 
     def evaluate(self, then: Callable[[Tensor], T], *batch: Any) -> T:
         """`then(loss)`, with the weights still in place: a backward may run checkpointed forwards again."""
+        if not self._loss.known_to_use:
+            self._refuse_ignored(batch)
         self._inside = True
         try:
             self._stand_ins.swap_in(self.weights)
@@ -129,6 +131,19 @@ class IsolatedLoss:
             uninterrupted(self._put_back)
         self._check_written()
         return result
+
+    def _refuse_ignored(self, batch: tuple) -> None:
+        """See whether the loss function uses its argument, with the copies in place, since it may write into them."""
+        self._inside = True
+        try:
+            self._stand_ins.swap_in(self.weights)
+            if self._mode is not None:
+                self._mode.__enter__()
+                self._mode.backward_begins()  # nothing is cut off yet
+            self._loss.refuse_ignored(batch)
+        finally:
+            uninterrupted(self._put_back)
+        self._check_written(whole=False)
 
     def loss(self, *batch: Any) -> float:
         """The loss at the current weights."""
@@ -220,9 +235,9 @@ class IsolatedLoss:
             self._state.put_back()
             self._inside = False
 
-    def _check_written(self) -> None:
-        """What the evaluation wrote into is written anew before the next one."""
-        lost = self._stand_ins.renew(self.weights, self.live(), self._cast)
+    def _check_written(self, whole: bool = True) -> None:
+        """Undo what an evaluation wrote into the copies."""
+        lost = self._stand_ins.renew(self.weights, whole)
         if lost:
             warnings.warn(
                 f"loss_fn writes into {', '.join(lost[:3])}{', ...' if len(lost) > 3 else ''}, which a probe finds and does "

@@ -9,7 +9,8 @@ Two situations, which must not be mixed:
   decayed: how often the sign agreed, how often it flipped, and the gradient's signal-to-noise ratio, mean^2 / variance
   (Liu et al. 2020). No p, no q, no verdict.
 
-All sums are float64. Nothing here waits for the device; reading does.
+All sums are float64. Nothing here waits for the device; reading does. On the CPU the native kernel adds in one pass; the
+torch operations here say what it does, and stand in for it elsewhere.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gradlens import kernels
 from gradlens.errors import ArgumentError, choice
 from gradlens.records import Verdict
 from gradlens.statistics.significance import METHODS, p_values, q_values
@@ -85,13 +87,17 @@ class Moments:
 
     def _add(self, i: int, first: int, gradient: Tensor, divisor: float | Tensor) -> None:
         """The entries of a block from `first` on."""
+        stop, share = first + gradient.numel(), self._latest / self.weight
+        kept = [tensors[i][first:stop] for tensors in self._parts()]
+        if kernels.add_moments(gradient, kept, divisor, share, self._latest):
+            return
         for part in chunks(gradient):
             g, at = gradient[part].double(), slice(first + part.start, first + part.stop)
             if isinstance(divisor, Tensor) or divisor != 1.0:
                 g = g / divisor
             mean = self.mean[i][at]
             step = g - mean
-            mean.add_(step, alpha=self._latest / self.weight)
+            mean.add_(step, alpha=share)
             self.squares[i][at].addcmul_(step, g - mean, value=self._latest)
             self.positive[i][at] += g > 0
             self.negative[i][at] += g < 0
@@ -318,6 +324,9 @@ class _Decayed:
 
     @torch.no_grad()
     def fold(self, gradient: Tensor, share: float) -> None:
+        kept = [self.mean, self.square, self.sign, self.seen, self.flips, self.moving, self.steps, self.last]
+        if kernels.fold_decayed(gradient, kept, share):
+            return
         for at in chunks(gradient):
             g, last = gradient[at], self.last[at]
             finite = g.isfinite()

@@ -135,8 +135,11 @@ class Uncaptured(ColumnRule):
     settled: ClassVar[bool] = True
 
     def holds(self, columns: Columns) -> np.ndarray:
-        """Where no hook fired."""
-        return columns.has(Status.UNCAPTURED).astype(np.int8)
+        """Where no hook fired; not where none did at a whole step: capture says then why (`written-by-hand`)."""
+        uncaptured = columns.has(Status.UNCAPTURED)
+        if columns.stage == Stage.USED:
+            uncaptured = uncaptured & ~uncaptured.all(axis=-1, keepdims=True)
+        return uncaptured.astype(np.int8)
 
     def findings(self, history: History, rows: Sequence[int]) -> Iterable[Finding]:
         """One a parameter."""
