@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
+from weakref import WeakValueDictionary
 
 import numpy as np
 
@@ -46,7 +47,8 @@ class Block:
     scalars: Sequence[Mapping[str, float]]  #: [m]
     rank: int = 0
     ranks: int = 1
-    _views: dict[int, Snapshot] = field(default_factory=dict, repr=False)
+    _given: dict[int, Snapshot] = field(default_factory=dict, repr=False)  #: moments that came as snapshots
+    _views: WeakValueDictionary[int, Snapshot] = field(default_factory=WeakValueDictionary, repr=False)  #: that are in use
 
     def __len__(self) -> int:
         return len(self.step)
@@ -78,8 +80,10 @@ class Block:
         return np.array([observed.get(name, math.nan) for observed in self.scalars], np.float64)
 
     def snapshot(self, moment: int) -> Snapshot:
-        """One moment, as a view; the same object each time."""
-        view = self._views.get(moment)
+        """One moment, as a view; the same object as long as somebody has it."""
+        view = self._given.get(moment)
+        if view is None:
+            view = self._views.get(moment)
         if view is None:
             view = self._views[moment] = _view(self, moment)
         return view
@@ -109,9 +113,9 @@ class Block:
     def lighten(self, moment: int) -> None:
         """Let go of what is large of one moment."""
         self.details[moment] = None
-        view = self._views.pop(moment, None)
-        if type(view) is Snapshot:
-            self._views[moment] = replace(view, histogram=None, top=None)
+        self._views.pop(moment, None)
+        if moment in self._given:
+            self._given[moment] = replace(self._given[moment], histogram=None, top=None)
 
 
 def block_of(snapshot: Snapshot) -> Block:
@@ -154,7 +158,8 @@ def concatenate(blocks: Sequence[Block]) -> Block:
         columns={name: np.concatenate([block.columns[name] for block in blocks]) for name in blocks[0].columns},
         details=[detail for block in blocks for detail in block.details],
         scalars=[observed for block in blocks for observed in block.scalars],
-        _views={},
+        _given={},
+        _views=WeakValueDictionary(),
     )
 
 

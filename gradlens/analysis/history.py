@@ -20,6 +20,7 @@ from itertools import groupby
 from operator import attrgetter
 from threading import Lock
 from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 
@@ -166,7 +167,7 @@ class History:
         if first is None and len(block) and len(self._firsts) < LAYOUTS:
             first = self._firsts[key] = _alone(block.snapshot(0))
         parts = _parts_of(block)
-        parts["_views"] = {at: view for at, view in block._views.items() if type(view) is Snapshot}  # that came so
+        parts["_views"] = WeakValueDictionary()
         return Columns(**parts, first=first, history=self)
 
     def _add(self, columns: Columns, at: int, seq: int, rows: int) -> None:
@@ -187,6 +188,9 @@ class History:
             newest = self._moments[-1]
             first = self._first(newest)
             gone = bisect_left(self._moments, first, key=_SEQ)
+            for moment in self._moments[:gone]:
+                if moment is moment.block.moments[-1]:
+                    moment.block.moments.clear()  # they have each other: nothing else would free them at once
             del self._moments[:gone]
             for stage in list(self._by_stage) if gone else ():
                 known = self._by_stage[stage]

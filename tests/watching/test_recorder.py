@@ -9,7 +9,6 @@ import threading
 import time
 import warnings
 
-import numpy as np
 import pytest
 
 import gradlens
@@ -310,23 +309,27 @@ def test_what_came_is_on_disk_while_the_recorder_rests(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("run", [False, True])
-def test_memory_stays_flat(run, tmp_path):
-    """Twice as many steps take no more: the slope over four thousand steps, after the history is full."""
-    import tracemalloc
+def test_memory_stays_flat(run, tmp_path, monkeypatch):
+    """Blocks leave with their last moment, without a collection of cycles: what lives does not grow with the steps."""
+    import gc
 
-    case = healthy()
+    from gradlens.analysis.history import History
+    from gradlens.blocks import Block
+
+    monkeypatch.setattr(recorder, "History", lambda: History(maxlen=40))
+    case, lived = healthy(), []
     with gradlens.watch(case.model, case.optimizer, run=tmp_path if run else None) as lens:
-        sizes = []
-        tracemalloc.start()
+        gc.collect()
+        gc.disable()
         try:
-            for round_ in range(5):
-                case.train(800, first=800 * round_)
+            for round_ in range(12):
+                case.train(20, first=20 * round_)
                 lens.flush()
-                sizes.append(tracemalloc.get_traced_memory()[0])
+                lived.append(sum(block.rows for block in gc.get_objects() if isinstance(block, Block)))
         finally:
-            tracemalloc.stop()
-    late = np.diff(sizes)[1:]
-    assert np.median(late) < 400_000  # bytes for 800 steps of 6 parameters, whose rows alone take 4 MB
+            gc.enable()
+    assert max(lived[6:]) <= 2 * max(lived[2:6])
+    assert max(lived) < 12 * 40 * 20  # of 12 rounds of 20 steps of 12 rows
 
 
 def test_a_question_from_another_thread_is_answered(tmp_path):
