@@ -20,7 +20,7 @@ from torch import Tensor
 from gradlens import findings, frames, markup
 from gradlens.analysis import rules as default_rules
 from gradlens.analysis.diagnosis import Diagnosis
-from gradlens.capture.attachment import Attachment, Target
+from gradlens.capture.attachment import Attachment, Target, locate, parts
 from gradlens.capture.guards import Guard
 from gradlens.capture.watcher import Watched, Watcher
 from gradlens.errors import (
@@ -540,6 +540,7 @@ def watch(
     budget: float | None = None,
     first_step: int = 0,
     keep: str | Iterable[str] | None = None,
+    replace: bool = False,
 ) -> Lens:
     """Watch a model: capture dL/dw of every weight after every `backward()`, and what the optimizer does with it.
 
@@ -561,6 +562,7 @@ def watch(
         first_step: the number of the first step, for a training that goes on from a checkpoint.
         keep: names or glob patterns of parameters whose whole partials are kept in the run directory, for heat maps: what
             the optimizer used and the weights before its step, at steps spread over the run, in 256 MiB at most.
+        replace: close the open lenses on parameters of this model first: for a notebook cell that runs again.
 
     Raises:
         gradlens.GradlensError: an argument that cannot be meant; nothing is attached then.
@@ -570,37 +572,56 @@ def watch(
     arguments.check_first_step(first_step)
     arguments.check_scaler(scaler)
     optimizers, wrapped = arguments.optimizers_of(optimizer)
-    lens = Lens(
-        target,
-        optimizers,
-        wrapped,
-        run=None if run is None else Path(run),
-        writers=arguments.writers_of(writers),
-        schedule=as_schedule(schedule),
-        select=select,
-        stages=arguments.stages_of(stage),
-        scaler=scaler,
-        features=arguments.features_of(features),
-        memory=parse_bytes(memory),
-        rules=arguments.rules_of(rules),
-        on_finding=on_finding,
-        budget=budget,
-        first_step=first_step,
-        local=process_group.count() > 1,
-        keep=keep,
-    )
-    _announce(lens)
+    checked: dict[str, Any] = {
+        "run": None if run is None else Path(run),
+        "writers": arguments.writers_of(writers),
+        "schedule": as_schedule(schedule),
+        "select": select,
+        "stages": arguments.stages_of(stage),
+        "scaler": scaler,
+        "features": arguments.features_of(features),
+        "memory": parse_bytes(memory),
+        "rules": arguments.rules_of(rules),
+        "on_finding": on_finding,
+        "budget": budget,
+        "first_step": first_step,
+        "local": process_group.count() > 1,
+        "keep": keep,
+    }
+    shared = _watched_already(target)
+    if replace:
+        for other in shared:
+            other.close()
+        shared = {}
+    lens = Lens(target, optimizers, wrapped, **checked)
+    if shared:
+        names = list(dict.fromkeys(name for names in shared.values() for name in names))
+        lens._failures.findings.append(findings.watched_already(first_step, names, len(shared)))
+    _announce(lens, len(shared))
     return lens
 
 
-def _announce(lens: Lens) -> None:
+def _watched_already(target: Target) -> dict[Lens, list[str]]:
+    """The open lenses that watch parameters of this target, and their names of these."""
+    ids = {id(tensor) for key, part in parts(target).items() for *_, tensor in locate(part, key)}
+    found = {}
+    for other in list(_open_lenses):
+        attachment = other._watcher.attachment
+        pairs = zip(attachment.slots, attachment.tensors(), strict=True)
+        names = [slot.name for slot, tensor in pairs if tensor is not None and id(tensor) in ids]
+        if names:
+            found[other] = names
+    return found
+
+
+def _announce(lens: Lens, others: int = 0) -> None:
     held = lens._all_held()
     size = f"{len(held)} parameters, {sum(each.numel() for each in held):,} weights"
     where = "" if lens._run is None else f"; records go to {lens._run}"
-    print(
-        f"gradlens: watching {size}{where}; {lens._plan.describe()}",
-        file=sys.stderr,
-    )
+    print(f"gradlens: watching {size}{where}; {lens._plan.describe()}", file=sys.stderr)
+    if others:
+        lenses = "another open lens watches" if others == 1 else f"{others} other open lenses watch"
+        print(f"gradlens: {lenses} parameters of this model; close() it, or watch(..., replace=True)", file=sys.stderr)
 
 
 def _plan(attachment: Attachment, features: frozenset[str], stages: frozenset[str], memory: int) -> Plan:

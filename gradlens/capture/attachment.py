@@ -109,7 +109,7 @@ class Slot:
 
     def attach(self, tensor: Tensor, on_gradient: Callable | None, on_accumulated: Callable) -> None:
         """Put both hooks on the tensor."""
-        self._restore = (tensor._backward_hooks is None, tensor._post_accumulate_grad_hooks is None)
+        self._restore = (_only_ours(tensor._backward_hooks), _only_ours(tensor._post_accumulate_grad_hooks))
         if not tensor._post_accumulate_grad_hooks:
             tensor._post_accumulate_grad_hooks = None  # type: ignore[assignment]
         if not tensor._backward_hooks:
@@ -151,6 +151,11 @@ class Slot:
         return bool(
             (accumulated and len(accumulated) > 1 and _foreign(accumulated)) or (own and len(own) > 1 and _foreign(own))
         )
+
+
+def _only_ours(hooks: Mapping[int, Callable] | None) -> bool:
+    """Whether there was no dictionary, or another lens made it."""
+    return hooks is None or (bool(hooks) and not _foreign(hooks))
 
 
 def _foreign(hooks: Mapping[int, Callable]) -> bool:

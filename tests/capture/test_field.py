@@ -444,3 +444,39 @@ def test_a_thousand_backwards_without_a_step():
     assert list(read) == [1, READ_PASSES, 1]
     assert list(used(lens).groupby("step")["backward"].first()) == [0, READ_PASSES + 200, 0]
     assert [(f.rule, f.severity) for f in lens.findings()] == [("many-backwards", "info")]
+
+
+# --- a model that is watched already --------------------------------------------------------------------------------
+
+
+def test_a_notebook_cell_that_runs_again(capsys):
+    """The second lens says that there is a first, and how to close it; with `replace=True` it takes its place."""
+    model = net(3, 3)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    first = gradlens.watch(model, optimizer, rules=())
+    assert "another open lens" not in capsys.readouterr().err
+    second = gradlens.watch(model, optimizer, rules=())
+    assert "another open lens watches parameters of this model" in capsys.readouterr().err
+    (finding,) = second.findings()
+    assert (finding.rule, finding.severity) == ("watched-already", "info")
+    assert "replace=True" in finding.remedy
+    assert finding.parameters == ("0.weight", "0.bias")
+    assert first.findings() == []
+    third = gradlens.watch({"other name": model}, optimizer, rules=(), replace=True)
+    assert all(len(p._post_accumulate_grad_hooks) == 1 for p in model.parameters())
+    assert third.findings() == []
+    for lens in (first, second):
+        with pytest.raises(gradlens.errors.ClosedError):
+            lens.observe(x=1.0)
+    third.close()
+    assert all(p._post_accumulate_grad_hooks is None for p in model.parameters())
+
+
+def test_a_failed_call_replaces_nothing():
+    """An argument that cannot be meant leaves the open lens as it is."""
+    model = net(3, 3)
+    with gradlens.watch(model, rules=()) as lens:
+        with pytest.raises(ArgumentError):
+            gradlens.watch(model, rules=(), replace=True, features=("updaets",))
+        model(torch.randn(2, 3)).sum().backward()
+        assert len(lens.table()) == 2
