@@ -19,6 +19,7 @@ from torch import Tensor
 
 from gradlens import findings, frames, markup
 from gradlens.analysis import rules as default_rules
+from gradlens.analysis.diagnosis import Diagnosis
 from gradlens.capture.attachment import Attachment, Target
 from gradlens.capture.guards import Guard
 from gradlens.capture.watcher import Watched, Watcher
@@ -29,7 +30,7 @@ from gradlens.errors import (
     StepError,
     nearest,
 )
-from gradlens.noise import DECAY, NoiseScale, measured
+from gradlens.noise import DECAY, NoiseScale, effective_size, measured
 from gradlens.records import Finding, Snapshot, Stage
 from gradlens.schedules import Schedule, as_schedule
 from gradlens.selection import Select
@@ -118,6 +119,7 @@ class Lens:
             self._watcher = Watcher(watched, self._tables, Guard(self._failures, timed), may_raise=self._recorder.interrupt)
             self._failures.step = lambda: self._watcher.step.number
             self._closed = False
+            self._micro_batches: tuple[int, list[float]] = (-1, [])  # a step, and the sizes that observe() was told
             self._closing = threading.Lock()
             self._partials = self._keep_partials(keep, optimizers, own)
             self._watcher.attach()
@@ -229,19 +231,38 @@ class Lens:
             evidence=evidence,
         )
 
-    def noise_scale(self, *, decay: float = DECAY) -> NoiseScale:
+    def noise_scale(
+        self, *, decay: float = DECAY, sizes: Sequence[float] | None = None, weighted: bool = False
+    ) -> NoiseScale:
         """How noisy the gradient of one micro-batch is: the batch size above which larger ones bring little.
 
         From the micro-batches of each step in memory, no gradient stored; in examples after `observe(batch_size=)`. A step's
         weight falls by `decay` with each one after it. Where nothing is known the result says why.
+
+        `sizes`: the examples of each of a step's micro-batches, `[30, 2]`, where they are unequal and `observe` was not
+        told; `weighted`: their losses counted by size, and not alike. Backwards that are not alike have no scale.
         """
         self._catch_up()
-        return measured(self._recorder.history, decay=decay)
+        return measured(self._recorder.history, decay=decay, sizes=sizes, weighted=weighted)
+
+    def diagnosis(self) -> Diagnosis:
+        """What is wrong with this training, as far as that can be said: the origin, and what follows from it."""
+        self._catch_up()
+        return self._recorder.diagnosis()
 
     def report(self) -> str:
-        """The page that a person reads in a minute."""
+        """The page that a person reads in a minute, about the whole run."""
         self._catch_up()
-        return page.text(self._recorder.history, self._recorder.found, overhead=str(self.overhead()), title=self._title())
+        recorder = self._recorder
+        return page.text(
+            recorder.history,
+            recorder.found,
+            overhead=str(self.overhead()),
+            title=self._title(),
+            diagnosis=recorder.diagnosis(),
+            steps=recorder.history.course.steps,
+            losses=recorder.history.course.losses(),
+        )
 
     def overhead(self) -> Overhead:
         """What gradlens cost the training so far, measured."""
@@ -249,7 +270,7 @@ class Lens:
 
     def __str__(self) -> str:
         self._catch_up()
-        return page.brief(self._recorder.history, self._recorder.found)
+        return page.brief(self._recorder.history, self._recorder.found, diagnosis=self._recorder.diagnosis())
 
     def _repr_html_(self) -> str:
         self._catch_up()
@@ -285,7 +306,8 @@ class Lens:
     def observe(self, loss: Any = None, *, batch_size: int | None = None, **scalars: Any) -> None:
         """Attach values to the open step, or to the next where none is open. Tensors are taken without a device sync.
 
-        `batch_size`: the examples of one backward, which makes examples the unit of the noise scale.
+        `batch_size`: the examples of one backward, which makes examples the unit of the noise scale. Said for each
+        backward of a step, it is recorded as their harmonic mean, which unequal ones amount to.
         """
         self._require_open("observe()")
         if loss is not None and not self._watcher.step.open:
@@ -293,8 +315,17 @@ class Lens:
                 loss = None  # it was the root of a backward whose step is over, and stands there
             else:
                 self._watcher.auditor.observed(loss, self._watcher.step.number)
-        given = {"loss": loss, "batch_size": batch_size, **scalars}
+        given = {"loss": loss, "batch_size": self._batch_size(batch_size), **scalars}
         self._watcher.observe({name: arguments.number_of(name, value) for name, value in given.items() if value is not None})
+
+    def _batch_size(self, given: float | None) -> float | None:
+        """The examples of one backward of this step: of several, the harmonic mean."""
+        if not isinstance(given, int | float):
+            return given
+        step, sizes = self._micro_batches
+        sizes = [*sizes, given] if step == self._watcher.step.number else [given]
+        self._micro_batches = self._watcher.step.number, sizes
+        return given if len(set(sizes)) == 1 or not all(size > 0 for size in sizes) else effective_size(sizes)
 
     def step(self) -> None:
         """The step ends here: for loops without an optimizer."""
@@ -330,7 +361,7 @@ class Lens:
                 finalizer.detach()
             _open_lenses.discard(self)
             if self._store is not None:
-                self._store.annotate(overhead=str(self.overhead()))
+                self._store.annotate(overhead=str(self.overhead()), diagnosis=str(self._recorder.diagnosis()))
             self._recorder.close()
 
     def __enter__(self) -> Lens:

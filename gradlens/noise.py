@@ -10,20 +10,26 @@ stored: since E|g_k|^2 = |G|^2 + tr(Sigma) and E|mean|^2 = |G|^2 + tr(Sigma) / K
 
 Both are unbiased, and they equal what the stored gradients would give. Their ratio is not, and |G|^2 may come out negative,
 so each is smoothed over steps by itself before the ratio is taken. Norms must be of unclipped gradients of one scale. The
-unit is micro-batches; times the examples of one it is examples. It speaks of the loss's gradient in its own coordinates:
-an adaptive optimizer's critical batch size may differ.
+unit is micro-batches; times the examples of one it is examples. Micro-batches of n_k examples whose losses count c_k (sum K)
+have, with the variance s of one example's gradient, the same two equations,
+
+    sum |c_k g_k|^2 = |G|^2 sum c_k^2 + s sum c_k^2 / n_k,        |sum c_k g_k|^2 = |G|^2 K^2 + s sum c_k^2 / n_k
+
+so that with equal c_k the examples of one micro-batch are the harmonic mean of the n_k. It speaks of the loss's gradient
+in its own coordinates: an adaptive optimizer's critical batch size may differ.
 
 The norms are in the snapshots of a step: each backward's own, and that of the gradient they add up to, as it was
 accumulated, averaged over ranks, or used, from which uniform clipping is divided out. That they do add up is checked
 parameter by parameter, by the sum of the partials, which is linear: a parameter whose backwards were of different losses,
-at different weights, or cleared in between is left out. Two losses that reach the same parameters by a backward each
-cannot be told from two micro-batches: their scale means nothing.
+at different weights, or cleared in between is left out. Micro-batches are exchangeable: where the norms of a step's
+backwards differ by their place, step after step, they are something else (the two losses of a GAN, the passes of SAM,
+micro-batches of unequal size that were not said to be), and there is no number.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
@@ -31,7 +37,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gradlens.errors import ArgumentError
+from gradlens.errors import ArgumentError, ArgumentTypeError
 from gradlens.records import PARTIAL, Snapshot, Stage, Status
 
 if TYPE_CHECKING:
@@ -110,16 +116,43 @@ class Smoothed:
         return np.divide(examples * trace, signal, out=np.full_like(signal, np.nan), where=signal > 0)[()]
 
 
+def effective_size(sizes: Sequence[float] | np.ndarray, weighted: bool = False) -> float:
+    """The examples of one micro-batch: of unequal ones whose losses count alike, the harmonic mean.
+
+    Of unequal ones it is never a whole number, be it by the last bit: so a record of it says that they were.
+    """
+    n = np.asarray(sizes, np.float64)
+    mean = float(n.mean() if weighted else len(n) / (1 / n).sum())
+    return float(np.nextafter(mean, np.inf)) if mean.is_integer() and len(set(n.tolist())) > 1 else mean
+
+
+def check_sizes(sizes: Any) -> np.ndarray | None:
+    """The examples of each of a step's micro-batches, as given; None where they were not."""
+    if sizes is None:
+        return None
+    try:
+        found = np.atleast_1d(np.asarray(sizes, np.float64))
+    except (TypeError, ValueError):
+        raise ArgumentTypeError(
+            f"sizes is how many examples each micro-batch of a step has, [30, 2], not {sizes!r}"
+        ) from None
+    if found.ndim != 1 or not len(found) or not (np.isfinite(found) & (found > 0)).all():
+        raise ArgumentError(f"sizes is how many examples each micro-batch of a step has, above 0, not {sizes!r}")
+    return found
+
+
 # --- from snapshots ---------------------------------------------------------------------------------------------------
 
 
 class Step:
     """What the snapshots of one step say of its noise; they are taken as they come. `ranks`: that averaged gradients."""
 
-    def __init__(self, step: int, ranks: int = 1) -> None:
+    def __init__(self, step: int, ranks: int = 1, sizes: np.ndarray | None = None, weighted: bool = False) -> None:
         self.step, self.ranks = step, ranks
         self.names: tuple[str, ...] = ()
         self.backwards = 0  #: of all ranks
+        self.norms: list[float] = []  #: squared, of each backward
+        self._sizes, self._weighted = sizes, weighted
         self.batch_size = math.nan  #: examples of one
         self._summed: dict[str, np.ndarray] = {}
         self._together = np.empty((2, 0))  # sum and square_sum of the gradient of the whole step
@@ -139,7 +172,7 @@ class Step:
         if snapshot.names == self.names:
             return
         self.names, n = snapshot.names, len(snapshot)  # other parameters: what was summed up is of a model that was
-        self.backwards = 0
+        self.backwards, self.norms = 0, []
         self._summed = {name: np.zeros(n) for name in ("sum", "abs_sum", "square_sum", "reached")}
         self._numel = snapshot.columns["numel"].astype(np.float64)
         self._together, self._from = np.full((2, n), np.nan), np.full(n, -1)
@@ -147,6 +180,7 @@ class Step:
 
     def _add(self, snapshot: Snapshot) -> None:
         self.backwards += 1
+        self.norms.append(float(np.nansum(snapshot.columns["square_sum"])))
         for name in ("sum", "abs_sum", "square_sum"):
             self._summed[name] += snapshot.columns[name]
         reached = np.isin(snapshot.status.astype(str), _REACHED)
@@ -167,10 +201,14 @@ class Step:
 
     def each(self) -> Noise:
         """By parameter; NaN for those that are left out."""
-        if self.backwards < 2:
+        if self.backwards < 2 or not self._fits():
             return Noise(np.full(len(self.names), np.nan), np.full(len(self.names), np.nan))
         k, kept = self.backwards, self._adding()
-        noise = _unbiased(k, self._summed["square_sum"] / self.ranks**2 / k, self._together[1] / k**2)
+        alone, together = self._summed["square_sum"] / self.ranks**2, self._together[1]
+        if self._sizes is None or not self._weighted:
+            noise = _unbiased(k, alone / k, together / k**2)
+        else:
+            noise = _unequal(self._sizes, alone, together)
         return Noise(np.where(kept, noise.signal, np.nan), np.where(kept, noise.trace, np.nan))
 
     def _adding(self) -> np.ndarray:
@@ -178,6 +216,14 @@ class Step:
         off = np.abs(self._summed["sum"] / self.ranks - self._together[0])
         allowed = (16 + self.backwards) * self._tolerance * self._summed["abs_sum"] / self.ranks
         return (self._summed["reached"] == self.backwards) & (off <= allowed)
+
+    @property
+    def examples(self) -> float:
+        """Of one micro-batch; NaN where nobody said."""
+        return self.batch_size if self._sizes is None else effective_size(self._sizes, self._weighted)
+
+    def _fits(self) -> bool:
+        return self._sizes is None or len(self._sizes) == self.backwards
 
     def whole(self) -> tuple[Noise, float]:
         """Of the model, and the share of its weights that are in it."""
@@ -197,12 +243,55 @@ class Step:
             return "no backward's own gradient was read: add 'backward' to stage="
         if self.backwards == 1:
             return "one backward a step: there is nothing to compare it with (accumulate gradients over micro-batches)"
+        if not self._fits():
+            assert self._sizes is not None
+            return f"sizes= has {len(self._sizes)} numbers, and a step had {self.backwards} micro-batches"
         if not np.isfinite(self._together[0]).any():
             return "the step's whole gradient before clipping is not known: add 'accumulated' to stage="
         return (
             "the backwards do not add up to the step's gradient: they were cleared in between (a closure), of several "
             "losses, or of ranks whose records are not here"
         )
+
+
+def _unequal(sizes: np.ndarray, alone: Any, together: Any) -> Noise:
+    """Of micro-batches whose losses count by their size; the noise is that of one of mean size."""
+    k, c = len(sizes), sizes / sizes.mean()
+    signal = (together - alone) / (k**2 - (c**2).sum())
+    example = (alone - signal * (c**2).sum()) / (c**2 / sizes).sum()
+    return Noise(signal, example / sizes.mean())
+
+
+class Alike:
+    """Whether a step's backwards are alike: over steps, their norms do not differ by their place in it."""
+
+    LEAST, RATIO = 8, 1.1  #: steps that are needed, and by how much norms must differ
+
+    def __init__(self) -> None:
+        self._count, self._mean, self._squares = 0, np.zeros(0), np.zeros(0)
+
+    def take(self, norms: Sequence[float]) -> None:
+        """The squared norms of one more step's backwards."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ratios = np.log(np.asarray(norms[1:]) / norms[0]) / 2
+        if len(ratios) != len(self._mean):
+            self._count, self._mean, self._squares = 0, np.zeros(len(ratios)), np.zeros(len(ratios))
+        if not np.isfinite(ratios).all():
+            return
+        self._count += 1
+        off = ratios - self._mean
+        self._mean = self._mean + off / self._count
+        self._squares = self._squares + off * (ratios - self._mean)
+
+    @property
+    def ratio(self) -> float:
+        """How many times the norm of one backward is that of another, surely; 1 where they are alike or it is not sure."""
+        if self._count < self.LEAST or not len(self._mean):
+            return 1.0
+        freedom = self._count - 1
+        error = np.sqrt(self._squares / freedom / self._count)
+        sure = np.abs(self._mean) > (4 + 28 / freedom) * error + math.log(self.RATIO)
+        return float(np.exp(np.abs(self._mean[sure]).max())) if sure.any() else 1.0
 
 
 def _clip(used: Snapshot) -> np.ndarray:
@@ -229,8 +318,12 @@ class Row:
 class Gauge:
     """Follows the noise scale over the snapshots of a run, as they come."""
 
-    def __init__(self, decay: float = DECAY, ranks: int = 1) -> None:
-        self._ranks, self._open = ranks, Step(-1, ranks)
+    def __init__(
+        self, decay: float = DECAY, ranks: int = 1, *, sizes: np.ndarray | None = None, weighted: bool = False
+    ) -> None:
+        self._ranks, self._sizes, self._weighted = ranks, sizes, weighted
+        self._open = self._step(-1)
+        self.alike = Alike()
         self.smoothed = Smoothed(decay)
         self.in_examples = Smoothed(decay)  #: the trace is that of one example's gradient
         self.parameters = Smoothed(decay)
@@ -241,25 +334,31 @@ class Gauge:
         """The next snapshot; one of another step than the last ends that."""
         if snapshot.step != self._open.step:
             self.end()
-            self._open = Step(snapshot.step, self._ranks)
+            self._open = self._step(snapshot.step)
         self._open.take(snapshot)
+
+    def _step(self, step: int) -> Step:
+        return Step(step, self._ranks, self._sizes, self._weighted)
 
     def end(self) -> Row | None:
         """The open step is over: what it gave, or None."""
-        step, self._open = self._open, Step(-1, self._ranks)
+        step, self._open = self._open, self._step(-1)
         if step.step < 0:
             return None
+        unequal = self._sizes is not None or not (math.isnan(step.examples) or step.examples.is_integer())
+        if not unequal and self._ranks == 1 and step.backwards > 1:
+            self.alike.take(step.norms)
         if self.last is None or step.backwards >= self.last.backwards:
             self.last = step
         noise, share = step.whole()
-        if not share:
+        if not share or self.alike.ratio > 1:
             return None
         if step.names != self.names:
             self.names, self.parameters = step.names, Smoothed(self.smoothed.decay)
         self.smoothed, self.parameters = self.smoothed.after(noise), self.parameters.after(step.each())
-        self.in_examples = self.in_examples.after(Noise(noise.signal, noise.trace * step.batch_size))
-        scale = float((self.smoothed if math.isnan(step.batch_size) else self.in_examples).scale())
-        return Row(step.step, step.backwards, step.batch_size, noise.signal, noise.trace, scale, share)
+        self.in_examples = self.in_examples.after(Noise(noise.signal, noise.trace * step.examples))
+        scale = float((self.smoothed if math.isnan(step.examples) else self.in_examples).scale())
+        return Row(step.step, step.backwards, step.examples, noise.signal, noise.trace, scale, share)
 
 
 @dataclass(frozen=True, eq=False)
@@ -321,14 +420,25 @@ class NoiseScale:
         )
 
 
-def measured(snapshots: Iterable[Snapshot], *, decay: float = DECAY, ranks: int = 1) -> NoiseScale:
-    """The noise scale from the snapshots of a run, those of a step together, of all ranks that averaged their gradients."""
-    gauge, rows = Gauge(decay, ranks), []
+def measured(
+    snapshots: Iterable[Snapshot],
+    *,
+    decay: float = DECAY,
+    ranks: int = 1,
+    sizes: Sequence[float] | None = None,
+    weighted: bool = False,
+) -> NoiseScale:
+    """The noise scale from the snapshots of a run, those of a step together, of all ranks that averaged their gradients.
+
+    `sizes`: the examples of each of a step's micro-batches, where they are unequal; `weighted` says that their losses
+    counted by size (a sum over examples), and not alike.
+    """
+    gauge, rows = Gauge(decay, ranks, sizes=check_sizes(sizes), weighted=weighted), []
     for _, group in groupby(snapshots, key=lambda snapshot: snapshot.step):
         for snapshot in group:
             gauge.take(snapshot)
         rows.append(gauge.end())
-    known = tuple(row for row in rows if row is not None)
+    known = tuple(row for row in rows if row is not None) if gauge.alike.ratio == 1 else ()
     micro = not known or math.isnan(known[-1].batch_size)
     found = gauge.smoothed
     return NoiseScale(
@@ -339,5 +449,17 @@ def measured(snapshots: Iterable[Snapshot], *, decay: float = DECAY, ranks: int 
         rows=known,
         names=gauge.names,
         parameters=gauge.parameters,
-        reason="" if known else "nothing was captured yet" if gauge.last is None else gauge.last.reason,
+        reason="" if known else _reason(gauge),
     )
+
+
+def _reason(gauge: Gauge) -> str:
+    if gauge.last is None:
+        return "nothing was captured yet"
+    if gauge.alike.ratio > 1:
+        return (
+            f"the backwards of a step are not alike: the gradient of one is {gauge.alike.ratio:.2g} times that of "
+            f"another, step after step, as with the two losses of a GAN or the passes of SAM; for micro-batches of "
+            f"unequal size give sizes="
+        )
+    return gauge.last.reason

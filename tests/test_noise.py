@@ -12,7 +12,7 @@ from torch import nn
 import gradlens
 from gradlens.errors import ArgumentError
 from gradlens.lens import _open_lenses
-from gradlens.noise import Noise, Smoothed, estimate, measured
+from gradlens.noise import Alike, Noise, Smoothed, estimate, measured
 from gradlens.writers import tags
 
 from .analysis.made import snapshot
@@ -343,3 +343,85 @@ def test_ranks_are_summands_too():
     assert found.trace / found.signal == pytest.approx(trace / ((g.mean(0) ** 2).sum() - trace / 4))
     alone = measured([s for s in snapshots if s.rank == 0])
     assert "ranks whose records are not here" in alone.reason
+
+
+# --- micro-batches that are not equal -----------------------------------------------------------------------------------
+
+
+def unequal(steps, sizes, weighted, observe=True, **watching):
+    """Train over micro-batches of these sizes; the lens, and the true scale in examples, from single examples' gradients."""
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    lens = gradlens.watch(model, optimizer, rules=(), **watching)
+    torch.manual_seed(1)
+    x = torch.randn(4096, 6)
+    y = x.sum(-1, keepdim=True) + torch.randn(4096, 1)
+    random = torch.Generator().manual_seed(2)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        for n in sizes:
+            rows = torch.randint(len(x), (n,), generator=random)
+            loss = nn.functional.mse_loss(model(x[rows]), y[rows])
+            (loss * n / sum(sizes) if weighted else loss / len(sizes)).backward()
+            lens.observe(batch_size=n if observe else None)
+        optimizer.step()
+    each = torch.func.vmap(
+        torch.func.grad(lambda p, a, b: nn.functional.mse_loss(torch.func.functional_call(model, p, a), b)),
+        in_dims=(None, 0, 0),
+    )({name: p.detach() for name, p in model.named_parameters()}, x, y)
+    g = torch.cat([part.reshape(len(x), -1) for part in each.values()], 1)
+    return lens, (g.var(0).sum() / g.mean(0).square().sum()).item()
+
+
+@pytest.mark.parametrize("sizes", [(30, 2), (16, 16), (20, 8, 4)])
+def test_micro_batches_of_unequal_size_have_the_scale_of_the_data(sizes):
+    """Told by observe() at each backward, 30 + 2 examples give the scale that 16 + 16 give, and the true one."""
+    lens, true = unequal(300, sizes, weighted=False)
+    found = lens.noise_scale(decay=0.999)
+    assert found.unit == "examples"
+    assert found.value == pytest.approx(true, rel=0.35)
+
+
+def test_losses_that_count_by_size_are_said_to():
+    """With sizes= and weighted= the scale is right where each loss is weighted by its examples."""
+    lens, true = unequal(300, (24, 8), weighted=True, observe=False)
+    found = lens.noise_scale(decay=0.999, sizes=[24, 8], weighted=True)
+    assert found.unit == "examples"
+    assert found.value == pytest.approx(true, rel=0.35)
+
+
+def test_backwards_that_are_not_alike_have_no_scale():
+    """30 + 2 examples of which nobody said so, or two losses, are refused with a reason and not given a number."""
+    lens, _ = unequal(100, (30, 2), weighted=False, observe=False)
+    found = lens.noise_scale()
+    assert np.isnan(found.value)
+    assert "not alike" in found.reason
+    assert "give sizes=" in str(found)
+    known = lens.noise_scale(sizes=[30, 2])
+    assert known.value > 0
+    with pytest.raises(ArgumentError, match="above 0"):
+        lens.noise_scale(sizes=[30, 0])
+    assert "a step had 2 micro-batches" in lens.noise_scale(sizes=[8, 8, 8]).reason
+
+
+def test_the_two_losses_of_a_gan_are_no_micro_batches():
+    """A discriminator's losses on real and on generated data differ in their gradients, step after step."""
+    torch.manual_seed(0)
+    critic = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 1))
+    optimizer = torch.optim.Adam(critic.parameters(), lr=1e-3)
+    with gradlens.watch(critic, optimizer, rules=()) as lens:
+        for _ in range(40):
+            optimizer.zero_grad()
+            nn.functional.softplus(-critic(3 + torch.randn(32, 6))).mean().backward()
+            nn.functional.softplus(critic(torch.randn(32, 6))).mean().backward()
+            optimizer.step()
+        assert "not alike" in lens.noise_scale().reason
+
+
+def test_equal_micro_batches_are_alike():
+    """In 20 trainings of 40 steps no pair of equal micro-batches is taken for two losses."""
+    for seed in range(20):
+        alike, random = Alike(), np.random.default_rng(seed)
+        for _ in range(40):
+            alike.take(random.chisquare(3, size=4))
+        assert alike.ratio == 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,12 +12,17 @@ from torch import Tensor
 from gradlens.errors import ArgumentError, ArgumentTypeError
 from gradlens.progress import tracked
 
+Sizes = Callable[[Any], float] | Sequence[float] | None  #: how many examples a batch has: asked of it, or listed
 
-def counted(batches: Iterable[Any], told: str, progress: bool | None) -> Iterator[tuple[Any, int | None]]:
+
+def counted(
+    batches: Iterable[Any], told: str, progress: bool | None, sizes: Sizes = None
+) -> Iterator[tuple[Any, float | None]]:
     """Each batch with its size, None where batches say none; an error for one that is empty or does not fit the others."""
+    size_of = _sizer(sizes)
     known = True
     for k, batch in enumerate(tracked(batches, told, length(batches), progress)):
-        size = batch_size(batch)
+        size = size_of(k, batch)
         if size == 0:
             raise ArgumentError(f"batch {k} is empty: its tensors have no examples (drop_last=True leaves out a rest)")
         known = known if k else size is not None
@@ -25,18 +30,64 @@ def counted(batches: Iterable[Any], told: str, progress: bool | None) -> Iterato
             one, other = (k, 0) if known else (0, k)
             raise ArgumentError(
                 f"batch {one} does not say how large it is, and batch {other} does (the first dimension of its first "
-                f"tensor), so they cannot be weighted; give batches of one kind"
+                f"tensor), so they cannot be weighted; give batches of one kind, or sizes="
             )
         yield batch, size
 
 
+def _sizer(sizes: Sizes) -> Callable[[int, Any], float | None]:
+    """The size of the k-th batch."""
+    if sizes is None:
+        return lambda k, batch: batch_size(batch)
+    if callable(sizes):
+        return lambda k, batch: _checked(k, sizes(batch))
+    listed = sizes.tolist() if hasattr(sizes, "tolist") else sizes
+    if isinstance(listed, str) or not isinstance(listed, Sequence):
+        raise ArgumentTypeError(
+            f"sizes is a function of a batch, such as lambda batch: batch[0].shape[1], or a number for each batch, not "
+            f"{sizes!r}"
+        )
+
+    def of(k: int, batch: Any) -> float:
+        if k >= len(listed):
+            raise ArgumentError(f"sizes has {len(listed)} numbers, and there are more batches")
+        return _checked(k, listed[k])
+
+    return of
+
+
+def _checked(k: int, size: Any) -> float:
+    number = size.item() if hasattr(size, "item") else size
+    if isinstance(number, bool) or not isinstance(number, int | float) or not 0 <= number < float("inf"):
+        raise ArgumentError(f"the size of batch {k} is how many examples it has, a number above 0, not {size!r}")
+    return number
+
+
 def check_batches(batches: object) -> None:
-    """Raise for what cannot be passed over as batches."""
+    """Raise for what cannot be passed over as batches, and for one batch in their place."""
     if not isinstance(batches, Iterable) or isinstance(batches, Mapping | str | bytes):
         raise ArgumentTypeError(
             f"batches are a DataLoader, a list of batches, or any iterable of them, not {type(batches).__name__}; for "
             f"one batch that would be [batch]"
         )
+    if isinstance(batches, Tensor | np.ndarray):
+        raise ArgumentTypeError(
+            f"batches are an iterable of batches, and this is one tensor of shape {tuple(batches.shape)}, whose rows "
+            f"would be taken for batches; split it, as in x.split(32), or give [x]"
+        )
+    if isinstance(batches, tuple | list) and _is_one(batches):
+        kinds = ", ".join(f"{tuple(part.shape)} of {part.dtype}" for part in batches[:3])
+        raise ArgumentTypeError(
+            f"batches looks like one batch, (x, y): its parts are tensors of different kinds ({kinds}); give a list of such "
+            f"batches, or [batch] for one"
+        )
+
+
+def _is_one(parts: Sequence[Any]) -> bool:
+    """Whether the parts are those of one batch: tensors that differ in type or in more than their first dimension."""
+    if not 2 <= len(parts) <= 4 or not all(isinstance(part, Tensor | np.ndarray) for part in parts):
+        return False
+    return len({str(part.dtype) for part in parts}) > 1 or len({tuple(part.shape[1:]) for part in parts}) > 1
 
 
 def batch_size(batch: Any) -> int | None:

@@ -216,9 +216,8 @@ class Dissection:
 
     def _taken_apart(self) -> StepReport:
         parts = [self._attributed(i, w) for i, w in enumerate(self._isolated.live())]
-        path, shares = (
-            self._integrated() if self._explained else (None, [torch.full_like(part[0], np.nan) for part in parts])
-        )
+        path, shares, failure = self._path()
+        shares = shares or [torch.full_like(part[0], np.nan) for part in parts]
         value, partial, used, dw, blame = (_host([part[k] for part in parts]) for k in range(5))
         return StepReport(
             parameters=self._isolated.parameters,
@@ -234,7 +233,18 @@ class Dissection:
             path=path,
             steps=self._steps,
             clipping_known=self._wish_known,
+            failure=failure,
         )
+
+    def _path(self) -> tuple[Path | None, list[Tensor], str]:
+        """What the step did to the loss; where that cannot be computed, why: the causes are known without it."""
+        if not self._explained:
+            return None, [], ""
+        try:
+            path, shares = self._integrated()
+        except Exception as error:  # noqa: BLE001 - the user's loss may raise anything
+            return None, [], f"{type(error).__name__}: {error}"
+        return path, shares, ""
 
     def _attributed(self, i: int, now: Tensor) -> tuple[Any, ...]:
         before, after = self._before[i], self._part(i, now)
@@ -269,8 +279,22 @@ class Dissection:
                 for total, product in zip(sums, products, strict=True):
                     total.add_(product, alpha=share)
             allocated = np.array([total.sum().item() for total in sums])
-            path = Path(losses[0], losses[-1], np.array(slopes), allocated, isolated.narrow)
+            path = Path(
+                losses[0], losses[-1], np.array(slopes), allocated, isolated.narrow, self._slope(isolated, start, move)
+            )
             return path, [self._part(i, total) for i, total in enumerate(sums)]
+
+    @staticmethod
+    def _slope(isolated: IsolatedLoss, start: list[Tensor], move: list[Tensor]) -> float:
+        """How fast the loss itself changes at the beginning of the way: g.dw, if g is its gradient."""
+        values = []
+        for node in (1e-4, -1e-4):
+            for v, w, dw in zip(isolated.weights, start, move, strict=True):
+                with torch.no_grad():
+                    v.copy_(w + node * dw)
+            isolated.rewind()
+            values.append(isolated.gradient()[0].item())
+        return (values[0] - values[1]) / 2e-4
 
     @property
     def result(self) -> StepReport:

@@ -8,10 +8,10 @@ nor a kink nearby is taken for an error. Where the slopes to the left and to the
 any partial between the two is right, and the row says `kink`.
 
 The tolerance of a row is 1e-4 of the partial, plus 1e-6 of its parameter's largest, plus what the rounding of the loss can
-do to the difference (measured: the loss is computed again with every weight moved by about one unit in its last place).
-What this cannot see: weights that were not drawn (padding rows of embeddings, 0 by declaration, never are). What it
-reports though it may be meant: straight-through estimators, and forwards that write into their weights
-(`Embedding(max_norm=)`), whose partials are not those of the loss.
+do to the difference (measured: the loss is computed again with weights moved by about one unit in their last place). Where
+an operation exists in float32 only, steps and tolerances are wider, and the result says so.
+What this cannot see: weights that were not drawn (padding rows of embeddings, 0 by declaration, never are). What differs on
+purpose (a straight-through estimator, a stopped gradient) is said by `allow=`.
 """
 
 from __future__ import annotations
@@ -26,23 +26,35 @@ from torch import Tensor
 
 from gradlens import markup
 from gradlens.errors import ArgumentError, ProbeError
+from gradlens.probes.allowed import Allowed, parse_allowed
 from gradlens.probes.interrupts import leaves_no_trace
 from gradlens.probes.isolated_loss import IsolatedLoss
 from gradlens.probes.loss import Target
 from gradlens.probes.per_weight import unravelled
-from gradlens.probes.second_order import kept_at_zero
+from gradlens.probes.second_order import kept_at_zero, not_repeatable
 from gradlens.progress import tracked
-from gradlens.records import Parameters
 from gradlens.selection import Select
 from gradlens.weight_names import label
 
 if TYPE_CHECKING:
     import pandas as pd
 
-STEPS = (1e-5, 1e-4, 1e-6)  #: relative to max(1, |w|): the best one first, the others before crying wolf
-RELATIVE = 1e-4  #: truncation stays below 1e-6 on smooth losses, and no wrong backward is off by as little as this
-OF_LARGEST = 1e-6  #: truncation does not shrink with the partial: allow this share of the parameter's largest one
 ROUNDING = 10  #: times the measured rounding noise of the loss
+MOVED = 1 << 16  #: weights of a parameter that are moved to measure it
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Steps and tolerances that fit what the loss is computed in."""
+
+    steps: tuple[float, ...]  #: relative to max(1, |w|): the best one first, the others before crying wolf
+    relative: float  #: truncation stays a hundredth of it on smooth losses, and no wrong backward is off by as little
+    of_largest: float  #: truncation does not shrink with the partial: allow this share of the parameter's largest one
+    unit: float  #: in the last place
+
+
+FINE = Precision((1e-5, 1e-4, 1e-6), 1e-4, 1e-6, 2.0**-52)
+COARSE = Precision((1e-2, 3e-2, 3e-3), 2e-2, 2e-3, 2.0**-23)  #: where an operation exists in float32 only
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -53,20 +65,20 @@ class PartialsCheck(markup.Shown):
     weights: int  #: how many there are to draw from
     missed: tuple[str, ...]  #: parameters of which none was drawn
     narrow: tuple[str, ...]  #: operations that could not be computed in float64
+    coarse: tuple[str, ...] = ()  #: of these, operations that do not exist in float64: tolerances are wider
+    allowed: tuple[str, ...] = ()  #: what `allow` was given
+    noise: float = 0.0  #: how far rounding moves the loss
+    seed: int = 0
 
     @property
     def ok(self) -> bool:
-        """Whether all partials that were checked are right, or lie at a kink."""
+        """Whether all partials that were checked are right, lie at a kink, or were allowed to differ."""
         return not (self.frame["result"] == "wrong").any()
 
     def __str__(self) -> str:
         counts = self.frame["result"].value_counts()
-        kinks = f", {counts['kink']} at a kink" if counts.get("kink") else ""
-        lines = [
-            f"partials are {'right' if self.ok else 'WRONG'}: {counts.get('right', 0)} of {len(self.frame)} drawn "
-            f"agree with central differences{kinks} ({self.weights:,} weights in all)"
-        ]
         wrong = self.frame[self.frame["result"] == "wrong"].sort_values("error", ascending=False)
+        lines = [self._first(counts)]
         for name, index, partial, difference in wrong[["parameter", "index", "partial", "difference"]].head(10).values:
             lines.append(
                 f"  {label(name, index)}: partial {partial:.6g}, but the loss changes at a rate of {difference:.6g}"
@@ -74,8 +86,29 @@ class PartialsCheck(markup.Shown):
         if len(wrong):
             lines.append(
                 "  likely: a custom autograd.Function with a wrong backward; a value cut off by detach(), .data, .item() or "
-                "no_grad(); a tensor changed in place where autograd does not see it; a straight-through estimator (meant)"
+                "no_grad(); a tensor changed in place where autograd does not see it; an operation that is not deterministic"
             )
+            lines.append(
+                "  a straight-through estimator or a gradient stopped on purpose is meant to differ: check_partials(..., "
+                "allow='detach') holds what is cut off, allow='encoder.*' leaves parameters out"
+            )
+        return "\n".join([*lines, *self._caveats()])
+
+    def _first(self, counts: Any) -> str:
+        beside = "".join(f", {counts[word]} {said}" for word, said in _BESIDE.items() if counts.get(word))
+        drawn = f"of {len(self.frame)} drawn"
+        if not self.ok:
+            return (
+                f"partials are WRONG: {counts['wrong']} {drawn} do not agree with central differences; "
+                f"{counts.get('right', 0)} agree{beside} ({self.weights:,} weights in all)"
+            )
+        return (
+            f"partials are right: {counts.get('right', 0)} {drawn} agree with central differences{beside} "
+            f"({self.weights:,} weights in all)"
+        )
+
+    def _caveats(self) -> list[str]:
+        lines = []
         if not self.frame["partial"].any():
             lines.append("  every partial checked is 0: little was put to test")
         size = self.frame["partial"].abs()
@@ -89,9 +122,20 @@ class PartialsCheck(markup.Shown):
             lines.append(
                 f"  nothing was drawn from {len(self.missed)} parameters ({', '.join(self.missed[:3])}, ...): raise k"
             )
-        if self.narrow:
-            lines.append(f"  computed in less than float64, so less exact: {', '.join(self.narrow)}")
-        return "\n".join(lines)
+        if self.allowed:
+            lines.append(f"  allowed: {', '.join(self.allowed)}")
+        if self.coarse:
+            lines.append(
+                f"  {', '.join(self.coarse)} does not exist in float64 and was computed in less: steps are longer, and only "
+                f"partials that are off by {COARSE.relative:.0%} and more are found"
+            )
+        others = [name for name in self.narrow if name not in self.coarse]
+        if others:
+            lines.append(f"  computed in less than float64, so less exact: {', '.join(others)}")
+        return lines
+
+
+_BESIDE = {"kink": "at a kink", "allowed": "allowed to differ"}
 
 
 @leaves_no_trace
@@ -100,6 +144,7 @@ def check_partials(
     loss_fn: Callable[[Any], Tensor],
     k: int = 32,
     *,
+    allow: str | Sequence[str] | None = None,
     select: Select = None,
     seed: int = 0,
     progress: bool | None = None,
@@ -109,25 +154,29 @@ def check_partials(
     The weights are drawn by `seed`: of each parameter its most sensitive one first, then others at random, parameters in
     turn, so that k should be at least the number of parameters. Costs two evaluations of the loss a weight, six in doubt.
 
+    `allow="detach"` holds what the loss cuts off on purpose (`detach()`, `.data`, `no_grad()`) at its value, so that a
+    straight-through estimator or a stopped gradient is checked as it is meant; a pattern of names (`allow="encoder.*"`) lets
+    the partials of these parameters differ.
+
     Raises `ProbeError` when the loss ignores its argument, differs from call to call, or is not finite.
 
     >>> print(check_partials(model, lambda model: criterion(model(x), y)))  # doctest: +SKIP
     """
-    if k < 1:
-        raise ArgumentError(f"k is the number of weights to check, at least 1, not {k}")
-    with IsolatedLoss(model, loss_fn, select=select, wide=True) as isolated:
+    if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:
+        raise ArgumentError(f"k is the number of weights to check, at least 1, not {k!r}")
+    allowed = parse_allowed(allow)
+    with IsolatedLoss(model, loss_fn, select=select, wide=True, hold_cuts=allowed.cuts) as isolated:
+        allowed.check(isolated.all_names)
         loss, partials = isolated.gradient()
+        isolated.settle_randomness()
         gradient = [torch.zeros_like(w) if g is None else g for g, w in zip(partials, isolated.weights, strict=True)]
-        noise = _noise(isolated, loss.item(), seed)
-        places = _draw(
-            gradient, [kept_at_zero(owner, w) for owner, w in zip(isolated.owners(), gradient, strict=True)], k, seed
-        )
-        rows = [
-            _row(isolated, gradient, place, loss.item(), noise)
-            for place in tracked(places, "checking partials", len(places), progress)
-        ]
-        weights = sum(w.numel() for w in isolated.weights)
-        return _result(isolated.parameters, rows, weights, isolated.narrow)
+        precision = COARSE if isolated.coarse else FINE
+        noise = _noise(isolated, loss.item(), seed, precision)
+        skipped = [kept_at_zero(owner, w) for owner, w in zip(isolated.owners(), gradient, strict=True)]
+        places = _draw(gradient, skipped, k, seed)
+        check = _Check(isolated, gradient, loss.item(), noise, precision)
+        rows = [check.row(place) for place in tracked(places, "checking partials", len(places), progress)]
+        return _result(isolated, rows, allowed, noise, seed)
 
 
 @dataclass(frozen=True)
@@ -146,7 +195,7 @@ def _evaluate(isolated: IsolatedLoss) -> float:
     return isolated.loss()
 
 
-def _noise(isolated: IsolatedLoss, loss: float, seed: int) -> float:
+def _noise(isolated: IsolatedLoss, loss: float, seed: int, precision: Precision) -> float:
     """How far rounding moves the loss; an error when something else does."""
     if not np.isfinite(loss):
         raise ProbeError(
@@ -154,21 +203,27 @@ def _noise(isolated: IsolatedLoss, loss: float, seed: int) -> float:
         )
     again = _evaluate(isolated)
     size = max(abs(loss), abs(again))
-    if abs(again - loss) > 1e-9 * size:
-        raise ProbeError(
-            f"loss_fn gives {loss:.9g} and then {again:.9g} at the same weights with the same random numbers: fix the batch "
-            f"outside of it (no next(iterator)), and draw from torch's, numpy's or Python's global generators only"
-        )
-    held, random = [w.detach().clone() for w in isolated.weights], torch.Generator().manual_seed(seed)
-    moved = [again]
+    if not abs(again - loss) <= max(1e-9, 16 * precision.unit) * size:
+        raise not_repeatable(loss, again)
+    moved, random = [again], torch.Generator().manual_seed(seed)
     for _ in range(4):
-        for w, kept in zip(isolated.weights, held, strict=True):
-            signs = torch.randint(0, 2, w.shape, generator=random).to(w) * 2 - 1
-            _set(w, kept * (1 + 2.0**-52 * signs))
-        moved.append(_evaluate(isolated))
-    for w, kept in zip(isolated.weights, held, strict=True):
-        _set(w, kept)
-    return max(abs(other - loss) for other in moved) + 2.0**-52 * size
+        moved.append(_shaken(isolated, random, precision.unit))
+    return max(abs(other - loss) for other in moved) + precision.unit * size
+
+
+def _shaken(isolated: IsolatedLoss, random: torch.Generator, unit: float) -> float:
+    """The loss with weights moved by about one unit in their last place: in large parameters an even part of them."""
+    parts = [w.detach().view(-1)[:: max(1, w.numel() // MOVED)] for w in isolated.weights]
+    held = [part.clone() for part in parts]
+    with torch.no_grad():
+        for part in parts:
+            part.mul_(1 + unit * (torch.randint(0, 2, part.shape, generator=random).to(part) * 2 - 1))
+    try:
+        return _evaluate(isolated)
+    finally:
+        with torch.no_grad():
+            for part, kept in zip(parts, held, strict=True):
+                part.copy_(kept)
 
 
 def _set(w: Tensor, value: Tensor | float) -> None:
@@ -181,36 +236,57 @@ def _draw(gradient: Sequence[Tensor], skipped: Sequence[range], k: int, seed: in
     random = np.random.default_rng(seed)
     queues = []
     for position in random.permutation(len(gradient)):
-        g = gradient[position].detach().reshape(-1).abs().nan_to_num(nan=torch.inf).cpu().numpy()
-        if g.size:
-            first = int(g.argmax())
-            others = random.choice(g.size, size=min(k + len(skipped[position]), g.size), replace=False)
+        g, away = gradient[position], skipped[position]
+        if g.numel():
+            first = int(_sizes(g).argmax())
+            others = random.choice(g.numel(), size=min(k + len(away), g.numel()), replace=False)
             drawn = [first, *others[others != first]]
-            queues.append([(int(position), int(i)) for i in drawn if i not in skipped[position]])
+            queues.append([(int(position), int(i)) for i in drawn if i not in away])
     rounds = [queue[turn] for turn in range(k) for queue in queues if turn < len(queue)]
     return sorted(rounds[:k])
 
 
-def _row(isolated: IsolatedLoss, gradient: Sequence[Tensor], place: tuple[int, int], loss: float, noise: float) -> _Row:
-    position, index = place
-    flat = gradient[position].reshape(-1)
-    partial = flat[index].item()
-    largest = flat.abs().nan_to_num(0, 0, 0).max().item()
-    weight = isolated.weights[position].detach().view(-1)[index]
-    value = weight.item()
-    rows = []
-    for step in STEPS:
-        h = step * max(1.0, abs(value))
-        above, below = (_moved(isolated, weight, value + move) for move in (h, -h))
-        rows.append(_compared(place, value, partial, (below, loss, above), h, OF_LARGEST * largest + ROUNDING * noise / h))
-        if rows[-1].result == "right":
-            return rows[-1]
-    return next((row for row in rows if row.result == "kink"), rows[0])
+def _sizes(gradient: Tensor) -> Tensor:
+    """|partial|, where NaN is the largest."""
+    size = gradient.detach().reshape(-1).abs()
+    return size if bool(size.isfinite().all()) else size.nan_to_num(nan=torch.inf)
 
 
-def _moved(isolated: IsolatedLoss, weight: Tensor, target: float) -> float:
+class _Check:
+    """The comparison of one weight after the other."""
+
+    def __init__(
+        self, isolated: IsolatedLoss, gradient: Sequence[Tensor], loss: float, noise: float, precision: Precision
+    ) -> None:
+        self._isolated, self._gradient, self._loss, self._noise = isolated, gradient, loss, noise
+        self._precision = precision
+        self._largest: dict[int, float] = {}
+
+    def row(self, place: tuple[int, int]) -> _Row:
+        """Right at one of the steps, else at a kink, else wrong."""
+        position, index = place
+        partial = self._gradient[position].reshape(-1)[index].item()
+        weight = self._isolated.weights[position].detach().view(-1)[index]
+        value = weight.item()
+        rows = []
+        for step in self._precision.steps:
+            h = step * max(1.0, abs(value))
+            above, below = (_moved(self._isolated, weight, value, value + move) for move in (h, -h))
+            floor = self._precision.of_largest * self._of_largest(position) + ROUNDING * self._noise / h
+            rows.append(_compared(place, value, partial, (below, self._loss, above), h, floor, self._precision.relative))
+            if rows[-1].result == "right":
+                return rows[-1]
+        return next((row for row in rows if row.result == "kink"), rows[0])
+
+    def _of_largest(self, position: int) -> float:
+        if position not in self._largest:
+            size = _sizes(self._gradient[position])
+            self._largest[position] = size.where(size.isfinite(), 0).max().item()
+        return self._largest[position]
+
+
+def _moved(isolated: IsolatedLoss, weight: Tensor, value: float, target: float) -> float:
     """The loss with one weight moved and all others as they are."""
-    value = weight.item()
     _set(weight, target)
     try:
         return _evaluate(isolated)
@@ -218,10 +294,18 @@ def _moved(isolated: IsolatedLoss, weight: Tensor, target: float) -> float:
         _set(weight, value)
 
 
-def _compared(place: tuple[int, int], value: float, partial: float, losses: Sequence[float], h: float, floor: float) -> _Row:
+def _compared(
+    place: tuple[int, int],
+    value: float,
+    partial: float,
+    losses: Sequence[float],
+    h: float,
+    floor: float,
+    relative: float,
+) -> _Row:
     below, at, above = losses
     difference, left, right = (above - below) / (2 * h), (at - below) / h, (above - at) / h
-    tolerance = RELATIVE * max(abs(partial), abs(difference)) + floor
+    tolerance = relative * max(abs(partial), abs(difference)) + floor
     if abs(partial - difference) <= tolerance:
         result = "right"
     elif abs(right - left) > tolerance and min(left, right) - tolerance <= partial <= max(left, right) + tolerance:
@@ -231,9 +315,14 @@ def _compared(place: tuple[int, int], value: float, partial: float, losses: Sequ
     return _Row(*place, value, partial, difference, tolerance, result)
 
 
-def _result(parameters: Parameters, rows: Sequence[_Row], weights: int, narrow: tuple[str, ...]) -> PartialsCheck:
+def _result(isolated: IsolatedLoss, rows: Sequence[_Row], allowed: Allowed, noise: float, seed: int) -> PartialsCheck:
     import pandas as pd
 
+    parameters = isolated.parameters
+    words = [
+        "allowed" if row.result == "wrong" and allowed.covers(parameters.names[row.parameter]) else row.result
+        for row in rows
+    ]
     frame = pd.DataFrame(
         {
             "parameter": pd.Series([parameters.names[row.parameter] for row in rows], dtype="str"),
@@ -245,13 +334,17 @@ def _result(parameters: Parameters, rows: Sequence[_Row], weights: int, narrow: 
             "difference": [row.difference for row in rows],
             "error": [abs(row.partial - row.difference) for row in rows],
             "tolerance": [row.tolerance for row in rows],
-            "result": pd.Series([row.result for row in rows], dtype="str"),
+            "result": pd.Series(words, dtype="str"),
         }
     )
     drawn = {row.parameter for row in rows}
-    missed = tuple(name for i, name in enumerate(parameters.names) if i not in drawn and 0 not in parameters.shapes[i])
-    return PartialsCheck(frame, weights, missed, narrow)
-
-
-def _index(shape: tuple[int, ...], flat: int) -> tuple[int, ...]:
-    return unravelled(np.array([flat]), shape)[0]
+    return PartialsCheck(
+        frame=frame,
+        weights=sum(w.numel() for w in isolated.weights),
+        missed=tuple(name for i, name in enumerate(parameters.names) if i not in drawn and 0 not in parameters.shapes[i]),
+        narrow=isolated.narrow,
+        coarse=isolated.coarse,
+        allowed=allowed.given,
+        noise=noise,
+        seed=seed,
+    )

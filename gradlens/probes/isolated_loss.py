@@ -29,7 +29,16 @@ from gradlens.probes import float64
 from gradlens.probes.interrupts import OPEN, uninterrupted
 from gradlens.probes.loss import Loss, Target, check_arguments, varies
 from gradlens.probes.stand_ins import StandIns
-from gradlens.probes.untouched import ModuleState, ProcessState, compiled
+from gradlens.probes.untouched import (
+    ModuleState,
+    ProcessState,
+    compiled,
+    drawn_since,
+    randomness,
+    set_randomness,
+    set_torch_randomness,
+    torch_randomness,
+)
 from gradlens.records import Parameters
 from gradlens.selection import Select, check, predicate
 
@@ -115,6 +124,8 @@ class IsolatedLoss:
 
     def evaluate(self, then: Callable[[Tensor], T], *batch: Any) -> T:
         """`then(loss)`, with the weights still in place: a backward may run checkpointed forwards again."""
+        if not self._loss.known_to_use:
+            self._refuse_ignored(batch)
         self._inside = True
         try:
             self._stand_ins.swap_in(self.weights)
@@ -126,9 +137,22 @@ class IsolatedLoss:
                     self._mode.backward_begins()
                 result = then(loss)
         finally:
-            uninterrupted(self._put_back)
+            self._put_back()  # `close` does it again, should an interrupt come here
         self._check_written()
         return result
+
+    def _refuse_ignored(self, batch: tuple) -> None:
+        """See whether the loss function uses its argument, with the copies in place, since it may write into them."""
+        self._inside = True
+        try:
+            self._stand_ins.swap_in(self.weights)
+            if self._mode is not None:
+                self._mode.__enter__()
+                self._mode.backward_begins()  # nothing is cut off yet
+            self._loss.refuse_ignored(batch)
+        finally:
+            self._put_back()
+        self._check_written(whole=False)
 
     def loss(self, *batch: Any) -> float:
         """The loss at the current weights."""
@@ -185,6 +209,18 @@ class IsolatedLoss:
         """Set the random states back to where they were on entering: the next evaluation draws the same numbers."""
         self._process.rewind(self._draws)
 
+    def draw(self) -> tuple[Any, ...]:
+        """The random states as they are now, for `draw_again`; numpy's and Python's only where the loss draws from them."""
+        return randomness() if self._draws else (torch_randomness(),)
+
+    def draw_again(self, drawn: tuple[Any, ...]) -> None:
+        """Set them back: the next evaluation draws the same numbers."""
+        set_randomness(drawn) if len(drawn) > 1 else set_torch_randomness(*drawn)
+
+    def settle_draws(self, drawn: tuple[Any, ...]) -> None:
+        """After an evaluation from `draw()`: whether later ones need numpy's and Python's generators at all."""
+        self._draws = drawn_since(drawn)
+
     def settle_randomness(self) -> None:
         """After an evaluation from the start: whether later ones need to rewind numpy's and Python's generators at all."""
         self._draws = self._process.drawn()
@@ -220,9 +256,9 @@ class IsolatedLoss:
             self._state.put_back()
             self._inside = False
 
-    def _check_written(self) -> None:
-        """What the evaluation wrote into is written anew before the next one."""
-        lost = self._stand_ins.renew(self.weights, self.live(), self._cast)
+    def _check_written(self, whole: bool = True) -> None:
+        """Undo what an evaluation wrote into the copies."""
+        lost = self._stand_ins.renew(self.weights, whole)
         if lost:
             warnings.warn(
                 f"loss_fn writes into {', '.join(lost[:3])}{', ...' if len(lost) > 3 else ''}, which a probe finds and does "

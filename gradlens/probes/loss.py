@@ -41,8 +41,6 @@ class Loss:
 
     def __call__(self, plain: Mapping[str, Tensor], batch: tuple) -> Tensor:
         argument = self.places[""] if self.single else {**self.places, **plain}
-        if not self.known_to_use:
-            self._refuse_ignored(batch)
         loss = _scalar(self.function(argument, *map(_fresh, batch)))
         if not self.known_to_be_whole:
             _refuse_reentrant(loss)
@@ -65,7 +63,7 @@ class Loss:
                 found.setdefault(id(tensor), (f"{key}.{name}" if key else name, tensor, owner))
         return [*found.values(), *((name, tensor, None) for name, tensor in self.plain.items())]
 
-    def _refuse_ignored(self, batch: tuple) -> None:
+    def refuse_ignored(self, batch: tuple) -> None:
         """Call the loss function with something that cannot be used: one that does not notice ignores its argument."""
         before = ProcessState(self.reach.generators.values())
         try:

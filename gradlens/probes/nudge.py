@@ -19,13 +19,13 @@ from torch import Tensor
 
 from gradlens import markup
 from gradlens.errors import ArgumentError, ArgumentTypeError, nearest
-from gradlens.probes.batches import check_batches, counted, generators
+from gradlens.probes.batches import Sizes, check_batches, counted, generators
 from gradlens.probes.interrupts import leaves_no_trace
 from gradlens.probes.isolated_loss import IsolatedLoss
 from gradlens.probes.loss import Target
-from gradlens.probes.untouched import randomness, set_randomness
 from gradlens.probes.verdicts import MOVE, Survey
 from gradlens.statistics.evidence import VERDICTS
+from gradlens.weight_names import known_name
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -51,13 +51,37 @@ class Nudge(markup.Shown):
         """The change of the mean loss."""
         return float(np.average(self.frame["change"], weights=self.frame["size"]))
 
+    @property
+    def share(self) -> float:
+        """The actual change as a share of the predicted one; NaN where none was predicted."""
+        return self.actual / self.predicted if self.predicted else float("nan")
+
+    def _first(self) -> str:
+        """What came of it, in one sentence."""
+        if not self.predicted:
+            return "nothing was predicted: no verdict says which way a weight should move"
+        if abs(self.predicted) < self.noise and abs(self.actual) < 2 * self.noise:
+            return "too small to tell: the predicted change is within the noise; take a larger size or more batches"
+        if abs(self.share) < 0.05:
+            return (
+                "the loss hardly changed: these partials are not those of this loss at these weights (captured before "
+                "a step, scaled, or of another batch?); survey again"
+            )
+        if self.share < 0:
+            return "the loss changed the OTHER way: the verdicts do not hold on these batches, or the size is too large"
+        if self.share > 0.5:
+            return "the loss changed as the partials predict"
+        return (
+            "the loss changed by less than predicted: other batches than were surveyed, or curvature (take a smaller size)"
+        )
+
     def __str__(self) -> str:
-        text = (
-            f"moved {self.moved:,} weights by {self.size:g}: predicted change of the loss {self.predicted:.4g}, "
+        text = self._first() + (
+            f"\n  moved {self.moved:,} weights by {self.size:g}: predicted change of the loss {self.predicted:.4g}, "
             f"actual {self.actual:.4g} ± {self.noise:.2g} over {len(self.frame)} batches"
         )
         if self.predicted:
-            text += f" ({self.actual / self.predicted:.0%} of the prediction)"
+            text += f" ({self.share:.1%} of the prediction)"
         if self.rounded_away:
             text += f"; {self.rounded_away:,} did not move, {self.size:g} being too little for their storage type"
         if self.moved and self.rounding > abs(self.predicted) / 10:
@@ -73,12 +97,13 @@ def nudge(
     batches: Iterable[Any],
     size: float = MOVE,
     *,
+    sizes: Sizes = None,
     progress: bool | None = None,
 ) -> Nudge:
     """Move the weights by `size` as the verdicts say, on a copy, and compare the change of the loss with the predicted one.
 
     `verdicts`: a survey, or a part of its `frame` (columns `parameter, index, verdict, partial`). `batches`: the surveyed
-    ones, or others. Costs two evaluations of the loss a batch.
+    ones, or others; `sizes` as in `survey`. Costs two evaluations of the loss a batch.
 
     >>> print(nudge(model, loss_fn, survey(model, loss_fn, batches), held_out))  # doctest: +SKIP
     """
@@ -90,11 +115,13 @@ def nudge(
     with isolated:
         moves, predicted = _moves(isolated, verdicts, float(size))
         held = [w.detach().clone() for w in isolated.weights]
-        rows = []
-        for batch, n in counted(batches, "nudging", progress):
-            random = randomness()
+        rows: list[tuple[float | None, float, float]] = []
+        for batch, n in counted(batches, "nudging", progress, sizes):
+            random = isolated.draw()
             before = isolated.loss(batch)
-            set_randomness(random)
+            if not rows:
+                isolated.settle_draws(random)
+            isolated.draw_again(random)
             after = _moved(isolated, moves, held, lambda batch=batch: isolated.loss(batch))  # type: ignore[misc]
             rows.append((n, before, after))
         pairs = [(kept, move) for kept, move in zip(held, moves, strict=True) if move is not None]
@@ -157,7 +184,7 @@ def _of_survey(isolated: IsolatedLoss, survey: Survey) -> Iterator[Listed]:
 
 def _of_frame(isolated: IsolatedLoss, frame: pd.DataFrame) -> Iterator[Listed]:
     for key, rows in frame.groupby("parameter", sort=False):
-        name = str(key)
+        name = known_name(str(key), isolated.parameters.names) or str(key)
         _check(isolated, name, None)
         shape = isolated.parameters.shapes[isolated.parameters.position[name]]
         axes = tuple(np.array(axis, np.int64) for axis in zip(*rows["index"], strict=True))
@@ -181,7 +208,7 @@ def _check(isolated: IsolatedLoss, name: str, shape: tuple[int, ...] | None) -> 
 
 
 def _result(
-    rows: Sequence[tuple[int | None, float, float]],
+    rows: Sequence[tuple[float | None, float, float]],
     predicted: float,
     precision: float,
     moved: int,

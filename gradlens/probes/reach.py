@@ -67,11 +67,24 @@ def _within(name: str, value: Any) -> Iterator[tuple[str, Any]]:
     elif isinstance(value, Mapping | list | tuple | set | frozenset):
         yield from _items(name, value)
     elif not isinstance(value, type) and not inspect.ismodule(value):
-        if (type(value).__module__ or "").split(".")[0] not in _FOREIGN:
+        if not _foreign(type(value)):
             yield from ((f"{name}.{key}", item) for key, item in getattr(value, "__dict__", {}).items())
-        inner = getattr(value, "__wrapped__", None) or vars(type(value)).get("__call__")
-        if isinstance(inner, FunctionType):
-            yield from _of_function(inner)
+            yield from _methods(type(value))
+        if hasattr(value, "__wrapped__"):
+            yield name, value.__wrapped__
+
+
+def _foreign(kind: type) -> bool:
+    return (kind.__module__ or "").split(".")[0] in _FOREIGN
+
+
+def _methods(kind: type) -> Iterator[tuple[str, Any]]:
+    """The functions of a user's class: a loss may call any of them."""
+    for base in kind.__mro__:
+        if not _foreign(base):
+            yield from (
+                (f"{base.__name__}.{key}", item) for key, item in vars(base).items() if isinstance(item, FunctionType)
+            )
 
 
 def _items(name: str, value: Any) -> Iterator[tuple[str, Any]]:

@@ -51,7 +51,7 @@ class StandIns:
             self._copy(tensor)
         self._versions: dict[int, int] = {}
         self._always: set[int] = set()  # what is written into past the counters
-        self._cloned: set[int] = set()  # weights that the forward writes into: it gets a clone of them
+        self._restored: set[int] = set()  # weights that the forward writes into
         self._first = True
         self._outside = _Outside(outside, {id(t) for t, _ in self._copies.values()} | set(weights))
 
@@ -104,12 +104,11 @@ class StandIns:
 
     def swap_in(self, weights: Sequence[Tensor]) -> None:
         """Put the copies into the modules, and the caller's weights."""
-        self._current = [
-            _as_parameter(w.clone() if i in self._cloned else w, self._complex(i)) for i, w in enumerate(weights)
-        ]
+        self._current = [torch.view_as_complex(w) if self._complex(i) else w for i, w in enumerate(weights)]
         self._versions = {key: copy._version for key, (_, copy) in self._copies.items()}
         self._weight_versions = [w._version for w in weights]
-        self._backup = [w.detach().clone() for w in weights] if self._first else []
+        kept = range(len(weights)) if self._first else self._restored
+        self._backup = {i: weights[i].detach().clone() for i in kept}
         for container, key, tensor in self._places:
             container[key] = self._standing(tensor)
         for container, key, _, like in self._tuples:
@@ -134,10 +133,13 @@ class StandIns:
         self._current = []
         self._outside.put_back()
 
-    def renew(self, weights: Sequence[Tensor], live: Sequence[Tensor], cast: Cast) -> list[str]:
-        """Undo what the evaluation wrote into the copies. Returns the names of what could not be put back."""
+    def renew(self, weights: Sequence[Tensor], whole: bool = True) -> list[str]:
+        """Undo what the evaluation wrote into the copies. Returns the names of what could not be put back.
+
+        `whole` says that it was an evaluation: what the first one writes into past the counters is looked for.
+        """
         for key, (tensor, copy) in self._copies.items():
-            if self._first and key not in self._always and not _same(copy, cast(tensor.detach())):
+            if self._first and key not in self._always and not _same(copy, self._cast(tensor.detach())):
                 if copy._version == self._versions.get(key):
                     self._always.add(key)
             elif key not in self._always and copy._version == self._versions.get(key, copy._version):
@@ -146,17 +148,15 @@ class StandIns:
                 copy.detach().copy_(tensor.detach())
             copy.grad = None
         self._renew_weights(weights)
-        self._first, self._backup = False, []
+        self._first, self._backup = self._first and not whole, {}
         return self._outside.lost()
 
     def _renew_weights(self, weights: Sequence[Tensor]) -> None:
         for i, w in enumerate(weights):
             w.grad = None
-            if i in self._cloned:
-                continue
             written = w._version != self._weight_versions[i]
-            if self._first and (written or not _same(w, self._backup[i])):
-                self._cloned.add(i)
+            if i in self._restored or (self._first and (written or not _same(w, self._backup[i]))):
+                self._restored.add(i)
                 with torch.no_grad():
                     w.copy_(self._backup[i])
             elif written:
@@ -174,10 +174,6 @@ class StandIns:
             held = [tensor for _, _, tensor in self._places] + list(self._plain.values())
             self._of_complex = {self._weights[id(t)] for t in held if id(t) in self._weights and t.is_complex()}
         return self._of_complex
-
-
-def _as_parameter(weight: Tensor, of_complex: bool) -> Tensor:
-    return torch.view_as_complex(weight) if of_complex else weight
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

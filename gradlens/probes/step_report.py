@@ -27,6 +27,13 @@ class Path:
     slopes: np.ndarray  #: [points, parameters]: g.dw at each point
     allocated: np.ndarray  #: [parameters]: each one's share of the change; NaN shares nothing
     narrow: tuple[str, ...]  #: operations that could not be computed in float64
+    slope: float = float("nan")  #: of the loss itself at the beginning of the way, by a difference
+
+    @property
+    def cut_off(self) -> bool:
+        """Whether the gradient is not that of the loss: g.dw differs from the slope by a percent of the largest slope."""
+        scale = max(abs(self.slope), float(np.abs(self.slopes.sum(axis=1)).max()))
+        return bool(abs(self.slopes[0].sum() - self.slope) > 0.01 * scale)
 
     @property
     def actual(self) -> float:
@@ -57,6 +64,7 @@ class StepReport(markup.Shown, PerWeight):
     path: Path | None
     steps: int  #: that were made in the block
     clipping_known: bool
+    failure: str = ""  #: why there is no path although a loss function was given
 
     @property
     def moving(self) -> int:
@@ -151,7 +159,10 @@ class StepReport(markup.Shown, PerWeight):
         if not self.clipping_known:
             lines.append("  the gradient before clipping was not seen, so clipping is blamed for nothing")
         if self.path is None:
-            lines.append(f"  to first order the loss changes by {self.loss_change:.4g}; give loss_fn to see what it did")
+            then = "give loss_fn to see what it did"
+            if self.failure:
+                then = f"what it did is not known, since loss_fn failed ({self.failure})"
+            lines.append(f"  to first order the loss changes by {self.loss_change:.4g}; {then}")
             return "\n".join(lines)
         return "\n".join([*lines, *self._told()])
 
@@ -173,7 +184,13 @@ class StepReport(markup.Shown, PerWeight):
         if up:
             lines.append(f"  raised it most: {', '.join(up)}")
         if abs(path.missing) > 0.01 * abs(path.actual):
-            lines.append(f"  {path.missing:.2g} of the change is not accounted for: the loss has kinks along the way")
+            why = "the loss has kinks along the way"
+            if path.cut_off:
+                why = (
+                    "the gradient is not that of this loss, which cuts something off (detach(), no_grad(), as A2C and "
+                    "bootstrapped targets do on purpose) or has a backward that is wrong; check_partials tells"
+                )
+            lines.append(f"  {path.missing:.2g} of the change is not accounted for: {why}")
         if path.narrow:
             lines.append(f"  computed in less than float64, so less exact: {', '.join(path.narrow)}")
         return lines

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from gradlens.errors import ArgumentError, GradlensWarning, ProbeError
-from gradlens.probes.batches import check_batches, counted, generators
+from gradlens.probes.batches import Sizes, check_batches, counted, generators
 from gradlens.probes.interrupts import leaves_no_trace
 from gradlens.probes.isolated_loss import IsolatedLoss
 from gradlens.probes.loss import Target
@@ -40,7 +40,7 @@ ENOUGH = 8  #: batches below which a survey warns
 BYTES = 132
 MUCH = 2**30  #: bytes from which on a survey says what it needs, also where no progress bar is shown
 
-Given = Iterator[tuple[int, tuple[Any, int | None]]]  #: batches with their numbers and sizes
+Given = Iterator[tuple[int, tuple[Any, float | None]]]  #: batches with their numbers and sizes
 
 
 @leaves_no_trace
@@ -53,6 +53,7 @@ def survey(
     method: str = "bh",
     sample: int | float | None = None,
     top: int | None = None,
+    sizes: Sizes = None,
     select: Select = None,
     progress: bool | None = None,
 ) -> Survey:
@@ -60,7 +61,8 @@ def survey(
 
     `loss_fn(model, batch) -> scalar` gives the mean loss of one batch. `batches` is any iterable: 16 to 64 of the size
     that is trained with, drawn at random, each once; `itertools.islice(loader, 32)` takes a part of a loader. Where the
-    sizes of batches (the first dimension of their first tensor) differ, each counts by its size.
+    sizes of batches (the first dimension of their first tensor) differ, each counts by its size; `sizes` says it where that
+    is not the number of examples: a function (`lambda batch: batch[0].shape[1]` where time comes first), or a number each.
 
     `sample`: survey only so many weights (an int), or such a share of them (a float), spread evenly, by a fixed seed.
     `top`: survey only so many of the most sensitive weights: those of the largest partial in the first batch, which serves
@@ -83,7 +85,7 @@ def survey(
     _state_memory(surveyed, isolated.tensors(), progress)
     isolated.keep(generators(batches))
     with isolated:
-        given = enumerate(counted(batches, "surveying", progress))
+        given = enumerate(counted(batches, "surveying", progress, sizes))
         if chosen:
             index = _most_sensitive(isolated, chosen, given)
         measured = _measure(isolated, index, given, "besides the first, which chose the weights" if chosen else "")
@@ -111,7 +113,7 @@ class _Measured:
     at: list[Tensor | None]  #: the weights surveyed of each parameter; None: all
     moments: Moments
     losses: list[float]
-    sizes: list[int]  #: empty where batches do not say how large they are
+    sizes: list[float]  #: empty where batches do not say how large they are
     spoiled: list[int]  #: batches whose loss or partials were not finite
 
 

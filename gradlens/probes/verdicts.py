@@ -33,7 +33,7 @@ class Survey(markup.Shown, PerWeight):
 
     results: TestResults
     batches: int  #: K
-    sizes: tuple[int, int] | None  #: smallest and largest batch, where they say how large they are
+    sizes: tuple[float, float] | None  #: smallest and largest batch, where they say how large they are
     level: float  #: q
     method: str
     loss: float  #: mean over the batches
@@ -168,7 +168,7 @@ class Survey(markup.Shown, PerWeight):
         if self.sizes is None:
             return ""
         low, high = self.sizes
-        return f" of {low}" if low == high else f" of {low} to {high} examples, weighted by their size"
+        return f" of {low:g}" if low == high else f" of {low:g} to {high:g} examples, weighted by their size"
 
 
 def numbered(batches: Sequence[int]) -> str:

@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from gradlens import markup, noise
+from gradlens.analysis.diagnosis import Diagnosis, diagnose
+from gradlens.analysis.trend import State, Trend, judged
 from gradlens.errors import (
     ArgumentError,
     CorruptRunError,
@@ -184,6 +186,11 @@ class Run:
             found += [finding for finding in listed if stop is None or finding.step < stop]
         return sorted(found, key=lambda finding: finding.step)
 
+    def diagnosis(self) -> Diagnosis:
+        """What is wrong with this training, as far as that can be said: the origin, and what follows from it."""
+        steps, values = self.scalar("loss")
+        return diagnose(self.findings(), judged(steps, values) if len(values) else Trend(State.UNKNOWN))
+
     def scalars(self, *, steps: Steps = None) -> pd.DataFrame:
         """Observed numbers: one row a step, one column a name (`loss`, ...)."""
         return answers.scalars(self._find("scalars", ["value"], Filter(steps=steps)))
@@ -192,11 +199,21 @@ class Run:
         """One observed number as arrays, `(steps, values)`; both empty where it was never observed. Needs no pandas."""
         return answers.scalar(self._find("scalars", ["value"], Filter(steps=steps)), name)
 
-    def noise_scale(self, *, steps: Steps = None, decay: float = DECAY) -> NoiseScale:
+    def noise_scale(
+        self,
+        *,
+        steps: Steps = None,
+        decay: float = DECAY,
+        sizes: Sequence[float] | None = None,
+        weighted: bool = False,
+    ) -> NoiseScale:
         """How noisy the gradient of one micro-batch is: the batch size above which larger ones bring little.
 
         From the micro-batches of each step, of all ranks (whose stages have to be `backward` and `reduced`); in examples
         where `batch_size` was observed. A step's weight falls by `decay` with each one after it.
+
+        `sizes`: the examples of each of a step's micro-batches, `[30, 2]`, where they are unequal and `observe` was not
+        told; `weighted`: their losses counted by size, and not alike. Backwards that are not alike have no scale.
         """
         asked, nothing = Filter(steps=steps), Filter(steps=())
         found = answers.snapshots(
@@ -206,7 +223,8 @@ class Run:
             self._find("weights", [], nothing),
         )
         found.sort(key=lambda snapshot: snapshot.step)
-        return noise.measured(found, decay=decay, ranks=max((each.ranks or 1 for each in self._segments()), default=1))
+        ranks = max((each.ranks or 1 for each in self._segments()), default=1)
+        return noise.measured(found, decay=decay, ranks=ranks, sizes=sizes, weighted=weighted)
 
     def histograms(self, *, parameters: Names = None, steps: Steps = None, stage: str | None = None) -> pd.DataFrame:
         """Long: `step, backward, stage, parameter, bucket, count`, where they were kept; empty buckets have no row.

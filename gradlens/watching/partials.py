@@ -31,7 +31,7 @@ from gradlens.watching.isolation import capturing_cuda_graph, isolated_compute
 from gradlens.watching.live_weights import LiveParameter
 
 LEAST = 4  #: steps that the allowance has to hold
-WAITING = 4  #: steps that may wait for the disk
+WAITING = 64 << 20  #: bytes that may wait for the disk
 PARTING = 10.0  #: seconds in which `close()` lets them be written
 
 _WHERE = "whole partials"
@@ -87,7 +87,8 @@ class PartialRecorder:
         self._names, self._parameters, self._step, self._failures = names, parameters, step, failures
         self._seen, self._due, self._next = 0, -1, 1
         self._last = -1
-        self._queue: queue.Queue[tuple[int, int, list[Entry], Transfer] | None] = queue.Queue(WAITING)
+        self._queue: queue.SimpleQueue[tuple[int, int, list[Entry], Transfer, int] | None] = queue.SimpleQueue()
+        self._taken = self._written = 0  # bytes: each is counted by one thread
         self._error: Exception | None = None
         self._handles: list[Any] = []
         self._thread = threading.Thread(target=self._write, name="gradlens-partials", daemon=True)
@@ -107,10 +108,7 @@ class PartialRecorder:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        try:
-            self._queue.put(None, timeout=PARTING)
-        except queue.Full:
-            return
+        self._queue.put(None)
         self._thread.join(PARTING)
         self._report()
 
@@ -144,18 +142,22 @@ class PartialRecorder:
             entries.append((each.name, tuple(int(n) for n in place.shapes[0]), place.dtypes[0], place.piece(0)))
             partial = each.partials(1.0 if scale is None else scale)
             tensors += [_readable(partial), _readable(each.values())]
-        if entries and not self._queue.full():
-            self._queue.put_nowait((step, number, entries, Transfer(tensors)))
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        waiting = self._taken - self._written
+        if entries and (not waiting or waiting + size <= WAITING):
+            self._taken += size
+            self._queue.put((step, number, entries, Transfer(tensors), size))
 
     def _write(self) -> None:
         while (waiting := self._queue.get()) is not None:
-            step, number, entries, transfer = waiting
+            step, number, entries, transfer, size = waiting
             try:
                 arrays = iter(transfer.wait())
                 kept = [Kept(entry, Stage.USED.value, next(arrays), next(arrays)) for entry in entries]
                 self._store.write(step, number, kept)
             except Exception as error:  # noqa: BLE001 - a full disk, say: told by the training thread
                 self._error = error
+            self._written += size
 
     def _report(self) -> None:
         error, self._error = self._error, None

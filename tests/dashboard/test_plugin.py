@@ -18,13 +18,14 @@ from gradlens.records import Finding, Severity
 from tests.dashboard.helpers import Tab
 from tests.store import made
 
-ROUTES = ("run", "map", "extreme", "table", "timelines", "scalars", "histogram", "weights")
+ROUTES = ("run", "map", "extreme", "table", "timelines", "scalars", "histogram", "weights", "partials")
 #: What each route needs beside the run.
 NEEDS = {
     "extreme": {"parameter": "0.weight", "from": 3, "to": 9},
     "timelines": {"parameter": "0.weight", "charts": ",".join(CHARTS)},
     "histogram": {"parameter": "0.weight"},
     "weights": {"parameter": "0.weight"},
+    "partials": {"parameter": "0.weight"},
 }
 
 
@@ -33,7 +34,7 @@ def logdir(tmp_path_factory):
     """A healthy training and one whose first layers vanish."""
     logdir = tmp_path_factory.mktemp("logs")
     for name, case in (("healthy", gradlens.testing.healthy()), ("ill/vanishing", gradlens.testing.vanishing())):
-        with gradlens.watch(case.model, case.optimizer, run=logdir / name) as lens:
+        with gradlens.watch(case.model, case.optimizer, run=logdir / name, keep="0.weight") as lens:
             for step in range(40):
                 (loss,) = case.train(1, first=step)
                 lens.observe(loss=loss)
@@ -147,6 +148,34 @@ def test_the_top_weights_are_those_that_were_kept(tab, run):
     assert {each["direction"] for each in answer["weights"]} <= {"increase", "decrease"}
     assert answer["step"] == 39
     assert tab.ask("weights", run="healthy", parameter="0.weight", step=7)["step"] <= 7
+
+
+def test_a_matrix_that_was_kept_is_served(tmp_path):
+    """Every partial and weight of a step, or the last before it; where none was kept the answer says how to have it."""
+    case = gradlens.testing.healthy()
+    with gradlens.watch(case.model, case.optimizer, run=tmp_path / "run", keep="2.weight"):
+        case.train(30)
+    tab, run = Tab(tmp_path), gradlens.open_run(tmp_path / "run")
+    assert tab.ask("run", run="run")["kept"] == run.kept()
+    header, arrays = tab.ask("partials", run="run", parameter="2.weight", step=8)
+    found = run.partials("2.weight", 8)
+    assert (header["step"], header["rows"], header["columns"], header["reduced"]) == (8, 32, 32, 1)
+    np.testing.assert_array_equal(arrays["partial"], found.partial)
+    np.testing.assert_array_equal(arrays["value"], found.value)
+    assert "2.weight" in tab.ask("partials", run="run", parameter="0.weight")["error"]
+
+
+def test_a_large_matrix_keeps_its_largest_partials(tmp_path, monkeypatch):
+    """No more cells than a screen has, each the largest of its neighbours, with the index of that weight."""
+    monkeypatch.setattr("gradlens.dashboard.views.MAX_SIDE", 10)
+    case = gradlens.testing.healthy()
+    with gradlens.watch(case.model, case.optimizer, run=tmp_path / "run", keep="2.weight"):
+        case.train(3)
+    header, arrays = Tab(tmp_path).ask("partials", run="run", parameter="2.weight")
+    found = gradlens.open_run(tmp_path / "run").partials("2.weight").partial
+    assert (header["rows"], header["columns"], header["reduced"]) == (8, 8, 4)
+    assert np.abs(arrays["partial"]).max() == np.abs(found).max()
+    np.testing.assert_array_equal(found.ravel()[arrays["index"].ravel()], arrays["partial"].ravel())
 
 
 def test_a_run_that_is_being_written_is_answered(tmp_path):

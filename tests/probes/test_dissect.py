@@ -361,15 +361,58 @@ def test_nothing_to_show_says_why():
         str(found)
     assert not optimizer._optimizer_step_pre_hooks
 
+
+def test_a_loss_that_fails_leaves_the_causes():
+    """What does not need the loss function is there; the text says what failed."""
+
     def broken(m):
         m(batch(0)[0])
         raise ValueError("not this one")
 
-    loss_of(model, 0).backward()
-    with dissect(model, optimizer, broken) as found:
+    *_, whole = taken_apart(lambda p: SGD(p, 0.1, momentum=0.9))
+    *_, found = taken_apart(lambda p: SGD(p, 0.1, momentum=0.9), loss_fn=broken)
+    assert found.causes == whole.causes
+    assert found.against > 0
+    assert math.isnan(found.alpha)
+    assert found.table["allocated"].isna().all()
+    assert "loss_fn failed (ValueError: not this one)" in str(found)
+
+
+def test_a_gradient_that_is_cut_off_on_purpose_is_no_kink():
+    """A2C's detached advantage is named as such where shares do not add up; a kink is still called one."""
+    model = net()
+    optimizer = SGD(model.parameters(), 0.5)
+
+    def a2c(m):
+        out = m.eval()(batch(0)[0])
+        return (out[:, 0] * (1 - out[:, 1]).detach()).mean() + (out[:, 1] - 1).square().mean()
+
+    a2c(model).backward()
+    with dissect(model, optimizer, a2c) as found:
         optimizer.step()
-    with pytest.raises(ProbeError, match="not this one"):
-        found.alpha  # noqa: B018
+    assert "cuts something off" in str(found)
+    assert "kinks" not in str(found)
+    w = nn.Parameter(torch.tensor([0.31]))
+    optimizer = SGD([w], 1.0)
+    bent = lambda v: v["w"].abs().sum() + v["w"].sum() * 0.1  # noqa: E731
+    bent({"w": w}).backward()
+    with dissect({"w": w}, optimizer, bent) as found:
+        optimizer.step()
+    assert "the loss has kinks along the way" in str(found)
+
+
+def test_accelerates_optimizer_is_looked_into():
+    """A wrapper that is no initialised optimizer gives the step of the one inside."""
+    from accelerate import Accelerator
+
+    model = net()
+    plain = ADAM(model.parameters(), 0.01)
+    wrapped = Accelerator(cpu=True).prepare_optimizer(plain)
+    loss_of(model, 0).backward()
+    with dissect(model, wrapped) as found:
+        wrapped.step()
+    assert set(found.kinds) == {"Adam"}
+    assert found.moving > 0
 
 
 def test_what_is_no_optimizer_is_refused():

@@ -189,10 +189,54 @@ def test_a_partial_outside_of_the_slopes_of_a_kink_is_wrong():
 
 
 def test_straight_through_estimators_are_reported():
-    """A gradient that is not that of the loss is wrong, meant or not, and the text says that it may be meant."""
-    found = check_partials({"x": 1.3}, lambda v: (v["x"] + (v["x"].round() - v["x"]).detach()) ** 2)
+    """A gradient that is not that of the loss is wrong, meant or not, and the text says how to say that it is meant."""
+    loss = lambda v: (v["x"] + (v["x"].round() - v["x"]).detach()) ** 2  # noqa: E731
+    found = check_partials({"x": 1.3}, loss)
     assert not found.ok
-    assert "straight-through" in str(found)
+    assert str(found).startswith("partials are WRONG: 1 of 1 drawn do not agree")
+    assert "allow='detach'" in str(found)
+    allowed = check_partials({"x": 1.3}, loss, allow="detach")
+    assert allowed.ok
+    assert allowed.frame["result"][0] == "right"
+
+
+def a2c(m):
+    value, advantage = m(torch.ones(3, 4)).unbind(1)
+    return (value - 1).square().mean() - (advantage * (1 - value).detach()).mean()
+
+
+def bootstrapped(m):
+    with torch.no_grad():
+        target = 1 + 0.9 * m(torch.ones(3, 4)).max(1).values
+    return (m(torch.zeros(3, 4))[:, 0] - target).square().mean()
+
+
+def no_data(m):
+    h = m(torch.ones(3, 4))
+    return (h * h.data).sum()
+
+
+@pytest.mark.parametrize("loss", [a2c, bootstrapped, no_data])
+def test_what_is_cut_off_on_purpose_is_held(loss):
+    """Stopped gradients of A2C, of a bootstrapped target and of .data are right with what they cut off held."""
+    model, _ = net()
+    before = trace(model)
+    assert not check_partials(model, loss, k=37).ok
+    assert check_partials(model, loss, k=37, allow="detach").ok
+    assert trace(model) == before
+
+
+def test_a_wrong_backward_is_found_beside_what_is_allowed():
+    """Held values hide nothing else; parameters that may differ are named as such, others are not excused."""
+    model, _ = net(lambda h: Scaled.apply(h, 2.0))
+    assert not check_partials(model, a2c, k=37, allow="detach").ok
+    found = check_partials(model, a2c, k=37, allow=["detach", "first.*"])
+    assert found.ok
+    assert set(found.frame.query("result == 'allowed'")["parameter"]) == {"first.weight", "first.bias"}
+    assert "allowed to differ" in str(found)
+    assert not check_partials(model, a2c, k=37, allow=["detach", "second.*"]).ok
+    with pytest.raises(ArgumentError, match="matches no parameter"):
+        check_partials(model, a2c, allow="frist.*")
 
 
 @pytest.mark.parametrize("scale", [1e-8, 1.0, 1e8])

@@ -1,5 +1,6 @@
 """Moving the weights as the verdicts say changes the loss as predicted."""
 
+import pandas as pd
 import pytest
 import torch
 from torch import nn
@@ -142,3 +143,21 @@ def test_verdicts_that_do_not_fit_are_explained():
         nudge(model, loss, found, given, size=0)
     with pytest.raises(ArgumentError, match="at least one batch"):
         nudge(model, loss, found, [])
+
+
+def test_the_first_line_says_whether_it_came_true():
+    """As predicted, hardly at all, the other way, or too small to tell: each in its words."""
+    weights = {"w": torch.tensor([1.0, -2.0], dtype=torch.float64, requires_grad=True)}
+    batches = [torch.ones(1, dtype=torch.float64)] * 3
+    frame = pd.DataFrame(
+        {"parameter": "w", "index": [(0,), (1,)], "verdict": ["decrease", "increase"], "partial": [2.0, -4.0]}
+    )
+    loss = lambda v, b: v["w"].square().sum() * b.sum()  # noqa: E731
+    told = lambda frame, size=1e-3: str(nudge(weights, loss, frame, batches, size)).splitlines()[0]  # noqa: E731
+    assert "as the partials predict" in told(frame)
+    assert "hardly changed" in told(frame.assign(partial=frame["partial"] * 1e3))
+    assert "OTHER way" in told(frame, size=10.0)
+    assert "less than predicted" in told(frame.assign(partial=frame["partial"] * 4))
+    assert "nothing was predicted" in told(frame.assign(verdict="undecided"))
+    wrapped = frame.assign(parameter="module.w")
+    assert "as the partials predict" in told(wrapped)

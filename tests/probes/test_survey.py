@@ -505,3 +505,25 @@ def test_much_memory_is_stated_without_a_bar_too(capsys, monkeypatch):
     assert capsys.readouterr().err.startswith("gradlens: survey of 227 weights needs 0.0 MiB, and 0.0 for")
     survey(net(), loss, batches(8), progress=False)
     assert capsys.readouterr().err == ""
+
+
+def test_sizes_weigh_batches_whose_first_dimension_is_no_number_of_examples():
+    """Time first: with sizes= the survey is that of batches whose examples come first."""
+    weights = {"w": torch.zeros(3, requires_grad=True)}
+    random = torch.Generator().manual_seed(0)
+    first = [torch.randn(n, 5, 3, generator=random) for n in (4, 4, 8, 8, 2, 2, 4, 8)]
+    plain = survey(weights, lambda v, b: (v["w"] * b).sum(-1).mean(), first)
+    time_first = [b.transpose(0, 1) for b in first]
+    loss = lambda v, b: (v["w"] * b).sum(-1).mean()  # noqa: E731
+    asked = survey(weights, loss, time_first, sizes=lambda b: b.shape[1])
+    np.testing.assert_allclose(asked.results.t, plain.results.t, rtol=1e-5)
+    assert asked.sizes == (2, 8)
+    other = survey(weights, loss, time_first)
+    assert not np.allclose(other.results.t, plain.results.t, rtol=1e-3)
+
+
+def test_one_batch_in_place_of_batches_is_refused():
+    """survey(model, loss_fn, (x, y)) would be a survey of two batches."""
+    x, _, y = batches(1)[0]
+    with pytest.raises(ArgumentTypeError, match=r"\[batch\]"):
+        survey(net(), loss, (x, y))

@@ -1,5 +1,7 @@
 """`watch(keep=...)`: whole partials of chosen parameters, as the optimizer used them."""
 
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -134,3 +136,20 @@ def test_a_disk_that_fails_is_told_and_training_goes_on(tmp_path, monkeypatch):
         case.train(12)
         lens.close()
     assert gradlens.open_run(tmp_path / "run").steps() == list(range(12))
+
+
+def test_a_slow_disk_costs_steps_and_no_time(tmp_path, monkeypatch):
+    """No more waits than allowed; training goes on at once, and steps that do not fit are left out."""
+    slow, write = threading.Event(), stored.PartialStore.write
+
+    def late(*args):
+        slow.wait(20)
+        write(*args)
+
+    monkeypatch.setattr(stored.PartialStore, "write", late)
+    monkeypatch.setattr(live, "WAITING", 3 * 2 * 4 * 256)
+    case = healthy()
+    with gradlens.watch(case.model, case.optimizer, run=tmp_path / "run", keep="0.weight"):
+        case.train(10)
+        slow.set()
+    assert gradlens.open_run(tmp_path / "run").kept()["0.weight"] == [0, 1, 2]

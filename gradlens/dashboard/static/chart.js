@@ -129,7 +129,7 @@ export class Chart {
       },
       axes: [
         { stroke: ink, grid, ticks: grid, size: 26, font: css("--font-small"), values: (_, ticks) => ticks.map((tick) => (Number.isInteger(tick) ? whole(tick) : "")) },
-        { stroke: ink, grid, ticks: grid, size: gutter ?? 62, font: css("--font-small"), ...(options.log ? { splits: decades } : {}), values: (_, ticks) => ticks.map((tick) => (tick === null ? "" : told(tick))) },
+        { stroke: ink, grid, ticks: grid, size: gutter ?? 62, font: css("--font-small"), ...(options.log ? { splits: decades, filter: (/** @type {uPlot} */ _, /** @type {number[]} */ splits) => splits } : {}), values: (_, ticks) => ticks.map((tick) => (tick === null ? "" : told(tick))) },
       ],
       series: [
         { label: "step", value: (_, value) => (value === null ? "–" : whole(value)) },
@@ -181,6 +181,7 @@ export class Chart {
     }
     if (this.step !== null) {
       const x = plot.valToPos(this.step, "x", true);
+      ctx.setLineDash([]);
       ctx.strokeStyle = css("--accent");
       ctx.lineWidth = 1.5 * ratio;
       ctx.beginPath();

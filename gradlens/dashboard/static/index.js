@@ -19,7 +19,7 @@ import { ParameterTable } from "./table.js";
  * @property {Record<string, number>} findings
  * @property {any[]} listed
  * @property {number} unlisted
- * @property {{verdict: string, confidence?: number | string, origin?: boolean, follows?: number}} diagnosis
+ * @property {{verdict: string, confidence?: number | string, origin?: boolean, follows?: number, ill?: boolean}} diagnosis
  * @property {string[]} stages
  * @property {Record<string, number[]>} shapes
  * @property {Record<string, string>} dtypes
@@ -78,6 +78,7 @@ class App {
     followTheme(() => {
       for (const view of Object.values(this.views)) if (view.element.isConnected) view.retheme();
     });
+    if (window.parent !== window && document.hasFocus() === false) window.focus(); // keys are ours once the tab is opened
     start();
     onChange((state, before) => this.changed(state, before));
     document.addEventListener("keydown", (event) => this.key(event));

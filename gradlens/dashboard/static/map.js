@@ -125,19 +125,31 @@ export class LayerMap {
     return this.rows.length <= 12 ? 24 : this.rows.length <= 24 ? 18 : ROW;
   }
 
-  /** What a row shows in a column: of several parameters the one farthest from its own middle. @param {Row} row @param {number} column */
+  /**
+   * What a row shows in a column: of several parameters one that left its own usual range, else the one in the middle.
+   * @param {Row} row @param {number} column
+   */
   cell(row, column) {
     const answer = /** @type {Answer} */ (this.answer);
     const { values, flags } = answer.arrays;
-    const columns = answer.header.columns;
-    let [best, far, all, leaf] = [NOTHING, -1, 0, row.leaves[0]];
+    const { columns, log } = answer.header;
+    const [only] = row.leaves;
+    if (row.leaves.length === 1) return { value: values[only * columns + column], flags: flags[only * columns + column], leaf: only };
+    let [best, far, all, leaf] = [NOTHING, 0, 0, only];
+    const there = [];
     for (const each of row.leaves) {
       const at = each * columns + column;
       const value = values[at];
       all |= flags[at];
       if (value === NOTHING || value === undefined) continue;
+      there.push(each);
       const distance = value === ZERO ? 1e6 : Math.abs(value - /** @type {Float64Array} */ (this.medians)[each]);
       if (distance > far) [best, far, leaf] = [value, distance, each];
+    }
+    if (there.length && far < (log ? PER_DECADE : PER_ONE / 2)) {
+      there.sort((a, b) => values[a * columns + column] - values[b * columns + column]);
+      leaf = there[there.length >> 1];
+      best = values[leaf * columns + column];
     }
     return { value: best, flags: all, leaf };
   }
@@ -158,6 +170,7 @@ export class LayerMap {
     const picture = new ImageData(columns, this.rows.length);
     const span = high - low || 1;
     this.rows.forEach((row, r) => {
+      if (row.open) return; // its members stand below it
       for (let c = 0; c < columns; c++) {
         const { value, flags } = this.cell(row, c);
         /** @type {ArrayLike<number>} */
@@ -323,7 +336,7 @@ export class LayerMap {
     this.scroller.style.cursor = at ? "pointer" : "";
     if (!at || at.gutter || !this.answer) return this.leave();
     const words = this.words(at.row, at.column);
-    fill(this.tip, h("b", {}, words.name), words.module ? h("div", { class: "faint" }, `in ${words.module}: the one that stands out`) : null, h("div", {}, words.steps), words.told ? h("div", {}, words.told) : null, ...words.notes.map((note) => h("div", {}, note)));
+    fill(this.tip, h("b", {}, words.name), words.module ? h("div", { class: "faint" }, `of ${words.module}: one that left its usual range, else the middle one`) : null, h("div", {}, words.steps), words.told ? h("div", {}, words.told) : null, ...words.notes.map((note) => h("div", {}, note)));
     const box = this.element.getBoundingClientRect();
     this.tip.hidden = false;
     const left = Math.min(event.clientX - box.left + 14, box.width - this.tip.offsetWidth - 4);

@@ -143,8 +143,8 @@ export class Overview {
 
   /** @param {State} state @param {string} stage @param {number} asking */
   async drawMap(state, stage, asking) {
-    for (;;) {
-      const answer = await numbers("map", { run: state.run, quantity: state.quantity in QUANTITIES ? state.quantity : "rms", stage });
+    for (let again = 0; ; again = 1) {
+      const answer = await numbers("map", { run: state.run, quantity: state.quantity in QUANTITIES ? state.quantity : "rms", stage, again: again || null });
       if (asking !== this.asking) return;
       fill(this.mapError);
       this.map.setAnswer(answer);
@@ -160,7 +160,7 @@ export class Overview {
     const confidence = diagnosis.confidence === undefined || diagnosis.confidence === null ? "" : typeof diagnosis.confidence === "number" ? `, ${Math.round(100 * diagnosis.confidence)} % sure` : ` (${diagnosis.confidence})`;
     const verdict = `${diagnosis.verdict}${confidence}`;
     if (this.verdict.textContent !== verdict) this.verdict.textContent = verdict;
-    const worst = info.findings.error ? "error" : info.findings.warning ? "warning" : "fine";
+    const worst = info.findings.error ? "error" : info.findings.warning || diagnosis.ill ? "warning" : "fine";
     this.verdict.dataset.severity = worst;
     const facts = [
       info.steps === null ? "no step yet" : `steps ${whole(info.steps[0])} to ${whole(info.steps[1])}`,

@@ -64,6 +64,8 @@ export class ParameterTable {
     this.order = [];
     this.cursor = 0;
     this.drawn = "";
+    /** @type {Map<number, HTMLTableRowElement>} rows in the page, by place */
+    this.made = new Map();
     /** @type {Map<number, number>} */
     this.rowOf = new Map();
     this.asking = 0;
@@ -149,7 +151,11 @@ export class ParameterTable {
     const key = `${first} ${last}`;
     if (!all && key === this.drawn) return;
     this.drawn = key;
-    fill(this.body, this.before, ...this.order.slice(first, last).map((place, i) => this.row(place, first + i)), this.after);
+    /** @type {Map<number, HTMLTableRowElement>} */
+    const made = new Map();
+    for (let i = first; i < last; i++) made.set(this.order[i], (!all && this.made.get(this.order[i])) || this.row(this.order[i], i));
+    this.made = made;
+    fill(this.body, this.before, ...made.values(), this.after);
     this.before.style.height = `${first * HEIGHT}px`;
     this.after.style.height = `${(this.order.length - last) * HEIGHT}px`;
     if (!this.order.length) fill(this.body, h("tr", {}, h("td", { colSpan: COLUMNS.length, class: "none" }, "No parameter fits. Clear the search, or switch regex off.")));
