@@ -54,7 +54,7 @@ ALLOWED = {
     "probes": BOTTOM | {"_torch", "statistics", "kernels", "unwrapping", "capture", "analysis"},
     "watching": LIVE,
     "lens": LIVE | {"notebook"},
-    "integrations": {"errors", "lens", "watching", "page", "store"},
+    "integrations": {"errors", "lens", "testing", "watching", "page", "store"},
     "testing": LIVE | {"lens"},
     "dashboard": BOTTOM | {"analysis", "store", "writers"},
     "page": BOTTOM | {"analysis", "store", "writers"},
