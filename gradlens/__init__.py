@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from gradlens.probes.dissect import dissect
     from gradlens.probes.finite_difference import check_partials
     from gradlens.probes.mixed_partials import mixed_partials
+    from gradlens.probes.nonfinite import trace_nonfinite
     from gradlens.probes.nudge import nudge
     from gradlens.probes.partials import partials
     from gradlens.probes.survey import survey
@@ -46,6 +47,7 @@ __all__ = [
     "hessian_product",
     "dissect",
     "audit",
+    "trace_nonfinite",
     # what was recorded
     "open_run",
     "Run",
@@ -84,6 +86,7 @@ _LAZY: dict[str, tuple[str, str | None]] = {
     "curvature": ("gradlens.probes.curvature", "curvature"),
     "hessian_product": ("gradlens.probes.curvature", "hessian_product"),
     "dissect": ("gradlens.probes.dissect", "dissect"),
+    "trace_nonfinite": ("gradlens.probes.nonfinite", "trace_nonfinite"),
     "audit": ("gradlens.probes.audit", "audit"),
     "open_run": ("gradlens.store.run", "open_run"),
     "Run": ("gradlens.store.run", "Run"),

@@ -349,6 +349,7 @@ class Lens:
         """Detach everything, write what is left, leave the model as it was.
 
         May be called again; while another thread closes it, as one does when the model has died, this waits for that one.
+        From a rule, a writer or a callback it does not wait, since what closes the lens waits for these.
         """
         with self._closing:
             first, self._closed = not self._closed, True
@@ -356,7 +357,7 @@ class Lens:
                 self._closer = threading.current_thread()
         if first:
             self._close()
-        elif self._closer is not threading.current_thread():
+        elif self._closer is not threading.current_thread() and not self._recorder.is_current_thread():
             self._ended.wait(CLOSING)
 
     def _close(self) -> None:

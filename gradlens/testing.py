@@ -22,6 +22,7 @@ from torch.nn import functional
 
 from gradlens.errors import ArgumentError
 from gradlens.records import Finding, Record, Snapshot
+from gradlens.selection import Select, predicate
 
 FEATURES, CLASSES, BATCH = 8, 4, 32
 
@@ -278,3 +279,52 @@ class RecordingWriter:
         self.calls[call] += 1
         if self._error is not None and call == self._on and self.calls[call] > self._after:
             raise self._error
+
+
+# --- assertions for suites of your own ------------------------------------------------------------------------------
+
+
+def assert_all_trained(watched: Any, *, but: Select = None) -> None:
+    """Fail unless each parameter got a gradient that is not 0 and was moved by an optimizer, at some step.
+
+    Args:
+        watched: A lens or a run, of some steps with an optimizer.
+        but: Glob pattern(s) on names, or a callable `(name, tensor) -> bool`, of parameters that need not train.
+    """
+    history = watched.history()
+    used = history[history["stage"] == "used"]
+    if not len(used):
+        raise AssertionError("no optimizer stepped: watch(model, optimizer), and train some steps")
+    excused = (lambda name, tensor: False) if but is None else predicate(but)
+    problems = []
+    for name, rows in used.groupby("parameter", sort=False):
+        if excused(str(name), torch.empty(0)):
+            continue
+        words = sorted(set(rows["status"].astype(str)))
+        if "ok" not in words:
+            problems.append(f"{name} never had a gradient (status {', '.join(words)})")
+        elif not (rows["update_l2"] > 0).any():
+            problems.append(f"{name} had a gradient, and no optimizer moved it")
+    if problems:
+        raise AssertionError("\n".join([f"{len(problems)} parameters were not trained:", *problems]))
+
+
+def assert_finite(watched: Any) -> None:
+    """Fail if a partial, a weight or an update of a lens or a run was NaN or infinite, and name the first."""
+    history = watched.history()
+    columns = [name for name in ("nan", "inf", "weight_nonfinite", "update_nonfinite") if name in history]
+    bad = history[(history[columns].fillna(0) > 0).any(axis=1)]
+    if len(bad):
+        first = bad.iloc[0]
+        counts = ", ".join(f"{int(first[name])} {name}" for name in columns if first[name] > 0)
+        raise AssertionError(
+            f"not finite in {bad['parameter'].nunique()} parameters, first in {first['parameter']} at step {first['step']} "
+            f"({first['stage']}): {counts}; gradlens.trace_nonfinite(model, loss_fn, batch) names the operation"
+        )
+
+
+def assert_healthy(diagnosis: Any, *, confidence: float = 0.0) -> None:
+    """Fail if a diagnosis (of `lens.diagnosis()` or `run.diagnosis()`) says that something is wrong, at least so sure."""
+    diagnosis = diagnosis.diagnosis() if hasattr(diagnosis, "diagnosis") else diagnosis
+    if diagnosis.ill and diagnosis.confidence >= confidence:
+        raise AssertionError(str(diagnosis))

@@ -54,7 +54,7 @@ ALLOWED = {
     "probes": BOTTOM | {"_torch", "statistics", "kernels", "unwrapping", "capture", "analysis"},
     "watching": LIVE,
     "lens": LIVE | {"notebook"},
-    "integrations": {"errors", "records", "lens", "watching", "page", "store", "writers", "probes"},
+    "integrations": {"errors", "records", "lens", "testing", "watching", "page", "store", "writers", "probes"},
     "testing": LIVE | {"lens"},
     "dashboard": BOTTOM | {"analysis", "store", "writers"},
     "page": BOTTOM | {"analysis", "store", "writers"},

@@ -10,9 +10,9 @@ an info is no origin, unless the loss is known not to fall and nothing louder wa
 Where nothing loud was found, the loss decides what may be said: "nothing looks ill" is said only of a loss that falls, or
 one that cannot be judged, and then that is said too.
 
-`confidence` is the share of trainings in `benchmarks/trainings.py` and of rebuilt questions from forums in which an origin
-of this rule was the cause, rounded; less where other findings stand beside it unexplained, and where the loss falls all the
-same.
+`confidence` ranks how directly a rule shows its cause: 0.95 of what is read off the graph, the settings or the sums of
+gradients, 0.8 of what the course of the run speaks for, 0.6 of what may have many causes; less where other findings stand
+beside it unexplained, and where the loss falls all the same. It is no measured frequency yet.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from gradlens.records import Finding, Severity
 MADE = (
     "cut",
     "eps",
+    "foreign-parameters",
     "foreign_parameters",
     "unregistered",
     "softmax-twice",
@@ -81,7 +82,8 @@ _LEVEL = {rule: level for level, rules in enumerate((MADE, DOES, BECOMES)) for r
 #: Beside the order of levels: a finding that explains another one of its own level, or of one above.
 EXPLAINS: dict[str, frozenset[str]] = {
     "cut": frozenset({"absent", "unmoved", "foreign_parameters"}),
-    "foreign_parameters": frozenset({"stale", "unmoved", "disagreement"}),
+    "foreign_parameters": frozenset({"foreign-parameters", "stale", "unmoved", "disagreement"}),
+    "foreign-parameters": frozenset({"stale", "unmoved", "disagreement"}),
     "eps": frozenset({"nonfinite"}),
     "unmoved": frozenset({"stale"}),
     "fading": frozenset({"disagreement", "vanishing", "too_slow"}),
@@ -96,7 +98,7 @@ EXPLAINS: dict[str, frozenset[str]] = {
     "input_scale": frozenset({"identical"}),
 }
 
-#: Of a rule's being the origin where it is found: how often that was right; `_USUAL` for others.
+#: How directly a rule shows its cause; `_USUAL` for others.
 CONFIDENCE: dict[str, float] = {
     **dict.fromkeys(MADE, 0.95),
     **dict.fromkeys(("stale", "identical", "input_scale", "undivided", "rounded_away"), 0.9),

@@ -166,9 +166,13 @@ class Recorder:
         """Processor seconds that the recorder took."""
         return self._spent
 
+    def is_current_thread(self) -> bool:
+        """Whether a rule, a writer or a callback asks."""
+        return threading.current_thread() is self._threads[0]
+
     def flush(self) -> None:
         """Everything that was sent is in history and with the writers; asked by one of these, it returns at once."""
-        if os.getpid() != self._pid or threading.current_thread() is self._threads[0]:
+        if os.getpid() != self._pid or self.is_current_thread():
             return
         if self._closed:
             self._wait(self._ended)
@@ -186,7 +190,7 @@ class Recorder:
         self.inbox.close()
         self._closed = True
         self._wake.set()
-        if threading.current_thread() is self._threads[0]:
+        if self.is_current_thread():
             return
         if not self._wait(self._ended):
             self._close_without_recorder()
@@ -317,7 +321,7 @@ class Recorder:
 
     def _enter(self, whose: str) -> None:
         """Whose function runs now, on the recorder's thread."""
-        if threading.current_thread() is not self._threads[0]:
+        if not self.is_current_thread():
             return
         self._within, self._progress = whose, self._progress + 1
 
