@@ -19,6 +19,7 @@ from torch import Tensor
 
 from gradlens import findings, frames, markup
 from gradlens.analysis import rules as default_rules
+from gradlens.analysis.diagnosis import Diagnosis
 from gradlens.capture.attachment import Attachment, Target
 from gradlens.capture.guards import Guard
 from gradlens.capture.watcher import Watched, Watcher
@@ -247,10 +248,24 @@ class Lens:
         self._catch_up()
         return measured(self._recorder.history, decay=decay, sizes=sizes, weighted=weighted)
 
-    def report(self) -> str:
-        """The page that a person reads in a minute."""
+    def diagnosis(self) -> Diagnosis:
+        """What is wrong with this training, as far as that can be said: the origin, and what follows from it."""
         self._catch_up()
-        return page.text(self._recorder.history, self._recorder.found, overhead=str(self.overhead()), title=self._title())
+        return self._recorder.diagnosis()
+
+    def report(self) -> str:
+        """The page that a person reads in a minute, about the whole run."""
+        self._catch_up()
+        recorder = self._recorder
+        return page.text(
+            recorder.history,
+            recorder.found,
+            overhead=str(self.overhead()),
+            title=self._title(),
+            diagnosis=recorder.diagnosis(),
+            steps=recorder.history.course.steps,
+            losses=recorder.history.course.losses(),
+        )
 
     def overhead(self) -> Overhead:
         """What gradlens cost the training so far, measured."""
@@ -258,11 +273,13 @@ class Lens:
 
     def __str__(self) -> str:
         self._catch_up()
-        return page.brief(self._recorder.history, self._recorder.found)
+        return page.brief(self._recorder.history, self._recorder.found, diagnosis=self._recorder.diagnosis())
 
     def _repr_html_(self) -> str:
         self._catch_up()
-        return markup.lens(self._title(), self._recorder.history, self._recorder.found)
+        return markup.lens(
+            self._title(), self._recorder.history, self._recorder.found, verdict=self._recorder.diagnosis().verdict
+        )
 
     def plot(self, kind: str = "flow", *arguments: Any, **options: Any) -> Any:
         """A picture of `gradlens.plots`: `flow, directions, sizes, updates, histogram, weight`. Needs matplotlib."""
@@ -358,7 +375,7 @@ class Lens:
                 finalizer.detach()
             try:
                 if self._store is not None:
-                    self._store.annotate(overhead=str(self.overhead()))
+                    self._store.annotate(overhead=str(self.overhead()), diagnosis=str(self._recorder.diagnosis()))
                 self._recorder.close()
             finally:
                 self._ended.set()

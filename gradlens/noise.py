@@ -117,9 +117,13 @@ class Smoothed:
 
 
 def effective_size(sizes: Sequence[float] | np.ndarray, weighted: bool = False) -> float:
-    """The examples of one micro-batch: of unequal ones whose losses count alike, the harmonic mean."""
+    """The examples of one micro-batch: of unequal ones whose losses count alike, the harmonic mean.
+
+    Of unequal ones it is never a whole number, be it by the last bit: so a record of it says that they were.
+    """
     n = np.asarray(sizes, np.float64)
-    return float(n.mean() if weighted else len(n) / (1 / n).sum())
+    mean = float(n.mean() if weighted else len(n) / (1 / n).sum())
+    return float(np.nextafter(mean, np.inf)) if mean.is_integer() and len(set(n.tolist())) > 1 else mean
 
 
 def check_sizes(sizes: Any) -> np.ndarray | None:
@@ -341,7 +345,8 @@ class Gauge:
         step, self._open = self._open, self._step(-1)
         if step.step < 0:
             return None
-        if self._sizes is None and self._ranks == 1 and step.backwards > 1:
+        unequal = self._sizes is not None or not (math.isnan(step.examples) or step.examples.is_integer())
+        if not unequal and self._ranks == 1 and step.backwards > 1:
             self.alike.take(step.norms)
         if self.last is None or step.backwards >= self.last.backwards:
             self.last = step

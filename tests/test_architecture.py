@@ -44,7 +44,7 @@ ALLOWED = {
     "weight_names": {"errors"},
     "unwrapping": set(),
     "analysis": BOTTOM,
-    "store": BOTTOM,
+    "store": BOTTOM | {"analysis"},
     "writers": BOTTOM | {"analysis", "store"},
     "kernels": {"errors", "fields"},
     "statistics": {"errors", "fields", "records", "kernels"},

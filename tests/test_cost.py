@@ -33,7 +33,7 @@ def operations(layers, micro=1, hooks=False, **watch):
             model(x).square().mean().backward()
         optimizer.step()
 
-    for _ in range(3):
+    for _ in range(10):  # the graph of the loss is looked at in the first four, the sixth, the ninth and the fourteenth
         step()
     if lens is not None:
         lens.flush()
@@ -47,8 +47,9 @@ def operations(layers, micro=1, hooks=False, **watch):
 
 
 def added(layers, *, micro=1, hooks=False, **watch):
-    """What watching adds."""
-    return operations(layers, micro, hooks, **watch) - operations(layers, micro, hooks)
+    """What watching adds, beside the reading of each backward's loss, which is one number."""
+    loss = Counter({"detach": micro, "item": micro, "_local_scalar_dense": micro})
+    return operations(layers, micro, hooks, **watch) - operations(layers, micro, hooks) - loss
 
 
 @pytest.mark.parametrize("features", [(), ("flips",)])
@@ -57,8 +58,7 @@ def test_operations_do_not_grow_with_the_model(features):
     few, many = (added(layers, features=features) for layers in (5, 40))
     assert few == many
     assert sum(few.values()) < 20
-    loss = {"item", "_local_scalar_dense", "div", "reshape"}  # the loss, one number, is read
-    assert few.keys() - loss <= {"empty", "view", "detach", "to", "resolve_conj", "resolve_neg", "equal", "is_same_size"}
+    assert few.keys() <= {"empty", "view", "detach", "to", "resolve_conj", "resolve_neg", "equal", "is_same_size"}
 
 
 def test_by_default_each_weight_is_copied_once():

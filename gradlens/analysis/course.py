@@ -85,6 +85,10 @@ class Course:
         steps = [step for step in list(self.steps) if name in points.get(step, ())]
         return np.asarray(steps, np.int64), np.asarray([points[step][name] for step in steps], np.float64)
 
+    def losses(self) -> dict[int, float]:
+        """The loss by step."""
+        return dict(zip(*(values.tolist() for values in self.series("loss")), strict=True))
+
 
 def _add_loss(point: dict[str, float], loss: float, backward: int | None) -> None:
     """The loss of a step is the mean over its backwards; that of what was used stands in where no backward was read."""

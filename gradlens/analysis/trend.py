@@ -88,7 +88,8 @@ def judged(steps: np.ndarray, values: np.ndarray, *, several: bool = False) -> T
     if (values > 0).any() and (values < 0).any():
         return _as(found, State.SIGNED)
     error = noise / np.sqrt(len(tail)) + float(values[:early].std()) / np.sqrt(early)
-    if start - now > LEAST * abs(start) and start - now > 2 * error:
+    fell = start - now > LEAST * abs(start)
+    if fell and (start - now > 2 * error or now < abs(start) / 2):
         return _as(found, State.FALLS)
     if now - start > LEAST * abs(start) and now - start > 4 * error:
         return _as(found, State.RISES)

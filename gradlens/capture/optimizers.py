@@ -72,8 +72,8 @@ def call_stack(optimizer: Optimizer) -> CallStack:
             calls += frame.f_locals.get("self") is optimizer
         elif code is _torch.SCALER_STEP:
             scaler = frame.f_locals["self"]
-        elif code.co_name == "step" and code.co_varnames[:1] == ("self",):
-            holder = frame.f_locals.get("self")
+        elif code.co_name == "step" and code.co_argcount:
+            holder = frame.f_locals.get(code.co_varnames[0])
             if holder is not optimizer and may_move(holder) and holds(holder, optimizer):
                 within = holder
         frame = frame.f_back  # type: ignore[assignment]

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import (
     register_module_module_registration_hook,
@@ -46,7 +47,7 @@ from gradlens.capture.optimizers import CallStack, Optimizers, WatchedOptimizer,
 from gradlens.capture.readings import PassReader, UsedNotes, changed, gradients_at
 from gradlens.capture.scaling import Scaling
 from gradlens.capture.step import READ_PASSES, Phase, Step
-from gradlens.records import Finding, Stage
+from gradlens.records import Finding, Note, Stage
 
 #: Steps between full scans of the module tree. What registers a parameter in the usual way is seen at once; this finds
 #: writes past torch's own registration, and costs about 2 us a parameter when it happens.
@@ -183,6 +184,7 @@ class Watcher:
         self._dirty = False
         self._told = set[str]()
         self._all_written = 0  # steps in a row in which every gradient was written by hand
+        self._left: list[tuple[Slot, Tensor]] = []  # without an optimizer: what the last backward left in `.grad`
 
     # --- life -------------------------------------------------------------------------------------------------------
 
@@ -347,8 +349,19 @@ class Watcher:
             if self._weights:
                 self._sink(self._before(self.optimizers.held(self._by_hand)))
             self._by_hand.read = False
-            if not self.explicit:
-                self._read_used(step, self._by_hand)
+            if self._used:
+                self._hold_gradients()
+
+    def _hold_gradients(self) -> None:
+        """Hold what is in `.grad`, if that is little: the user's loop consumes it before we are called again."""
+        self._left, size = [], 0
+        for slot, tensor in zip(self.attachment.slots, self.attachment.tensors(), strict=True):
+            gradient = None if tensor is None else tensor.grad
+            if gradient is not None:
+                self._left.append((slot, gradient))
+                size += gradient.numel() * gradient.element_size()
+        if size > HELD_BYTES:
+            self._left = []
 
     def _thin(self, entered: Pass) -> None:
         """So many backwards were read that the next ones of this step are only counted, by one hook that stays."""
@@ -548,11 +561,13 @@ class Watcher:
         late: bool = False,
         held: Mapping[Slot, Tensor] | None = None,
         replaces: Any = None,
+        gradients: Sequence[Tensor | None] | None = None,
+        unknown: bool = False,
     ) -> None:
         """Read the gradients that this optimizer consumes. `held` is what it moves, where that is known."""
         watched.read = True
         held = self.optimizers.held(watched) if held is None else held
-        now = gradients_at(held.values())
+        now = gradients_at(held.values()) if gradients is None else gradients
         present = [(slot, g, w) for (slot, w), g in zip(held.items(), now, strict=True) if g is not None and w.requires_grad]
         watched.given = Marks([slot for slot, _, _ in present], [g for _, g, _ in present])
         watched.untouched = step.ending.all_same(list(held), now)
@@ -566,14 +581,27 @@ class Watcher:
                 tensors=[g for _, g, _ in present],
                 weights=[w for _, _, w in present],
                 scale=step.scale,
-                notes=self._notes.of(step, held, now, len(present)),
+                notes=self._used_notes(step, held, now, len(present), unknown=unknown),
                 copies_backward=provenance.may_copy(self._facts(step, watched), step.scale),
                 skipped=skipped,
                 late=late,
-                gone=not present and bool(step.reached),
+                gone=not present and bool(step.reached) and not unknown,
                 replaces=replaces,
             )
         )
+
+    def _used_notes(
+        self, step: Step, held: Mapping[Slot, Tensor], now: Sequence[Tensor | None], present: int, *, unknown: bool
+    ) -> Sequence[Note | None]:
+        if unknown:
+            return [Note.GONE if slot in step.reached else Note.ABSENT for slot in self.attachment.slots]
+        notes = self._notes.of(step, held, now, present)
+        written = bool(notes) and Note.UNCAPTURED in notes and set(notes) <= {Note.UNCAPTURED, Note.FROZEN, Note.ELSEWHERE}
+        self._all_written = self._all_written + 1 if written else 0
+        if self._all_written == 2:  # once may be a parameter that lost its hooks: they were set again
+            names = [slot.name for slot in held if slot in self._notes.written]
+            self._tell(findings.written_by_hand(step.number, names))
+        return notes
 
     def _read_update(
         self, step: Step, watched: WatchedOptimizer, optimizer: Optimizer | None, skipped: bool | Tensor
@@ -703,12 +731,21 @@ class Watcher:
         """What is read, and told, once the step is over."""
         self._read_skipped(step)
         if not self.optimizers.watched and step.observed and step.passes:
-            if not self._by_hand.read:
-                self._read_used(step, self._by_hand)
+            self._read_by_hand(step)
             if self._weights:
                 self._read_update(step, self._by_hand, None, skipped=False)
-            self._by_hand.read = False
+            self._by_hand.read, self._left = False, []
         self._tell_rest(step)
+
+    def _read_by_hand(self, step: Step) -> None:
+        """Without an optimizer: read what the user's loop has consumed, as far as that is still there."""
+        held, left = self.optimizers.held(self._by_hand), dict(self._left)
+        given = [_consumed(step, slot, w.grad, left.get(slot)) for slot, w in held.items()]
+        if any(g is None and slot in step.reached for slot, g in zip(held, given, strict=True)):
+            self._tell(findings.used_unknown(step.number))
+            self._read_used(step, self._by_hand, gradients=[None] * len(held), unknown=True)
+        else:
+            self._read_used(step, self._by_hand, gradients=given)
 
     def _tell_rest(self, step: Step) -> None:
         attachment = self.attachment
@@ -764,3 +801,16 @@ class Watcher:
                 done = watched in self.step.stepped or self.scaling.unscaled(watched.ref())
                 return 1.0 if done else self.step.scale
         return self.step.scale
+
+
+def _consumed(step: Step, slot: Slot, now: Tensor | None, left: Tensor | None) -> Tensor | None:
+    """What is in `.grad`, or else what the last backward left there; not what has been zeroed since."""
+    for gradient in (now, left):
+        if gradient is not None and (step.ending.same(slot, gradient) or not _zeroed(gradient)):
+            return gradient
+    return None
+
+
+def _zeroed(gradient: Tensor) -> bool:
+    """Whether nothing is left of a gradient. On a device the host would have to wait, and it is taken to be there."""
+    return gradient.device.type == "cpu" and gradient.layout is torch.strided and not bool(gradient.count_nonzero())

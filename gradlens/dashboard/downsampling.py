@@ -10,7 +10,7 @@ lowest and the highest value, hence a matrix does not depend on the order or the
 
     Cells.of(all rows) == Cells.of(some rows).merge(Cells.of(the others))
 
-What is shown of a cell is the value farther from the middle of its row: a spike, or a hole. This module knows numpy alone.
+What a cell shows is the value farther from the middle of its row: a spike, or a hole. This module knows numpy alone.
 """
 
 from __future__ import annotations
@@ -180,15 +180,29 @@ class Cells:
             cells = cells._halved()
         return cells
 
-    def shown(self, *, log: bool) -> np.ndarray:
-        """Of each cell the value farther from the middle of its row, float32; on a logarithmic scale if `log`."""
-        low, high = (np.log10(x, out=np.full(x.shape, -np.inf), where=x > 0) if log else x for x in (self.low, self.high))
+    def codes(self, *, log: bool) -> np.ndarray:
+        """What each cell shows, as int16: of its lowest and highest value the one farther from the middle of its row."""
+        low, high = encoded(self.low, log=log), encoded(self.high, log=log)
         if not self.shape[1]:
-            return self.low
+            return low
         middle = _middle(low, high)[:, None]
-        with np.errstate(invalid="ignore"):
-            upper = np.abs(np.nan_to_num(high - middle, nan=0.0)) >= np.abs(np.nan_to_num(low - middle, nan=0.0))
-        return np.where(upper, self.high, self.low)
+        upper = np.abs(high.astype(np.int32) - middle) >= np.abs(low.astype(np.int32) - middle)
+        return np.where(upper, high, low)
+
+
+#: Codes: 500 a decade on a logarithmic scale (half a percent), 30,000 a unit on a linear one; of nothing and of 0 apart.
+NOTHING, ZERO, PER_DECADE, PER_ONE = -32768, -32767, 500, 30_000
+
+
+def encoded(values: np.ndarray, *, log: bool) -> np.ndarray:
+    """Numbers as int16."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        scaled = np.log10(values) * PER_DECADE if log else values * PER_ONE
+        result = np.clip(np.rint(scaled), -32_000, 32_000)
+        result = np.where(np.isnan(values), NOTHING, result)
+    if log:
+        result = np.where(values <= 0, ZERO, result)
+    return result.astype(np.int16)
 
 
 def _narrow(value: np.ndarray) -> np.ndarray:
@@ -200,9 +214,8 @@ def _narrow(value: np.ndarray) -> np.ndarray:
 
 
 def _middle(low: np.ndarray, high: np.ndarray) -> np.ndarray:
-    """The median of each row over its cells' finite values; 0 of none."""
-    both = np.concatenate([low, high], axis=1)
-    both = np.sort(np.where(np.isfinite(both), both, np.inf), axis=1)
-    count = np.isfinite(both).sum(axis=1)
-    middle = both[np.arange(len(both)), np.maximum(count - 1, 0) // 2]
-    return np.where(count > 0, middle, 0.0)
+    """The median of each row over its cells' codes; those of nothing, which sort first, are left out."""
+    both = np.sort(np.concatenate([low, high], axis=1), axis=1)
+    nothing = (both == NOTHING).sum(axis=1)
+    at = np.minimum(nothing + (both.shape[1] - nothing - 1) // 2, both.shape[1] - 1)
+    return both[np.arange(len(both)), at].astype(np.int32)

@@ -223,17 +223,4 @@ def answered(scan: Scan, asked: Quantity, stage: str) -> tuple[dict[str, Any], d
         "complete": scan.complete,
         "share": scan.share,
     }
-    return header, {"values": encoded(cells.shown(log=asked.log), log=asked.log), "flags": cells.flags}
-
-
-NOTHING, ZERO, PER_DECADE, PER_ONE = -32768, -32767, 500, 30_000
-
-
-def encoded(values: np.ndarray, *, log: bool) -> np.ndarray:
-    """As int16: 500 a decade on a logarithmic scale (half a percent), 30,000 a unit on a linear one; NaN and 0 apart."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        scaled = np.log10(values) * PER_DECADE if log else values * PER_ONE
-    result = np.clip(np.nan_to_num(np.rint(scaled), nan=0.0, neginf=-32_000, posinf=32_000), -32_000, 32_000)
-    if log:
-        result = np.where(values <= 0, ZERO, result)
-    return np.where(np.isnan(values), NOTHING, result).astype(np.int16)
+    return header, {"values": cells.codes(log=asked.log), "flags": cells.flags}

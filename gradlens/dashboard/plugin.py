@@ -33,7 +33,7 @@ TYPES = {
     ".txt": "text/plain",
 }
 AT_ONCE = 4
-SECONDS = 0.5
+SECONDS, PATIENT = 0.5, 2.0  #: in which a first answer about a matrix comes, and one that a page waits for
 MAX_BYTES = 512 << 20  #: of the rows of one answer
 MAX_POINTS = 5000
 
@@ -243,7 +243,8 @@ class _Server:
         from gradlens.dashboard import maps
 
         quantity = maps.quantity(asked.text("quantity", "rms"))
-        return self.maps.scan(run, quantity, asked.text("stage", "used"), time.monotonic() + SECONDS)
+        seconds = PATIENT if asked.number("again", 0) else SECONDS
+        return self.maps.scan(run, quantity, asked.text("stage", "used"), time.monotonic() + seconds)
 
     def _extreme(self, run: Any, asked: _Asked) -> Any:
         from gradlens.dashboard import maps, views

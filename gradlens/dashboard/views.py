@@ -110,7 +110,7 @@ def _verdict(ranked: Sequence[Finding]) -> str:
         return "No rule found an illness."
     worst = ill[0]
     where = f" at {worst.parameter}" if worst.parameter else ""
-    more = f"; {len(ill) - 1} more findings below" if len(ill) > 1 else ""
+    more = "" if len(ill) < 2 else f"; {len(ill) - 1} more below"
     return f"{worst.rule}{where} from step {worst.step}: {worst.seen}{more}"
 
 

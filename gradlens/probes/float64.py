@@ -75,6 +75,7 @@ class Float64(TorchFunctionMode):
         self._constants: dict[int, tuple[Tensor, int, Tensor]] = {}
         self._bytes = 0
         self._forward = True
+        self._closed = False
 
     def __enter__(self) -> Self:
         self._written.clear()
@@ -88,13 +89,16 @@ class Float64(TorchFunctionMode):
         self._forward = False
 
     def closed(self) -> Self:
-        """Let go of all tensors; the names stay."""
+        """Let go of all tensors; the names stay. From now on it changes nothing, should it still be on the stack."""
+        self._closed = True
         self._written.clear()
         self._constants.clear()
         self._cuts = None
         return self
 
     def __torch_function__(self, func: Callable, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
+        if self._closed:
+            return func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", "")
         if func in _CASTS:
             result = _CASTS[func](self._given(args[0]))

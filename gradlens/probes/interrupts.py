@@ -10,8 +10,11 @@ from __future__ import annotations
 import functools
 import signal
 import threading
+import traceback
 from collections.abc import Callable
 from typing import Any, ParamSpec, Protocol, TypeVar
+
+import torch
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -37,19 +40,35 @@ def leaves_no_trace(probe: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(probe)
     def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
-        before = len(OPEN.blocks)
+        before, modes = len(OPEN.blocks), torch._C._len_torch_function_stack()
         try:
             return probe(*args, **kwargs)
+        except KeyboardInterrupt as interrupt:
+            _end_suspended(interrupt)
+            raise
         finally:
-            uninterrupted(functools.partial(_close, before))
+            uninterrupted(functools.partial(_close, before, modes))
 
     return guarded
 
 
-def _close(before: int) -> None:
+def _close(before: int, modes: int) -> None:
     while len(OPEN.blocks) > before:
         OPEN.blocks[-1].close()
         del OPEN.blocks[-1:]
+    while torch._C._len_torch_function_stack() > modes:
+        torch._C._pop_torch_function_stack()
+
+
+def _end_suspended(error: BaseException | None) -> None:
+    """End the context managers that the interrupt left suspended.
+
+    Torch takes a function mode off the stack for the time of a call by one, which would put it on again whenever the
+    traceback is freed.
+    """
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def uninterrupted(put_back: Callable[[], None]) -> None:

@@ -29,7 +29,16 @@ from gradlens.probes import float64
 from gradlens.probes.interrupts import OPEN, uninterrupted
 from gradlens.probes.loss import Loss, Target, check_arguments, varies
 from gradlens.probes.stand_ins import StandIns
-from gradlens.probes.untouched import ModuleState, ProcessState, compiled
+from gradlens.probes.untouched import (
+    ModuleState,
+    ProcessState,
+    compiled,
+    drawn_since,
+    randomness,
+    set_randomness,
+    set_torch_randomness,
+    torch_randomness,
+)
 from gradlens.records import Parameters
 from gradlens.selection import Select, check, predicate
 
@@ -128,7 +137,7 @@ class IsolatedLoss:
                     self._mode.backward_begins()
                 result = then(loss)
         finally:
-            uninterrupted(self._put_back)
+            self._put_back()  # `close` does it again, should an interrupt come here
         self._check_written()
         return result
 
@@ -142,7 +151,7 @@ class IsolatedLoss:
                 self._mode.backward_begins()  # nothing is cut off yet
             self._loss.refuse_ignored(batch)
         finally:
-            uninterrupted(self._put_back)
+            self._put_back()
         self._check_written(whole=False)
 
     def loss(self, *batch: Any) -> float:
@@ -199,6 +208,18 @@ class IsolatedLoss:
     def rewind(self) -> None:
         """Set the random states back to where they were on entering: the next evaluation draws the same numbers."""
         self._process.rewind(self._draws)
+
+    def draw(self) -> tuple[Any, ...]:
+        """The random states as they are now, for `draw_again`; numpy's and Python's only where the loss draws from them."""
+        return randomness() if self._draws else (torch_randomness(),)
+
+    def draw_again(self, drawn: tuple[Any, ...]) -> None:
+        """Set them back: the next evaluation draws the same numbers."""
+        set_randomness(drawn) if len(drawn) > 1 else set_torch_randomness(*drawn)
+
+    def settle_draws(self, drawn: tuple[Any, ...]) -> None:
+        """After an evaluation from `draw()`: whether later ones need numpy's and Python's generators at all."""
+        self._draws = drawn_since(drawn)
 
     def settle_randomness(self) -> None:
         """After an evaluation from the start: whether later ones need to rewind numpy's and Python's generators at all."""

@@ -23,7 +23,6 @@ from gradlens.probes.batches import Sizes, check_batches, counted, generators
 from gradlens.probes.interrupts import leaves_no_trace
 from gradlens.probes.isolated_loss import IsolatedLoss
 from gradlens.probes.loss import Target
-from gradlens.probes.untouched import randomness, set_randomness
 from gradlens.probes.verdicts import MOVE, Survey
 from gradlens.statistics.evidence import VERDICTS
 from gradlens.weight_names import known_name
@@ -116,11 +115,13 @@ def nudge(
     with isolated:
         moves, predicted = _moves(isolated, verdicts, float(size))
         held = [w.detach().clone() for w in isolated.weights]
-        rows = []
+        rows: list[tuple[float | None, float, float]] = []
         for batch, n in counted(batches, "nudging", progress, sizes):
-            random = randomness()
+            random = isolated.draw()
             before = isolated.loss(batch)
-            set_randomness(random)
+            if not rows:
+                isolated.settle_draws(random)
+            isolated.draw_again(random)
             after = _moved(isolated, moves, held, lambda batch=batch: isolated.loss(batch))  # type: ignore[misc]
             rows.append((n, before, after))
         pairs = [(kept, move) for kept, move in zip(held, moves, strict=True) if move is not None]

@@ -101,8 +101,7 @@ class ProcessState:
 
     def drawn(self) -> bool:
         """Whether numbers were drawn from numpy's or Python's global generator."""
-        *_, of_numpy, of_python = randomness()
-        return of_python != self.random[3] or not _same_numpy(of_numpy, self.random[2])
+        return drawn_since(self.random)
 
     def leave_modes(self) -> None:
         """Take off the function modes that were entered since; any number of times."""
@@ -172,8 +171,22 @@ GENERATORS = (torch.Generator, random.Random, np.random.RandomState, np.random.G
 
 def randomness() -> tuple[Any, ...]:
     """The global random states: torch, CUDA where it is in use, numpy, Python."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
-    return torch.get_rng_state(), cuda, np.random.get_state(), random.getstate()
+    return *torch_randomness(), np.random.get_state(), random.getstate()
+
+
+def torch_randomness() -> tuple[Any, Any]:
+    """Torch's own, which are quick to read."""
+    return torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+
+
+def set_torch_randomness(state: tuple[Any, Any]) -> None:
+    """Put these back."""
+    _set_torch(*state)
+
+
+def drawn_since(state: tuple[Any, ...]) -> bool:
+    """Whether numbers were drawn from numpy's or Python's global generator."""
+    return random.getstate() != state[3] or not _same_numpy(np.random.get_state(), state[2])
 
 
 def set_randomness(state: tuple[Any, ...]) -> None:

@@ -238,6 +238,7 @@ class _Assembly:
             clip = self._clip(update)
             array[:, dot] = array[:, at["update_dot"]] / clip
             array[:, exact] = np.nan if math.isnan(clip) else 0.0
+        array[np.isnan(array[:, dot]), exact] = np.nan
         self._fill_group(update.piece, array, fields.UPDATES)
 
     def _clip(self, update: UpdatePiece) -> float:

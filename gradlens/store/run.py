@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from gradlens import markup, noise
+from gradlens.analysis.diagnosis import Diagnosis, diagnose
+from gradlens.analysis.trend import State, Trend, judged
 from gradlens.errors import (
     ArgumentError,
     CorruptRunError,
@@ -183,6 +185,11 @@ class Run:
             stop = until[each.key]
             found += [finding for finding in listed if stop is None or finding.step < stop]
         return sorted(found, key=lambda finding: finding.step)
+
+    def diagnosis(self) -> Diagnosis:
+        """What is wrong with this training, as far as that can be said: the origin, and what follows from it."""
+        steps, values = self.scalar("loss")
+        return diagnose(self.findings(), judged(steps, values) if len(values) else Trend(State.UNKNOWN))
 
     def scalars(self, *, steps: Steps = None) -> pd.DataFrame:
         """Observed numbers: one row a step, one column a name (`loss`, ...)."""

@@ -17,8 +17,10 @@ from typing import Any
 
 from torch import Tensor
 
+from gradlens.analysis.diagnosis import Diagnosis, diagnose
 from gradlens.analysis.history import History
 from gradlens.analysis.ruleset import RuleSet
+from gradlens.analysis.trend import trend
 from gradlens.errors import FindingError, GradlensWarning
 from gradlens.facts import Fact
 from gradlens.records import Finding, Severity, Snapshot
@@ -201,6 +203,10 @@ class Recorder:
             warnings.warn(GradlensWarning(str(finding)), stacklevel=2)
         elif self._on_finding == "raise" and finding.severity != Severity.INFO:
             self._to_raise.append(finding)
+
+    def diagnosis(self) -> Diagnosis:
+        """What was found so far, in order."""
+        return diagnose(list(self.found), trend(self.history.course, list(self.history.facts)))
 
     def interrupt(self) -> None:
         """Raise what the user asked to be raised: called in the training thread, after an update."""

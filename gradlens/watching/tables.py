@@ -39,7 +39,7 @@ from gradlens.watching.failures import Failures
 from gradlens.watching.isolation import capturing_cuda_graph, isolated_compute
 from gradlens.watching.overhead import Stopwatch
 from gradlens.watching.recorder import Recorder
-from gradlens.watching.updates import UpdateMeter, by_device
+from gradlens.watching.updates import UpdateMeter, by_device, present
 
 #: Notes of rows whose partials a backward did not compute, or of which others are in `.grad` too.
 _NOT_COMPUTED = (Note.FROZEN, Note.EXCLUDED, Note.UNCAPTURED)
@@ -172,7 +172,7 @@ class TableBuilder:
             fixed = kernels.StableTensors(tensors)
             if reading.complete and reading.key.stage == Stage.BACKWARD:
                 self._meter.reading(fixed)
-            weights = [before(row, w) for row, w in zip(rows, now, strict=True)] if reading.late else now
+            weights = present([before(row, w) for row, w in zip(rows, now, strict=True)] if reading.late else now)
             numbers, flips = summarize(rows, fixed, weights, last, detail)
             table.pieces.append(Piece(rows, numbers, reading.skipped))
             if flips is not None:

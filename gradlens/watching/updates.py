@@ -86,7 +86,12 @@ class UpdateMeter:
         """Copy the weights that are about to be moved."""
         self._before.use(event.parameters)
         for rows, tensors, _ in by_device(event.rows, event.weights, event.weights):
-            self._before.keep(rows, tensors)
+            there = present(tensors)
+            if there is tensors:
+                self._before.keep(rows, tensors)
+            else:
+                kept = [(row, w) for row, w in zip(rows, there, strict=True) if w is not None]
+                self._before.keep([row for row, _ in kept], [w for _, w in kept])
 
     def weight_before(self, row: int, weight: Tensor) -> Tensor:
         """The weight before the step, where all of it was kept; else as it is now, one update later."""
@@ -150,9 +155,15 @@ class UpdateMeter:
     ) -> tuple[list[int], Tensor | None, bool]:
         """The rows that are measured, their numbers, and whether these rest on kept gradients of the loss."""
         whole = self._before.together(rows, weights)
-        if whole is not None and source is Source.USED and all(g is None or g.layout == torch.strided for g in used):
+        if (
+            whole is not None
+            and present(weights) is weights
+            and source is Source.USED
+            and all(g is None or g.layout == torch.strided for g in used)
+        ):
             return rows, kernels.compare(used, whole, weights), False
-        entries = [e for row, w, g in zip(rows, weights, used, strict=True) if (e := self._entries(row, w, g))]
+        there = zip(rows, present(weights), used, strict=True)
+        entries = [e for row, w, g in there if w is not None and (e := self._entries(row, w, g))]
         if not entries:
             return [], None, False
         loss = _kept(entries, last) if source is Source.KEPT else None
@@ -168,6 +179,16 @@ class UpdateMeter:
 
 
 _NOTHING = torch.empty((0, 16), dtype=torch.float64)
+
+
+def present(tensors: list[Tensor]) -> Sequence[Tensor | None]:
+    """The tensors; None for those whose memory was released (`storage.resize_(0)`): to read one ends the process."""
+    try:
+        if 0 not in map(Tensor.data_ptr, tensors):
+            return tensors
+        return [w if not w.numel() or w.data_ptr() else None for w in tensors]
+    except RuntimeError:  # no storage of their own: sparse, or inside a transform
+        return tensors
 
 
 def _kept(entries: Sequence[UpdateEntries], last: Buffer | None) -> list[Tensor | None] | None:

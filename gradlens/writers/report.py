@@ -1,6 +1,7 @@
 """What was seen as a page of plain text that a person reads in a minute.
 
     title            the run: its steps, its size, its loss
+    DIAGNOSIS        what is wrong, and what follows from that
     HEALTH           what was found, worst first, and what to do about it
     DIRECTIONS       which parameters want to move where, and how far the optimizer moved them
     MOST SENSITIVE   the ten weights to which the loss answers most
@@ -21,6 +22,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 from gradlens import fields
+from gradlens.analysis.diagnosis import Diagnosis
 from gradlens.analysis.history import History
 from gradlens.analysis.rules.base import format_number, layout
 from gradlens.noise import measured
@@ -44,6 +46,7 @@ def text(
     title: str = "gradlens",
     steps: Sequence[int] | None = None,
     losses: Mapping[int, float] | None = None,
+    diagnosis: Diagnosis | None = None,
 ) -> str:
     """The page. `steps` and `losses` are the whole run's, where `history` has only the newest of it."""
     if not len(history):
@@ -51,7 +54,8 @@ def text(
     now, used = history.at(), _last_update(history)
     blocks = [
         [title, *_run(history, now, steps, losses)],
-        _health(found),
+        [] if diagnosis is None else _diagnosed(diagnosis),
+        _health(found, diagnosis),
         _directions(now, used, found),
         _sensitive(history),
         [] if used is None else _updates(now, used),
@@ -68,6 +72,7 @@ def brief(
     steps: Sequence[int] | None = None,
     losses: Mapping[int, float] | None = None,
     more: str = "report() has the whole page.",
+    diagnosis: Diagnosis | None = None,
 ) -> str:
     """The page's first lines: the run, its health, and the weight to which the loss answers most."""
     if not len(history):
@@ -75,6 +80,7 @@ def brief(
     lines = [
         f"gradlens: {line.strip()}" if not i else line for i, line in enumerate(_run(history, history.at(), steps, losses))
     ]
+    lines += [] if diagnosis is None else [f"  {diagnosis.verdict}"]
     lines.append(f"  health: {_counted(found)}")
     lines += [f"    {_heading(group)}" for group in _grouped(found)[:NAMED]]
     for name, value, partial in _top(history, 1):
@@ -154,14 +160,42 @@ def _loss(history: History, losses: Mapping[int, float] | None) -> str:
     )
 
 
+# --- diagnosis ------------------------------------------------------------------------------------------------------
+
+
+def _diagnosed(diagnosis: Diagnosis) -> list[str]:
+    """The verdict, what was seen and what to do; what follows from it is named, and no more."""
+    origin = diagnosis.origin
+    sure = f" ({diagnosis.confidence:.0%} sure)" if origin is not None else ""
+    lines = [f"DIAGNOSIS{sure}", *_wrapped(diagnosis.verdict)]
+    if origin is None:
+        return lines
+    lines += _wrapped(f"seen: {origin.seen}", "    ")
+    lines += _wrapped(f"do: {origin.remedy}", "    ") if origin.remedy else []
+    for words, found in (("follows from it", diagnosis.follows), ("beside it", diagnosis.beside)):
+        if found:
+            lines += _wrapped(f"{words}: {', '.join(dict.fromkeys(f.rule for f in found))}", "    ")
+    return lines
+
+
 # --- health ---------------------------------------------------------------------------------------------------------
 
 
-def _health(found: Sequence[Finding]) -> list[str]:
+def _health(found: Sequence[Finding], diagnosis: Diagnosis | None = None) -> list[str]:
+    """What was found; of what the diagnosis has said, or what follows from that, the headings."""
+    origin = None if diagnosis is None else diagnosis.origin
+    follows = set() if diagnosis is None else {finding.rule for finding in diagnosis.follows}
     groups = _grouped(found)
-    lines = [f"HEALTH: {_counted(found)}", *_beginning(groups)]
+    if origin is not None:
+        groups.sort(key=lambda group: (group[0].rule != origin.rule, group[0].rule in follows))
+    lines = [f"HEALTH: {_counted(found)}", *([] if origin is not None else _beginning(groups))]
     for group in groups[:GROUPS]:
         lines.append(_fit(f"  {_heading(group)}"))
+        if origin is not None and group[0].rule == origin.rule:
+            continue
+        if origin is not None and group[0].rule in follows:
+            lines.append(f"    follows from {origin.rule}")
+            continue
         lines += _wrapped(group[0].seen, "    ")
         if group[0].causes:
             lines += _wrapped(f"likely: {'; '.join(group[0].causes)}", "    ")
@@ -190,7 +224,7 @@ def _grouped(found: Iterable[Finding]) -> list[list[Finding]]:
 
 def _counted(found: Sequence[Finding]) -> str:
     if not found:
-        return "nothing looks ill; no rule found anything"
+        return "no rule found anything"
     counts = {severity: sum(f.severity == severity for f in found) for severity in reversed(Severity)}
     return ", ".join(f"{n} {word}{'s' * (n > 1 and word != Severity.INFO)}" for word, n in counts.items() if n)
 

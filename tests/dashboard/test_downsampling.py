@@ -6,7 +6,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from gradlens.dashboard.downsampling import MISSING, NONFINITE, SEEN, Cells, kept, largest_of_squares, width_for
+from gradlens.dashboard.downsampling import (
+    MISSING,
+    NONFINITE,
+    NOTHING,
+    SEEN,
+    Cells,
+    encoded,
+    kept,
+    largest_of_squares,
+    width_for,
+)
 
 BUSY = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # other tests share the machine
 VALUES = st.sampled_from([0.0, -1.0, 1.0, 1e-30, 1e30, 3.5, np.nan, np.inf, -np.inf])
@@ -140,10 +150,30 @@ def test_a_spike_of_one_step_is_what_its_cell_shows(spike, log):
     value = 10.0 ** np.random.default_rng(0).uniform(-3, -2, len(step))
     value[73_421] = spike
     cells = Cells.of(1, np.zeros_like(step), step, value, np.full(len(step), SEEN), 1).within(300)
-    shown = cells.shown(log=log)[0]
+    shown = cells.codes(log=log)[0]
+    at = 73_421 // cells.width - cells.first
     if log or spike > 1:
-        assert shown[73_421 // cells.width - cells.first] == np.float32(spike)
+        assert shown[at] == encoded(np.array([spike], np.float32), log=log)[0]
     assert shown.shape == (cells.shape[1],)
+    if log:
+        assert abs(int(shown[at]) - int(np.median(shown))) > 1000
+
+
+@BUSY
+@given(points(), WIDTHS, st.booleans())
+def test_a_cell_shows_its_lowest_or_highest_value(drawn, width, log):
+    """Whichever is farther from the middle of its row; nothing where there is no finite value."""
+    cells = Cells.of(ROWS, *drawn, width)
+    low, high, shown = encoded(cells.low, log=log), encoded(cells.high, log=log), cells.codes(log=log)
+    assert ((shown == low) | (shown == high)).all()
+    assert ((shown == NOTHING) == np.isnan(cells.low)).all()
+    for r in range(ROWS if cells.shape[1] else 0):
+        both = np.concatenate([low[r], high[r]])
+        there = np.sort(both[both != NOTHING]).astype(int)
+        if len(there):
+            middle = there[(len(there) - 1) // 2]
+            far = np.maximum(abs(low[r].astype(int) - middle), abs(high[r].astype(int) - middle))
+            assert (abs(shown[r].astype(int) - middle)[shown[r] != NOTHING] == far[shown[r] != NOTHING]).all()
 
 
 @BUSY

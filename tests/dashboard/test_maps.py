@@ -6,8 +6,17 @@ import numpy as np
 import pytest
 
 from gradlens.dashboard import maps
-from gradlens.dashboard.downsampling import MISSING, NONFINITE, _narrow
-from gradlens.dashboard.maps import NOTHING, ZERO, Maps, Scan, encoded, quantity
+from gradlens.dashboard.downsampling import (
+    MISSING,
+    NONFINITE,
+    NOTHING,
+    PER_DECADE,
+    PER_ONE,
+    ZERO,
+    _narrow,
+    encoded,
+)
+from gradlens.dashboard.maps import Maps, Scan, quantity
 from gradlens.errors import ArgumentError
 from gradlens.store.run import Run
 from tests.store import made
@@ -126,9 +135,9 @@ def test_an_unknown_quantity_is_named():
 def test_numbers_are_coded_within_half_a_percent():
     """On a logarithmic scale a code decodes to within 0.3 %, whatever its size; zero and nothing have codes of their own."""
     values = np.array([1e-30, 3e-8, 0.123, 5.0, 7e20])
-    np.testing.assert_allclose(10.0 ** (encoded(values, log=True) / maps.PER_DECADE), values, rtol=3e-3)
+    np.testing.assert_allclose(10.0 ** (encoded(values, log=True) / PER_DECADE), values, rtol=3e-3)
     assert encoded(np.array([0.0, np.nan]), log=True).tolist() == [ZERO, NOTHING]
     linear = np.array([-1.0, -0.123, 0.0, 1.0, np.nan])
     decoded = encoded(linear, log=False)
-    np.testing.assert_allclose(decoded[:4] / maps.PER_ONE, linear[:4], atol=2e-5)
+    np.testing.assert_allclose(decoded[:4] / PER_ONE, linear[:4], atol=2e-5)
     assert decoded[4] == NOTHING

@@ -11,6 +11,17 @@ PAGE = (ROOT / "docs" / "evidence.md").read_text()
 ONE_LINE = " ".join(PAGE.split())
 
 
+def test_the_code_on_the_page_on_second_order_runs(capsys):
+    """Its blocks run from top to bottom, and print what the text says."""
+    page, names = (ROOT / "docs" / "second-order.md").read_text(), {}
+    exec("\n".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL)), names)
+    printed = capsys.readouterr().out
+    assert "mixed partials are equal, and slopes are right" in printed
+    assert "8 directions, 28 pairs" in printed
+    assert names["found"].converged
+    assert names["found"].layers["layer"].tolist() == ["0", "2"]
+
+
 def test_the_code_on_the_page_runs(capsys):
     """The blocks run from top to bottom, and what they print bears out the text around them."""
     names = {}

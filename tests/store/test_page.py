@@ -47,7 +47,7 @@ def test_the_other_files_of_the_page_have_their_rows(ran):
     lines = {name: len((place / name).read_text().splitlines()) for name in ("digits.csv", "live.csv", "digits.jsonl")}
     assert lines["digits.csv"] == 1 + 50 * 2 * 6
     assert lines["live.csv"] == 1 + 30 * 2 * 6
-    assert lines["digits.jsonl"] == 200 * 2 * 6 + 199  # and the losses
+    assert lines["digits.jsonl"] == 200 * 2 * 6 + 200  # and the losses
     assert ran["last"].frame["step"].unique().tolist() == list(range(20, 30))
 
 

@@ -18,7 +18,8 @@ class Absent(ColumnRule):
     """A parameter that the loss has not depended on, at any backward of the last steps. It gets no partials and does not
     learn.
 
-    A parameter whose custom backward returned None all the time is named too, with the cause that fits.
+    A parameter whose custom backward returned None all the time is named too, with the cause that fits. One that had a
+    gradient before is used rarely, or is a part that has finished: an info.
     """
 
     steps: int = 10
@@ -36,14 +37,20 @@ class Absent(ColumnRule):
     def findings(self, history: History, rows: Sequence[int]) -> Iterable[Finding]:
         """One a parameter."""
         newest = newest_of(history)
-        return RowFindings(self.name, Severity.WARNING, newest, rows, lambda row: self._finding(newest, row))
+        if newest.has(Status.ABSENT, Status.FROZEN).all():
+            return  # `Cut` says it
+        before = _had_gradients(history, newest)
+        for severity, some in ((Severity.WARNING, ~before), (Severity.INFO, before)):
+            chosen = [row for row in rows if some[row]]
+            if chosen:
+                yield from (self._finding(newest, row, severity) for row in chosen)
 
-    def _finding(self, newest: Snapshot, row: int) -> Finding:
+    def _finding(self, newest: Snapshot, row: int, severity: Severity) -> Finding:
         undefined = newest.status[row] == Status.UNDEFINED
         return Finding(
             rule=self.name,
             step=newest.step,
-            severity=Severity.WARNING,
+            severity=severity,
             parameter=newest.names[row],
             stage=newest.stage,
             seen=(
@@ -59,6 +66,14 @@ class Absent(ColumnRule):
             ),
             value=float(self.steps),
         )
+
+
+def _had_gradients(history: History, newest: Snapshot) -> np.ndarray:
+    """`[n]` whether it had a gradient at some moment that is remembered: of sixteen spread over all, and the first."""
+    moments = [snapshot for snapshot in history.recent(10_000, newest.stage) if snapshot.names == newest.names]
+    at = np.unique(np.linspace(0, len(moments) - 1, 64).astype(int))
+    known = [history.first()] * (history.first().names == newest.names) + [moments[i] for i in at]
+    return np.logical_or.reduce([snapshot.has(Status.OK) for snapshot in known])
 
 
 _ABSENT = (
@@ -120,8 +135,11 @@ class Uncaptured(ColumnRule):
     settled: ClassVar[bool] = True
 
     def holds(self, columns: Columns) -> np.ndarray:
-        """Where no hook fired."""
-        return columns.has(Status.UNCAPTURED).astype(np.int8)
+        """Where no hook fired; not where none did at a whole step: capture says then why (`written-by-hand`)."""
+        uncaptured = columns.has(Status.UNCAPTURED)
+        if columns.stage == Stage.USED:
+            uncaptured = uncaptured & ~uncaptured.all(axis=-1, keepdims=True)
+        return uncaptured.astype(np.int8)
 
     def findings(self, history: History, rows: Sequence[int]) -> Iterable[Finding]:
         """One a parameter."""

@@ -79,8 +79,8 @@ def _last_alone(passes: list[Snapshot], now: Snapshot) -> np.ndarray | None:
     near &= _near(now.columns["sum"], last.columns["sum"], last.columns["abs_sum"])
     together = np.add.reduce([s.columns["sum"] for s in passes])
     other = ~_near(now.columns["sum"], together, last.columns["abs_sum"])
-    proof = both & near & other
-    return proof if proof.sum() > 0.5 * both.sum() else np.zeros(len(now), bool)
+    telling = both & other  # sums that are 0 in each pass, as those of the last layer under cross entropy, tell nothing
+    return telling if near[telling].all() else np.zeros(len(now), bool)
 
 
 def _near(a: np.ndarray, b: np.ndarray, size: np.ndarray) -> np.ndarray:

@@ -29,7 +29,8 @@ class Dead(ColumnRule):
     """All partials of a parameter were exactly 0 at each of the last steps, though the loss depends on it.
 
     A layer of rectifiers that are all shut passes nothing back (Lu et al. 2019): it and all layers before it are dead, and
-    the weight behind it too, as its inputs are 0. The culprit is the last layer that is dead as a whole.
+    the weight behind it too, as its inputs are 0. The culprit is the last layer that is dead as a whole. A bias whose
+    weight has a gradient is not dead: what it gets from the examples cancels out, as in the output of a Wasserstein critic.
     """
 
     steps: int = 10
@@ -49,6 +50,8 @@ class Dead(ColumnRule):
         if newest.stage == Stage.USED:  # what backward gave and was lost is no death
             alive = gave(history.recent(1, Stage.BACKWARD), newest)
             rows = [row for row in rows if not alive[row]]
+        cancels = cancelled(newest)
+        rows = [row for row in rows if not cancels[row]]
         if not rows:
             return ()
         culprit = last_layer(newest, rows)
@@ -71,6 +74,14 @@ class Dead(ColumnRule):
             + "lower the learning rate, use LeakyReLU or GELU, or initialise the layer again",
             value=0.0,
         )
+
+
+def cancelled(snapshot: Snapshot) -> np.ndarray:
+    """`[n]` rows of no weight whose layer's weight has a gradient: theirs adds up to 0, and may not be able to do else."""
+    where = layout(snapshot.parameters)
+    alive = where.matrix & snapshot.has(Status.OK)
+    layers = np.bincount(where.layer, weights=alive, minlength=len(where.front)) > 0
+    return np.asarray(~where.matrix & layers[where.layer])
 
 
 def _likely(snapshot: Snapshot, row: int) -> tuple[str, ...]:

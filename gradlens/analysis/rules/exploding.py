@@ -25,7 +25,10 @@ from gradlens.analysis.rules.base import (
     remembered,
     tristate,
 )
-from gradlens.records import Finding, Severity, Snapshot
+from gradlens.analysis.rules.occasional import loss_trend
+from gradlens.records import Finding, Severity, Snapshot, Stage
+
+SMALL = 0.05  #: |dw| / |w| of a step that does no harm
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,8 @@ class Exploding(ColumnRule):
     `norm`: gradient norms are clipped at 1 as a rule (Pascanu et al. 2013), and a sum over a batch of a thousand gives some
     hundreds. `ratio`: |g| / |w|; at 100, plain gradient descent with a learning rate of 0.01 replaces the weight in one
     step. Both together also leave alone what starts at 0, and sums over large batches with the small learning rate they
-    need.
+    need. Where the steps are small all the same (|dw| / |w| below 0.05, as under Adam) and the loss is not known to be
+    ill, it is an info.
     """
 
     norm: float = 1e3
@@ -60,14 +64,21 @@ class Exploding(ColumnRule):
         if not consumed(history):
             return ()
         newest = newest_of(history)
-        return RowFindings(self.name, Severity.WARNING, newest, rows, lambda row: self._finding(newest, row))
+        severity = Severity.INFO if self._harmless(history, newest, rows) else Severity.WARNING
+        return RowFindings(self.name, severity, newest, rows, lambda row: self._finding(newest, row, severity))
 
-    def _finding(self, newest: Snapshot, row: int) -> Finding:
+    def _harmless(self, history: History, newest: Snapshot, rows: Sequence[int]) -> bool:
+        """Whether the steps are small all the same, as Adam's are, and nothing says that the loss does not fall."""
+        ratios = np.asarray([s.column("update_ratio") for s in history.recent(1, Stage.USED) if s.names == newest.names])
+        small = bool(len(ratios)) and bool((ratios[-1][np.asarray(rows, np.int64)] < SMALL).all())
+        return small and not loss_trend(history).ill
+
+    def _finding(self, newest: Snapshot, row: int, severity: Severity) -> Finding:
         norm, weight = newest.column("l2")[row], newest.column("weight_l2")[row]
         return Finding(
             rule=self.name,
             step=newest.step,
-            severity=Severity.WARNING,
+            severity=severity,
             parameter=newest.names[row],
             stage=newest.stage,
             seen=f"the gradient's norm is {format_number(norm)}, {format_number(norm / weight)} times the norm of the "

@@ -48,7 +48,9 @@ class Lost(ColumnRule):
     def findings(self, history: History, rows: Sequence[int]) -> Iterator[Finding]:
         """One for all."""
         newest = newest_of(history)
-        rows = lasting(history, _lost(history.recent(self.steps, Stage.BACKWARD)), self.steps)
+        backward = history.recent(self.steps, Stage.BACKWARD)
+        rows = lasting(history, _lost(backward), self.steps)
+        rows = [row for row in rows if not _cancels(backward, newest)[row]]
         if not rows:
             return
         names = tuple(newest.names[row] for row in rows)
@@ -83,6 +85,16 @@ def nothing_used(rows: Rows) -> np.ndarray:
 
 def _nothing(used: Rows) -> np.ndarray:
     return nothing_used(used) | used.has(Status.ZERO)
+
+
+def _cancels(backward: list[Snapshot], used: Snapshot) -> np.ndarray:
+    """`[n]` where what several backwards of the step gave adds up to nothing, and is 0 in what was used."""
+    own = [s for s in backward if s.step == used.step and s.names == used.names]
+    if len(own) < 2:
+        return np.zeros(len(used), bool)
+    together = np.abs(np.add.reduce([s.columns["sum"] for s in own]))
+    size = np.add.reduce([s.columns["abs_sum"] for s in own])
+    return np.asarray(used.has(Status.ZERO) & (together <= 1e-6 * size))
 
 
 def gave(backward: list[Snapshot], used: Snapshot) -> np.ndarray:

@@ -25,6 +25,11 @@ from gradlens.analysis.rules.base import (
 from gradlens.records import Finding, Severity, Snapshot, Stage, Status
 
 
+def given_stage(history: History) -> Stage:
+    """The stage that has what backward gave: `backward`, or `reduced` over ranks, where it is not read by default."""
+    return Stage.BACKWARD if history.newest(Stage.BACKWARD) is not None else Stage.REDUCED
+
+
 @dataclass(frozen=True)
 class LossScaled(ColumnRule):
     """Backward's gradients are the same power of two larger than the used ones, on every parameter: they carry a loss scale.
@@ -46,7 +51,8 @@ class LossScaled(ColumnRule):
 
     def holds(self, columns: Columns) -> np.ndarray:
         """Where all of backward's gradients are nearly the same power of two of the used ones."""
-        given = columns.per_step(Stage.BACKWARD, "square_sum")
+        assert columns.history is not None
+        given = columns.per_step(given_stage(columns.history), "square_sum")
         known = columns.has(Status.OK) & (given > 0)
         with np.errstate(invalid="ignore", divide="ignore"):
             power = np.log2(given / columns.columns["square_sum"]) / 2
@@ -64,7 +70,7 @@ class LossScaled(ColumnRule):
             rule=self.name,
             step=newest.step,
             severity=Severity.WARNING,
-            stage=Stage.BACKWARD,
+            stage=given_stage(history),
             seen=f"these gradients look loss-scaled: after backward() every parameter's are {2**power} (2**{power}) times "
             f"those that the optimizer used, at each of the last {self.steps} observed steps",
             causes=(
@@ -77,7 +83,7 @@ class LossScaled(ColumnRule):
 
     def _power(self, history: History) -> int:
         """The power of the last steps, the newest looked at first; 0 if they do not agree, or are too few."""
-        backward = {s.step: s for s in history.recent(self.steps, Stage.BACKWARD)}
+        backward = {s.step: s for s in history.recent(self.steps, given_stage(history))}
         used = {s.step: s for s in history.recent(self.steps, Stage.USED)}
         if len(used) < self.steps or not used.keys() <= backward.keys():
             return 0
@@ -132,7 +138,7 @@ class ClippedScaled(ColumnRule):
     def findings(self, history: History, rows: Sequence[int]) -> Iterator[Finding]:
         """One of the model."""
         newest = newest_of(history)
-        used, backward = (history.recent(self.steps, stage) for stage in (Stage.USED, Stage.BACKWARD))
+        used, backward = (history.recent(self.steps, stage) for stage in (Stage.USED, given_stage(history)))
         if len({snapshot.step for snapshot in used}) < self.steps:
             return
         given = {snapshot.step: _norm(snapshot) for snapshot in backward}

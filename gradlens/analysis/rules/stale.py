@@ -21,6 +21,7 @@ from gradlens.analysis.rules.base import (
     tristate,
     unmoved,
 )
+from gradlens.analysis.rules.occasional import settings
 from gradlens.records import Finding, Severity, Snapshot, Stage, Status
 
 #: How far a sum of float32 gradients may be from the sum of their sums, beside the sum of sizes: 16 roundings.
@@ -72,6 +73,8 @@ class Stale(ColumnRule):
             return ()
         backward, used = (history.recent(self.steps + 1, stage) for stage in (Stage.BACKWARD, Stage.USED))
         own = _of(backward, newest.step)
+        if foreign(history):
+            return ()
         if not own or (len(own) == 1 and _equal(own[0], newest)):
             return ()
         rows, left = lasting(history, _carried(backward, used), self.steps), True if used else None
@@ -112,7 +115,7 @@ _BY_HAND = "something adds to or multiplies .grad between backward() and step():
 def _more_than(backward: list[Snapshot]) -> Condition:
     def more(used: Snapshot) -> np.ndarray:
         own = _added(_of(backward, used.step), used, "l2")
-        known = judged(used) & ~used.has(Status.NONFINITE) & ~np.isnan(own) & ~unmoved(used)
+        known = judged(used) & ~used.has(Status.NONFINITE) & ~np.isnan(own) & ~unmoved(used) & _owned(used)
         return tristate(used.column("l2") > 1.01 * own, known)
 
     return more
@@ -133,7 +136,7 @@ def _carried(backward: list[Snapshot], used: list[Snapshot]) -> Condition:
         if not _of(used, now.step - 1):
             return np.full(len(now), -1, np.int8)
         exact = np.asarray([dtype in _EXACT for dtype in now.parameters.dtypes])
-        known = judged(now) & ~now.has(Status.NONFINITE) & ~unmoved(now) & exact
+        known = judged(now) & ~now.has(Status.NONFINITE) & ~unmoved(now) & exact & _owned(now)
         return tristate(_left_over(backward, used, now), known)
 
     return carried
@@ -154,6 +157,21 @@ def _until(backward: list[Snapshot], now: Snapshot) -> list[Snapshot]:
     return [snapshot for snapshot in _of(backward, now.step) if snapshot.backward <= now.backward]
 
 
+def foreign(history: History) -> bool:
+    """Whether an optimizer has parameters of other models alone: its `zero_grad()` empties nothing of this one."""
+    known = settings(history).values()
+    return any(not any(group.parameters for group in changes[-1].groups) for changes in known)
+
+
+def _owned(now: Snapshot) -> np.ndarray:
+    """`[n]` rows of which an optimizer has the parameter, where updates are measured: others' gradients nobody empties.
+
+    `zero_grad()` of an optimizer reaches its own parameters alone. Where no update is measured, every row.
+    """
+    measured = now.columns["update_numel"] > 0
+    return measured if measured.any() else np.ones(len(now), bool)
+
+
 def _sums(snapshots: list[Snapshot], now: Snapshot) -> Sums:
     return _added(snapshots, now, "sum"), _added(snapshots, now, "abs_sum")
 
@@ -168,7 +186,7 @@ def _left_over(backward: list[Snapshot], used: list[Snapshot], now: Snapshot) ->
     near = np.abs(now.column("sum") - own[0]) <= ROUNDING * (own[1] + now.column("abs_sum"))
     alone = near if factor == 1.0 else _in_proportion(now, *own)[0]
     exact = np.asarray([dtype in _EXACT for dtype in now.parameters.dtypes], bool)
-    telling = exact & judged(now) & ~(left & alone)
+    telling = exact & judged(now) & ~(left & alone) & ~unmoved(now)
     certain = factor <= 1.0 and (left & telling).sum() > 0.5 * telling.sum()
     return left if certain else np.zeros(len(now), bool)
 

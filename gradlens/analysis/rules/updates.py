@@ -27,6 +27,7 @@ from gradlens.analysis.rules.base import (
     unmoved,
 )
 from gradlens.analysis.rules.lost import nothing_used
+from gradlens.analysis.rules.occasional import loss_trend, settings
 from gradlens.errors import ArgumentError
 from gradlens.records import Finding, Severity, Snapshot, Stage, Status
 
@@ -66,7 +67,7 @@ class UpdateRatio(ColumnRule):
     def findings(self, history: History, leapt: Sequence[int], still: Sequence[int]) -> Iterator[Finding]:
         """One a weight that leapt, and one of a model that stands still."""
         newest = newest_of(history)
-        if leapt:
+        if leapt and not iterates(history):
             yield from self._leaps(history, newest)
         if still and not _moved(history, 10 * self.smallest):
             yield self._small(newest, float(np.nanmax(_ratios(newest))))
@@ -157,7 +158,8 @@ class RoundedAway(ColumnRule):
     Asked of types of 16 bits and fewer: what float32 swallows is too small to matter, and `UpdateRatio` says so.
 
     Above `share` it is an info: the weights that do move may be enough, and a perceptron whose layers lose two thirds to
-    three quarters was measured to train as well as in float32. Above `most`, in some parameter, it is a warning.
+    three quarters was measured to train as well as in float32. Above `most`, in some parameter, it is a warning, and where
+    the loss is known not to fall.
     """
 
     share: float = 0.5
@@ -166,7 +168,6 @@ class RoundedAway(ColumnRule):
 
     name: ClassVar[str] = "rounded_away"
     stages: ClassVar[tuple[str, ...]] = (Stage.USED,)
-    settled: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_number(self, "share", most=1.0)
@@ -179,7 +180,8 @@ class RoundedAway(ColumnRule):
 
     def findings(self, history: History, rows: Sequence[int], most: Sequence[int]) -> Iterable[Finding]:
         """One a parameter; a warning where some parameter hardly moves at all."""
-        newest, severity = newest_of(history), Severity.WARNING if most else Severity.INFO
+        loud = bool(most) or loss_trend(history).ill
+        newest, severity = newest_of(history), Severity.WARNING if loud else Severity.INFO
         return RowFindings(self.name, severity, newest, rows, lambda row: self._finding(newest, row, severity))
 
     def _finding(self, newest: Snapshot, row: int, severity: Severity) -> Finding:
@@ -268,7 +270,8 @@ class Shrunk(ColumnRule):
 class Unmoved(ColumnRule):
     """A parameter that has a gradient and that no watched optimizer has, beside others that one moves.
 
-    Asked where updates are measured: an optimizer's own parameters are, and only they.
+    Asked where updates are measured: an optimizer's own parameters are, and only they. Where it is so from the start, and
+    what is left out comes before all that moves, the training is a classic fine-tuning of the last layers: an info.
     """
 
     steps: int = 3
@@ -287,13 +290,14 @@ class Unmoved(ColumnRule):
     def findings(self, history: History, rows: Sequence[int]) -> Iterable[Finding]:
         """One a parameter."""
         newest = newest_of(history)
-        return RowFindings(self.name, Severity.WARNING, newest, rows, lambda row: self._finding(newest, row))
+        severity = Severity.INFO if _fine_tuning(history, newest, rows) else Severity.WARNING
+        return RowFindings(self.name, severity, newest, rows, lambda row: self._finding(newest, row, severity))
 
-    def _finding(self, newest: Snapshot, row: int) -> Finding:
+    def _finding(self, newest: Snapshot, row: int, severity: Severity) -> Finding:
         return Finding(
             rule=self.name,
             step=newest.step,
-            severity=Severity.WARNING,
+            severity=severity,
             parameter=newest.names[row],
             stage=newest.stage,
             seen=f"it had a gradient, and no optimizer that gradlens watches moved it, {on_steps(self.steps)}",
@@ -304,3 +308,18 @@ class Unmoved(ColumnRule):
             remedy="optimizer.add_param_group({'params': [...]}); or requires_grad_(False) if it is not to learn: backward "
             "then leaves it out",
         )
+
+
+def iterates(history: History) -> bool:
+    """Whether an optimizer takes many steps in one: LBFGS does, and may go far."""
+    return any(changes[-1].optimizer == "LBFGS" for changes in settings(history).values())
+
+
+def _fine_tuning(history: History, newest: Snapshot, rows: Sequence[int]) -> bool:
+    """Whether the rows were left out from the start, and come before all that an optimizer moves."""
+    first, left = history.first(), np.asarray(rows, np.int64)
+    moved = np.flatnonzero((newest.columns["update_numel"] > 0) & judged(newest))
+    if first.names != newest.names or not len(moved) or left.max() > moved.min():
+        return False
+    strange = any(group.strange for changes in settings(history).values() for group in changes[-1].groups)
+    return bool(unmoved(first)[left].all() and first.has(Status.OK)[left].all() and not strange)

@@ -143,8 +143,8 @@ export class Overview {
 
   /** @param {State} state @param {string} stage @param {number} asking */
   async drawMap(state, stage, asking) {
-    for (;;) {
-      const answer = await numbers("map", { run: state.run, quantity: state.quantity in QUANTITIES ? state.quantity : "rms", stage });
+    for (let again = 0; ; again = 1) {
+      const answer = await numbers("map", { run: state.run, quantity: state.quantity in QUANTITIES ? state.quantity : "rms", stage, again: again || null });
       if (asking !== this.asking) return;
       fill(this.mapError);
       this.map.setAnswer(answer);

@@ -1,0 +1,138 @@
+"""The findings of a run put in order: the origin first, and what may be said where nothing was found."""
+
+import numpy as np
+import pytest
+
+from gradlens.analysis.diagnosis import BECOMES, CONFIDENCE, DOES, MADE, diagnose, explains
+from gradlens.analysis.trend import State, Trend, judged
+from gradlens.records import Finding, Severity
+
+RNG = np.random.default_rng(0)
+
+
+def loss(start, end, n=200, noise=0.01):
+    """The trend of a loss that goes from one value to another on a straight line."""
+    values = np.linspace(start, end, n) + noise * RNG.normal(size=n)
+    return judged(np.arange(n), values)
+
+
+FALLS, FLAT, RISES = loss(2.3, 0.3), loss(2.3, 2.29), loss(2.3, 9.0)
+
+
+def finding(rule, step=0, severity=Severity.WARNING, parameter=None):
+    return Finding(rule, step, severity, f"{rule} was seen", parameter, (f"the cause of {rule}",), "mend it")
+
+
+@pytest.mark.parametrize(("trend", "state"), [(FALLS, State.FALLS), (FLAT, State.FLAT), (RISES, State.RISES)])
+def test_a_loss_falls_stays_or_rises(trend, state):
+    """By a tenth of itself, and by more than its noise."""
+    assert trend.state == state
+    assert trend.ill == (state != State.FALLS)
+
+
+@pytest.mark.parametrize(
+    ("values", "options", "state"),
+    [
+        ([1.0] * 5, {}, State.YOUNG),
+        ([1.0, *[-1.0] * 40], {}, State.SIGNED),
+        ([1.0] * 40, {"several": True}, State.SEVERAL),
+        ([1.0] * 40 + [np.nan] * 3, {}, State.NONFINITE),
+        ([3.0] * 10 + [np.nan] + [0.5] * 40, {}, State.FALLS),
+    ],
+)
+def test_a_loss_that_is_no_measure_says_so(values, options, state):
+    """Few points, both signs, several optimizers; NaN at the end, and NaN once."""
+    assert judged(np.arange(len(values)), np.asarray(values), **options).state == state
+
+
+def test_noise_alone_is_flat():
+    """A loss that sways around one value neither falls nor rises, in a hundred draws."""
+    states = [judged(np.arange(100), 2 + 0.3 * RNG.normal(size=100)).state for _ in range(100)]
+    assert states.count(State.FLAT) >= 97
+
+
+def test_nothing_looks_ill_is_said_of_a_loss_that_falls():
+    """And of no other: where it is not known, or does not fall, that is said."""
+    assert diagnose([], FALLS).verdict.startswith("nothing looks ill: the loss falls")
+    assert "not known" in diagnose([], Trend(State.UNKNOWN)).verdict
+    flat = diagnose([], FLAT)
+    assert flat.verdict.startswith("the loss does not fall (2.")
+    assert flat.verdict.endswith("and no rule knows why")
+    assert flat.ill
+    assert flat.origin is None
+
+
+@pytest.mark.parametrize(
+    ("origin", "others"),
+    [
+        ("softmax-twice", ["too_slow", "disagreement"]),
+        ("cut", ["absent", "unmoved"]),
+        ("eps", ["nonfinite"]),
+        ("foreign_parameters", ["stale", "unmoved", "disagreement"]),
+        ("clipped_scaled", ["too_slow", "update_ratio", "loss_scaled"]),
+        ("fading", ["vanishing", "collapse", "disagreement"]),
+        ("weight_decay", ["vanishing", "shrunk", "fading"]),
+        ("input_scale", ["exploding", "spike", "dead", "update_ratio"]),
+        ("undivided", ["update_ratio", "dead", "too_fast"]),
+        ("update_ratio", ["dead", "collapse", "nonfinite"]),
+        ("lr_gone", ["too_slow"]),
+    ],
+)
+def test_the_origin_comes_first_and_the_rest_follows(origin, others):
+    """In whatever order they were found, and however early a consequence was."""
+    found = [*(finding(rule, step) for step, rule in enumerate(others)), finding(origin, 90)]
+    for order in (found, found[::-1]):
+        diagnosis = diagnose(order, FLAT)
+        assert diagnosis.origin.rule == origin
+        assert {each.rule for each in diagnosis.follows} == set(others)
+        assert diagnosis.beside == ()
+
+
+def test_an_error_is_worse_than_a_warning_and_earlier_is_before_later():
+    """Of two on one level."""
+    assert diagnose([finding("stale", 3), finding("lost", 2)], FLAT).origin.rule == "lost"
+    assert diagnose([finding("stale", 3), finding("cut", 9, Severity.ERROR)], FLAT).origin.rule == "cut"
+
+
+def test_an_info_is_no_origin_unless_the_loss_does_not_fall():
+    """Then it is the best that is known, and less sure."""
+    info = finding("undivided", 3, Severity.INFO)
+    assert diagnose([info], FALLS).origin is None
+    unsure = diagnose([info], FLAT)
+    assert unsure.origin is info
+    assert unsure.confidence < diagnose([finding("undivided", 3)], FLAT).confidence
+
+
+def test_what_stands_beside_makes_it_less_sure():
+    """A finding that the origin does not explain, and a loss that falls all the same."""
+    alone = diagnose([finding("stale")], FLAT).confidence
+    assert diagnose([finding("stale"), finding("eps", 5)], FLAT).confidence < alone or alone < 0.95
+    assert diagnose([finding("stale")], FALLS).confidence < alone
+
+
+def test_explaining_has_no_circles():
+    """No two rules explain each other, and no rule itself."""
+    rules = {*MADE, *DOES, *BECOMES}
+    assert not [(a, b) for a in rules for b in rules if a < b and explains(a, b) and explains(b, a)]
+    assert not [rule for rule in rules if explains(rule, rule)]
+    assert set(CONFIDENCE) == rules
+
+
+def test_the_text_says_what_to_do():
+    """The verdict, what was seen, what to do, what follows, and how sure that is."""
+    text = str(diagnose([finding("fading", 40), finding("collapse", 20)], FLAT))
+    for words in (
+        "most likely the cause of fading",
+        "seen: fading was seen",
+        "do: mend it",
+        "follows from it: collapse",
+        "80%",
+    ):
+        assert words in text
+
+
+def test_a_user_rule_may_be_the_origin():
+    """A rule that the table does not know stands between mistakes and consequences."""
+    diagnosis = diagnose([finding("mine", 5), finding("dead", 1)], FLAT)
+    assert diagnosis.origin.rule == "mine"
+    assert [each.rule for each in diagnosis.follows] == ["dead"]
