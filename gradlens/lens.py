@@ -277,7 +277,9 @@ class Lens:
 
     def _repr_html_(self) -> str:
         self._catch_up()
-        return markup.lens(self._title(), self._recorder.history, self._recorder.found)
+        return markup.lens(
+            self._title(), self._recorder.history, self._recorder.found, verdict=self._recorder.diagnosis().verdict
+        )
 
     def plot(self, kind: str = "flow", *arguments: Any, **options: Any) -> Any:
         """A picture of `gradlens.plots`: `flow, directions, sizes, updates, histogram, weight`. Needs matplotlib."""

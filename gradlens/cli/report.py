@@ -90,6 +90,7 @@ def _content(summary: Summary) -> dict[str, Any]:
         "run": str(summary.run.path),
         "steps": {"count": len(steps), "first": steps[0], "last": steps[-1]} if steps else None,
         "loss": {name: {"step": step, "value": finite(losses[step])} for name, step in seen.items()} or None,
+        "diagnosis": {"verdict": summary.diagnosis.verdict, "confidence": finite(float(summary.diagnosis.confidence))},
         "worst": None if worst is None else worst.value,
         "findings": [as_json(finding) for finding in summary.findings],
         "parameters": rows(summary),

@@ -251,7 +251,7 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     """Nested settings as dotted names; what differs in any two runs, such as what they cost, is left out."""
     result: dict[str, str] = {}
     for name, value in settings.items():
-        if prefix or name not in ("overhead", "rank"):
+        if prefix or name not in ("overhead", "rank", "diagnosis"):
             nested = dict(enumerate(value)) if isinstance(value, list) and value and isinstance(value[0], dict) else value
             if isinstance(nested, dict):
                 result |= _flat(nested, f"{prefix}{name}.")

@@ -32,6 +32,7 @@ POINTS = 1500  #: of the loss
 WEIGHTS = 20  #: of the most sensitive
 LOW, HIGH = -46.0, 40.0  #: decades of `logs`
 GROUPS = 40  #: of findings
+NO_SETTINGS = ("overhead", "aliases", "diagnosis")  #: of what a segment keeps beside them
 
 
 def finite(value: float) -> float | None:
@@ -82,10 +83,11 @@ def collect(summary: Summary) -> dict[str, Any]:
         "first": summary.steps[0] if summary.steps else None,
         "last": summary.steps[-1] if summary.steps else None,
         "health": _health(summary),
+        "diagnosis": {"verdict": summary.diagnosis.verdict, "confidence": finite(float(summary.diagnosis.confidence))},
         "findings": _findings(summary.findings),
         "loss": thinned(summary.losses),
         "overhead": summary.overhead,
-        "settings": {name: str(value) for name, value in run.settings.items() if name not in ("overhead", "aliases")},
+        "settings": {name: str(value) for name, value in run.settings.items() if name not in NO_SETTINGS},
         "table": rows(summary),
         "weights": _weights(summary),
     }

@@ -48,6 +48,11 @@ class Summary:
             found.append(snapshot)
         return found
 
+    @cached_property
+    def diagnosis(self) -> Any:
+        """What came first, and what follows from it."""
+        return self.run.diagnosis()
+
     def weights(self) -> list[Snapshot]:
         """The newest snapshots whose most sensitive weights were kept, oldest first."""
         steps = rows.steps(self.run.path, "weights", None)
@@ -70,14 +75,21 @@ class Summary:
 
         title = f"gradlens: {self.run.path}"
         return report.text(
-            self.history, self.findings, overhead=self.overhead, title=title, steps=self.steps, losses=self.losses
+            self.history,
+            self.findings,
+            overhead=self.overhead,
+            title=title,
+            steps=self.steps,
+            losses=self.losses,
+            diagnosis=self.diagnosis,
         )
 
     def brief(self, more: str) -> str:
         """Its first lines, and `more` as the last one."""
         from gradlens.writers import report
 
-        return report.brief(self.history, self.findings, steps=self.steps, losses=self.losses, more=more)
+        told = {"steps": self.steps, "losses": self.losses, "diagnosis": self.diagnosis}
+        return report.brief(self.history, self.findings, more=more, **told)
 
 
 def as_json(finding: Finding) -> dict[str, Any]:

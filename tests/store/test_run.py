@@ -607,8 +607,8 @@ def test_a_run_is_read_while_the_interpreter_ends(tmp_path):
     for rank in (0, 1):
         made.write(tmp_path / "run", made.training(3, rank=rank), rank=rank)
     code = (
-        "import atexit, concurrent.futures, gradlens\n"
-        f"atexit.register(lambda: print(len(gradlens.open_run({str(tmp_path / 'run')!r}).snapshots())))"
+        "import atexit; from gradlens import open_run\n"
+        f"atexit.register(lambda: print(len(open_run({str(tmp_path / 'run')!r}).snapshots())))"
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert done.stdout == "6\n", done.stderr
