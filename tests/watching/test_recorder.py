@@ -318,14 +318,19 @@ def test_memory_stays_flat(run, tmp_path, monkeypatch):
 
     monkeypatch.setattr(recorder, "History", lambda: History(maxlen=40))
     case, lived = healthy(), []
+
+    def rows():
+        return sum(block.rows for block in gc.get_objects() if type(block) in (Block, Columns))
+
     with gradlens.watch(case.model, case.optimizer, run=tmp_path if run else None) as lens:
         gc.collect()
+        before = rows()  # of lenses that other tests have left
         gc.disable()
         try:
             for round_ in range(9):
                 case.train(20, first=20 * round_)
                 lens.flush()
-                lived.append(sum(block.rows for block in gc.get_objects() if type(block) in (Block, Columns)))
+                lived.append(rows() - before)
         finally:
             gc.enable()
     assert max(lived) <= 4 * 40 * 6  # the history has 40 moments of six rows; in all there were 360
