@@ -150,6 +150,10 @@ def _moved(history: History, ratio: float, looks: int = 16) -> bool:
     return any(np.fmax.reduce(_ratios(used[i]), initial=-np.inf) > ratio for i in at)
 
 
+#: Points of a loss that does not fall from which on weights that do not move are the likely reason.
+LONG = 100
+
+
 @dataclass(frozen=True)
 class RoundedAway(ColumnRule):
     """Weights with a partial that did not move, as the step is smaller than their storage type can add to them.
@@ -180,7 +184,8 @@ class RoundedAway(ColumnRule):
 
     def findings(self, history: History, rows: Sequence[int], most: Sequence[int]) -> Iterable[Finding]:
         """One a parameter; a warning where some parameter hardly moves at all."""
-        loud = bool(most) or loss_trend(history).ill
+        trend = loss_trend(history)
+        loud = bool(most) or (trend.ill and trend.points >= LONG)
         newest, severity = newest_of(history), Severity.WARNING if loud else Severity.INFO
         return RowFindings(self.name, severity, newest, rows, lambda row: self._finding(newest, row, severity))
 
