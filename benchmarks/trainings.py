@@ -1128,8 +1128,9 @@ def loss_scaled_up() -> Training:
     return plain(model, sgd(model), lambda m, k: 1e5 * digit(m, k))
 
 
-@ill("loss_scaled")
+@ill("scaler-found")
 def scaler_not_given() -> Training:
+    """Found at its first step, and used from there on: no number is wrong, and the first step says so."""
     return _half(given=False, scale=2.0**10)
 
 

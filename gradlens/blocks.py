@@ -15,7 +15,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from dataclasses import fields as dataclass_fields
 from functools import cached_property, lru_cache
+from typing import Any
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -252,6 +254,15 @@ class _View(Snapshot):
             return super().has(*words)
         block, moment = self._home
         return _members(words)[block.status[moment]]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy or a pickle is a plain snapshot: the rest of the block does not travel along."""
+        values = {f.name: getattr(self, f.name) for f in dataclass_fields(Snapshot)}
+        return _plain, (values | {"columns": dict(values["columns"]), "scalars": dict(values["scalars"])},)
+
+
+def _plain(values: dict[str, Any]) -> Snapshot:
+    return Snapshot(**values)
 
 
 def _view(block: Block, moment: int) -> Snapshot:

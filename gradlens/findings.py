@@ -149,6 +149,7 @@ def scaler_found(step: int, scale: object) -> Finding:
         severity=Severity.INFO,
         seen=f"a GradScaler calls the optimizer's step ({known}), and watch() was not given it: it is used from here on, "
         "and earlier backwards of this step may stand in the records multiplied by the scale",
+        causes=("watch() was called without scaler=, or before the scaler was made",),
         remedy="watch(model, optimizer, scaler=scaler)",
     )
 

@@ -361,6 +361,7 @@ class Lens:
             self._close()
         elif self._closer is not threading.current_thread() and not self._recorder.is_current_thread():
             self._ended.wait(CLOSING)
+            self._recorder.flush()  # closed from a callback, it writes its last records once that has returned
 
     def _close(self) -> None:
         try:

@@ -215,11 +215,17 @@ def _one_example(graph: Graph, chain: Chain) -> bool:
 
 
 def _summed(graph: Graph, chain: Chain) -> bool:
-    return graph.operations[chain[0]].saved.get("reduction") == SUMMED
+    return graph.operations[chain[0]].saved.get("reduction") == SUMMED and not _divided(graph, chain[0])
 
 
 def _unreduced(graph: Graph, chain: Chain) -> bool:
-    return graph.operations[chain[-1]].saved.get("reduction") == 0
+    return graph.operations[chain[-1]].saved.get("reduction") == 0 and not _divided(graph, chain[0])
+
+
+def _divided(graph: Graph, at: int) -> bool:
+    """Whether what this operation gives is divided or multiplied before it is the loss: a sum over counted tokens, say."""
+    users = [user for user, op in enumerate(graph.operations) if at in op.inputs and user != at]
+    return any(graph.operations[user].name in ("Div", "Mul") or _divided(graph, user) for user in users)
 
 
 def _leaf_target(graph: Graph, chain: Chain) -> bool:

@@ -245,6 +245,7 @@ class _Run:
             clip = self._clip()[~same]
             dot[~same] = numbers[_AT["update_dot"]][~same] / clip[:, None]
             exact[~same] = np.where(np.isnan(clip), np.nan, 0.0)[:, None]
+        exact[np.isnan(dot)] = np.nan
         rows = self._rows(self._key.updated)
         if isinstance(rows, slice):
             return {c.name: values.astype(c.dtype, copy=False) for c, values in zip(fields.UPDATES, numbers, strict=True)}

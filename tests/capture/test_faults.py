@@ -112,7 +112,7 @@ WITHIN = {
     "a step is sent": (TableBuilder, "_release"),
     "weights are kept": (Buffer, "keep"),
     "statistics": (kernels, "summarize"),
-    "a table is packed": (Table, "pack"),
+    "a table is handed over": (Table, "on_host"),
 }
 OURS = HOOKS | WITHIN
 
@@ -242,7 +242,7 @@ def test_what_the_user_raises_comes_through_and_the_next_step_is_right(kind, acc
 @pytest.mark.situation(
     "KeyboardInterrupt inside our own hooks", stages={"backward": "yes: from the step after the next", "used": "yes"}
 )
-@pytest.mark.parametrize("where", [where for where in OURS if where != "a table is packed"])  # on a thread of its own
+@pytest.mark.parametrize("where", [where for where in OURS if where != "a table is handed over"])  # on a thread of its own
 def test_an_interrupt_inside_our_own_code(monkeypatch, where):
     """Ctrl-C may come while we are at work: it reaches the user, who trains on; soon the records are as they should be."""
     model, optimizer = training()
