@@ -112,7 +112,7 @@ WITHIN = {
     "a step is sent": (TableBuilder, "_release"),
     "weights are kept": (Buffer, "keep"),
     "statistics": (kernels, "summarize"),
-    "a table is packed": (Table, "pack"),
+    "a table is packed": (Table, "on_host"),
 }
 OURS = HOOKS | WITHIN
 
