@@ -238,6 +238,10 @@ class History:
             known = self._moments if stage is None else self._by_stage.get(stage, [])
             return known[bisect_left(known, self._first(end), key=_SEQ) : bisect_right(known, end.seq, key=_SEQ)]
 
+    def moments(self, stage: str | None = None) -> list[Moment]:
+        """The moments (of a stage), oldest first: snapshots that are not made yet."""
+        return self._window(stage)
+
     def __len__(self) -> int:
         return len(self._window())
 

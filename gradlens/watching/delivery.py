@@ -22,7 +22,6 @@ from gradlens.watching.failures import Failures
 from gradlens.writers.base import Writer
 from gradlens.writers.fanout import Fanout
 
-ROWS = 100_000  #: of blocks that are handed on together: some 40 MB
 FINDINGS = 2000  #: that one rule may make; what it finds after that is counted, and said at the end
 
 Moments = Sequence[tuple[Block, int]]
@@ -67,16 +66,7 @@ class Delivery:
     # --- everything else --------------------------------------------------------------------------------------------
 
     def deliver(self, moments: Moments) -> None:
-        """To the history, the rules, the other writers."""
-        start = rows = 0
-        for stop, (block, _) in enumerate(moments, start=1):
-            rows += len(block.parameters)
-            if rows >= ROWS or stop == len(moments):
-                self._deliver(moments[start:stop])
-                start, rows = stop, 0
-        self.tell_failures()
-
-    def _deliver(self, moments: Moments) -> None:
+        """To the history, the rules, the other writers: all moments of some blocks, in the order in which they came."""
         first = self._history.extend(moments)[0].moments[0].seq
         self._entering("a rule")
         new = self._rules.ask(self._history)
@@ -88,6 +78,7 @@ class Delivery:
             self.tell(finding)
         self.others.write_moments(moments[at:])
         self._history.trim()
+        self.tell_failures()
 
     def tell(self, finding: Finding, *, recorded: bool = False) -> None:
         """Hand a finding on to everybody."""

@@ -21,7 +21,7 @@ import threading
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -43,6 +43,7 @@ from gradlens.watching.failures import Failures
 from gradlens.watching.inbox import Inbox
 from gradlens.writers.base import Writer
 
+ROWS = 100_000  #: that are unpacked and handed on together: some 40 MB
 REST = 50  #: times as long as it worked, that the recorder rests
 SHORTEST, LONGEST = 0.05, 5.0  #: seconds that it rests at least and at most
 RECORDED = 0.4  #: seconds after which what came is with the durable writers; those take up to half a second more
@@ -101,7 +102,7 @@ class Recorder:
         self._requests: deque[threading.Event] = deque()
         self._within, self._progress = "", 0  # whose function is running, and how many have
         self._working = self._closed = False
-        self._spent = 0.0
+        self._spent = self._recording_spent = 0.0  # processor seconds, of each thread
         self._pid = os.getpid()
         self._ended = threading.Event()
         self._threads = [
@@ -163,8 +164,8 @@ class Recorder:
 
     @property
     def seconds(self) -> float:
-        """Processor seconds that the recorder took."""
-        return self._spent
+        """Processor seconds that the recorder's two threads took."""
+        return self._spent + self._recording_spent
 
     def is_current_thread(self) -> bool:
         """Whether a rule, a writer or a callback asks."""
@@ -241,7 +242,9 @@ class Recorder:
 
     def _keep_recording(self) -> None:
         while not self._ended.wait(RECORDED) and not self._closed:
+            began = time.thread_time()
             self._guarded("records", self._record)
+            self._recording_spent += time.thread_time() - began
 
     def _record(self, wait: bool = False) -> None:
         """Take what has come; numbers that a device still has are waited for where asked."""
@@ -255,10 +258,11 @@ class Recorder:
                     self._delivery.record_finding(finding)
                     self._recorded.append(finding)
                 self._recorded.extend(() if isinstance(item, Finding) else map(on_host, item.facts))
-            moments = self._unpacked([item for item in taken if isinstance(item, TableBatch)])
-            if moments:
-                self._delivery.record(moments)
-                self._recorded.append(moments)
+            for together in _portions([item for item in taken if isinstance(item, TableBatch)]):
+                moments = self._unpacked(together)
+                if moments:
+                    self._delivery.record(moments)
+                    self._recorded.append(moments)
 
     def _unpacked(self, batches: Sequence[TableBatch]) -> list[tuple[Block, int]]:
         try:
@@ -330,6 +334,20 @@ class Recorder:
             call(*args)
         except BaseException as error:  # noqa: BLE001 - the thread must live, and say what it lost
             self._failures(where, error)
+
+
+def _portions(batches: Sequence[TableBatch]) -> Iterator[list[TableBatch]]:
+    """Batches of some `ROWS` rows together: a block is made of one portion, and handed on whole."""
+    portion: list[TableBatch] = []
+    rows = 0
+    for batch in batches:
+        portion.append(batch)
+        rows += sum(len(table.parameters) for table in batch.tables)
+        if rows >= ROWS:
+            yield portion
+            portion, rows = [], 0
+    if portion:
+        yield portion
 
 
 def on_host(fact: Fact) -> Fact:

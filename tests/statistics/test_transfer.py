@@ -7,6 +7,7 @@ from torch import nn
 
 import gradlens
 from gradlens.statistics import transfer
+from gradlens.statistics.table import Table
 from gradlens.statistics.transfer import Transfer
 from gradlens.watching import recorder
 from tests.launches import Launches
@@ -76,8 +77,12 @@ def watched(steps, backwards=1, device="cpu", **options):
     ids=["rows alone", "by default", "all features", "three stages"],
 )
 def test_a_step_is_one_transfer(options, monkeypatch):
-    """However many parameters, features and stages: one transfer a step; one more a backward where they are many."""
+    """However many parameters, features and stages: one transfer a step; one more a backward where they are many.
+
+    Numbers that are on the host already need none, so tables are made to say that theirs are not.
+    """
     started = []
+    monkeypatch.setattr(Table, "on_host", lambda table: False)
 
     class Counted(Transfer):
         def __init__(self, tensors):
@@ -89,6 +94,13 @@ def test_a_step_is_one_transfer(options, monkeypatch):
         started.clear()
         for _ in watched(5, backwards, **options):
             assert len(started) == expected, started
+
+
+def test_a_step_on_the_cpu_is_no_transfer(monkeypatch):
+    """Its numbers are where they are wanted."""
+    monkeypatch.setattr(recorder, "Transfer", None)
+    for lens in watched(5):
+        assert lens.history()["step"].unique().tolist() == list(range(5))
 
 
 @needs_gpu

@@ -342,12 +342,13 @@ def test_a_segment_is_checked_once_while_its_file_is_the_same(tmp_path, monkeypa
 
 
 def test_scalars_have_a_row_a_step(tmp_path):
-    """What was observed, one column a name; empty where it was not. A name that is taken is left out."""
+    """What was observed, one column a name; empty where it was not. A name that is taken stands apart."""
     losses = [made.snapshot(step, stage, scalars={"loss": step / 2}) for step in range(3) for stage in ("backward", "used")]
     late = made.snapshot(3, scalars={"loss": 1.5, "accuracy": 0.5, "step": 9.0})
     made.write(tmp_path, [*losses, late])
     scalars = open_run(tmp_path).scalars()
-    assert scalars.columns.tolist() == ["step", "loss", "accuracy"]
+    assert scalars.columns.tolist() == ["step", "loss", "accuracy", "observed.step"]
+    assert scalars["observed.step"].tolist()[-1] == 9.0
     assert scalars["loss"].tolist() == [0, 0.5, 1, 1.5]
     assert scalars["accuracy"].isna().tolist() == [True, True, True, False]
     assert open_run(tmp_path).scalars(steps=slice(2, None))["step"].tolist() == [2, 3]

@@ -13,6 +13,7 @@ import pytest
 
 import gradlens
 from gradlens import Finding, open_run
+from gradlens.analysis.rules.base import ColumnRule
 from gradlens.errors import GradlensWarning
 from gradlens.testing import RecordingWriter, healthy
 from gradlens.watching import delivery, inbox, recorder
@@ -290,6 +291,27 @@ def test_the_recorder_rests_fifty_times_as_long_as_it_works():
             steps += 20
         share = (lens._recorder.seconds - before) / (time.monotonic() - began)
     assert share < 0.06  # 2 % by construction, and one question at most within these seconds
+
+
+def test_many_steps_are_taken_in_portions(tmp_path, monkeypatch):
+    """However many came: each portion is whole blocks, and findings and records are those of one step at a time."""
+    conditions = [rule for rule in gradlens.rules.DEFAULT if isinstance(rule, ColumnRule)]
+
+    def trained(run, rows):
+        monkeypatch.setattr(recorder, "ROWS", rows)
+        case = gradlens.testing.dead_relu()
+        lens = gradlens.watch(case.model, case.optimizer, run=run, rules=[*conditions, once(7)])
+        with lens._recorder._recording:  # so that all of it waits
+            case.train(40)
+        lens.close()
+        return [str(finding) for finding in lens.findings()], open_run(run).history()
+
+    whole, history = trained(tmp_path / "whole", 10**9)
+    for rows in (1, 37, 100):
+        found, portions = trained(tmp_path / f"run{rows}", rows)
+        assert found == whole
+        assert portions.equals(history)
+    assert len(whole) > 1
 
 
 def test_what_came_is_on_disk_while_the_recorder_rests(tmp_path, monkeypatch):

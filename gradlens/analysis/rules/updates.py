@@ -145,9 +145,9 @@ def _began_at_zero(history: History, parameter: str) -> bool:
 
 def _moved(history: History, ratio: float, looks: int = 16) -> bool:
     """Whether some weight's update ratio was above this, in snapshots spread evenly over the history."""
-    used = [snapshot for snapshot in history if snapshot.stage == Stage.USED]
+    used = history.moments(Stage.USED)
     at = np.unique(np.linspace(0, len(used) - 1, looks).astype(int))
-    return any(np.fmax.reduce(_ratios(used[i]), initial=-np.inf) > ratio for i in at)
+    return any(np.fmax.reduce(_ratios(used[i].block)[used[i].at], initial=-np.inf) > ratio for i in at)
 
 
 #: Points of a loss that does not fall from which on weights that do not move are the likely reason.
