@@ -62,4 +62,4 @@ def test_the_kernel_is_called_as_often_for_many_parameters_as_for_few(features, 
         trained(parameters, 5, features=features)[0].close()
         counts.append(sorted(calls))
     assert counts[0] == counts[1]
-    assert 3 <= len(counts[0]) <= 12
+    assert 3 <= len(counts[0]) <= 15  # five a step: two readings, and samples that tell whether a gradient was written over

@@ -51,7 +51,7 @@ def test_a_frame_has_what_the_lens_saw(trained):
     pd.testing.assert_frame_equal(frame.frame, history, check_exact=True)
     assert findings
     pd.testing.assert_frame_equal(frame.findings, gradlens.to_frame(findings))
-    assert frame.scalars["step"].tolist() == list(range(1, 12))  # what is observed between steps is the next one's
+    assert frame.scalars["step"].tolist() == list(range(12))  # the first step has the loss of its backward
     assert frame.scalars["loss"].notna().all()
 
 
