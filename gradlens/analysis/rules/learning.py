@@ -23,6 +23,10 @@ SUPERVISED = words(
 )
 
 
+#: Noise of a loss, beside its start, that hides a fall.
+NOISY = 0.2
+
+
 def _loss(trend: Trend) -> str:
     start, now = format_number(trend.start), format_number(trend.now)
     return f"the loss went from {start} to {now} in {trend.last - trend.first + 1} steps"
@@ -108,7 +112,7 @@ class TooFast(Occasional):
         _, cosines = history.course.series("cosine")
         if trend.state not in (State.FLAT, State.RISES) or len(ratios) < self.steps:
             return
-        if trend.state == State.FLAT and len(ratios) < 3 * self.steps:
+        if trend.state == State.FLAT and (len(ratios) < 3 * self.steps or trend.noise > NOISY * abs(trend.start)):
             return
         early = float(np.nanmax(ratios[: max(10, len(ratios) // 4)]))
         late, cosine = middle(ratios[-self.steps :]), middle(cosines[-2 * self.steps :])
@@ -159,6 +163,8 @@ class Disagreement(Occasional):
         _, cosines = history.course.series("cosine")
         if trend.state != State.FLAT or len(cosines) < self.steps or not operations(history) & SUPERVISED:
             return
+        if trend.noise > NOISY * abs(trend.start):
+            return  # it may fall unseen
         early, whole, ratio = middle(cosines[: self.steps // 2]), middle(cosines), middle(ratios)
         reaches = last_spread(history)
         if max(abs(early), abs(whole)) > self.cosine or not 5e-4 < ratio < 0.1 or not reaches > self.spread:
