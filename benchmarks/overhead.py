@@ -182,7 +182,7 @@ def stored() -> list[dict[str, str]]:
     if not RESULTS.exists():
         return []
     with RESULTS.open(newline="") as file:
-        return list(csv.DictReader(file))
+        return [row for row in csv.DictReader(file) if row.get("bare_us") is not None]  # without those measured otherwise
 
 
 def store(fresh: Sequence[dict[str, object]]) -> None:
