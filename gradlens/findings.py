@@ -182,6 +182,21 @@ def used_unknown(step: int) -> Finding:
     )
 
 
+def records_thinned(steps: Sequence[int]) -> Finding:
+    """Writing was slower than training, and these steps were left out."""
+    first, last = steps[0], steps[-1]
+    missing = f"{len(steps)} observed step{'s' * (len(steps) > 1)} from {first} to {last}"
+    return Finding(
+        rule="records-thinned",
+        step=first,
+        severity=Severity.WARNING,
+        seen=f"{missing} left no record: writing was slower than training",
+        causes=("a slow disk or network file system", "very short steps", "a slow rule or writer"),
+        remedy="look less often (schedule=10), select fewer parameters, or write to a local disk",
+        value=float(len(steps)),
+    )
+
+
 # --- ranks ----------------------------------------------------------------------------------------------------------
 
 

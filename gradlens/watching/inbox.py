@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from gradlens.records import Finding, Severity
+from gradlens.findings import records_thinned
 
 #: Items and bytes that may wait. A step's tables of 150 parameters take 0.8 MB, of 10,000 parameters 54 MB.
 ITEMS, BYTES = 8192, 256 << 20
@@ -47,7 +47,7 @@ class Inbox:
             if full or item.step == self._gap[-1]:  # the rest of a step that has a hole is left out too
                 self._miss(item.step)
                 return
-            self._waiting.append(_left_out(self._gap))
+            self._waiting.append(records_thinned(self._gap))
             self._gap = []
         elif full:
             self._miss(item.step)
@@ -65,7 +65,7 @@ class Inbox:
     def close(self) -> None:
         """Nothing comes any more: what was left out at the very end is said."""
         if self._gap:
-            self._waiting.append(_left_out(self._gap))
+            self._waiting.append(records_thinned(self._gap))
             self._gap = []
 
     def take(self, ready: Callable[[Any], bool] = lambda item: True) -> list[Any]:
@@ -76,17 +76,3 @@ class Inbox:
             self._taken_bytes += getattr(item, "nbytes", 0)
             taken.append(item)
         return taken
-
-
-def _left_out(steps: list[int]) -> Finding:
-    first, last = steps[0], steps[-1]
-    missing = f"{len(steps)} observed step{'s' * (len(steps) > 1)} from {first} to {last}"
-    return Finding(
-        rule="records-thinned",
-        step=first,
-        severity=Severity.WARNING,
-        seen=f"{missing} left no record: writing was slower than training",
-        causes=("a slow disk or network file system", "very short steps", "a slow rule or writer"),
-        remedy="look less often (schedule=10), select fewer parameters, or write to a local disk",
-        value=float(len(steps)),
-    )

@@ -17,7 +17,7 @@ import warnings
 from typing import Any, Protocol
 
 from gradlens.errors import GradlensWarning
-from gradlens.records import Finding, Severity
+from gradlens.findings import records_thinned
 
 #: Items and bytes that may wait. A step's tables of 150 parameters take 0.8 MB, of 10,000 parameters 54 MB. Small models
 #: step hundreds of times a second, and a busy machine may keep the thread from running for a quarter of one.
@@ -73,7 +73,7 @@ class Background:
 
     def _tell_gap(self) -> bool:
         try:
-            self._queue.put_nowait(_gap(self._gap))
+            self._queue.put_nowait(records_thinned(self._gap))
             self._put_items += 1
         except queue.Full:
             return False
@@ -109,7 +109,7 @@ class Background:
             return
         until = self._until()
         if self._gap:
-            self._put(_gap(self._gap), until)
+            self._put(records_thinned(self._gap), until)
         self._closed = True
         self._put(None, until)
         self._end(until)
@@ -147,17 +147,3 @@ class Background:
                 text = f"records are being lost: {type(error).__name__}: {error}. Training goes on"
                 with contextlib.suppress(GradlensWarning):
                     warnings.warn(GradlensWarning(text), stacklevel=2)
-
-
-def _gap(steps: list[int]) -> Finding:
-    first, last = steps[0], steps[-1]
-    missing = f"{len(steps)} observed step{'s' * (len(steps) > 1)} from {first} to {last}"
-    return Finding(
-        rule="records-thinned",
-        step=first,
-        severity=Severity.WARNING,
-        seen=f"{missing} left no record: writing was slower than training",
-        causes=("a slow disk or network file system", "very short steps", "a slow rule or writer"),
-        remedy="look less often (schedule=10), select fewer parameters, or write to a local disk",
-        value=float(len(steps)),
-    )
