@@ -500,7 +500,7 @@ def test_much_memory_is_stated_without_a_bar_too(capsys, monkeypatch):
     """Where standard error is no terminal and nothing was asked for, one line says what a large survey needs."""
     survey(net(), loss, batches(8))
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr("gradlens.probes.survey.MUCH", 1)
+    monkeypatch.setattr("gradlens.probes.memory.MUCH", 1)
     survey(net(), loss, batches(8))
     assert capsys.readouterr().err.startswith("gradlens: survey of 227 weights needs 0.0 MiB, and 0.0 for")
     survey(net(), loss, batches(8), progress=False)
