@@ -217,10 +217,10 @@ class Differences:
 
     def scaled_norm(self, vectors: Sequence[Tensor]) -> float:
         """The norm in the parameters' scales."""
-        return norm([x * s for x, s in zip(vectors, self.scales, strict=True)]).item()
+        return float(np.sqrt(sum((s * x.norm().item()) ** 2 for x, s in zip(vectors, self.scales, strict=True))))
 
 
-VECTORS = 12  #: float64 vectors, as long as the gradient, that differences hold at once beside the copy of the weights
+VECTORS = 14  #: float64 vectors, as long as the gradient, that differences hold at once beside the copy of the weights
 
 
 def state_need(probe: str, isolated: IsolatedLoss, more: int = 0, progress: bool | None = None) -> None:

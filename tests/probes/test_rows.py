@@ -1,5 +1,7 @@
 """Sparse tables stay sparse: the probes make nothing as large as the table but the copies that they say."""
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -122,10 +124,11 @@ def test_a_wrong_backward_into_a_sparse_table_is_found():
 
 def test_rows_that_another_gradient_lacks_are_zeros():
     """Compact gradients of one table line up, whichever rows each of them has."""
+    sparse = functools.partial(torch.sparse_coo_tensor, size=(6, 2), check_invariants=True)
     weight = torch.zeros(6, 2)
-    rows = Rows.of(torch.sparse_coo_tensor([[4, 1]], torch.ones(2, 2), (6, 2)), weight)
+    rows = Rows.of(sparse([[4, 1]], torch.ones(2, 2)), weight)
     assert rows.index.tolist() == [1, 4]
-    other = torch.sparse_coo_tensor([[4, 5]], torch.tensor([[1.0, 2.0], [3.0, 4.0]]), (6, 2))
+    other = sparse([[4, 5]], torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
     np.testing.assert_array_equal(rows.gradient(other, weight), [[0, 0], [1, 2]])
     assert rows.entry(rows.gradient(other, weight), 4 * 2 + 1) == 2
     assert rows.entry(rows.gradient(other, weight), 5 * 2) == 0
