@@ -220,7 +220,7 @@ class Differences:
         return float(np.sqrt(sum((s * x.norm().item()) ** 2 for x, s in zip(vectors, self.scales, strict=True))))
 
 
-VECTORS = 14  #: float64 vectors, as long as the gradient, that differences hold at once beside the copy of the weights
+VECTORS = 18  #: float64 vectors, as long as the gradient, that differences hold at once beside the copy of the weights
 
 
 def state_need(probe: str, isolated: IsolatedLoss, more: int = 0, progress: bool | None = None) -> None:
