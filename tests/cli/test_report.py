@@ -117,7 +117,7 @@ def test_an_error_outranks_a_warning(tmp_path):
     "command", [("report",), ("report", "--json"), ("report", "--html", "-"), ("top", "--once"), ("finish",)]
 )
 def test_a_run_is_read_without_what_takes_long_to_import(run, command):
-    """A command answers in half a second only where neither torch nor pandas, nor Arrow's table of functions, is imported."""
+    """Neither torch nor pandas, nor Arrow's table of functions: a command answers in half a second only without them."""
     code = (
         "import sys; sys.argv = ['gradlens', *sys.argv[1:]]\n"
         "from gradlens.cli.app import app; app(standalone_mode=False)\n"
