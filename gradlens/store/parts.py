@@ -243,7 +243,7 @@ class Reader:
             if (values < 0).any():
                 raise ValueError(f"the column {name} has unknown words")
             return values
-        # `to_numpy` would import pandas, if it is there, and `cast` pyarrow.compute: a third of a second when a command starts.
+        # `to_numpy` would import pandas, if it is there, and `cast` pyarrow.compute: a third of a second at each start.
         numbers = [np.from_dlpack(chunk.view(pa.int64()) if name == "time" else chunk) for chunk in column.chunks]
         dtype = TABLES[self._table][name]
         return numbers[0].astype(dtype, copy=False) if len(numbers) == 1 else np.concatenate([np.empty(0, dtype), *numbers])
