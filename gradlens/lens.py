@@ -472,7 +472,7 @@ class Lens:
         self._watcher.close_skipped_step()
         if any(held.gradient is not None for held in asked):
             return
-        if not self._tables.count:
+        if not self._tables.open.count:
             raise NothingCapturedError(_nothing(self._closed))
         if len(asked) == 1 and self._has_gradients():
             return  # this one is absent: its partials are 0

@@ -42,11 +42,26 @@ def states(tensors: Sequence[Tensor]) -> list[tuple[int, int]]:
 class Marks:
     """The gradients of some slots, as they were."""
 
-    __slots__ = ("_held", "_seen")
+    __slots__ = ("_held", "_known", "_listed")
 
     def __init__(self, slots: Iterable[Slot] = (), gradients: Sequence[Tensor] = ()) -> None:
-        self._seen = dict(zip(slots, states(gradients), strict=True))
+        self._known = dict(zip(slots, states(gradients), strict=True))
+        self._listed: tuple[Sequence[Slot], Sequence[int], Sequence[int]] | None = None  # not looked up one by one yet
         self._held: list[Tensor] = []
+
+    @classmethod
+    def listed(cls, slots: Sequence[Slot], ids: Sequence[int], versions: Sequence[int]) -> Marks:
+        """Of all slots at once, from their gradients' identities and versions."""
+        made = cls()
+        made._listed = slots, ids, versions
+        return made
+
+    @property
+    def _seen(self) -> dict[Slot, tuple[int, int]]:
+        if self._listed is not None:
+            slots, ids, seen = self._listed
+            self._known, self._listed = dict(zip(slots, zip(ids, seen, strict=True), strict=True)), None
+        return self._known
 
     def update(self, slots: Iterable[Slot], gradients: Sequence[Tensor | None]) -> None:
         """Mark these as they are now."""

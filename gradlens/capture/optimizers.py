@@ -45,6 +45,7 @@ class WatchedOptimizer:
         self.read = False  # this step's `used` gradients were read
         self.given = Marks()  # the gradients that were read
         self.untouched = False  # `.grad` was what the last backward left
+        self.steady = False  # and all of it went by the book
         self.closure_key: Any = None  # of what was read when its closure returned
         self.step: Any = None  # that its call, which is under way, belongs to
 

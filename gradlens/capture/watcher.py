@@ -46,6 +46,7 @@ from gradlens.capture.marks import Marks, version
 from gradlens.capture.optimizers import CallStack, Optimizers, WatchedOptimizer, found_inf, positive_rates
 from gradlens.capture.readings import PassReader, UsedNotes, changed, gradients_at
 from gradlens.capture.scaling import Scaling
+from gradlens.capture.steady import SteadyRoute
 from gradlens.capture.step import READ_PASSES, Phase, Step
 from gradlens.records import Finding, Note, Stage
 
@@ -175,6 +176,9 @@ class Watcher:
         self.auditor = Auditor(self.attachment, self._alive, lambda fact: sink(Noted(fact)), guard.fault)
         self.roots = Roots()
         self._notes = UsedNotes(self.attachment, self._reached)
+        self.steady = SteadyRoute(
+            self.attachment, self.engine, sink, watched.stages, updates=self._weights, local=watched.local
+        )
         self._by_hand = WatchedOptimizer()  # stands in where the user moves the weights
         self.explicit = False  # `lens.step()` says where a step ends
         self.step = Step(watched.first_step, observed=self._ask(watched.first_step))
@@ -205,6 +209,7 @@ class Watcher:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        self.steady.route = None
         self.attachment.unhook_all()
 
     @guarded("a parameter's replacement", eager=False)
@@ -265,6 +270,12 @@ class Watcher:
             self.close_step()
         step = self.step
         with self.attachment.cache:
+            if not self._dirty and self.steady.pass_begins(run, entered, step):
+                entered.step = step
+                step.begin()
+                self._look_at_roots(run, entered)
+                self.hooks.plain.start(_torch.current_task(), entered.arrivals, set())
+                return
             if step.open and step.stepped and self._used:
                 self._sink(TableDone(step.used_key))
             entered.step, entered.read = step, not step.full
@@ -309,6 +320,8 @@ class Watcher:
 
     def pass_ended(self, entered: Pass) -> None:
         """The pass is over: read what lived to its end."""
+        if entered.route is not None and self._ended_steadily(entered):
+            return
         entered.arrivals.settle()
         if not entered.arrivals.any:
             return  # only tensor hooks: torch.autograd.grad
@@ -332,6 +345,20 @@ class Watcher:
             else:
                 step.passes += 1
             self._after_pass(step)
+
+    def _ended_steadily(self, entered: Pass) -> bool:
+        step = self.step
+        if entered.step is not step or entered.number is not None:
+            return False
+        with self.engine.lock, self.attachment.cache:
+            if not self.steady.pass_ended(entered, step):
+                return False
+            if entered.loss is not None:
+                self.roots.add(entered.root, step.number, entered.loss)
+            entered.root = None
+            step.scale = entered.scale
+            step.passes += 1
+        return True
 
     def pass_failed(self, entered: Pass) -> None:
         """What was read of the pass counts for nothing."""
@@ -399,7 +426,7 @@ class Watcher:
         self._finish_due()
         with self.engine.lock, self.attachment.cache:
             step = watched.step = self._step_of(watched)
-            watched.read, watched.closure_key = False, None
+            watched.read, watched.closure_key, watched.steady = False, None, False
             if closure is not None:
                 step.moves()
             if stack.scaler is not None:
@@ -407,12 +434,24 @@ class Watcher:
             if not step.observed:
                 return None
             self.auditor.optimizer_steps(self.optimizers.watched.index(watched), optimizer, step.number)
+            if closure is None and self._begins_steadily(step, watched, optimizer):
+                return None
             held = self.optimizers.held(watched)
             if self._weights:
                 self._keep(step, watched, held)
             if closure is None and getattr(optimizer, "grad_scale", None) is None:
                 self._read_used(step, watched, held=held)
         return None if closure is None or not self._used else self._listening(watched, closure)
+
+    def _begins_steadily(self, step: Step, watched: WatchedOptimizer, optimizer: Optimizer) -> bool:
+        if step is not self.step or self.scaling.scaler is not None or self._notes.written:
+            return False
+        if getattr(optimizer, "grad_scale", None) is not None:
+            return False
+        if not self.steady.step_begins(step, watched):
+            return False
+        self._all_written = 0
+        return True
 
     def _step_of(self, watched: WatchedOptimizer) -> Step:
         """The step that an optimizer belongs to which steps now: the one whose backward it consumes."""
@@ -479,7 +518,8 @@ class Watcher:
         skipped = found_inf(optimizer)
         if not watched.read:
             self._read_used(step, watched, skipped=skipped, late=True)
-        if not self._weights:
+        by_the_book = watched.steady and skipped is False and stack.within is None
+        if (by_the_book and self.steady.step_ended(step, watched, optimizer)) or not self._weights:
             return
         if stack.within is not None:
             watched.wrapped = True
@@ -685,7 +725,7 @@ class Watcher:
         step = self.step
         self._safely("end of a step", self._read_rest, step)
         self.step = Step(step.number + 1, observed=self._ask(step.number + 1))
-        self._safely("start of a step", self._prepare)
+        self._safely("start of a step", self._prepare, step)
         self._let_go()
         self._lingering = step
         if not self._awaited(step):
@@ -698,10 +738,16 @@ class Watcher:
         except Exception as error:  # noqa: BLE001 - nothing of ours is raised in a training step
             self.guard.fault(where, error)
 
-    def _prepare(self) -> None:
+    def _prepare(self, closed: Step) -> None:
         self._rescan()
-        self._open_marks()
-        self._follow_schedule()
+        opening = self.steady.opening(closed) if self.step.observed and not self._notes.written else None
+        if opening is not None:
+            self.step.opening = opening
+        else:
+            self._open_marks()
+            self._follow_schedule()
+        plain = self.scaling.scaler is None and not self.explicit
+        self.steady.follow(closed, self.optimizers.watched, plain=plain, next_observed=self.step.observed)
 
     def _open_marks(self) -> None:
         """Remember what `.grad` is now, which matters only if the step has hooks."""

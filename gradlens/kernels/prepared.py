@@ -40,12 +40,23 @@ class Reading(NamedTuple):
     """What `read` gives: rows of `kernels.summarize`, and what `kernels.sample` gives of the gradients and the weights."""
 
     rows: Tensor
-    gradient_samples: Tensor
-    weight_samples: Tensor
+    samples: Tensor  #: of a gradient and of its weight, side by side
+
+    @property
+    def gradient_samples(self) -> Tensor:
+        """`[n, 16]`."""
+        return self.samples[:, : reference.SAMPLES]
+
+    @property
+    def weight_samples(self) -> Tensor:
+        """`[n, 16]`."""
+        return self.samples[:, reference.SAMPLES :]
 
 
 class Prepared(Protocol):
     """The calls for one list of parameters."""
+
+    apart: bool  #: they keep apart from the user's modes by themselves, and cost less than the general calls
 
     def read(self, gradients: Sequence[Tensor], detail: bool = True, copy: bool = True) -> Reading | None:
         """Read the gradients; None where they are not as they were. `copy`: whether the weights are copied."""
@@ -63,6 +74,8 @@ class Prepared(Protocol):
 class GeneralPrepared:
     """The same from the general calls of a backend."""
 
+    apart = False
+
     def __init__(
         self, backend: Backend, weights: Sequence[Tensor], previous: StableTensors | None, before: StableTensors | None
     ) -> None:
@@ -77,7 +90,7 @@ class GeneralPrepared:
         if copy and self._before:
             with reference.quiet():
                 torch._foreach_copy_(self._before, self._weights)
-        self._read = Reading(rows, self._backend.sample(gradients), self._backend.sample(self._weights))
+        self._read = Reading(rows, torch.cat([self._backend.sample(gradients), self._backend.sample(self._weights)], 1))
         return self._read
 
     def unchanged(self, gradients: Sequence[Tensor]) -> tuple[bool, bool]:
@@ -101,6 +114,8 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
 
 class NativePrepared:
     """The native kernel's tasks, filled but for the gradients."""
+
+    apart = True
 
     def __init__(self, kernel: native.Native, weights: Sequence[Tensor]) -> None:
         self._kernel, self._weights = kernel, list(weights)
@@ -178,7 +193,7 @@ class NativePrepared:
             self._calls().gradlens_read(at, n, rows.data_ptr(), samples.data_ptr(), self._threads(), variant, detail)
             self._samples = samples
             self._gradient_sizes = list(map(_NBYTES, map(Tensor.untyped_storage, gradients)))
-            return Reading(rows, samples[:, : reference.SAMPLES], samples[:, reference.SAMPLES :])
+            return Reading(rows, samples)
 
     def unchanged(self, gradients: Sequence[Tensor]) -> tuple[bool, bool]:
         """As `Prepared.unchanged`."""

@@ -20,6 +20,7 @@ from gradlens.capture.watcher import Watcher
 from gradlens.errors import GradlensWarning
 from gradlens.statistics.buffers import Buffer
 from gradlens.statistics.table import Table
+from gradlens.watching.open_tables import OpenTables
 from gradlens.watching.overhead import Meter
 from gradlens.watching.tables import TableBuilder
 from gradlens.watching.updates import UpdateMeter
@@ -109,7 +110,7 @@ WITHIN = {
     "the sink": (TableBuilder, "_read"),
     "updates": (TableBuilder, "_update"),
     "samples": (UpdateMeter, "pass_ended"),
-    "a step is sent": (TableBuilder, "_release"),
+    "a step is sent": (OpenTables, "release"),
     "weights are kept": (Buffer, "keep"),
     "statistics": (kernels, "summarize"),
     "a table is handed over": (Table, "on_host"),
