@@ -44,17 +44,16 @@ class Marks:
 
     __slots__ = ("_held", "_known", "_listed")
 
-    def __init__(self, slots: Iterable[Slot] = (), gradients: Sequence[Tensor] = ()) -> None:
-        self._known = dict(zip(slots, states(gradients), strict=True))
-        self._listed: tuple[Sequence[Slot], Sequence[int], Sequence[int]] | None = None  # not looked up one by one yet
+    def __init__(
+        self,
+        slots: Iterable[Slot] = (),
+        gradients: Sequence[Tensor] = (),
+        listed: tuple[Sequence[Slot], Sequence[int], Sequence[int]] | None = None,
+    ) -> None:
+        """Of these gradients; or of all slots, from their gradients' identities and versions: `listed`."""
+        self._known = dict(zip(slots, states(gradients), strict=True)) if gradients else {}
+        self._listed = listed  # until one of them is looked up
         self._held: list[Tensor] = []
-
-    @classmethod
-    def listed(cls, slots: Sequence[Slot], ids: Sequence[int], versions: Sequence[int]) -> Marks:
-        """Of all slots at once, from their gradients' identities and versions."""
-        made = cls()
-        made._listed = slots, ids, versions
-        return made
 
     @property
     def _seen(self) -> dict[Slot, tuple[int, int]]:

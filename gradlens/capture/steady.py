@@ -140,7 +140,7 @@ class SteadyRoute:
         if self._attachment.refresh() is not route.parameters or not self._there(route):
             self.route = None
             return False
-        if not (route.empty() and route.trained() and route.hooked_alone()):
+        if not (route.empty() and route.hooked_alone()):
             return False
         entered.route = route
         return True
@@ -159,7 +159,7 @@ class SteadyRoute:
             return False
         step.reached, step.averaged = route.reached.copy(), True
         step.left = Left(list(map(id, gradients)), versions(gradients), versions(route.weights))
-        step.ending = Marks.listed(route.slots, step.left.ids, step.left.versions)
+        step.ending = Marks(listed=(route.slots, step.left.ids, step.left.versions))
         key = TableKey(step.number, step.take_number(), Stage.BACKWARD)
         if entered.loss is not None:
             self._sink(LossSeen(key.step, key.backward, entered.loss))
@@ -185,7 +185,7 @@ class SteadyRoute:
         if gradients is None or not route.trained():
             return False
         watched.read = watched.untouched = watched.steady = True
-        watched.given = Marks.listed(route.slots, left.ids, left.versions)
+        watched.given = Marks(listed=(route.slots, left.ids, left.versions))
         kept = not self._updates or versions(route.weights) == left.weights
         self._sink(SteadyStart(route, step.used_key, gradients, self._updates, kept))
         self.parts += 1
@@ -212,7 +212,7 @@ class SteadyRoute:
         route, left = self.route, closed.left
         if route is None or left is None or not closed.by_the_book or self._attachment.slots is not route.slots:
             return None
-        return Marks.listed(route.slots, left.ids, left.versions) if route.hooked() else None
+        return Marks(listed=(route.slots, left.ids, left.versions)) if route.hooked() else None
 
     def follow(self, closed: Step, optimizers: Sequence[WatchedOptimizer], *, plain: bool, next_observed: bool) -> None:
         """A step is over: the route stays, is compiled, or is dropped."""

@@ -218,9 +218,12 @@ class Native:
         facts = _facts(list(column), straight=True)
         return facts is not None and _fits(facts, tasks, operand)
 
-    def is_same(self, column: Sequence[Tensor], tasks: array, operand: int) -> bool:
-        """Whether these are plain tensors of the tasks' types, sizes and addresses. How large storages are is not asked."""
-        if not set(map(type, column)) <= _PLAIN or any(map(Tensor.is_neg, column)):
+    def is_same(self, column: Sequence[Tensor], tasks: array, operand: int, *, lazy: bool = True) -> bool:
+        """Whether these are plain tensors of the tasks' types, sizes and addresses.
+
+        How large storages are is not asked: one that shrinks moves, and its tensors with it. `lazy`: ask for lazy bits too.
+        """
+        if not set(map(type, column)) <= _PLAIN or (lazy and any(map(Tensor.is_neg, column))):
             return False
         if self.introspector is not None:
             return self.introspector.same(column, tasks, operand)

@@ -137,7 +137,7 @@ class SteadyTables:
 
     def _update(self, event: SteadyUpdate) -> bool:
         route, calls, table = event.route, event.route.calls, self._open.tables.get(event.key)
-        if calls is None or table is None or calls.begun != event.key or not unchanged(calls, event.gradients, False):
+        if calls is None or table is None or calls.begun != event.key:
             return False
         numbers = calls.prepared.compare(event.gradients)
         if numbers is None:
