@@ -36,6 +36,7 @@ __all__ = [
     "executes",
     "in_compiled_autograd",
     "leave_to_python",
+    "local_part",
     "queue_callback",
 ]
 
@@ -76,6 +77,7 @@ PRIVATES = (
     Private("torch:_parameters", "finds what is at a place in the model now", torch.nn.Identity),
     Private("torch:_modules", "walks a model without its wrappers' names", torch.nn.Identity),
     Private("torch.utils._python_dispatch:_disable_current_modes", "a user's modes do not see our computing"),
+    Private("torch.distributed.tensor:DTensor._local_tensor", "what is here of a distributed tensor, without an operation"),
 )
 
 current_task: Callable[[], int] = torch._C._current_graph_task_id
@@ -106,6 +108,15 @@ def executes(leaf: Tensor) -> bool:
         return bool(torch._C._will_engine_execute_node(node))
     except RuntimeError:
         return False
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """The local part of a distributed tensor; any other as it is.
+
+    An operation on the distributed tensor itself may be a collective: a rank alone would wait for the others for ever.
+    """
+    local = getattr(tensor, "_local_tensor", None)
+    return tensor if local is None else local
 
 
 @functools.cache

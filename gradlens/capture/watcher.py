@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import (
     register_module_module_registration_hook,
@@ -42,7 +41,7 @@ from gradlens.capture.events import (
 )
 from gradlens.capture.guards import Guard, eagerly, guarded
 from gradlens.capture.losses import Roots, loss_of, roots_elsewhere
-from gradlens.capture.marks import Marks, version
+from gradlens.capture.marks import Marks, version, zeroed
 from gradlens.capture.optimizers import CallStack, Optimizers, WatchedOptimizer, found_inf, positive_rates
 from gradlens.capture.readings import PassReader, UsedNotes, changed, gradients_at
 from gradlens.capture.scaling import Scaling
@@ -806,11 +805,6 @@ class Watcher:
 def _consumed(step: Step, slot: Slot, now: Tensor | None, left: Tensor | None) -> Tensor | None:
     """What is in `.grad`, or else what the last backward left there; not what has been zeroed since."""
     for gradient in (now, left):
-        if gradient is not None and (step.ending.same(slot, gradient) or not _zeroed(gradient)):
+        if gradient is not None and (step.ending.same(slot, gradient) or not zeroed(gradient)):
             return gradient
     return None
-
-
-def _zeroed(gradient: Tensor) -> bool:
-    """Whether nothing is left of a gradient. On a device the host would have to wait, and it is taken to be there."""
-    return gradient.device.type == "cpu" and gradient.layout is torch.strided and not bool(gradient.count_nonzero())

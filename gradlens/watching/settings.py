@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from gradlens import findings
+from gradlens._torch import local_part
 from gradlens.capture.attachment import Attachment
 from gradlens.capture.optimizers import may_move
+from gradlens.capture.sharding import piece
 from gradlens.errors import ArgumentError, ArgumentTypeError, GradlensWarning, choice
 from gradlens.records import Finding, Severity, Stage
 from gradlens.unwrapping import unwrap_optimizer
@@ -124,7 +126,12 @@ def number_of(name: str, value: Any) -> float | Tensor:
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise ArgumentError(f"observe({name}=...) takes one number, not a tensor of shape {tuple(value.shape)}")
-        return value.detach().reshape(()).clone()
+        if piece(value):
+            raise ArgumentError(
+                f"observe({name}=...) got a distributed tensor of which each rank has a part ({value.placements}); give "  # type: ignore[attr-defined]
+                f"{name}.full_tensor() on every rank, or the number of this rank"
+            )
+        return local_part(value).detach().reshape(()).clone()
     try:
         return float(value)
     except (TypeError, ValueError):
