@@ -40,6 +40,7 @@ __all__ = [
     "executes",
     "in_compiled_autograd",
     "leave_to_python",
+    "local_part",
     "queue_callback",
 ]
 
@@ -83,6 +84,7 @@ PRIVATES = (
     Private("torch.utils._python_dispatch:_disable_current_modes", "a user's modes do not see our computing"),
     Private("torch._C:_len_torch_dispatch_stack", "whether there are such modes"),
     Private("torch._ops:_len_torch_dispatch_stack_pre_dispatch", "the same, of modes that come before autograd"),
+    Private("torch.distributed.tensor:DTensor._local_tensor", "what is here of a distributed tensor, without an operation"),
 )
 
 current_task: Callable[[], int] = torch._C._current_graph_task_id
@@ -122,6 +124,15 @@ def executes(leaf: Tensor) -> bool:
 
 #: What Dynamo would be given of a call that is made now; None where it traces nothing.
 traced: Callable[[], Any] = get_eval_frame_callback
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """The local part of a distributed tensor; any other as it is.
+
+    An operation on the distributed tensor itself may be a collective: a rank alone would wait for the others for ever.
+    """
+    local = getattr(tensor, "_local_tensor", None)
+    return tensor if local is None else local
 
 
 @functools.cache

@@ -11,8 +11,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from operator import attrgetter
 
+import torch
 from torch import Tensor
 
+from gradlens._torch import local_part
 from gradlens.capture.attachment import Slot
 
 _VERSION = attrgetter("_version")
@@ -88,3 +90,10 @@ class Marks:
         there = {slot: g for slot, g in zip(slots, gradients, strict=True) if g is not None}
         now = dict(zip(there, states(list(there.values())), strict=True))
         return now == {slot: mark for slot in slots if (mark := self._seen.get(slot)) is not None}
+
+
+def zeroed(gradient: Tensor) -> bool:
+    """Whether nothing is left of what is here of a gradient. On a device, where the host would wait, something is."""
+    here = local_part(gradient)
+    known = here.device.type == "cpu" and here.layout is torch.strided and here.numel() > 0
+    return known and not bool(here.count_nonzero())

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -18,7 +17,7 @@ from gradlens.capture.arrivals import HELD_BYTES
 from gradlens.capture.attachment import Attachment, Slot
 from gradlens.capture.engine import Engine
 from gradlens.capture.events import GradientFacts, Reading, Sink, Update, WeightsBefore
-from gradlens.capture.marks import Marks
+from gradlens.capture.marks import Marks, zeroed
 from gradlens.capture.optimizers import Optimizers, WatchedOptimizer, positive_rates
 from gradlens.capture.readings import changed, gradients_at
 from gradlens.capture.step import Step
@@ -182,14 +181,9 @@ class StepReader:
 def _consumed(step: Step, slot: Slot, now: Tensor | None, left: Tensor | None) -> Tensor | None:
     """What is in `.grad`, or else what the last backward left there; not what has been zeroed since."""
     for gradient in (now, left):
-        if gradient is not None and (step.ending.same(slot, gradient) or not _zeroed(gradient)):
+        if gradient is not None and (step.ending.same(slot, gradient) or not zeroed(gradient)):
             return gradient
     return None
-
-
-def _zeroed(gradient: Tensor) -> bool:
-    """Whether nothing is left of a gradient. On a device the host would have to wait, and it is taken to be there."""
-    return gradient.device.type == "cpu" and gradient.layout is torch.strided and not bool(gradient.count_nonzero())
 
 
 class UsedNotes:

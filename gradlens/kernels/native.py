@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from gradlens import fields
+from gradlens._torch import local_part
 from gradlens.errors import GradlensError
 from gradlens.kernels import reference
 
@@ -486,8 +487,7 @@ def _end(tensor: Tensor) -> int:
 
 
 def _local_part(tensor: Tensor) -> Tensor:
-    local = None if type(tensor) in _PLAIN else getattr(tensor, "to_local", None)
-    return tensor if local is None else local().detach()
+    return tensor if type(tensor) in _PLAIN else local_part(tensor).detach()
 
 
 def _disjoint(columns: Sequence[Column], keep: OptionalTensors, work: _Work) -> bool:

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from gradlens import kernels
+from gradlens._torch import local_part
 from gradlens.capture.events import Update, WeightsBefore
 from gradlens.capture.provenance import loss_gradient
-from gradlens.kernels.tensors import PLAIN, local_part
+from gradlens.kernels.tensors import PLAIN
 from gradlens.records import Parameters, Source
 from gradlens.statistics.buffers import Buffer, keepable
 from gradlens.statistics.memory import Plan
