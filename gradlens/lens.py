@@ -40,12 +40,14 @@ from gradlens.statistics.streaming import describe
 from gradlens.watching import live_weights as weights
 from gradlens.watching import process_group
 from gradlens.watching import settings as arguments
+from gradlens.watching.budget import BudgetedSchedule
 from gradlens.watching.failures import Failures
 from gradlens.watching.isolation import isolated_compute
 from gradlens.watching.live_weights import LiveParameter
-from gradlens.watching.overhead import Meter, Overhead, Pace, Stopwatch
+from gradlens.watching.overhead import Meter, Overhead
 from gradlens.watching.partials import PartialRecorder, check_keep
 from gradlens.watching.recorder import Recorder
+from gradlens.watching.stopwatch import Stopwatch
 from gradlens.watching.tables import TableBuilder
 from gradlens.watching.unavailable import unavailable
 from gradlens.weight_names import known_name, label, parse_index, parse_weight
@@ -106,12 +108,12 @@ class Lens:
         try:
             self._recorder = Recorder(rules, [*own, *writers], on_finding, self._failures)
             self._tables = TableBuilder(self._recorder, self._plan, features, self._failures, timed)
-            self._meter, self._budget = Meter(timed, self._recorder.busy), budget
+            self._meter, self._budget = Meter(timed, self._recorder.background_seconds), budget
             watched = Watched(
                 attachment,
                 optimizers,
                 wrapped,
-                Pace(schedule, budget, self._meter, tell=self._floor_above_budget),
+                BudgetedSchedule(schedule, budget, self._meter, tell=self._floor_above_budget),
                 scaler,
                 stages,
                 updates="updates" in features,

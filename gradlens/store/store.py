@@ -115,11 +115,11 @@ class Store:
         self._recover(known)
         if self._left:
             self._wake.set()
-        self._threads = [
+        self.threads = [  #: its own, for whoever asks what they cost
             threading.Thread(target=call, name=name, daemon=True)
             for call, name in ((self._beat, "gradlens-store"), (self._keep, "gradlens-store-keeper"))
         ]
-        for thread in self._threads:
+        for thread in self.threads:
             thread.start()
 
     def _open(self, rank: int) -> Lock:
@@ -213,7 +213,7 @@ class Store:
             self._closed = True
         self._stop.set()
         self._wake.set()
-        for thread in self._threads:
+        for thread in self.threads:
             thread.join()
         try:
             if self._error is None:

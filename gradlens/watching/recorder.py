@@ -41,6 +41,7 @@ from gradlens.statistics.unpacking import Arrival, unpack
 from gradlens.watching.delivery import Delivery
 from gradlens.watching.failures import Failures
 from gradlens.watching.inbox import Inbox
+from gradlens.watching.stopwatch import ThreadClock
 from gradlens.writers.base import Writer
 
 ROWS = 100_000  #: that are unpacked and handed on together: some 40 MB
@@ -108,7 +109,7 @@ class Recorder:
         self._facts: list[Fact] = []
         self._requests: deque[threading.Event] = deque()
         self._within, self._progress = "", 0  # whose function is running, and how many have
-        self._working = self._closed = False
+        self._closed = False
         self._spent = self._recording_spent = 0.0  # processor seconds, of each thread
         self._pid = os.getpid()
         self._ended = threading.Event()
@@ -116,8 +117,10 @@ class Recorder:
             threading.Thread(target=work, name=name, daemon=True)
             for work, name in ((self._work, "gradlens"), (self._keep_recording, "gradlens-records"))
         ]
+        self._clock = ThreadClock()
         for thread in self._threads:
             thread.start()
+        self._clock.add([*self._threads, *(thread for writer in writers for thread in getattr(writer, "threads", ()))])
 
     # --- the training thread ----------------------------------------------------------------------------------------
 
@@ -165,9 +168,9 @@ class Recorder:
         """What was found, in order."""
         return self._delivery.found
 
-    def busy(self) -> bool:
-        """Whether the recorder works now, and may take Python's lock from training."""
-        return self._working
+    def background_seconds(self) -> float:
+        """Processor seconds so far of all threads that work on what was seen, the store's among them."""
+        return self._clock() or self.seconds
 
     @property
     def seconds(self) -> float:
@@ -292,12 +295,11 @@ class Recorder:
             self._wake.wait(rest)
             self._wake.clear()
             closing, requests = self._closed, [self._requests.popleft() for _ in range(len(self._requests))]
-            began, self._working = time.thread_time(), True
+            began = time.thread_time()
             self._guarded("records", self._record, bool(requests) or closing)
             self._guarded("recorder", self._deliver)
             if requests or closing:
                 self._guarded("writers", self._delivery.flush)
-            self._working = False
             spent = time.thread_time() - began
             self._spent += spent
             for done in requests:
