@@ -34,13 +34,15 @@ from gradlens.statistics.evidence import Evidence
 from gradlens.statistics.memory import Plan
 from gradlens.watching import process_group
 from gradlens.watching import settings as arguments
+from gradlens.watching.budget import BudgetedSchedule
 from gradlens.watching.failures import Failures
 from gradlens.watching.live_questions import LiveQuestions
 from gradlens.watching.outputs import run_writers
-from gradlens.watching.overhead import Meter, Overhead, Pace, Stopwatch
+from gradlens.watching.overhead import Meter, Overhead
 from gradlens.watching.partials import PartialRecorder, check_keep
 from gradlens.watching.recorder import Recorder
 from gradlens.watching.settings import LensSettings
+from gradlens.watching.stopwatch import Stopwatch
 from gradlens.watching.tables import TableBuilder
 from gradlens.watching.unavailable import unavailable
 from gradlens.writers import report as page
@@ -75,12 +77,12 @@ class Lens:
         try:
             self._recorder = Recorder(settings.rules, [*own, *settings.writers], settings.on_finding, self._failures)
             self._tables = TableBuilder(self._recorder, self._plan, settings.possible, self._failures, timed)
-            self._meter = Meter(timed, self._recorder.busy)
+            self._meter = Meter(timed, self._recorder.background_seconds)
             watched = Watched(
                 attachment,
                 settings.optimizers,
                 settings.wrapped,
-                Pace(settings.schedule, settings.budget, self._meter, tell=self._floor_above_budget),
+                BudgetedSchedule(settings.schedule, settings.budget, self._meter, tell=self._floor_above_budget),
                 settings.scaler,
                 settings.stages,
                 updates="updates" in settings.features,

@@ -38,9 +38,9 @@ from gradlens.watching import process_group
 from gradlens.watching.failures import Failures
 from gradlens.watching.isolation import capturing_cuda_graph, isolated_compute
 from gradlens.watching.open_tables import OpenTables
-from gradlens.watching.overhead import Stopwatch
 from gradlens.watching.recorder import Recorder
 from gradlens.watching.steady import SteadyTables
+from gradlens.watching.stopwatch import Stopwatch
 from gradlens.watching.updates import UpdateMeter, by_device, present
 
 #: Notes of rows whose partials a backward did not compute, or of which others are in `.grad` too.
