@@ -183,6 +183,11 @@ _LOOKED_AT = {
     "Softmax": "result",
     "LogSoftmax": "result",
     "Exp": "result",
+    "Addmm": "mat1",
+    "Mm": "self",
+    "Convolution": "input",
+    "NativeLayerNorm": "input",
+    "NativeBatchNorm": "input",
 }
 
 

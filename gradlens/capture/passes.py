@@ -62,7 +62,7 @@ class Passes:
         roots = roots_elsewhere() if run.depth == 0 and not run.roots else run.roots
         entered.loss = loss_of(roots, entered.scale)
         entered.root = roots[0] if len(roots) == 1 else None
-        self._auditor.pass_begins(roots, self._steps.current.number)
+        self._auditor.pass_begins(roots, self._steps.current.number, entered.loss)
 
     def _start_plain(self, entered: Pass) -> None:
         """Let the hooks of this pass only note, as far as nothing else needs to be done in them."""
