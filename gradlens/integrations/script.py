@@ -475,7 +475,7 @@ class Session:
                 if _is_first_rank():
                     _say_end(lens)
             except Exception as error:  # noqa: BLE001 - the script has ended as it ended
-                _say(f"{lens._run}: {type(error).__name__}: {error}")
+                _say(f"{lens._settings.run}: {type(error).__name__}: {error}")
 
 
 def _made(folder: str) -> bool:
@@ -511,10 +511,10 @@ def _say_end(lens: Any) -> None:
     from gradlens.page.summary import Summary
     from gradlens.store.run import open_run
 
-    where = os.path.relpath(lens._run)
-    where = str(lens._run) if where.startswith("..") else where
+    where = os.path.relpath(lens._settings.run)
+    where = str(lens._settings.run) if where.startswith("..") else where
     more = f"the whole page: gradlens report {where}    as HTML: gradlens report {where} --html page.html"
-    print(f"\n{Summary.of(open_run(lens._run)).brief(more)}", file=sys.stderr)
+    print(f"\n{Summary.of(open_run(lens._settings.run)).brief(more)}", file=sys.stderr)
 
 
 def _say(text: str) -> None:
