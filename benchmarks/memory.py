@@ -4,7 +4,7 @@
     python benchmarks/memory.py --steps 20000 --only run idle
     python benchmarks/memory.py --markdown                    # the table of docs/performance.md, from memory.csv
 
-Each situation runs in a process of its own: a model of four parameters of eight weights, watched at every step. After a tenth
+Each situation runs in its own process: a model of four parameters of eight weights, watched at every step. After a tenth
 of the steps everything that is bounded has reached its bound; from there on, `growth_mib` is what the resident memory of the
 last fifth has on average over that of the first fifth, `mib_per_million` the slope of a line through all points, and
 `objects` by how many the objects that Python tracks have grown, after a collection. `bare` is the same training unwatched,
@@ -123,7 +123,7 @@ def measured(name: str, steps: int) -> dict[str, object]:
         "end_mib": f"{settled[-1]['bytes'] / MIB:.1f}",
         "growth_mib": f"{(size[-fifth:].mean() - size[:fifth].mean()) / MIB:.1f}",
         "mib_per_million": f"{1e6 * np.polyfit(at, size / MIB, 1)[0]:.1f}",
-        "objects": int(round(objects[-fifth:].mean() - objects[:fifth].mean())),
+        "objects": round(objects[-fifth:].mean() - objects[:fifth].mean()),
         "seconds": f"{points[-1]['seconds']:.0f}",
     }
 
