@@ -106,13 +106,27 @@ def test_the_illness_of_each_sick_training_is_seen_on_the_first_page(page, name)
 def test_a_finding_moves_everything_to_its_parameter_and_step(page):
     """The address, the map and the pages that are opened next."""
     page.open(run="ill/vanishing")
-    name, step = page.say(".finding .where"), page.say(".finding-head .faint").removeprefix("step ")
-    page.click(".finding-head")
+    nth = page.all(".finding .where").index("0.weight")
+    step = page.all(".finding-head .faint")[nth].removeprefix("step ")
+    page.click(".finding-head", nth=nth)
     page.until("document.querySelector('.chosen button')")
-    assert page.hash()["parameter"] == name
+    assert page.hash()["parameter"] == "0.weight"
     assert page.hash()["step"] == step
+    assert page.all(".finding [aria-current=true] .where") == ["0.weight"]
     page.click("#tab-parameter")
     page.until("document.querySelector('.parameter-page output')?.textContent === " + json.dumps(step))
+
+
+def test_a_finding_about_the_whole_model_moves_the_step_and_marks_no_parameter(page):
+    """The origin of the vanishing gradient has no parameter: one that was chosen before is chosen no more."""
+    page.open(run="ill/vanishing", parameter="4.weight")
+    assert page.say(".finding .where") == "the whole model"
+    step = page.say(".finding-head .faint").removeprefix("step ")
+    page.click(".finding-head")
+    wait_for(lambda: page.hash().get("step") == step, "the step in the address")
+    assert "parameter" not in page.hash()
+    assert page.all(".finding [aria-current=true] .where") == ["the whole model"]
+    assert "open" not in page.say(".chosen")
 
 
 def test_a_cell_of_the_map_moves_everything(page):
@@ -168,7 +182,7 @@ def test_the_table_searches_sorts_and_opens(page):
 
 
 def test_ten_thousand_parameters_scroll(page):
-    """Only rows in view are in the page, all the way from the first to the last, and those that stay in view stay."""
+    """Only rows in view are in the page, from first to last; those that stay in view stay, others are written again."""
     page.open(run="large", view="table")
     page.until("document.querySelectorAll('tr[data-place]').length > 20")
     most, kept = page.browser.run(
@@ -181,9 +195,14 @@ def test_ten_thousand_parameters_scroll(page):
     )
     assert most < 100
     assert kept > 1000
+    assert page.js("(window.__rows = new Set(document.querySelectorAll('tr[data-place]'))).size") > 20
     page.js("document.querySelector('.table-scroll').scrollTop = 1e9")
     page.until("[...document.querySelectorAll('tr[data-place] th')].some(e => e.textContent === 'blocks.249.9.b3')")
     assert page.js("document.querySelectorAll('tr[data-place]').length") < 100
+    assert page.js("[...document.querySelectorAll('tr[data-place]')].filter(row => !window.__rows.has(row)).length") < 10
+    shown = page.all("tr[data-place] th")
+    assert shown == [f"blocks.{i // 40}.{i // 4 % 10}.{'wb'[i % 2]}{i % 4}" for i in range(10_000)][-len(shown) :]
+    page.until("[...document.querySelectorAll('canvas.spark')].every(each => each.style.visibility === '')")
 
 
 def test_the_parameters_page_has_its_charts_histogram_and_weights(page):
