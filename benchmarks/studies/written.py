@@ -955,7 +955,7 @@ def layer_not_in_the_optimizer() -> Training:
     return plain(model, adam(model[:3]), digit)
 
 
-@ill("unmoved", "foreign_parameters", "foreign-parameters", within=20)
+@ill("unmoved", "foreign-parameters", within=20)
 def head_replaced_after_the_optimizer() -> Training:
     model = mlp(64, 128, 64, 10)
     optimizer = adam(model)

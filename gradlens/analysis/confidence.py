@@ -66,7 +66,7 @@ MEASURED = Counts(
         "eval_mode": (2, 2),
         "exploding": (7, 7),
         "fading": (4, 4),
-        "foreign_parameters": (5, 5),
+        "foreign-parameters": (5, 5),
         "identical": (3, 3),
         "input_scale": (2, 3),
         "last_only": (2, 2),

@@ -29,7 +29,6 @@ MADE = (
     "cut",
     "eps",
     "foreign-parameters",
-    "foreign_parameters",
     "unregistered",
     "softmax-twice",
     "sigmoid-twice",
@@ -89,8 +88,7 @@ _LEVEL = {rule: level for level, rules in enumerate((MADE, DOES, BECOMES)) for r
 
 #: Beside the order of levels: a finding that explains another one of its own level, or of one above.
 EXPLAINS: dict[str, frozenset[str]] = {
-    "cut": frozenset({"absent", "unmoved", "foreign_parameters"}),
-    "foreign_parameters": frozenset({"foreign-parameters", "stale", "unmoved", "disagreement"}),
+    "cut": frozenset({"absent", "unmoved", "foreign-parameters"}),
     "foreign-parameters": frozenset({"stale", "unmoved", "disagreement"}),
     "eps": frozenset({"nonfinite"}),
     "unmoved": frozenset({"stale"}),

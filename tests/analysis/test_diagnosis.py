@@ -69,7 +69,7 @@ def test_nothing_looks_ill_is_said_of_a_loss_that_falls():
         ("softmax-twice", ["too_slow", "disagreement"]),
         ("cut", ["absent", "unmoved"]),
         ("eps", ["nonfinite"]),
-        ("foreign_parameters", ["stale", "unmoved", "disagreement"]),
+        ("foreign-parameters", ["stale", "unmoved", "disagreement"]),
         ("clipped_scaled", ["too_slow", "update_ratio", "loss_scaled"]),
         ("fading", ["vanishing", "collapse", "disagreement"]),
         ("weight_decay", ["vanishing", "shrunk", "fading"]),
