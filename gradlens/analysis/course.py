@@ -6,14 +6,22 @@
     cosine   between this step's gradient and the last observed one
     weight   |w|
 
-At most `CAPACITY` points are kept. When they are full, every second leaves and from then on every second step is taken:
+At most `CAPACITY` points are shown. When they are more, every second leaves and from then on every second step is taken:
 points are steps, not means, so that what is seen of them is what happened.
+
+    settled   points of which everything is known
+    logs      (moment, step, value) of each number, as they came since then
+
+`until(seq)` is the course as it was when that moment was the newest, exactly, for moments that are not settled. One thread
+adds, any number read: what is read is a settled state and logs that only grow.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 
@@ -22,82 +30,219 @@ from gradlens.records import Stage, Status
 
 CAPACITY = 2048
 PASSES = 4  #: backward passes of a step whose losses are told apart
+LEAST = 256  #: steps that are settled together
+
+_LOSSES = tuple(f"loss_{backward}" for backward in range(PASSES))
 
 
-@dataclass(eq=False)
+class Placed(Protocol):
+    """A moment's number among all moments, and where it is."""
+
+    seq: int
+    at: int
+    step: int
+
+    @property
+    def block(self) -> Block:
+        """Its block."""
+
+
+class _Log:
+    """Numbers as they came: `[3, n]` moment, step, value. A reader keeps what it has while this grows."""
+
+    __slots__ = ("_room", "rows")
+
+    def __init__(self) -> None:
+        self._room = np.empty((3, 32))
+        self.rows = self._room[:, :0]
+
+    def extend(self, *rows: np.ndarray) -> None:
+        """Append `[m]` moments, steps and values."""
+        n, more = self.rows.shape[1], len(rows[0])
+        if n + more > self._room.shape[1]:
+            room = np.empty((3, 2 * (n + more)))
+            room[:, :n] = self.rows
+            self._room = room
+        self._room[:, n : n + more] = rows
+        self.rows = self._room[:, : n + more]
+
+    def until(self, seq: float) -> np.ndarray:
+        """What had come at a moment."""
+        rows = self.rows
+        return rows[:, : np.searchsorted(rows[0], seq, side="right")]
+
+    def after(self, seq: float) -> _Log:
+        """What came after a moment, as a log of its own."""
+        rows, result = self.rows, _Log()
+        result.extend(*rows[:, np.searchsorted(rows[0], seq, side="right") :])
+        return result
+
+
+@dataclass(frozen=True, eq=False)
+class _State:
+    """Settled points, and logs of what came since; `begun` has a line for each step as it was first seen."""
+
+    seen: int = 0
+    stride: int = 1
+    steps: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    values: dict[str, np.ndarray] = field(default_factory=dict)  #: [points]
+    known: dict[str, np.ndarray] = field(default_factory=dict)
+    begun: _Log = field(default_factory=_Log)
+    logs: dict[str, _Log] = field(default_factory=dict)
+
+
 class Course:
     """Points of a run, oldest first."""
 
-    stride: int = 1
-    seen: int = 0  #: steps that were seen
-    steps: list[int] = field(default_factory=list)
-    points: dict[int, dict[str, float]] = field(default_factory=dict)
-    _step: int = -1
-    _taken: bool = False
+    def __init__(self) -> None:
+        self._state = _State()
+        self._newest = -math.inf  # step
+        self._last = -1.0  # moment that came
+        self._end = math.inf  # of what is shown: a moment
 
-    def add(self, block: Block) -> None:
-        """Take the moments of a block that has just come, in order."""
-        used = block.stage == Stage.USED
-        numbers = _used(block) if used else _pass(block)
-        losses = block.scalar("loss")
-        for at, step in enumerate(block.step.tolist()):
-            point = self._point(step)
-            if point is None:
-                continue
-            backward = int(block.backward[at])
-            if used:
-                point.update((name, value) for name, values in numbers.items() if not math.isnan(value := float(values[at])))
-            elif backward < PASSES:
-                point[f"norm_{backward}"] = float(numbers["norm"][at])
-            if "loss" in block.scalars[at]:
-                _add_loss(point, float(losses[at]), None if used else backward)
-            if not used:
-                point["backwards"] = max(point.get("backwards", 0), backward + 1)
+    # --- growth -----------------------------------------------------------------------------------------------------
 
-    def _point(self, step: int) -> dict[str, float] | None:
-        """The point of a step; None of one that is left out."""
-        known = self.points.get(step)
-        if known is not None:
-            return known
-        if step != self._step and step > self._step:
-            self._step = step
-            self._taken = self.seen % self.stride == 0
-            self.seen += 1
-            if self._taken:
-                if len(self.steps) >= CAPACITY:
-                    self._thin()
-                self.steps.append(step)
-                self.points[step] = {}
-                return self.points[step]
-        return None
+    def add(self, moments: Sequence[Placed]) -> None:
+        """Take moments that have just come, in order: all of each block."""
+        if not moments:
+            return
+        state = self._state
+        seqs, steps = np.array([moment.seq for moment in moments]), np.array([moment.step for moment in moments])
+        before = np.maximum.accumulate(np.concatenate([[self._newest], steps[:-1]]))
+        new = steps > before
+        self._newest = max(self._newest, float(steps.max()))
+        came: dict[str, list[np.ndarray]] = {}
+        for block, own in _by_block(moments):
+            for name, where, values in _numbers(block):
+                came.setdefault(name, []).append(np.stack([seqs[own][where], steps[own][where], values]))
+        for name, parts in came.items():
+            rows = np.concatenate(parts, axis=1)
+            state.logs.setdefault(name, _Log()).extend(*rows[:, np.argsort(rows[0], kind="stable")])
+        state.begun.extend(seqs[new], steps[new], steps[new])
+        self._last = float(seqs[-1])
 
-    def _thin(self) -> None:
-        self.steps = self.steps[::2]
-        self.points = {step: self.points[step] for step in self.steps}
-        self.stride *= 2
+    def settle(self, seq: int) -> None:
+        """Nothing is asked of the moments up to this one by themselves any more: of what they gave the last is kept."""
+        state = self._state
+        if state.begun.until(seq).shape[1] < LEAST:
+            return
+        whole = self.until(seq)
+        seen, stride = whole.seen, whole.stride
+        found = {name: whole._laid(name) for name in {*state.values, *state.logs}}
+        self._state = _State(
+            seen,
+            stride,
+            whole._points(),
+            {name: values for name, (values, _) in found.items()},
+            {name: known for name, (_, known) in found.items()},
+            state.begun.after(seq),
+            {name: log.after(seq) for name, log in state.logs.items()},
+        )
+
+    # --- as it is, and as it was --------------------------------------------------------------------------------------
+
+    def until(self, seq: float) -> Course:
+        """The course as it was when the moment of this number was the newest."""
+        result = Course()
+        result._end = min(seq, self._end)
+        result._state = self._state
+        return result
+
+    def _still(self) -> Course:
+        """This course while another thread adds to it."""
+        return self if self._end < math.inf else self.until(self._last)
+
+    def seen_at(self, seqs: np.ndarray) -> np.ndarray:
+        """How many steps had been seen at each moment."""
+        state = self._state
+        return np.asarray(state.seen + np.searchsorted(state.begun.rows[0], seqs, side="right"))
+
+    @property
+    def seen(self) -> int:
+        """Steps that were seen."""
+        state = self._state
+        return state.seen + state.begun.until(self._end).shape[1]
+
+    @property
+    def stride(self) -> int:
+        """Each so many steps have a point."""
+        stride, seen = self._state.stride, self.seen
+        while -(-seen // stride) > CAPACITY:
+            stride *= 2
+        return stride
+
+    @property
+    def steps(self) -> list[int]:
+        """The steps that have a point."""
+        return [int(step) for step in self._still()._points()]
+
+    def _points(self) -> np.ndarray:
+        state, stride = self._state, self.stride
+        fresh = state.begun.until(self._end)[1]
+        return np.concatenate([state.steps[:: stride // state.stride], fresh[-state.seen % stride :: stride]])
 
     def __len__(self) -> int:
-        return len(self.steps)
+        return len(self._still()._points())
+
+    def _laid(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """Of each point the value that came last, and whether one came."""
+        state, steps = self._state, self._points()
+        values, known = np.full(len(steps), np.nan), np.zeros(len(steps), bool)
+        if name in state.values:
+            every = self.stride // state.stride
+            old = state.values[name][::every]
+            values[: len(old)], known[: len(old)] = old, state.known[name][::every]
+        if name in state.logs and len(steps):
+            _, of, came = state.logs[name].until(self._end)
+            at = np.minimum(np.searchsorted(steps, of), len(steps) - 1)
+            there = steps[at] == of
+            values[at[there]], known[at[there]] = came[there], True
+        return values, known
 
     def series(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Steps `[k]` and values `[k]`, of the steps that have one."""
-        points = self.points
-        steps = [step for step in list(self.steps) if name in points.get(step, ())]
-        return np.asarray(steps, np.int64), np.asarray([points[step][name] for step in steps], np.float64)
+        still = self._still()
+        values, known = still._losses() if name == "loss" else still._laid(name)
+        return still._points()[known].astype(np.int64), values[known]
+
+    def _losses(self) -> tuple[np.ndarray, np.ndarray]:
+        """The mean over a step's backwards; where none was read, the loss of what was used stands in."""
+        each = [self._laid(name) for name in _LOSSES]
+        count = np.add.reduce([known.astype(int) for _, known in each])
+        total = np.add.reduce([np.where(known, values, 0.0) for values, known in each])
+        used, stands_in = self._laid("loss_used")
+        return np.where(count > 0, total / np.maximum(count, 1), used), (count > 0) | stands_in
 
     def losses(self) -> dict[int, float]:
         """The loss by step."""
         return dict(zip(*(values.tolist() for values in self.series("loss")), strict=True))
 
 
-def _add_loss(point: dict[str, float], loss: float, backward: int | None) -> None:
-    """The loss of a step is the mean over its backwards; that of what was used stands in where no backward was read."""
-    if backward is None:
-        point.setdefault("loss", loss)
-    elif backward < PASSES:
-        point[f"loss_{backward}"] = loss
-        losses = [point[f"loss_{i}"] for i in range(PASSES) if f"loss_{i}" in point]
-        point["loss"] = sum(losses) / len(losses)
+def _by_block(moments: Sequence[Placed]) -> Iterator[tuple[Block, np.ndarray]]:
+    """Each block, and where its moments are among these."""
+    places: dict[int, tuple[Block, list[int]]] = {}
+    for place, moment in enumerate(moments):
+        places.setdefault(id(moment.block), (moment.block, []))[1].append(place)
+    for block, own in places.values():
+        yield block, np.array(own, np.int64)
+
+
+def _numbers(block: Block) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """What a block says: names, the moments that say it, and values."""
+    losses = block.scalar("loss")
+    told = np.array(["loss" in observed for observed in block.scalars], bool)
+    if block.stage == Stage.USED:
+        for name, values in _used(block).items():
+            where = np.flatnonzero(~np.isnan(values))
+            yield name, where, values[where]
+        where = np.flatnonzero(told)
+        yield "loss_used", where, losses[where]
+        return
+    norms = np.sqrt(_total(block, "square_sum", _kept(block)))
+    for backward in range(PASSES):
+        own = block.backward == backward
+        yield f"norm_{backward}", np.flatnonzero(own), norms[own]
+        yield _LOSSES[backward], np.flatnonzero(own & told), losses[own & told]
 
 
 def _kept(block: Block) -> np.ndarray:
@@ -121,7 +266,3 @@ def _used(block: Block) -> dict[str, np.ndarray]:
             "ratio": np.where(before > 0, np.sqrt(moved / before), np.nan),
             "cosine": np.where(flips > 0, _total(block, "flip_dot", kept) / flips, np.nan),
         }
-
-
-def _pass(block: Block) -> dict[str, np.ndarray]:
-    return {"norm": np.sqrt(_total(block, "square_sum", _kept(block)))}

@@ -13,8 +13,9 @@ once, and must not know what came later. One thread appends and any number read:
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import groupby
 from operator import attrgetter
@@ -33,6 +34,7 @@ from gradlens.records import Parameters, Snapshot, Stage, Status, Top
 #: 500,000 rows of 37 columns are about 160 MB: 1,000 moments of 500 parameters.
 MAX_ROWS = 500_000
 MAX_FACTS = 500
+REMEMBERED = 256  #: answers about moments
 LAYOUTS = 16  #: stages times sets of parameters whose first rows are kept
 
 
@@ -125,31 +127,35 @@ class History:
         self._firsts: dict[tuple[str, tuple[str, ...]], Snapshot] = {}
         self._heavy = 0  #: the number of the first moment that has what is large
         self._lock = Lock()
-        self.course = Course()  #: of the whole run
-        self.facts: list[Fact] = []  #: oldest first
+        self._course = Course()
+        self._facts: list[Fact] = []  # of which nobody asks any more when they came
+        self._fresh: list[tuple[int, Fact]] = []  # and the first moment that knows each
+        self._memory: dict[tuple[object, ...], Any] = {}
 
     # --- growth -----------------------------------------------------------------------------------------------------
 
     def note(self, fact: Fact) -> None:
-        """Keep what is known beside gradients: all of what is first and last, and fewer and fewer of what is between."""
-        self.facts.append(fact)
-        if len(self.facts) > 2 * MAX_FACTS:
-            first, last = MAX_FACTS // 2, len(self.facts) - MAX_FACTS
-            self.facts[:] = [*self.facts[:first], *self.facts[first:last:2], *self.facts[last:]]
+        """Take what is known beside gradients, from the next moment on."""
+        self._fresh.append((self._next(), fact))
+
+    def _next(self) -> int:
+        return self._moments[-1].seq + 1 if self._moments else self._heavy
 
     def append(self, snapshot: Snapshot) -> None:
         """Take the newest snapshot; the oldest leave when it is too many."""
         self.extend([(block_of(snapshot), 0)])
         self.trim()
 
-    def extend(self, moments: Sequence[tuple[Block, int]]) -> list[Columns]:
+    def extend(self, moments: Sequence[tuple[Block, int]], facts: Sequence[tuple[int, Fact]] = ()) -> list[Columns]:
         """Take moments, each a block and a place in it, in the order in which they came. The oldest stay until `trim`.
 
-        The moments of a block have to be all of it, in order; those of several blocks may alternate.
+        The moments of a block have to be all of it, in order; those of several blocks may alternate. A fact comes with the
+        place of the first moment that knows it.
         """
         placed: dict[int, Columns] = {}
         with self._lock:
-            seq = self._moments[-1].seq + 1 if self._moments else self._heavy
+            seq = self._next()
+            self._fresh += [(seq + place, fact) for place, fact in facts]
             rows = self._moments[-1].rows if self._moments else 0
             for number, (block, at) in enumerate(moments, start=seq):
                 columns = placed.get(id(block))
@@ -157,8 +163,8 @@ class History:
                     columns = placed[id(block)] = self._place(block)
                 rows += len(block.parameters)
                 self._add(columns, at, number, rows)
-        for block in placed.values():
-            self.course.add(block)
+            added = self._between(seq, seq + len(moments))
+        self._course.add(added)
         return list(placed.values())
 
     def _place(self, block: Block) -> Columns:
@@ -199,6 +205,11 @@ class History:
             for moment in self._between(max(self._heavy, first), light):
                 moment.block.lighten(moment.at)
             self._heavy = max(light, self._heavy)
+            settled = [fact for seq, fact in self._fresh if seq <= first]
+            if settled:
+                self._facts = _thinned(self._facts, settled)
+                self._fresh = self._fresh[len(settled) :]
+        self._course.settle(first)
 
     def _first(self, newest: Moment) -> int:
         """The number of the oldest moment that stays while this one is the newest."""
@@ -297,6 +308,33 @@ class History:
         """The steps of which something is known, rising."""
         return sorted({moment.step for moment in self._window()})
 
+    # --- the run ----------------------------------------------------------------------------------------------------
+
+    @property
+    def course(self) -> Course:
+        """Of the whole run, up to the newest moment."""
+        return self._course
+
+    @property
+    def facts(self) -> list[Fact]:
+        """What is known beside gradients, oldest first: all of what is first and last, fewer and fewer between."""
+        return self._facts_until(math.inf)
+
+    def _facts_until(self, seq: float) -> list[Fact]:
+        with self._lock:
+            settled, fresh = self._facts, [fact for known, fact in self._fresh if known <= seq]
+        return _thinned(settled, fresh)
+
+    def remembered(self, name: str, of: Callable[[History], Any]) -> Any:
+        """What a question gives, asked once for each newest moment."""
+        newest = self.newest()
+        key = name, -1 if newest is None else newest.seq, len(self.facts)
+        if key not in self._memory:
+            if len(self._memory) >= REMEMBERED:
+                self._memory.clear()
+            self._memory[key] = of(self)
+        return self._memory[key]
+
     # --- questions --------------------------------------------------------------------------------------------------
 
     def parts(self, step: int | None = None, stage: str | None = None) -> list[Snapshot]:
@@ -349,9 +387,28 @@ class _Until(History):
     def _end(self) -> Moment:
         return self._newest  # type: ignore[attr-defined,no-any-return]
 
-    def extend(self, moments: Sequence[tuple[Block, int]]) -> list[Columns]:
+    @property
+    def course(self) -> Course:
+        return self._course.until(self._end().seq)
+
+    @property
+    def facts(self) -> list[Fact]:
+        return self._facts_until(self._end().seq)
+
+    def extend(self, moments: Sequence[tuple[Block, int]], facts: Sequence[tuple[int, Fact]] = ()) -> list[Columns]:
         """Refused: this is the past."""
         raise TypeError("a history that a rule is given is there to read; it takes no snapshot")
+
+
+def _thinned(facts: list[Fact], more: Sequence[Fact]) -> list[Fact]:
+    """The facts and those that came then, thinned as each came: the same however many come at once."""
+    result = [*facts, *more[: max(2 * MAX_FACTS - len(facts), 0)]]
+    for fact in more[max(2 * MAX_FACTS - len(facts), 0) :]:
+        result.append(fact)
+        if len(result) > 2 * MAX_FACTS:
+            first, last = MAX_FACTS // 2, len(result) - MAX_FACTS
+            result = [*result[:first], *result[first:last:2], *result[last:]]
+    return result
 
 
 def _alone(snapshot: Snapshot) -> Snapshot:

@@ -73,53 +73,92 @@ class RuleSet:
             return []
         self._last = moments[-1].seq
         blocks = list({id(moment.block): moment.block for moment in moments}.values())
+        return self._new(lambda asked: asked.new(history, blocks, moments), moments[-1])
+
+    def last(self, history: History) -> list[Finding]:
+        """What rules about the whole run find at its end."""
+        newest = history.newest()
+        if newest is None:
+            return []
+        return [finding for _, finding in self._new(lambda asked: asked.last(history, newest), newest)]
+
+    def _new(
+        self, ask: Callable[[_Asked], Iterable[tuple[Moment, list[_Said]]]], newest: Moment
+    ) -> list[tuple[int, Finding]]:
         new: list[tuple[int, Finding]] = []
         for asked in list(self._asked):
             try:
-                for moment, said in asked.new(history, blocks, moments):
+                for moment, said in ask(asked):
                     new += [(moment.seq, finding) for finding in _merged(said, moment.snapshot)]
             except BaseException as error:
                 if isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
                     raise
                 self._asked.remove(asked)
-                moment = asked.at or moments[-1]
+                moment = asked.at or newest
                 new.append((moment.seq, _switched_off(asked.rule, error, moment.snapshot)))
         return sorted(new, key=lambda each: (each[0], -each[1].severity.rank))
 
 
-def _asked(rule: Rule) -> _ColumnRule | _OccasionalRule | _AnyRule:
+def _asked(rule: Rule) -> _Asked:
     if isinstance(rule, ColumnRule):
         return _ColumnRule(rule)
     return _OccasionalRule(rule) if isinstance(rule, Occasional) else _AnyRule(rule)
 
 
-class _OccasionalRule:
-    """A rule about the whole run: asked when that has grown, and what it said then stands until it is asked again."""
+class _Asked:
+    """A rule, and what of its findings is not over."""
 
-    def __init__(self, rule: Occasional) -> None:
-        self.rule = rule
-        self.at: Moment | None = None
-        self._due, self._stands = 0, _NOTHING
+    rule: Rule
+
+    def __init__(self) -> None:
+        self.at: Moment | None = None  #: the moment that it is asked about
         self._illnesses = _Illnesses()
 
     def new(
         self, history: History, blocks: Sequence[Columns], moments: Sequence[Moment]
     ) -> Iterator[tuple[Moment, list[_Said]]]:
-        """What is new, at the newest moment."""
-        seen, self.at = history.course.seen, moments[-1]
-        if seen >= self._due:
-            self._due = self.rule.next_look(seen)
-            self._stands = _said(self.rule(history)) or _NOTHING
-            yield from self._illnesses.new([self.at], {self.at.seq: self._stands} if self._stands else {})
+        """What is new, and at which moment."""
+        raise NotImplementedError
+
+    def last(self, history: History, newest: Moment) -> Iterator[tuple[Moment, list[_Said]]]:
+        """What is new at the end of the run, all moments of which it was asked about."""
+        return iter(())
 
 
-class _AnyRule:
+class _OccasionalRule(_Asked):
+    """A rule about the whole run: asked when that has grown, by steps and not by blocks."""
+
+    def __init__(self, rule: Occasional) -> None:
+        super().__init__()
+        self.rule: Occasional = rule
+        self._due = 0
+
+    def new(
+        self, history: History, blocks: Sequence[Columns], moments: Sequence[Moment]
+    ) -> Iterator[tuple[Moment, list[_Said]]]:
+        """What is new, at the moments where it looks: the first ones at which the run has grown enough."""
+        first = moments[0].seq
+        seen = history.course.seen_at(np.arange(first, moments[-1].seq + 1))
+        while (at := int(np.searchsorted(seen, self._due))) < len(moments):
+            yield from self._look(history, moments[at], int(seen[at]))
+
+    def last(self, history: History, newest: Moment) -> Iterator[tuple[Moment, list[_Said]]]:
+        """The same at the end of the run, unless it has just looked."""
+        if self.at is not newest:
+            yield from self._look(history, newest, history.course.seen)
+
+    def _look(self, history: History, moment: Moment, seen: int) -> Iterator[tuple[Moment, list[_Said]]]:
+        self.at, self._due = moment, self.rule.next_look(seen)
+        stands = _said(self.rule(history.until(moment)))
+        yield from self._illnesses.new([moment], {moment.seq: stands} if stands else {})
+
+
+class _AnyRule(_Asked):
     """A rule that is called after each moment."""
 
     def __init__(self, rule: Rule) -> None:
+        super().__init__()
         self.rule = rule
-        self.at: Moment | None = None  #: the moment that it is asked about
-        self._illnesses = _Illnesses()
 
     def new(
         self, history: History, blocks: Sequence[Columns], moments: Sequence[Moment]
@@ -130,15 +169,15 @@ class _AnyRule:
             yield from self._illnesses.new([self.at], {self.at.seq: said} if said else {})
 
 
-class _ColumnRule:
+class _ColumnRule(_Asked):
     """A rule that is a condition over columns: asked once a block, and for words only where it lasts."""
 
     def __init__(self, rule: ColumnRule) -> None:
-        self.rule = rule
-        self.at: Moment | None = None
-        self._illnesses = _Illnesses()
+        super().__init__()
+        self.rule: ColumnRule = rule
         self._conditions = [(condition, Streaks(steps)) for condition, steps in rule.conditions()]
-        self._again: dict[str, tuple[object, list[_Said]]] = {}  # by stage, what it said last and for which rows
+        #: By stage and parameters, what it said last and for which rows.
+        self._again: dict[tuple[str, tuple[str, ...]], tuple[object, list[_Said]]] = {}
 
     def new(
         self, history: History, blocks: Sequence[Columns], moments: Sequence[Moment]
@@ -173,17 +212,17 @@ class _ColumnRule:
             if said:
                 spoken[self.at.seq] = said
         if not somewhere[-1]:
-            self._again.pop(columns.stage, None)
+            self._again.pop((columns.stage, columns.names), None)
 
     def _findings(
         self, history: History, columns: Columns, at: int, lasts: Sequence[np.ndarray], fresh: bool
     ) -> list[_Said]:
-        key = columns.names, *(last.tobytes() for last in lasts)
-        if self.rule.settled and not (fresh and at) and self._again.get(columns.stage, (None,))[0] == key:
-            return self._again[columns.stage][1]
+        of, key = (columns.stage, columns.names), tuple(last.tobytes() for last in lasts)
+        if self.rule.settled and not (fresh and at) and self._again.get(of, (None,))[0] == key:
+            return self._again[of][1]
         rows = [np.flatnonzero(last).tolist() for last in lasts]
         said = _said(self.rule.findings(history.until(columns.moments[at]), *rows))
-        self._again[columns.stage] = key, said
+        self._again[of] = key, said
         return said
 
 

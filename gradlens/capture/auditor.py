@@ -67,7 +67,7 @@ class Auditor:
     def observed(self, loss: Any, step: int) -> None:
         """The user observed a loss whose backward has not run: numbers inside its graph are still there."""
         try:
-            if isinstance(loss, Tensor) and loss.grad_fn is not None and loss.is_cpu and self._will_look():
+            if type(loss) is Tensor and loss.grad_fn is not None and loss.is_cpu and self._will_look():
                 names = self._names()
                 self._note(replace(walk_graph(loss, names, values=True), step=step, backward=0, loss=float(loss.detach())))
         except Exception as error:  # noqa: BLE001

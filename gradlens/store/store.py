@@ -116,11 +116,11 @@ class Store:
         self._recover(known)
         if self._left:
             self._wake.set()
-        self._threads = [
+        self.threads = [  #: its own, for whoever asks what they cost
             threading.Thread(target=call, name=name, daemon=True)
             for call, name in ((self._beat, "gradlens-store"), (self._keep, "gradlens-store-keeper"))
         ]
-        for thread in self._threads:
+        for thread in self.threads:
             thread.start()
 
     def _open(self, rank: int) -> Lock:
@@ -214,7 +214,7 @@ class Store:
             self._closed = True
         self._stop.set()
         self._wake.set()
-        for thread in self._threads:
+        for thread in self.threads:
             thread.join()
         try:
             if self._error is None:
@@ -243,8 +243,9 @@ class Store:
             self._put_block(block, np.array(own, np.int64))
         self._put_scalars(moments)
         wrong = {id(block): self._flight.wrong(block) for block, _ in numbers.values()}
+        steps = {key: block.step.tolist() for key, (block, _) in numbers.items()}
         for number, (block, at) in enumerate(moments, start=self._snapshots):
-            due = self._kept.due(int(block.step[at]), number, block, at)
+            due = self._kept.due(steps[id(block)][at], number, block, at)
             if due:
                 self._put_detail(number, block.snapshot(at))
             for earlier, snapshot in self._flight.take(number, block, at, wrong=wrong[id(block)][at], written=due):
@@ -286,20 +287,23 @@ class Store:
     def _put_scalars(self, moments: Sequence[tuple[Block, int]]) -> None:
         names = self._segment.scalars
         places = {name: i for i, name in enumerate(names)}
-        found: list[tuple[int, Block, int, int, float]] = []
-        for number, (block, at) in enumerate(moments, start=self._snapshots):
-            for name, value in block.scalars[at].items():
+        of: list[int] = []  # which of the moments
+        entry: list[int] = []
+        values: list[float] = []
+        for at, (block, place) in enumerate(moments):
+            for name, value in block.scalars[place].items():
                 if name not in places and len(names) < segment.MAX_SCALARS:
                     places[name] = len(names)
                     names.append(name)
                     self._stale = True
                 if name in places:
-                    found.append((number, block, at, places[name], value))
-        if found:
-            keys = [_keys(np.array([number]), block, at) for number, block, at, *_ in found]
-            rows = {name: np.concatenate([each[name] for each in keys]) for name in keys[0]}
-            rows["entry"], rows["value"] = np.array([each[3] for each in found]), np.array([each[4] for each in found])
-            self._put("scalars", rows)
+                    of.append(at)
+                    entry.append(places[name])
+                    values.append(value)
+        if of:
+            self._put(
+                "scalars", {**_keys_of(moments, of, self._snapshots), "entry": np.array(entry), "value": np.array(values)}
+            )
 
     def _put_detail(self, number: int, snapshot: Snapshot) -> None:
         keys = _keys(np.array([number]), block_of(snapshot))
@@ -438,17 +442,31 @@ def _mergeable(own: Sequence[Part]) -> list[Part]:
     return []
 
 
-def _keys(numbers: np.ndarray, block: Block, at: int | None = None) -> dict[str, np.ndarray]:
-    """What rows of these moments of a block begin with, `[m]` each."""
-    own = slice(None) if at is None else slice(at, at + 1)
-    time_ = np.nan_to_num(np.round(block.time[own] * 1e6), nan=0.0, posinf=0.0, neginf=0.0)
+def _keys(numbers: np.ndarray, block: Block) -> dict[str, np.ndarray]:
+    """What rows of a block's moments begin with, `[m]` each."""
     return {
         "snapshot": numbers,
-        "step": block.step[own],
-        "backward": block.backward[own],
+        "step": block.step,
+        "backward": block.backward,
         "stage": np.full(len(numbers), STAGES.index(block.stage)),
-        "time": time_.astype(np.int64),
+        "time": _microseconds(block.time),
     }
+
+
+def _keys_of(moments: Sequence[tuple[Block, int]], of: Sequence[int], first: int) -> dict[str, np.ndarray]:
+    """The same of some moments of several blocks, the first of them all being number `first`."""
+    chosen = [moments[at] for at in of]
+    return {
+        "snapshot": first + np.array(of),
+        "step": np.array([block.step[at] for block, at in chosen]),
+        "backward": np.array([block.backward[at] for block, at in chosen]),
+        "stage": np.array([STAGES.index(block.stage) for block, _ in chosen]),
+        "time": _microseconds(np.array([block.time[at] for block, at in chosen])),
+    }
+
+
+def _microseconds(seconds: np.ndarray) -> np.ndarray:
+    return np.nan_to_num(np.round(seconds * 1e6), nan=0.0, posinf=0.0, neginf=0.0).astype(np.int64)
 
 
 #: The code that the files have of each status of a block.

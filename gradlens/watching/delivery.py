@@ -17,6 +17,7 @@ from gradlens.analysis.history import History
 from gradlens.analysis.ruleset import RuleSet
 from gradlens.blocks import Block
 from gradlens.errors import FindingError, GradlensWarning
+from gradlens.facts import Fact
 from gradlens.records import Finding, Severity
 from gradlens.watching.failures import Failures
 from gradlens.writers.base import Writer
@@ -25,6 +26,7 @@ from gradlens.writers.fanout import Fanout
 FINDINGS = 2000  #: that one rule may make; what it finds after that is counted, and said at the end
 
 Moments = Sequence[tuple[Block, int]]
+Facts = Sequence[tuple[int, Fact]]
 
 
 class Delivery:
@@ -65,9 +67,12 @@ class Delivery:
 
     # --- everything else --------------------------------------------------------------------------------------------
 
-    def deliver(self, moments: Moments) -> None:
-        """To the history, the rules, the other writers: all moments of some blocks, in the order in which they came."""
-        first = self._history.extend(moments)[0].moments[0].seq
+    def deliver(self, moments: Moments, facts: Facts = ()) -> None:
+        """To the history, the rules, the other writers: all moments of some blocks, in the order in which they came.
+
+        A fact comes with the place of the first moment that knows it.
+        """
+        first = self._history.extend(moments, facts)[0].moments[0].seq
         self._entering("a rule")
         new = self._rules.ask(self._history)
         at = 0
@@ -79,6 +84,12 @@ class Delivery:
         self.others.write_moments(moments[at:])
         self._history.trim()
         self.tell_failures()
+
+    def end(self) -> None:
+        """What is found at the end of the run."""
+        self._entering("a rule")
+        for finding in self._rules.last(self._history):
+            self.tell(finding)
 
     def tell(self, finding: Finding, *, recorded: bool = False) -> None:
         """Hand a finding on to everybody."""

@@ -1,80 +1,52 @@
-"""What gradlens costs, measured while it works, and the schedule that keeps a budget.
+"""What gradlens costs: what is felt, measured while it works, with how sure that is.
 
-Two measurements. *Directly*: the seconds that training threads spend in gradlens. It leaves out the short hook of each
-parameter, and what the background thread takes away from training. *By comparison*: a step is `busy` when it is observed,
-when it follows one that was (which tidies up), or when the background thread still works on what was seen; any other is
-`quiet`. A run of busy steps is compared with the quiet steps right before and after it, so a machine that gets slower in the
-meantime does not matter, and
+    felt  =  seconds on the training thread  +  hidden * observed steps  +  share * seconds of our own threads
 
-    cost of an observed step = (seconds of the busy steps - as many typical quiet ones) / observed among them
+*Seconds* are those of a stopwatch around all that torch calls of ours. What it cannot see is estimated by comparison: a run
+of steps that have something to them with the steps right before and after it that have not, so a machine that gets slower in
+the meantime does not matter.
 
-The comparison needs quiet steps, as a schedule or a budget makes them. A step that is not observed costs a little too, the
-`floor`. Time is step time: of a pause, such as an evaluation between two steps, only the length of some steps is counted.
+    hidden   an observed step (and the one after it, which tidies up) against steps that are not: short hooks, caches
+    share    steps during which our own threads worked against steps during which they rested: the share of their processor
+             time that training waits for, since Python's lock is theirs meanwhile
+
+`hidden` needs steps that are not observed, as a schedule or a budget makes them. `share` is near 1 where training is Python,
+and less where it is long native operations; before it was measured it is taken to be `EXPECTED`. A step that is not observed
+costs a little too, the `floor`. Time is step time: of a pause, such as an evaluation between two steps, only the length of
+some steps is counted.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
-import threading
 import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import TracebackType
 
-from gradlens.schedules import Schedule
-
-Now = Callable[[], float]
+from gradlens.watching.stopwatch import Now, Stopwatch
 
 RECENT = 200  #: comparisons and looks that the typical cost rests on
 NEAR = 8  #: quiet steps on either side that busy ones are compared with
 ENOUGH = 5  #: comparisons, before they are believed
-PAUSE = 10  #: typical steps from which a step is taken to have a pause in it
+PAUSE = 10  #: typical steps without a hook, from which it is a pause
 SETTLED = 20  #: quiet steps, before the floor is believed
+WORKED = 0.01  #: of a typical step, from which our own threads worked during it
 
-START = 3  #: first due steps, observed in any case: the very first allocates, and its cost is not typical
-RUSH = 2  #: times the budget, that no stretch between two observed steps exceeds
-LEAST = 0.1  #: of the budget, that is there for looking even where more than the budget was spent
-
-
-class _Here(threading.local):
-    depth = 0
-    start = 0.0
-
-
-class Stopwatch:
-    """Seconds inside `with stopwatch:`, on all threads. What is timed within something timed counts once."""
-
-    def __init__(self, now: Now = time.perf_counter) -> None:
-        self._now = now
-        self._total = 0.0
-        self._here = _Here()
-
-    def __enter__(self) -> None:
-        here = self._here
-        if not here.depth:
-            here.start = self._now()
-        here.depth += 1
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        here = self._here
-        here.depth -= 1
-        if not here.depth:
-            self._total += self._now() - here.start
-
-    @property
-    def seconds(self) -> float:
-        """So far, with what this thread is in the middle of."""
-        here = self._here
-        return self._total + (self._now() - here.start if here.depth else 0.0)
+EXPECTED, SPREAD = (
+    0.8,
+    0.3,
+)  #: the share of our threads' time that is felt, before it was measured: five models had 0.6 to 1.1
+LEAST_SHARE, MOST_SHARE = -1.0, 3.0  #: of one comparison: what is beyond has another reason
+LEAST = 0.1  #: of the budget, beyond which it is said to be exceeded
 
 
 @dataclass(frozen=True)
 class Overhead:
     """What gradlens cost the training."""
 
-    seconds: float  #: measured directly
+    seconds: float  #: on threads that train, measured directly
     steps: int  #: since watch()
     observed: int  #: of these
     elapsed: float  #: seconds of step time
@@ -83,34 +55,43 @@ class Overhead:
     uncertainty: float | None = None  #: one standard error of that
     floor: float | None = None  #: seconds of ours in a quiet step, measured directly; None where none was quiet
     budget: float | None = None  #: the share that was asked for
+    background: float = 0.0  #: processor seconds of our own threads
+    contention: float = 0.0  #: the share of these that training waited for
+    contention_uncertainty: float = 0.0  #: one standard error of that
 
     @property
     def share(self) -> float:
-        """Of the step time: what was measured directly, corrected by the comparison. NaN before the first step ends."""
-        if self.elapsed <= 0 or not self.steps:
+        """Of the step time, what is felt. NaN before anything was seen."""
+        if self.elapsed <= 0:
             return math.nan
         hidden = 0.0 if self.compared is None else self.compared - self.look
-        return max(self.seconds + hidden * self.observed, 0.0) / self.elapsed
+        felt = self.seconds + hidden * self.observed + self.contention * self.background
+        return min(max(felt, 0.0) / self.elapsed, 1.0)
 
     @property
-    def share_uncertainty(self) -> float | None:
-        """One standard error of the share; None where it was measured directly."""
-        if self.uncertainty is None or self.elapsed <= 0:
-            return None
-        return self.uncertainty * self.observed / self.elapsed
+    def share_uncertainty(self) -> float:
+        """One standard error of the share."""
+        if self.elapsed <= 0:
+            return math.nan
+        look = (self.uncertainty or 0.0) * self.observed
+        return math.hypot(look, self.contention_uncertainty * self.background) / self.elapsed
 
     def __str__(self) -> str:
-        if not self.steps:
+        if self.elapsed <= 0:
             return "no step yet"
-        error = self.share_uncertainty
-        share = f"{self.share:.1%}" + ("" if error is None else f" +- {error:.1%}")
-        text = f"{share} of the time of {self.steps:,} steps, {self.observed:,} of them observed"
+        of = f"{self.steps:,} steps, {self.observed:,} of them observed" if self.steps else "a step that is still open"
+        text = f"{self.share:.1%} +- {self.share_uncertainty:.1%} of the time of {of}"
         if self.observed:
-            text += f"; {1e3 * self.look:.2f} ms each, measured directly"
+            text += f"; {1e3 * self.look:.2f} ms each on the training thread"
         if self.compared is not None and self.uncertainty is not None:
             text += f", {1e3 * self.compared:.2f} +- {1e3 * self.uncertainty:.2f} ms against the steps around them"
         if self.floor is not None:
             text += f"; {1e3 * self.floor:.3f} ms a step that is not observed"
+        if self.background > 0:
+            text += (
+                f"; {self.background / self.elapsed:.1%} of a core on threads of its own, of which training waited for "
+                f"{self.contention:.0%} +- {self.contention_uncertainty:.0%}"
+            )
         return text + self._verdict()
 
     def _verdict(self) -> str:
@@ -118,32 +99,30 @@ class Overhead:
             return ""
         if self.floor is not None and self.floor * self.steps > self.budget * self.elapsed:
             return f". The budget of {self.budget:.1%} cannot be kept: steps that are not observed cost more than that alone"
-        if self.share - (self.share_uncertainty or 0.0) > self.budget * (1 + LEAST):
+        if self.share - self.share_uncertainty > self.budget * (1 + LEAST):
             return f". The budget is {self.budget:.1%}: what the first steps cost is still being made up for"
         return f". The budget is {self.budget:.1%}"
 
 
 class Comparison:
-    """Busy steps against the quiet ones around them: what observing one step costs, in seconds, and how sure that is."""
+    """Busy steps against the quiet ones around them: the extra seconds of each run of them, a unit of what made them so."""
 
-    def __init__(self) -> None:
-        self.cost: float | None = None
-        self.uncertainty: float | None = None
-        self._costs: deque[float] = deque(maxlen=RECENT)
+    def __init__(self, keep: Callable[[float, float], None]) -> None:
+        self._keep = keep  # extra seconds, and how much they are for
         self._before: deque[float] = deque(maxlen=NEAR)
         self._after: list[float] = []
         self._begin()
 
     def _begin(self) -> None:
-        self._seconds, self._steps, self._observed, self._paused = 0.0, 0, 0, False
+        self._seconds, self._steps, self._amount, self._paused = 0.0, 0, 0.0, False
 
-    def busy(self, duration: float, *, observed: bool, paused: bool) -> None:
+    def busy(self, duration: float, amount: float, *, paused: bool = False) -> None:
         """A busy step. With a pause in it, nothing can be said of the run that it is part of."""
         if self._after:
             self._compare()
         self._seconds += duration
         self._steps += 1
-        self._observed += observed
+        self._amount += amount
         self._paused |= paused
 
     def quiet(self, duration: float) -> None:
@@ -153,73 +132,117 @@ class Comparison:
             self._compare()
 
     def _compare(self) -> None:
-        if self._before and self._observed and not self._paused:
+        if self._before and self._amount and not self._paused:
             typical = statistics.median([*self._before, *self._after])
-            self._costs.append((self._seconds - self._steps * typical) / self._observed)
-            if len(self._costs) >= ENOUGH:
-                self.cost = statistics.median(self._costs)
-                self.uncertainty = _error_of_median(self._costs, self.cost)
+            self._keep(self._seconds - self._steps * typical, self._amount)
         self._before, self._after = deque(self._after, maxlen=NEAR), []
         self._begin()
 
 
-def _error_of_median(values: deque[float], middle: float) -> float:
-    """Its standard error, from the median absolute deviation: steps have outliers."""
-    deviation = 1.4826 * statistics.median(abs(value - middle) for value in values)
-    return 1.2533 * deviation / math.sqrt(len(values))
+class LookCost:
+    """What observing one step costs by comparison, in seconds: the median over comparisons, as steps have outliers."""
+
+    def __init__(self) -> None:
+        self.cost: float | None = None
+        self.uncertainty: float | None = None
+        self._costs: deque[float] = deque(maxlen=RECENT)
+        self.comparison = Comparison(self._take)
+
+    def _take(self, extra: float, observed: float) -> None:
+        self._costs.append(extra / observed)
+        if len(self._costs) >= ENOUGH:
+            self.cost = statistics.median(self._costs)
+            deviation = 1.4826 * statistics.median(abs(value - self.cost) for value in self._costs)
+            self.uncertainty = 1.2533 * deviation / math.sqrt(len(self._costs))
+
+
+class Contention:
+    """The share of our own threads' processor time that training waits for: the sum of what runs of busy steps took longer,
+    over the sum of that time, put together with what is expected by how sure each is."""
+
+    def __init__(self) -> None:
+        self._runs: deque[tuple[float, float]] = deque(maxlen=RECENT)  # extra seconds, processor seconds
+        self.comparison = Comparison(self._take)
+        self.share, self.uncertainty = EXPECTED, SPREAD
+
+    def _take(self, extra: float, seconds: float) -> None:
+        self._runs.append((min(max(extra, LEAST_SHARE * seconds), MOST_SHARE * seconds), seconds))
+        if len(self._runs) < ENOUGH:
+            return
+        total = sum(worked for _, worked in self._runs)
+        measured = sum(felt for felt, _ in self._runs) / total
+        scatter = sum((felt - measured * worked) ** 2 for felt, worked in self._runs)
+        error = math.sqrt(scatter * len(self._runs) / (len(self._runs) - 1)) / total
+        known, expected = 1 / max(error, 1e-3) ** 2, 1 / SPREAD**2
+        self.share = max((measured * known + EXPECTED * expected) / (known + expected), 0.0)
+        self.uncertainty = 1 / math.sqrt(known + expected)
 
 
 class Meter:
     """The steps of a lens: how many, how long, and how much of that is ours.
 
-    `step_ended` is called as soon as a step is over, so what then tidies up is in the next one's time. `busy` says whether
-    the background thread has something to do.
+    `step_ended` is called as soon as a step is over, so what then tidies up is in the next one's time. `background` gives
+    the processor seconds of our own threads so far.
     """
 
-    def __init__(self, stopwatch: Stopwatch, busy: Callable[[], bool] = lambda: False, now: Now = time.perf_counter) -> None:
-        self._stopwatch, self._busy, self._now = stopwatch, busy, now
-        self._last, self._spent = now(), stopwatch.seconds
-        self._observed = self._wake = False  # of the step before: was observed, left work behind
+    def __init__(
+        self, stopwatch: Stopwatch, background: Callable[[], float] = lambda: 0.0, now: Now = time.perf_counter
+    ) -> None:
+        self._stopwatch, self._background, self._now = stopwatch, background, now
+        self._last, self._spent, self._paused, self._worked = now(), stopwatch.seconds, 0.0, background()
+        self._observed = False  # the step before
         self._recent: deque[float] = deque(maxlen=4 * NEAR)
         self._looks: deque[float] = deque(maxlen=RECENT)  # seconds of ours for each observed step
         self._direct = 0.0  # for a typical one
-        self._comparison = Comparison()
+        self._look, self._contention = LookCost(), Contention()
         self._quiet, self._quiet_ours, self._quiet_elapsed = 0, 0.0, 0.0
         self.steps = self.observed = 0
         self.elapsed = 0.0  #: step time
-        self.since = 0.0  #: of that, after the last observed step
+        self.background = 0.0  #: processor seconds of our own threads, within steps
+        self.since = 0.0  #: of step time, after the last observed step
         self.typical = 0.0  #: seconds of a step
 
     def step_ended(self, observed: bool) -> None:
         """A step ended now."""
-        now, spent = self._now(), self._stopwatch.seconds
-        duration, ours = now - self._last, spent - self._spent
-        self._last, self._spent = now, spent
-        longest = PAUSE * self.typical + ours if self._recent else math.inf
-        paused, counted = duration > longest, min(duration, longest)
-        self._recent.append(counted)
+        duration, ours, pause, worked = self._open()
+        self._last, self._spent = self._last + duration + pause, self._spent + ours
+        self._paused, self._worked = self._paused + pause, self._worked + worked
+        self._recent.append(duration)
         if self.steps % NEAR == 0 or self.steps < NEAR:
             self.typical = statistics.median(self._recent)
+            self._stopwatch.longest = PAUSE * self.typical
         self.steps += 1
         self.observed += observed
-        self.elapsed += counted
-        self.since = 0.0 if observed else self.since + counted
-        self._account(duration, ours, counted, observed=observed, paused=paused)
-        self._observed, self._wake = observed, observed or self._busy()
+        self.elapsed += duration
+        self.background += worked
+        self.since = 0.0 if observed else self.since + duration
+        self._account(duration, ours, worked, observed=observed, paused=pause > 0)
+        self._observed = observed
 
-    def _account(self, duration: float, ours: float, counted: float, *, observed: bool, paused: bool) -> None:
-        if observed or self._observed:
-            self._look(ours, first=observed)
-        if observed or self._wake:
-            self._comparison.busy(duration, observed=observed, paused=paused)
+    def _open(self) -> tuple[float, float, float, float]:
+        """Of the open step so far: seconds without its pauses, ours, the pauses, and processor seconds of our threads."""
+        now, stopwatch = self._now(), self._stopwatch
+        pause = stopwatch.paused_until(now) - self._paused
+        return now - self._last - pause, stopwatch.seconds - self._spent, pause, self._background() - self._worked
+
+    def _account(self, duration: float, ours: float, worked: float, *, observed: bool, paused: bool) -> None:
+        looked, contended = observed or self._observed, worked > WORKED * self.typical
+        if looked:
+            self._add_look(ours, first=observed)
+        if contended:
+            self._contention.comparison.busy(duration - ours, worked, paused=paused)
+        elif not paused:
+            self._contention.comparison.quiet(duration - ours)
+        if looked:
+            self._look.comparison.busy(duration, observed, paused=paused or contended)
             return
         self._quiet += 1
         self._quiet_ours += ours
-        self._quiet_elapsed += counted
-        if not paused:
-            self._comparison.quiet(duration)
+        self._quiet_elapsed += duration
+        if not (paused or contended):
+            self._look.comparison.quiet(duration)
 
-    def _look(self, ours: float, *, first: bool) -> None:
+    def _add_look(self, ours: float, *, first: bool) -> None:
         """An observed step, or the one after it, which tidies up: what they cost beyond the floor."""
         if first:
             self._looks.append(0.0)
@@ -244,67 +267,38 @@ class Meter:
     @property
     def _hidden(self) -> float:
         """What observing a step costs beyond what is measured directly, as far as the comparison is sure of it."""
-        compared, direct = self._comparison.cost, self._direct
-        return 0.0 if compared is None else max(compared - (self._comparison.uncertainty or 0.0) - direct, 0.0)
+        compared, direct = self._look.cost, self._direct
+        return 0.0 if compared is None else max(compared - (self._look.uncertainty or 0.0) - direct, 0.0)
+
+    @property
+    def _waited(self) -> float:
+        """Seconds that training waited for our own threads."""
+        return self._contention.share * self.background
 
     @property
     def cost(self) -> float:
         """Seconds for a typical observed step."""
-        return self._direct + self._hidden
+        return self._direct + self._hidden + self._waited / max(self.observed, 1)
 
     @property
     def spent(self) -> float:
         """Seconds for everything so far, the first steps and the floor included."""
-        return self._spent + self._hidden * self.observed
+        return self._spent + self._hidden * self.observed + self._waited
 
     def overhead(self, budget: float | None = None) -> Overhead:
-        """The cost so far."""
+        """The cost so far, with the step that is open."""
+        duration, ours, _, worked = self._open()
         return Overhead(
-            seconds=self._spent,
+            seconds=self._spent + ours,
             steps=self.steps,
             observed=self.observed,
-            elapsed=self.elapsed,
+            elapsed=self.elapsed + (duration if self.steps or ours else 0.0),
             look=self._direct,
-            compared=self._comparison.cost,
-            uncertainty=self._comparison.uncertainty,
+            compared=self._look.cost,
+            uncertainty=self._look.uncertainty,
             floor=self.floor if self._quiet else None,
             budget=budget,
+            background=self.background + worked,
+            contention=self._contention.share,
+            contention_uncertainty=self._contention.uncertainty,
         )
-
-
-class Pace:
-    """A schedule, stretched so that the measured cost stays under a share of the time: `budget`.
-
-    The first `START` due steps are observed in any case: there is no cost known before. After that, a due step is when all
-    that was spent, this step's cost included, is within the budget; but never so soon after the last that the stretch
-    between them cost more than `RUSH` times the budget: what a pause or a cheaper model leaves over is used up slowly. For a
-    lens that cannot keep its budget, since the first steps were dear or the floor alone is above it, `LEAST` of the budget
-    is there all the same, so that it is never blind for good. `tell` is called once, with the share, if the floor is above.
-    """
-
-    def __init__(
-        self, schedule: Schedule, budget: float | None, meter: Meter, tell: Callable[[float], None] = lambda share: None
-    ) -> None:
-        self._schedule, self.budget, self._meter, self._tell = schedule, budget, meter, tell
-        self._begun = self._told = False
-        self._observed = True
-
-    def __call__(self, step: int) -> bool:
-        """Whether to observe this step; the one before has just ended."""
-        if self._begun:
-            self._meter.step_ended(self._observed)
-        self._begun = self._observed = True  # should the schedule raise, the step is observed
-        self._observed = bool(self._schedule(step)) and self._affordable()
-        if self.budget is not None and not self._told and self._meter.settled and self._meter.floor_share > self.budget:
-            self._told = True
-            self._tell(self._meter.floor_share)
-        return self._observed
-
-    def _affordable(self) -> bool:
-        budget, meter = self.budget, self._meter
-        if budget is None or meter.observed < START:
-            return True
-        cost, since = meter.cost, meter.since + meter.typical
-        if cost > RUSH * budget * since:
-            return False
-        return meter.spent + cost <= budget * (meter.elapsed + meter.typical) or cost <= LEAST * budget * since

@@ -23,7 +23,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -41,6 +41,7 @@ from gradlens.statistics.unpacking import Arrival, unpack
 from gradlens.watching.delivery import Delivery
 from gradlens.watching.failures import Failures
 from gradlens.watching.inbox import Inbox
+from gradlens.watching.stopwatch import ThreadClock
 from gradlens.writers.base import Writer
 
 ROWS = 100_000  #: that are unpacked and handed on together: some 40 MB
@@ -81,6 +82,13 @@ def _with_loss(scalars: dict[str, float], loss: float | Tensor | None) -> dict[s
     return scalars if loss is None or "loss" in scalars else {"loss": float(loss), **scalars}
 
 
+class Unpacked(NamedTuple):
+    """Moments, each a block and a place in it; and facts, each with the place of the first moment that knows it."""
+
+    moments: list[tuple[Block, int]]
+    facts: list[tuple[int, Fact]]
+
+
 class Recorder:
     """Takes tables on the training thread; history, rules and writers get them on another."""
 
@@ -97,11 +105,11 @@ class Recorder:
         self._wake = threading.Event()
         self.inbox = Inbox(self._wake.set)
         self._recording = threading.Lock()  # one thread takes from the inbox at a time
-        self._recorded: deque[list[tuple[Block, int]] | Finding | Fact] = deque()  # that were not delivered
+        self._recorded: deque[Unpacked | Finding] = deque()  # that were not delivered
         self._facts: list[Fact] = []
         self._requests: deque[threading.Event] = deque()
         self._within, self._progress = "", 0  # whose function is running, and how many have
-        self._working = self._closed = False
+        self._closed = False
         self._spent = self._recording_spent = 0.0  # processor seconds, of each thread
         self._pid = os.getpid()
         self._ended = threading.Event()
@@ -109,8 +117,10 @@ class Recorder:
             threading.Thread(target=work, name=name, daemon=True)
             for work, name in ((self._work, "gradlens"), (self._keep_recording, "gradlens-records"))
         ]
+        self._clock = ThreadClock()
         for thread in self._threads:
             thread.start()
+        self._clock.add([*self._threads, *(thread for writer in writers for thread in getattr(writer, "threads", ()))])
 
     # --- the training thread ----------------------------------------------------------------------------------------
 
@@ -145,7 +155,7 @@ class Recorder:
 
     def diagnosis(self) -> Diagnosis:
         """What was found so far, in order."""
-        return diagnose(list(self.found), trend(self.history.course, list(self.history.facts)))
+        return diagnose(list(self.found), trend(self.history.course, self.history.facts))
 
     def interrupt(self) -> None:
         """Raise what the user asked to be raised: called in the training thread, after an update."""
@@ -158,9 +168,9 @@ class Recorder:
         """What was found, in order."""
         return self._delivery.found
 
-    def busy(self) -> bool:
-        """Whether the recorder works now, and may take Python's lock from training."""
-        return self._working
+    def background_seconds(self) -> float:
+        """Processor seconds so far of all threads that work on what was seen, the store's among them."""
+        return self._clock() or self.seconds
 
     @property
     def seconds(self) -> float:
@@ -229,7 +239,7 @@ class Recorder:
             return
         self._recording.release()
         self._record(wait=True)
-        waiting = sum(len(each) if isinstance(each, list) else 1 for each in self._recorded)
+        waiting = sum(1 if isinstance(each, Finding) else len(each.moments) for each in self._recorded)
         finding = self._say_stuck(
             f"the lens was closed without it, and {waiting:,} records reached neither the rules nor the writers that "
             "are not durable"
@@ -257,21 +267,25 @@ class Recorder:
                 for finding in [item] if isinstance(item, Finding) else item.findings:
                     self._delivery.record_finding(finding)
                     self._recorded.append(finding)
-                self._recorded.extend(() if isinstance(item, Finding) else map(on_host, item.facts))
             for together in _portions([item for item in taken if isinstance(item, TableBatch)]):
-                moments = self._unpacked(together)
-                if moments:
-                    self._delivery.record(moments)
-                    self._recorded.append(moments)
+                for unpacked in self._unpacked(together):
+                    if unpacked.moments:
+                        self._delivery.record(unpacked.moments)
+                    self._recorded.append(unpacked)
 
-    def _unpacked(self, batches: Sequence[TableBatch]) -> list[tuple[Block, int]]:
+    def _unpacked(self, batches: Sequence[TableBatch]) -> list[Unpacked]:
+        """What batches hold, together; one by one where something is wrong with one of them."""
         try:
-            return unpack([arrival for batch in batches for arrival in batch.arrivals()])
+            facts, arrivals = [], list[Arrival]()
+            for batch in batches:
+                facts += [(len(arrivals), on_host(fact)) for fact in batch.facts]
+                arrivals += batch.arrivals()
+            return [Unpacked(unpack(arrivals), facts)]
         except Exception as error:  # noqa: BLE001 - a fault of ours costs the step that it touched
             if len(batches) == 1:
                 self._failures("unpacking", error)
                 return []
-        return [moment for batch in batches for moment in self._unpacked([batch])]
+        return [each for batch in batches for each in self._unpacked([batch])]
 
     # --- the recorder's thread --------------------------------------------------------------------------------------
 
@@ -281,12 +295,11 @@ class Recorder:
             self._wake.wait(rest)
             self._wake.clear()
             closing, requests = self._closed, [self._requests.popleft() for _ in range(len(self._requests))]
-            began, self._working = time.thread_time(), True
+            began = time.thread_time()
             self._guarded("records", self._record, bool(requests) or closing)
             self._guarded("recorder", self._deliver)
             if requests or closing:
                 self._guarded("writers", self._delivery.flush)
-            self._working = False
             spent = time.thread_time() - began
             self._spent += spent
             for done in requests:
@@ -294,6 +307,7 @@ class Recorder:
             if closing:
                 break
             rest = min(max(REST * spent, SHORTEST), LONGEST)
+        self._guarded("recorder", self._delivery.end)
         self._guarded("writers", self._delivery.others.close)
         self._guarded("findings", self._say_the_last)
         self._guarded("durable writers", self._close_durable)
@@ -311,10 +325,11 @@ class Recorder:
             each = self._recorded.popleft()
             if isinstance(each, Finding):
                 self._delivery.tell(each, recorded=True)
-            elif isinstance(each, list):
-                self._delivery.deliver(each)
+            elif each.moments:
+                self._delivery.deliver(each.moments, each.facts)
             else:
-                self.history.note(each)
+                for _, fact in each.facts:
+                    self.history.note(fact)
         self._delivery.tell_failures()
         self._enter("")
 

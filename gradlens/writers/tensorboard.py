@@ -7,11 +7,12 @@
 A step is written when the next begins: several snapshots make one (a backward's and the used gradient's, or the parts that
 two optimizers own). Size and direction are those of the loss's own gradient, before clipping; updates those of the used one.
 
-What a run costs is bounded, whatever its length: a screen shows a thousand points. Numbers are written at each of the first
-200 observed steps, then at steps that lie a thousandth of the run apart, and `MOMENT` seconds, and at each with a finding:
-some 8,000 points of a million steps. Pictures are drawn again when the run has grown by a tenth, but not within `interval`
-seconds; histograms when it has grown by a quarter. Nothing here grows with the run but the file; the largest part is the
-pictures' table, 1.5 MB. A step of which nothing is written costs its share of that table, taken for many steps at once.
+What a run costs is bounded, whatever its length: a screen shows a thousand points. Numbers are written at each of the
+first 200 observed steps, then at steps that lie a thousandth of the run apart, and a two-hundredth of its time or `LONGEST`
+seconds, and at each with a finding: some 8,000 points of a million steps. Pictures are drawn again when the run has grown by
+a tenth, but not within `interval` seconds; histograms when it has grown by a quarter. Nothing here grows with the run but
+the file; the largest part is the pictures' table, 1.5 MB. A step of which nothing is written costs its share of that table,
+taken for many steps at once, as are the numbers (`gradlens.writers.numbers`).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -29,12 +30,12 @@ from tensorboard.compat.proto.event_pb2 import Event
 
 from gradlens import fields
 from gradlens.analysis.history import History
-from gradlens.analysis.rules.base import judged, layout
+from gradlens.analysis.rules.base import judged
 from gradlens.blocks import Block, block_of
 from gradlens.errors import ArgumentError, RunDirectoryError
 from gradlens.noise import Gauge
-from gradlens.records import Finding, Severity, Snapshot, Stage, Status
-from gradlens.writers import events, heatmap, markdown, tags
+from gradlens.records import Finding, Severity, Snapshot, Stage
+from gradlens.writers import events, heatmap, markdown, numbers, tags
 from gradlens.writers.events import EventFile
 from gradlens.writers.grid import Grid, joined
 
@@ -42,8 +43,12 @@ CHOSEN = 8
 OBSERVED = 20  #: scalars that a user observes and that are shown
 FOUND = 1000  #: findings that are kept for the page
 EACH = 200  #: observed steps, whose numbers are written each
-MOMENT = 0.02  #: seconds of the run between two steps whose numbers are written, after these
+SHARE = 1 / 200  #: of the run's time that lies between two steps with numbers after these;
+SHORTEST, LONGEST = 0.02, 1.0  #: seconds, at least and at most
 DETAIL = 10  #: histograms tell apart what is within 2**DETAIL of the largest partial
+
+
+Moment = tuple[Block, int]  #: a block, and a place in it
 
 
 @dataclass
@@ -84,17 +89,17 @@ class _Step:
             self._alone = []
         del self._alone[:-8]
 
-    def of(self, stage: Stage) -> Snapshot | None:
+    def of(self, stage: Stage) -> Moment | None:
         """A stage, one row a parameter, parts behind each other."""
-        there = [block.snapshot(at) for (of, _), (block, at) in self._last.items() if of == stage]
+        there = [moment for (of, _), moment in self._last.items() if of == stage]
         if len(there) < 2:
             return there[0] if there else None
         history, names = History(), list[str]()
-        for snapshot in there:
-            history.append(snapshot)
-            names = joined(names, snapshot.names)
+        for block, at in there:
+            history.append(block.snapshot(at))
+            names = joined(names, block.names)
         whole = history.at()
-        return whole.take([whole.parameters.position[name] for name in names])
+        return block_of(whole.take([whole.parameters.position[name] for name in names])), 0
 
     def _stage(self) -> Stage | None:
         """That of the whole step's gradient of the loss, before it was clipped, where it was read; else the nearest."""
@@ -104,19 +109,31 @@ class _Step:
         there = {stage for stage, _ in self._last}
         return next((stage for stage in whole if stage in there), None)
 
-    def gradient(self) -> Snapshot | None:
+    def gradient(self) -> Moment | None:
         """The whole step's gradient."""
         stage = self._stage()
         return None if stage is None else self.of(stage)
 
-    def place(self) -> tuple[Block, int] | None:
-        """The same as a moment, where it is one."""
-        stage = self._stage()
-        there = [moment for (of, _), moment in self._last.items() if of == stage]
-        if len(there) == 1:
-            return there[0]
-        gradient = self.gradient()
-        return None if gradient is None else (block_of(gradient), 0)
+
+@dataclass
+class _Waiting:
+    """An event, and the moments that its numbers are of."""
+
+    event: Event
+    written: set[str]
+    gradient: Moment | None
+    used: Moment | None
+    noise_scale: float
+
+    def blocks(self) -> tuple[int, int]:
+        """Which blocks they are in."""
+        return 0 if self.gradient is None else id(self.gradient[0]), 0 if self.used is None else id(self.used[0])
+
+
+def _together(moments: Sequence[Moment | None]) -> Block | None:
+    """Moments of one block."""
+    there = [moment for moment in moments if moment is not None]
+    return numbers.taken(there[0][0], [at for _, at in there]) if there else None
 
 
 class TensorBoard:
@@ -150,12 +167,14 @@ class TensorBoard:
         self._count = 0  # steps that were observed, the open one included
         self._grid = Grid()
         self._gauge = Gauge()
-        self._unplotted: list[tuple[Block, int]] = []  # of steps that are over, and not in the pictures' table
+        self._waiting: list[_Waiting] = []
+        self._unplotted: list[Moment] = []  # of steps that are over, and not in the pictures' table
         self._found: dict[tuple[object, ...], Finding] = {}
         self._news = False  # findings that no page has shown
         self._chosen: dict[str, str] = {}  # names, and what they are in tags
         self._described: set[str] = set()  # tags whose meaning is in the file
         self._numbers, self._histograms, self._pictures = (GeometricSchedule(factor) for factor in (1.001, 1.25, 1.1))
+        self._begun = math.inf
         self._numbered_at = -math.inf
         self._drawn_at = self._told_at = -math.inf
 
@@ -182,10 +201,13 @@ class TensorBoard:
             if step == self._open.step:
                 self._open.take(block, at, self._gauge)
         self._plot()
+        self._write(self._waiting)
 
     def _due(self, now: float) -> bool:
         """Whether the numbers of the next step are written."""
-        rested = self._count <= EACH or not 0 <= now - self._numbered_at < MOMENT
+        self._begun = min(self._begun, now)
+        apart = min(max(SHARE * (now - self._begun), SHORTEST), LONGEST)
+        rested = self._count <= EACH or not 0 <= now - self._numbered_at < apart
         if not (rested and self._numbers.due(self._count)):
             return False
         self._numbered_at = now
@@ -200,16 +222,16 @@ class TensorBoard:
 
     def flush(self) -> None:
         """Write the open step's numbers, and the findings. What the step gets later is written later."""
-        event = self._event()
-        self._add_numbers(event)
-        self._add_page(event, at_once=True)
-        self._write(event)
+        waiting = self._waiting_for(self._event())
+        self._add_page(waiting.event, at_once=True)
+        self._write([waiting])
 
     def close(self) -> None:
         """Write the last step, with pictures and histograms as they are now, and close the file. May be called again."""
         try:
             if not self._file.closed:
                 self._finish(last=True)
+                self._write(self._waiting)
         finally:
             self._file.close()
 
@@ -224,26 +246,32 @@ class TensorBoard:
     # --- one event a step -------------------------------------------------------------------------------------------
 
     def _finish(self, last: bool = False) -> None:
-        noise, place = self._gauge.end(), self._open.place()
+        noise, place = self._gauge.end(), self._open.gradient()
         if place is not None:
             self._unplotted.append(place)
         histograms = self._histograms.due(self._count) or last
         pictures = last or (self._rested(self._drawn_at) and self._pictures.due(self._count))
         if not (self._open.due or self._news or histograms or pictures):
             return
-        self._plot()
-        event, gradient = self._event(), self._open.gradient()
+        waiting, gradient = self._waiting_for(self._event(), math.nan if noise is None else noise.noise_scale), place
         if gradient is not None:
-            self._add_help(event)
-            self._add_numbers(event, math.nan if noise is None else noise.noise_scale)
+            self._add_help(waiting.event)
+            if histograms or pictures:
+                self._plot()
             if histograms:
-                self._add_histograms(event, gradient)
+                self._add_histograms(waiting.event, gradient[0].snapshot(gradient[1]))
             if pictures:
                 self._drawn_at = self._open.time
-                self._add_pictures(event)
+                self._add_pictures(waiting.event)
             self._news |= last and self._told_at == -math.inf  # a healthy run says so at its end
-        self._add_page(event, at_once=last)
-        self._write(event)
+        self._add_page(waiting.event, at_once=last)
+        self._waiting.append(waiting)
+
+    def _waiting_for(self, event: Event, noise_scale: float = math.nan) -> _Waiting:
+        """The open step's event, and what its numbers are of, where they are to be written."""
+        gradient = self._open.gradient() if self._open.due or self._news else None
+        used = None if gradient is None else self._open.of(Stage.USED)
+        return _Waiting(event, self._open.written, gradient, used, noise_scale)
 
     def _rested(self, since: float) -> bool:
         """Whether `interval` seconds have passed, or the clock was set back."""
@@ -255,9 +283,13 @@ class TensorBoard:
             return Event(step=max(steps, default=0), wall_time=time.time())
         return Event(step=self._open.step, wall_time=self._open.time)
 
-    def _write(self, event: Event) -> None:
-        if event.summary.value:
-            self._file.write(event)
+    def _write(self, waiting: Sequence[_Waiting]) -> None:
+        """The events in order, with their numbers."""
+        self._waiting = []
+        self._add_numbers(waiting)
+        for each in waiting:
+            if each.event.summary.value:
+                self._file.write(each.event)
 
     def _about(self, tag: str) -> str:
         """What a tag means, the first time that it is written."""
@@ -274,30 +306,30 @@ class TensorBoard:
 
     # --- numbers ----------------------------------------------------------------------------------------------------
 
-    def _add_numbers(self, event: Event, noise_scale: float = math.nan) -> None:
-        gradient, used = self._open.gradient(), self._open.of(Stage.USED)
-        if gradient is None or not (self._open.due or self._news):
-            return
-        numbers = {**_of_model(gradient), **_of_update(used), **self._of_chosen(gradient, used), **_observed(gradient, used)}
-        if not math.isnan(noise_scale):
-            numbers[f"{tags.HEALTH}/noise_scale"] = noise_scale
-        for tag, value in numbers.items():
-            if not math.isnan(value) and tag not in self._open.written:
-                self._open.written.add(tag)
-                events.add_scalar(event, tag, value, self._about(tag))
+    def _add_numbers(self, waiting: Sequence[_Waiting]) -> None:
+        """To the events that wait; those of one block are computed at once."""
+        with_numbers = [each for each in waiting if each.gradient is not None]
+        for _, run in groupby(with_numbers, key=_Waiting.blocks):
+            members = list(run)
+            gradient = _together([each.gradient for each in members])
+            used = _together([each.used for each in members])
+            assert gradient is not None
+            if not self._chosen:
+                self._chosen = numbers.choose(gradient, self._how_many)
+            columns = numbers.of_model(gradient) | numbers.of_chosen(gradient, tags.RMS, "rms", self._chosen)
+            if used is not None:
+                columns |= numbers.of_update(used) | numbers.of_chosen(used, tags.RATIO, "update_ratio", self._chosen)
+            for at, each in enumerate(members):
+                observed = _observed(gradient.scalars[at], {} if used is None else used.scalars[at])
+                self._add_scalars(each, {tag: float(values[at]) for tag, values in columns.items()} | observed)
 
-    def _of_chosen(self, gradient: Snapshot, used: Snapshot | None) -> dict[str, float]:
-        if not self._chosen:
-            self._chosen = _choose(gradient, self._how_many)
-        result = {}
-        for group, column, snapshot in ((tags.RMS, "rms", gradient), (tags.RATIO, "update_ratio", used)):
-            if snapshot is not None:
-                values = _log10(snapshot.column(column))
-                for name, tag in self._chosen.items():
-                    row = snapshot.parameters.position.get(name)
-                    if row is not None:
-                        result[f"{group}/{tag}"] = float(values[row])
-        return result
+    def _add_scalars(self, to: _Waiting, values: dict[str, float]) -> None:
+        if not math.isnan(to.noise_scale):
+            values[f"{tags.HEALTH}/noise_scale"] = to.noise_scale
+        for tag, value in values.items():
+            if not math.isnan(value) and tag not in to.written:
+                to.written.add(tag)
+                events.add_scalar(to.event, tag, value, self._about(tag))
 
     # --- now and then -----------------------------------------------------------------------------------------------
 
@@ -334,80 +366,14 @@ class TensorBoard:
             events.add_text(event, tags.FINDINGS, markdown.findings(self._found.values()))
 
 
-# --- what the numbers are: NaN where there is nothing to say ----------------------------------------------------------
-
-
-_OF_MODEL = ("numel", "positive", "negative", "zero", "nan", "inf", "square_sum", "flip_count", "flip_moving")
-
-
-def _of_model(gradient: Snapshot) -> dict[str, float]:
-    whole = _pooled(gradient, *_OF_MODEL)
-    result = {
-        f"{tags.HEALTH}/gradient_norm": fields.derive("l2", whole).item(),
-        f"{tags.HEALTH}/layer_spread": _spread(gradient),
-        f"{tags.HEALTH}/partials_nonfinite": (whole["nan"] + whole["inf"]).item(),
-        f"{tags.HEALTH}/parameters_absent": float((gradient.status == Status.ABSENT).sum()),
-    }
-    for column in ("increase_share", "decrease_share", "hold_share", "flip_share"):
-        result[f"{tags.DIRECTION}/{column}"] = fields.derive(column, whole).item()
-    return result
-
-
-def _of_update(used: Snapshot | None) -> dict[str, float]:
-    if used is None:
-        return {}
-    whole = _pooled(used, "update_dot", "update_used_square_sum", "update_square_sum")
-    change = used.column("loss_change")[judged(used) & (used.columns["update_numel"] > 0)]
-    ratio = used.column("update_ratio")[_weights(used)]
-    known = ratio[np.isfinite(ratio)]
-    return {
-        f"{tags.UPDATE}/update_ratio": float(np.median(known)) if len(known) else math.nan,
-        f"{tags.UPDATE}/alignment": fields.derive("alignment", whole).item(),
-        f"{tags.UPDATE}/loss_change": float(change.sum()) if len(change) else math.nan,
-    }
-
-
-def _pooled(snapshot: Snapshot, *columns: str) -> dict[str, np.ndarray]:
-    """Sums over the parameters that have a gradient of their own; `[1]` a column."""
-    values = np.array([snapshot.columns[name] for name in columns], np.float64)
-    return dict(zip(columns, np.nansum(values[:, judged(snapshot)], axis=1, keepdims=True), strict=True))
-
-
-def _observed(gradient: Snapshot, used: Snapshot | None) -> dict[str, float]:
-    scalars = {**gradient.scalars, **(used.scalars if used else {})}
+def _observed(gradient: Mapping[str, float], used: Mapping[str, float]) -> dict[str, float]:
+    """What a user observed at a step."""
+    scalars = {**gradient, **used}
     # The noise scale is among them where several ranks have it together.
     result = {f"{tags.HEALTH}/{name}": float(scalars.pop(name, math.nan)) for name in ("loss", "noise_scale")}
     for name in list(scalars)[:OBSERVED]:
         result[f"{tags.OBSERVED}/{tags.escape(name)}"] = float(scalars[name])
     return result
-
-
-def _spread(gradient: Snapshot) -> float:
-    """Powers of ten between the strongest and the weakest weight, over the partials that are not 0."""
-    counts = gradient.columns
-    moving = (counts["positive"] + counts["negative"])[_weights(gradient)]
-    squares = counts["square_sum"][_weights(gradient)]
-    sizes = _log10(np.sqrt(squares[moving > 0] / moving[moving > 0]))
-    sizes = sizes[np.isfinite(sizes)]
-    return float(np.ptp(sizes)) if len(sizes) else math.nan
-
-
-def _weights(snapshot: Snapshot) -> np.ndarray:
-    """`[n]` the parameters that are not biases or scales, if there are any, and have a gradient of their own."""
-    own = judged(snapshot)
-    matrix = layout(snapshot.parameters).matrix
-    return own & matrix if (own & matrix).any() else own
-
-
-def _choose(gradient: Snapshot, most: int) -> dict[str, str]:
-    """Weights evenly along the model, and what they are called in tags."""
-    rows = np.flatnonzero(_weights(gradient))
-    picked = rows[np.unique(np.linspace(0, len(rows) - 1, min(most, len(rows))).round().astype(int))]
-    return {gradient.names[row]: tags.numbered(row, gradient.names[row]) for row in picked}
-
-
-def _log10(values: np.ndarray) -> np.ndarray:
-    return np.log10(values, out=np.full(np.shape(values), np.nan), where=np.asarray(values) > 0)
 
 
 # --- histograms -----------------------------------------------------------------------------------------------------

@@ -9,11 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from gradlens.analysis.course import Course
 from gradlens.analysis.history import History
 from gradlens.analysis.trend import Trend, trend
 from gradlens.facts import Features, Graph, Modes, Settings
@@ -22,8 +20,6 @@ from gradlens.records import Finding, Snapshot, Stage
 GROWTH = 1.1
 #: A look is taken at most each so many steps.
 EVERY = 5
-
-_trends: WeakKeyDictionary[Course, tuple[int, int, Trend]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -43,12 +39,9 @@ class Occasional:
 
 
 def loss_trend(history: History) -> Trend:
-    """What the loss did so far; asked by many rules at the same step."""
-    course, key = history.course, (history.course.seen, len(history.facts))
-    known = _trends.get(course)
-    if known is None or known[:2] != key:
-        known = _trends[course] = (*key, trend(course, history.facts))
-    return known[2]
+    """What the loss did so far; asked by many rules at the same moment."""
+    result: Trend = history.remembered("trend", lambda asked: trend(asked.course, asked.facts))
+    return result
 
 
 def newest_step(history: History) -> int:

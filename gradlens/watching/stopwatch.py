@@ -1,0 +1,86 @@
+"""How long gradlens takes: a stopwatch for threads that train, and a clock of its own threads.
+
+with stopwatch:       seconds of ours on the training thread, also of waiting for Python's lock there
+stopwatch.paused_until(now)
+                      seconds in which no hook fired for far longer than a step takes: an evaluation, a notebook
+ThreadClock           processor seconds of the threads of gradlens, read from any thread
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Callable, Iterable
+from types import TracebackType
+
+Now = Callable[[], float]
+
+
+class _Here(threading.local):
+    depth = 0
+    start = 0.0
+
+
+class Stopwatch:
+    """Seconds inside `with stopwatch:`, on all threads. What is timed within something timed counts once."""
+
+    def __init__(self, now: Now = time.perf_counter) -> None:
+        self._now = now
+        self._total = 0.0
+        self._here = _Here()
+        self._last = now()  # when something timed ended
+        self.longest = math.inf  #: seconds between two timed things that are not a pause
+        self._paused = 0.0  # seconds beyond that
+
+    def paused_until(self, now: float) -> float:
+        """Seconds of pauses so far, with the one that may go on."""
+        going_on = 0.0 if self._here.depth else max(now - self._last - self.longest, 0.0)
+        return self._paused + going_on
+
+    def __enter__(self) -> None:
+        here = self._here
+        if not here.depth:
+            here.start = now = self._now()
+            gap = now - self._last
+            if gap > self.longest:
+                self._paused += gap - self.longest
+        here.depth += 1
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        here = self._here
+        here.depth -= 1
+        if not here.depth:
+            self._last = now = self._now()
+            self._total += now - here.start
+
+    @property
+    def seconds(self) -> float:
+        """So far, with what this thread is in the middle of."""
+        here = self._here
+        return self._total + (self._now() - here.start if here.depth else 0.0)
+
+
+class ThreadClock:
+    """Processor seconds of some threads. Where the system does not say them (macOS, Windows), 0.
+
+    A thread is added while it lives; its clock is read as long as it does, and stands still after that.
+    """
+
+    def __init__(self) -> None:
+        self._clocks: dict[int, float] = {}
+
+    def add(self, threads: Iterable[threading.Thread]) -> None:
+        """Count threads that have started."""
+        clock = getattr(time, "pthread_getcpuclockid", None)
+        for thread in threads:
+            if clock is not None and thread.ident is not None and thread.is_alive():
+                self._clocks[clock(thread.ident)] = 0.0
+
+    def __call__(self) -> float:
+        for clock in self._clocks:
+            try:
+                self._clocks[clock] = time.clock_gettime(clock)
+            except OSError:  # the thread has ended
+                continue
+        return sum(self._clocks.values())

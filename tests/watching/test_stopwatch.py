@@ -1,0 +1,80 @@
+"""Seconds of ours, pauses of the user's, and what threads of ours took."""
+
+import threading
+import time
+
+import pytest
+
+from gradlens.watching.stopwatch import ThreadClock
+from tests.watching.clocked import Training
+
+
+def test_what_is_timed_within_something_timed_counts_once():
+    """Nested uses add up to the outer one's time, which can be read in the middle of it."""
+    training = Training()
+    with training.stopwatch:
+        training.clock += 1
+        with training.stopwatch:
+            training.clock += 2
+            assert training.stopwatch.seconds == 3
+        training.clock += 4
+    training.clock += 8
+    assert training.stopwatch.seconds == 7
+
+
+def test_an_error_stops_the_stopwatch():
+    """What raises was timed as well, and nothing after it is."""
+    training = Training()
+    with pytest.raises(ZeroDivisionError), training.stopwatch:
+        training.clock += 1
+        1 / 0  # noqa: B018
+    training.clock += 1
+    assert training.stopwatch.seconds == 1
+
+
+def test_threads_are_timed_apart():
+    """A thread inside the stopwatch does not hide that another one enters it, too."""
+    training = Training()
+    with training.stopwatch:
+        thread = threading.Thread(target=training.ours, args=(1.0,))
+        thread.start()
+        thread.join()
+        assert training.stopwatch.seconds == 2.0  # one second of each
+    assert training.stopwatch.seconds == 2.0
+
+
+def test_a_gap_without_a_hook_is_a_pause_from_some_length_on():
+    """What is beyond `longest` is no time of the step, and while it lasts it is known too."""
+    training = Training()
+    watch = training.stopwatch
+    watch.longest = 2.0
+    training.ours(1.0)
+    training.clock += 1.5
+    assert watch.paused_until(training.clock) == 0.0
+    training.clock += 5.5
+    assert watch.paused_until(training.clock) == pytest.approx(5.0)
+    training.ours(1.0)
+    training.clock += 1.0
+    assert watch.paused_until(training.clock) == pytest.approx(5.0)
+
+
+def test_a_thread_clock_says_what_threads_worked():
+    """Of the threads that it was given, while they live and after; a thread that sleeps takes nothing."""
+    clock, stop, worked = ThreadClock(), threading.Event(), threading.Event()
+
+    def work():
+        while time.thread_time() < 0.2:
+            pass
+        worked.set()
+        stop.wait()
+
+    threads = [threading.Thread(target=work), threading.Thread(target=stop.wait)]
+    for thread in threads:
+        thread.start()
+    clock.add(threads)
+    worked.wait()
+    assert 0.2 <= clock() < 0.4
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert 0.2 <= clock() < 0.4
