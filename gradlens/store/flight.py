@@ -44,7 +44,7 @@ class Flight:
         spoilt = ((of["nan"] + of["inf"] > 0) & unscaled) | (of["weight_nonfinite"] > 0) | (of["update_nonfinite"] > 0)
         result: list[bool] = spoilt.any(axis=1).tolist()
         if block.stage == Stage.USED:
-            norms = np.sqrt(np.nansum(of["square_sum"], axis=1)).tolist()
+            norms = np.sqrt(np.maximum(np.nansum(of["square_sum"], axis=1), 0)).tolist()
             result = [bad or self._spikes(norm) for bad, norm in zip(result, norms, strict=True)]
         return result
 
