@@ -14,7 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch._dynamo import compiled_autograd, trace_rules
+from torch._ops import _len_torch_dispatch_stack_pre_dispatch
 from torch.amp.grad_scaler import GradScaler, OptState
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import _engine_run_backward
@@ -23,6 +25,8 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import _disable_current_modes
 
 __all__ = [
+    "modes_are_active",
+    "traced",
     "ENGINE_RUN",
     "FUNCTION_APPLY",
     "OPTIMIZER_STEP",
@@ -36,6 +40,7 @@ __all__ = [
     "executes",
     "in_compiled_autograd",
     "leave_to_python",
+    "local_part",
     "queue_callback",
 ]
 
@@ -65,6 +70,7 @@ PRIVATES = (
     Private("torch.autograd.function:BackwardCFunction.apply.__code__", "finds a backward inside a custom function"),
     Private("torch._dynamo.compiled_autograd:in_compiled_autograd_region", "callbacks are dropped there"),
     Private("torch._dynamo.trace_rules:add", "keeps torch.compile from compiling gradlens"),
+    Private("torch._C._dynamo.eval_frame:get_eval_frame_callback", "whether torch.compile traces what is called now"),
     Private("torch.optim.optimizer:Optimizer.profile_hook_step", "finds the steps of optimizers on the stack"),
     Private("torch.amp.grad_scaler:OptState.STEPPED", "tells a step that the scaler skipped"),
     Private("torch:_per_optimizer_states", "tells a step that the scaler skipped", lambda: GradScaler("cpu")),
@@ -76,6 +82,9 @@ PRIVATES = (
     Private("torch:_parameters", "finds what is at a place in the model now", torch.nn.Identity),
     Private("torch:_modules", "walks a model without its wrappers' names", torch.nn.Identity),
     Private("torch.utils._python_dispatch:_disable_current_modes", "a user's modes do not see our computing"),
+    Private("torch._C:_len_torch_dispatch_stack", "whether there are such modes"),
+    Private("torch._ops:_len_torch_dispatch_stack_pre_dispatch", "the same, of modes that come before autograd"),
+    Private("torch.distributed.tensor:DTensor._local_tensor", "what is here of a distributed tensor, without an operation"),
 )
 
 current_task: Callable[[], int] = torch._C._current_graph_task_id
@@ -93,6 +102,11 @@ def queue_callback(callback: Callable[[], None]) -> None:
     torch.autograd.Variable._execution_engine.queue_callback(callback)  # type: ignore[attr-defined]
 
 
+def modes_are_active() -> bool:
+    """Whether `disable_current_modes` has something to do."""
+    return bool(torch._C._len_torch_dispatch_stack() or _len_torch_dispatch_stack_pre_dispatch())
+
+
 def in_compiled_autograd() -> bool:
     """Whether compiled autograd runs the backward."""
     return bool(getattr(compiled_autograd, "in_compiled_autograd_region", False))
@@ -106,6 +120,19 @@ def executes(leaf: Tensor) -> bool:
         return bool(torch._C._will_engine_execute_node(node))
     except RuntimeError:
         return False
+
+
+#: What Dynamo would be given of a call that is made now; None where it traces nothing.
+traced: Callable[[], Any] = get_eval_frame_callback
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """The local part of a distributed tensor; any other as it is.
+
+    An operation on the distributed tensor itself may be a collective: a rank alone would wait for the others for ever.
+    """
+    local = getattr(tensor, "_local_tensor", None)
+    return tensor if local is None else local
 
 
 @functools.cache

@@ -191,6 +191,11 @@ class Settings:
     decoupled: bool = False  #: whether its weight decay does not pass through the gradient
 
     @property
+    def adaptive(self) -> bool:
+        """Whether it divides each partial by the size of those before, as Adam and RMSprop do: those have an eps."""
+        return bool(self.groups) and all(group.eps is not None for group in self.groups)
+
+    @property
     def lr(self) -> float:
         """The largest learning rate."""
         return max((group.lr for group in self.groups), default=0.0)

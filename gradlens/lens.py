@@ -9,11 +9,9 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,35 +24,29 @@ from gradlens.capture.watcher import Watched, Watcher
 from gradlens.errors import (
     ArgumentError,
     ClosedError,
-    NothingCapturedError,
     StepError,
-    nearest,
 )
 from gradlens.noise import DECAY, NoiseScale, effective_size, measured
-from gradlens.records import Finding, Snapshot, Stage
-from gradlens.schedules import Schedule, as_schedule
+from gradlens.records import Finding, Snapshot
+from gradlens.schedules import Schedule
 from gradlens.selection import Select
 from gradlens.statistics.evidence import Evidence
-from gradlens.statistics.memory import Plan, parse_bytes
-from gradlens.statistics.streaming import describe
-from gradlens.watching import live_weights as weights
+from gradlens.statistics.memory import Plan
 from gradlens.watching import process_group
 from gradlens.watching import settings as arguments
 from gradlens.watching.budget import BudgetedSchedule
 from gradlens.watching.failures import Failures
-from gradlens.watching.isolation import isolated_compute
-from gradlens.watching.live_weights import LiveParameter
+from gradlens.watching.live_questions import LiveQuestions
+from gradlens.watching.outputs import run_writers
 from gradlens.watching.overhead import Meter, Overhead
 from gradlens.watching.partials import PartialRecorder, check_keep
 from gradlens.watching.recorder import Recorder
+from gradlens.watching.settings import LensSettings
 from gradlens.watching.stopwatch import Stopwatch
 from gradlens.watching.tables import TableBuilder
 from gradlens.watching.unavailable import unavailable
-from gradlens.weight_names import known_name, label, parse_index, parse_weight
 from gradlens.writers import report as page
-from gradlens.writers.background import Background
 from gradlens.writers.base import Writer
-from gradlens.writers.exchange import PARTING, PATIENCE, Pooled, Sender
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -71,62 +63,40 @@ class Lens:
     On another thread than the one that trains, the answers are of the steps that are over.
     """
 
-    def __init__(
-        self,
-        target: Target,
-        optimizers: Sequence[torch.optim.Optimizer],
-        wrapped: Sequence[bool],
-        *,
-        run: Path | None,
-        writers: Sequence[Writer],
-        schedule: Schedule,
-        select: Select,
-        stages: frozenset[str],
-        scaler: Any,
-        features: frozenset[str],
-        memory: int,
-        rules: Sequence[Any],
-        on_finding: str | Callable[[Finding], None],
-        budget: float | None,
-        first_step: int,
-        local: bool,
-        keep: str | Iterable[str] | None = None,
-    ) -> None:
-        attachment = Attachment(target, select)
-        foreign = arguments.foreign_parameters(optimizers, attachment, first_step)
-        self._run = run
-        self._failures = Failures()
-        asked = features
-        if Stage.BACKWARD not in stages:
-            features = features - {"evidence"}
-        self._plan = _plan(attachment, features, stages, memory)
-        self._failures.findings += foreign + unavailable(stages, asked, self._plan, process_group.count(), first_step)
-        settings = _settings(attachment, optimizers, stages, features, self._plan, schedule, first_step)
-        own = [] if run is None else _run_writers(run, settings, first_step, self._failures.findings.append)
+    def __init__(self, target: Target, settings: LensSettings) -> None:
+        attachment, first_step = Attachment(target, settings.select), settings.first_step
+        foreign = arguments.foreign_parameters(settings.optimizers, attachment, first_step)
+        self._settings, self._failures, timed = settings, Failures(), Stopwatch()
+        self._plan = _plan(attachment, settings)
+        self._failures.findings += foreign
+        self._failures.findings += unavailable(
+            settings.stages, settings.features, self._plan, process_group.count(), first_step
+        )
+        own = run_writers(settings, attachment, self._plan, self._failures.findings.append)
         self._store: Any = own[0] if own else None
-        timed = Stopwatch()
         try:
-            self._recorder = Recorder(rules, [*own, *writers], on_finding, self._failures)
-            self._tables = TableBuilder(self._recorder, self._plan, features, self._failures, timed)
-            self._meter, self._budget = Meter(timed, self._recorder.background_seconds), budget
+            self._recorder = Recorder(settings.rules, [*own, *settings.writers], settings.on_finding, self._failures)
+            self._tables = TableBuilder(self._recorder, self._plan, settings.possible, self._failures, timed)
+            self._meter = Meter(timed, self._recorder.background_seconds)
             watched = Watched(
                 attachment,
-                optimizers,
-                wrapped,
-                BudgetedSchedule(schedule, budget, self._meter, tell=self._floor_above_budget),
-                scaler,
-                stages,
-                updates="updates" in features,
-                local=local,
+                settings.optimizers,
+                settings.wrapped,
+                BudgetedSchedule(settings.schedule, settings.budget, self._meter, tell=self._floor_above_budget),
+                settings.scaler,
+                settings.stages,
+                updates="updates" in settings.features,
+                local=settings.local,
                 first_step=first_step,
             )
             self._watcher = Watcher(watched, self._tables, Guard(self._failures, timed), may_raise=self._recorder.interrupt)
+            self._live = LiveQuestions(self._watcher, self._tables, self._recorder)
             self._failures.step = lambda: self._watcher.step.number
             self._closed = False
             self._micro_batches: tuple[int, list[float]] = (-1, [])  # a step, and the sizes that observe() was told
             self._closing, self._ended = threading.Lock(), threading.Event()
             self._closer: threading.Thread | None = None
-            self._partials = self._keep_partials(keep, optimizers, own)
+            self._partials = self._keep_partials()
             self._watcher.attach()
         except BaseException:
             for writer in own:
@@ -142,22 +112,22 @@ class Lens:
     def table(self, step: int | None = None, *, stage: str | None = None) -> pd.DataFrame:
         """One row a parameter: that step's last stage read, the latest step by default."""
         arguments.check_stage(stage)
-        self._catch_up()
+        self._live.catch_up()
         return frames.frame([self._history_at(step, stage)])
 
     def history(self) -> pd.DataFrame:
         """Long: one row a (step, backward, stage, parameter), of the snapshots in memory."""
-        self._catch_up()
+        self._live.catch_up()
         return frames.frame(list(self._recorder.history))
 
     def findings(self) -> list[Finding]:
         """What the rules found so far, in order."""
-        self._catch_up()
+        self._live.catch_up()
         return list(self._recorder.found)
 
     def names(self) -> list[str]:
         """The parameters, in model order; a tied one once, by its first name."""
-        return [held.name for held in self._all_held()]
+        return [held.name for held in self._live.held()]
 
     def gradient(self) -> Tensor:
         """All partials in one flat tensor, in the order of `names()`: the gradient. Parameters without one give zeros.
@@ -165,12 +135,7 @@ class Lens:
         On the parameters' common device, else the CPU; of their common dtype, else float32. An error where this rank holds
         pieces of it only.
         """
-        self._require_here()
-        everything = self._all_held()
-        weights.check_whole(everything)
-        self._require_gradients(everything)
-        with isolated_compute():
-            return weights.flat_gradient(everything, [self._scale(held) for held in everything])
+        return self._live.gradient()
 
     def weights(self, name: str | None = None, *, top: int | None = None, by: str = "sensitivity") -> pd.DataFrame:
         """One row a weight: `parameter, index, value, partial, direction, sensitivity, saliency`.
@@ -189,52 +154,14 @@ class Lens:
         Of a distributed tensor: the weights that this rank holds, by their index in the whole. `attrs["summands"]` names the
         parameters whose partials the ranks have yet to add.
         """
-        weights.check_order(top, by)
-        if name is not None:
-            name, index = parse_weight(name, [held.name for held in self._all_held()])
-            if index is not None:
-                return _only(self.weights(name), name, index)
-        asked = self._all_held() if name is None else [self._held(name)]
-        self._watcher.close_skipped_step()
-        if self._watcher.elsewhere() or not self._has_gradients():
-            return self._kept_weights(asked, top, by)
-        if top is None and name is None:
-            weights.check_rows(asked)
-        with isolated_compute():
-            scales = [self._scale(held) for held in asked]
-            if top is None:
-                result = weights.joined([held.frame(scale) for held, scale in zip(asked, scales, strict=True)], top, by)
-            else:
-                result = weights.largest(asked, scales, top, by)
-            self._add_evidence(result, asked)
-        summands = [held.name for held in asked if held.summand]
-        result.attrs.update({"summands": summands} if summands else {})
-        return self._stamped(result, self._watcher.step.open)
+        return self._live.weights(name, top=top, by=by)
 
     def explain(self, name: str, index: int | Sequence[int] | None = None) -> str:
         """One paragraph on one weight: its partial, what that means, and how it compares.
 
         `explain("fc1.weight", (3, 17))` or, as reports print it, `explain("fc1.weight[3, 17]")`.
         """
-        name, at = self._weight(name, index)
-        held = self._held(name)
-        self._require_here()
-        self._catch_up()
-        whole, here = held.at(at)
-        self._require_gradients([held])
-        with isolated_compute():
-            (partial, larger), value = held.partial(here, self._scale(held)), held.value(here)
-            evidence = self._evidence_of(held, here)
-        return page.explain(
-            held.name,
-            tuple(int(i) % size for i, size in zip(at, held.shape, strict=True)),
-            value=value,
-            partial=partial,
-            rank=larger + 1,
-            numel=held.numel(here=True),
-            history=self._seen(held.name, whole),
-            evidence=evidence,
-        )
+        return self._live.explain(name, index)
 
     def noise_scale(
         self, *, decay: float = DECAY, sizes: Sequence[float] | None = None, weighted: bool = False
@@ -247,17 +174,17 @@ class Lens:
         `sizes`: the examples of each of a step's micro-batches, `[30, 2]`, where they are unequal and `observe` was not
         told; `weighted`: their losses counted by size, and not alike. Backwards that are not alike have no scale.
         """
-        self._catch_up()
+        self._live.catch_up()
         return measured(self._recorder.history, decay=decay, sizes=sizes, weighted=weighted)
 
     def diagnosis(self) -> Diagnosis:
         """What is wrong with this training, as far as that can be said: the origin, and what follows from it."""
-        self._catch_up()
+        self._live.catch_up()
         return self._recorder.diagnosis()
 
     def report(self) -> str:
         """The page that a person reads in a minute, about the whole run."""
-        self._catch_up()
+        self._live.catch_up()
         recorder = self._recorder
         return page.text(
             recorder.history,
@@ -271,14 +198,14 @@ class Lens:
 
     def overhead(self) -> Overhead:
         """What gradlens cost the training so far, measured."""
-        return self._meter.overhead(self._budget)
+        return self._meter.overhead(self._settings.budget)
 
     def __str__(self) -> str:
-        self._catch_up()
+        self._live.catch_up()
         return page.brief(self._recorder.history, self._recorder.found, diagnosis=self._recorder.diagnosis())
 
     def _repr_html_(self) -> str:
-        self._catch_up()
+        self._live.catch_up()
         return markup.lens(
             self._title(), self._recorder.history, self._recorder.found, verdict=self._recorder.diagnosis().verdict
         )
@@ -347,7 +274,7 @@ class Lens:
 
     def flush(self) -> None:
         """Everything captured so far is in memory, on disk and with the writers."""
-        self._catch_up()
+        self._live.catch_up()
 
     def close(self) -> None:
         """Detach everything, write what is left, leave the model as it was.
@@ -357,6 +284,7 @@ class Lens:
         """
         with self._closing:
             first, self._closed = not self._closed, True
+            self._live.closed = True
             if first:
                 self._closer = threading.current_thread()
         if first:
@@ -394,62 +322,33 @@ class Lens:
     # --- details ----------------------------------------------------------------------------------------------------
 
     def _floor_above_budget(self, share: float) -> None:
-        self._failures.findings.append(findings.floor_above_budget(self._watcher.step.number, share, self._budget or 0.0))
+        self._failures.findings.append(
+            findings.floor_above_budget(self._watcher.step.number, share, self._settings.budget or 0.0)
+        )
 
-    def _keep_partials(
-        self, keep: str | Iterable[str] | None, optimizers: Sequence[torch.optim.Optimizer], own: Sequence[Writer]
-    ) -> PartialRecorder | None:
-        names = check_keep(keep, self._all_held(), self._run, optimizers)
-        if not names or self._run is None:
+    def _keep_partials(self) -> PartialRecorder | None:
+        run, optimizers = self._settings.run, self._settings.optimizers
+        names = check_keep(self._settings.keep, self._live.held(), run, optimizers)
+        if not names or run is None:
             return None
-        watcher, key = self._watcher, own[0].key  # type: ignore[attr-defined] # the store is the first
+        watcher = self._watcher
         recorder = PartialRecorder(
-            self._run,
-            key,
+            run,
+            self._store.key,
             names,
-            self._all_held,
+            self._live.held,
             lambda: watcher.step.number if watcher.step.observed else None,
             self._failures,
         )
         recorder.attach(optimizers)
         return recorder
 
-    def _catch_up(self) -> None:
-        if not self._closed and not self._watcher.elsewhere():
-            self._watcher.close_skipped_step()
-            self._tables.release_open(self._watcher.step.scalars)
-        self._recorder.flush()
-
     def _require_open(self, call: str) -> None:
         if self._closed:
             raise ClosedError(f"lens.{call} after close(): this lens sees nothing any more; call gradlens.watch() again")
 
-    def _all_held(self) -> list[LiveParameter]:
-        slots = self._watcher.attachment.slots
-        return [LiveParameter(slot, tensor) for slot in slots if (tensor := slot.tensor()) is not None]
-
-    def _weight(self, name: str, index: int | Sequence[int] | None) -> tuple[str, tuple[int, ...]]:
-        """The parameter and the index of one weight, which may be written as text: `fc1.weight[3, 17]`."""
-        if index is not None:
-            return name, parse_index(index)
-        name, written = parse_weight(name, [held.name for held in self._all_held()])
-        return name, written or ()
-
-    def _held(self, name: str) -> LiveParameter:
-        everything = {held.name: held for held in self._all_held()}
-        alias = self._watcher.attachment.aliases.get(name, name)
-        found = everything.get(known_name(alias, everything) or alias)
-        if found is None:
-            raise ArgumentError(f"there is no watched parameter {name!r}{nearest(str(name), everything)}")
-        return found
-
-    def _scale(self, held: LiveParameter) -> float | Tensor:
-        return self._watcher.scale_now(held.slot)
-
     def _history_at(self, step: int | None, stage: str | None) -> Snapshot:
-        history = self._recorder.history
-        if not len(history):
-            raise NothingCapturedError(_nothing(self._closed))
+        history = self._live.history()
         try:
             return history.at(step, stage)
         except (KeyError, LookupError) as error:
@@ -459,71 +358,8 @@ class Lens:
                 f"{', '.join(sorted({str(s.stage) for s in history}))}"
             ) from error
 
-    def _has_gradients(self) -> bool:
-        return any(held.gradient is not None for held in self._all_held())
-
-    def _require_here(self) -> None:
-        if self._watcher.elsewhere():
-            raise NothingCapturedError(
-                "another thread trains this model, and .grad must not be read while it does; ask from that thread, or ask "
-                "weights(top=k) or table(), which answer from what was kept"
-            )
-
-    def _require_gradients(self, asked: Sequence[LiveParameter]) -> None:
-        self._require_here()
-        self._watcher.close_skipped_step()
-        if any(held.gradient is not None for held in asked):
-            return
-        if not self._tables.count:
-            raise NothingCapturedError(_nothing(self._closed))
-        if len(asked) == 1 and self._has_gradients():
-            return  # this one is absent: its partials are 0
-        raise NothingCapturedError(
-            "the gradients are gone (zero_grad() was called); ask between backward() and zero_grad(), or ask "
-            "weights(top=k), which answers from what was kept"
-        )
-
-    def _kept_weights(self, asked: Sequence[LiveParameter], top: int | None, by: str) -> pd.DataFrame:
-        self._catch_up()
-        if self._recorder.history.latest() is None:
-            raise NothingCapturedError(_nothing(self._closed))
-        if top is None:
-            self._require_gradients(asked)
-        snapshot = self._recorder.history.at()
-        result = weights.kept(snapshot, asked, top, by)
-        with isolated_compute():
-            self._add_evidence(result, asked)
-        result.attrs.update(step=snapshot.step, stage=str(snapshot.stage))
-        return result
-
-    def _add_evidence(self, frame: pd.DataFrame, asked: Sequence[LiveParameter]) -> None:
-        if self._tables.evidence is not None:
-            weights.add_evidence(frame, asked, self._tables.evidence.of)
-
-    def _evidence_of(self, held: LiveParameter, here: int) -> str:
-        followed = None if self._tables.evidence is None else self._tables.evidence.of(held.name)
-        return "" if followed is None else describe(followed.columns(np.asarray([here])), followed.backwards)
-
-    def _stamped(self, frame: pd.DataFrame, before: bool) -> pd.DataFrame:
-        before = before or self._watcher.gradients_unheard()
-        averaged = process_group.count() > 1 and self._watcher.averaged()
-        stage = Stage.USED if not before else Stage.REDUCED if averaged else Stage.ACCUMULATED
-        frame.attrs.update(step=self._watcher.step.number if before else self._watcher.step.number - 1, stage=stage.value)
-        return frame
-
-    def _seen(self, name: str, flat: int) -> list[float]:
-        """This weight's partials, one a step, where it was kept among the most sensitive."""
-        seen: dict[int, float] = {}
-        for snapshot in self._recorder.history:
-            row = snapshot.parameters.position.get(name)
-            if row is not None and snapshot.top is not None:
-                at = np.flatnonzero(snapshot.top.index[row] == flat)
-                if len(at):
-                    seen[snapshot.step] = float(snapshot.top.partial[row][at[0]])
-        return list(seen.values())
-
     def _title(self) -> str:
-        return "gradlens" if self._run is None else f"gradlens: {self._run}"
+        return "gradlens" if self._settings.run is None else f"gradlens: {self._settings.run}"
 
 
 # --- watch ----------------------------------------------------------------------------------------------------------
@@ -573,33 +409,28 @@ def watch(
     Raises:
         gradlens.GradlensError: an argument that cannot be meant; nothing is attached then.
     """
-    arguments.check_on_finding(on_finding)
-    arguments.check_budget(budget)
-    arguments.check_first_step(first_step)
-    arguments.check_scaler(scaler)
-    optimizers, wrapped = arguments.optimizers_of(optimizer)
-    checked: dict[str, Any] = {
-        "run": None if run is None else Path(run),
-        "writers": arguments.writers_of(writers),
-        "schedule": as_schedule(schedule),
-        "select": select,
-        "stages": arguments.stages_of(stage),
-        "scaler": scaler,
-        "features": arguments.features_of(features),
-        "memory": parse_bytes(memory),
-        "rules": arguments.rules_of(rules),
-        "on_finding": on_finding,
-        "budget": budget,
-        "first_step": first_step,
-        "local": process_group.count() > 1,
-        "keep": keep,
-    }
+    settings = LensSettings.of(
+        optimizer=optimizer,
+        run=run,
+        writers=writers,
+        schedule=schedule,
+        select=select,
+        stage=stage,
+        scaler=scaler,
+        features=features,
+        memory=memory,
+        rules=rules,
+        on_finding=on_finding,
+        budget=budget,
+        first_step=first_step,
+        keep=keep,
+    )
     shared = _watched_already(target)
     if replace:
         for other in shared:
             other.close()
         shared = {}
-    lens = Lens(target, optimizers, wrapped, **checked)
+    lens = Lens(target, settings)
     if shared:
         names = list(dict.fromkeys(name for names in shared.values() for name in names))
         lens._failures.findings.append(findings.watched_already(first_step, names, len(shared)))
@@ -621,95 +452,22 @@ def _watched_already(target: Target) -> dict[Lens, list[str]]:
 
 
 def _announce(lens: Lens, others: int = 0) -> None:
-    held = lens._all_held()
+    held = lens._live.held()
     size = f"{len(held)} parameters, {sum(each.numel() for each in held):,} weights"
-    where = "" if lens._run is None else f"; records go to {lens._run}"
+    run = lens._settings.run
+    where = "" if run is None else f"; records go to {run}"
     print(f"gradlens: watching {size}{where}; {lens._plan.describe()}", file=sys.stderr)
     if others:
         lenses = "another open lens watches" if others == 1 else f"{others} other open lenses watch"
         print(f"gradlens: {lenses} parameters of this model; close() it, or watch(..., replace=True)", file=sys.stderr)
 
 
-def _plan(attachment: Attachment, features: frozenset[str], stages: frozenset[str], memory: int) -> Plan:
+def _plan(attachment: Attachment, settings: LensSettings) -> Plan:
+    features, stages = settings.possible, settings.stages
     buffers = ("updates" in features and "used" in stages) + ("flips" in features) * len(stages)
     named = [word for word in arguments.FEATURES if word in features and (word != "updates" or "used" in stages)]
     more = Evidence.BYTES * ("evidence" in features)
-    return Plan.of(attachment.parameters, memory, buffers, more=more, what=" and ".join(named) or "nothing")
-
-
-def _settings(
-    attachment: Attachment,
-    optimizers: Sequence[torch.optim.Optimizer],
-    stages: frozenset[str],
-    features: frozenset[str],
-    plan: Plan,
-    schedule: Schedule,
-    first_step: int,
-) -> dict[str, Any]:
-    return {
-        "command": list(sys.argv),
-        "optimizers": [_described(optimizer) for optimizer in optimizers],
-        "stages": sorted(stages),
-        "features": sorted(features),
-        "schedule": repr(schedule),
-        "first_step": first_step,
-        "sampled": plan.share,
-        "torch": torch.__version__,
-        "rank": process_group.rank(),
-        "ranks": process_group.count(),
-        "aliases": dict(attachment.aliases),
-    }
-
-
-def _described(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Its type and its numbers by group, as they are now; not its parameters."""
-    plain = (bool, int, float, str, tuple, list)
-    groups = [
-        {name: value for name, value in group.items() if name != "params" and isinstance(value, plain)}
-        for group in optimizer.param_groups
-    ]
-    return {"type": type(optimizer).__name__, "groups": groups}
-
-
-def _run_writers(run: Path, settings: dict[str, Any], first_step: int, tell: Callable[[Finding], None]) -> list[Writer]:
-    """The durable store, and TensorBoard beside it, which the first rank draws for all."""
-    from gradlens.store.store import Store
-    from gradlens.writers.tensorboard import TensorBoard
-
-    resumed = run.is_dir() and any(run.glob("events.out.tfevents.*"))
-    rank, together = settings["rank"], settings["ranks"]
-    shared = process_group.store(run.name) if together > 1 else None
-    store = Store(run, settings)
-    try:
-        if rank:
-            return [store] if shared is None else [store, Background(Sender(shared, rank, together), patience=PARTING)]
-        board = TensorBoard(run, purge_step=first_step if resumed else None)
-        if shared is not None:
-            return [store, Background(Pooled(board, shared, together), patience=2 * PARTING + PATIENCE)]
-        if together > 1:
-            tell(findings.ranks_apart(first_step))
-        return [store, board]
-    except BaseException:
-        store.close()
-        raise
-
-
-def _only(frame: pd.DataFrame, name: str, index: tuple[int, ...]) -> pd.DataFrame:
-    """The row of one weight."""
-    row = frame[[at == index for at in frame["index"]]].reset_index(drop=True)
-    if row.empty:
-        raise ArgumentError(f"{label(name, index)} is not among the weights of {name} that are here")
-    row.attrs.update(frame.attrs)
-    return row
-
-
-def _nothing(closed: bool) -> str:
-    if closed:
-        return "nothing was captured before close()"
-    return (
-        "nothing was captured yet: no backward() has reached a watched parameter on an observed step since watch(). Call "
-        "loss.backward() first"
-    )
+    return Plan.of(attachment.parameters, settings.memory, buffers, more=more, what=" and ".join(named) or "nothing")
 
 
 # --- the end --------------------------------------------------------------------------------------------------------

@@ -46,7 +46,7 @@ ALLOWED = {
     "analysis": BOTTOM,
     "store": BOTTOM | {"analysis"},
     "writers": BOTTOM | {"analysis", "store"},
-    "kernels": {"errors", "fields"},
+    "kernels": {"_torch", "errors", "fields"},
     "statistics": {"errors", "fields", "records", "blocks", "kernels"},
     "_torch": set(),
     "findings": {"errors", "records"},

@@ -51,6 +51,7 @@ MADE = (
     "eval_mode",
     "lr_gone",
     "undivided",
+    "summed-loss",
     "unknown-optimizer",
     "identical",
     "input_scale",

@@ -84,9 +84,8 @@ def _extended(graph: Graph, chain: Chain, rest: tuple[frozenset[str], ...], thro
 def _layer(graph: Graph, at: int) -> str:
     """The layer that an operation came from, in words."""
     for i in (at, *graph.sources(at, PASSING)):
-        names = graph.layer_of(i)
-        if names:
-            return f", right behind {names[0].rpartition('.')[0] or names[0]!r}"
+        if graph.layer_of(i):
+            return f", right behind {_owner(graph, i)!r}"
     return ""
 
 
@@ -493,6 +492,32 @@ def singular(graph: Graph) -> tuple[str, ...]:
         if op.name in SINGULAR and SINGULAR[op.name] not in words and op.name not in ("Exp", "Softmax"):
             words.append(SINGULAR[op.name])
     return tuple(words)
+
+
+def masking(graph: Graph) -> tuple[str, ...]:
+    """Operations whose result is NaN where all of a row is masked, in the words of a user."""
+    fused = any(op.name.startswith("ScaledDotProduct") for op in graph.operations)
+    return (SINGULAR["Softmax"],) if fused or any(op.name == "Softmax" for op in graph.operations) else ()
+
+
+def born(graph: Graph) -> tuple[str, str] | None:
+    """Between which two layers NaN or infinity came up in the forward pass, `(finite input, input that is not)`.
+
+    Of a graph that was read while a loss was not finite. The first is "" where the model's first layer got it already; None
+    where no layer is known to have got it.
+    """
+    looked = [at for at, op in enumerate(graph.operations) if "nonfinite" in op.saved and graph.layer_of(at)]
+    spoilt = [at for at in looked if graph.operations[at].saved["nonfinite"]]
+    if not spoilt:
+        return None
+    first = spoilt[-1]  # the farthest from the loss
+    clean = [at for at in looked if at in graph.below(first) and at != first]
+    return (_owner(graph, min(clean)) if clean else "", _owner(graph, first))
+
+
+def _owner(graph: Graph, at: int) -> str:
+    name = graph.layer_of(at)[0]
+    return name.rpartition(".")[0] or name
 
 
 def matched(graph: Graph) -> list[Finding]:

@@ -328,6 +328,11 @@ class Attachment:
                 return [slot._owner()._parameters[slot._leaf] for slot in self.slots]  # type: ignore[misc, union-attr]
         return [slot.tensor() for slot in self.slots]
 
+    @property
+    def plain(self) -> bool:
+        """Whether every slot is a module's own parameter, whole."""
+        return self._direct and not self._cut and not self.flat
+
     def refresh(self) -> Parameters:
         """Names, shapes and dtypes as they are now: the same object until one of them, or a device, changes."""
         tensors: Any = self.tensors()

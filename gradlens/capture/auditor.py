@@ -24,6 +24,9 @@ from gradlens.facts import Fact, Features, Graph, Group, Modes, Settings
 GROWTH = 1.5  #: of the steps, from look to look
 EVERY = 4  #: the first so many steps are all looked at
 PASSES = 4  #: backward passes of one step that are looked at
+BROKEN = (
+    3  #: passes that are looked at because their loss is NaN or infinite: what lies behind the last layer is still there
+)
 NOTICED = 0.1  #: a change of the learning rate that is noted, beside the last one noted
 FIRST_CHANGES, LATER = 200, 50  #: changes that are all noted, and of which fraction of the run a later one is
 NAMED = 64  #: modules that a fact names
@@ -45,22 +48,26 @@ class Auditor:
         self._attachment, self._optimizers, self._note, self._fault = attachment, optimizers, note, fault
         self._strangers = Unregistered()
         self._steps, self._next, self._step, self._passes, self._looks = 0, 0, -1, 0, False
+        self._broken = 0  # looks that were taken because a loss was not finite
         self._modes: Modes | None = None
         self._settings: dict[int, tuple[Any, Settings]] = {}
         self._changes: dict[int, int] = {}
 
-    def pass_begins(self, roots: Sequence[Any], step: int) -> None:
+    def pass_begins(self, roots: Sequence[Any], step: int, loss: float | Tensor | None = None) -> None:
         """An outermost backward pass from these roots has reached its first hook."""
         try:
-            if self._due(step) and len(roots) == 1 and type(roots[0]) is Tensor:
-                self._look(roots[0], step, self._passes - 1)
+            due = self._due(step)
+            broken = type(loss) is float and not math.isfinite(loss) and self._broken < BROKEN
+            if (due or broken) and len(roots) == 1 and type(roots[0]) is Tensor:
+                self._broken += broken
+                self._look(roots[0], step, self._passes - 1, values=broken)
         except Exception as error:  # noqa: BLE001 - nothing of ours is raised in a training step
             self._fault("a look at the loss's graph", error)
 
     def observed(self, loss: Any, step: int) -> None:
         """The user observed a loss whose backward has not run: numbers inside its graph are still there."""
         try:
-            if isinstance(loss, Tensor) and loss.grad_fn is not None and loss.is_cpu and self._will_look():
+            if type(loss) is Tensor and loss.grad_fn is not None and loss.is_cpu and self._will_look():
                 names = self._names()
                 self._note(replace(walk_graph(loss, names, values=True), step=step, backward=0, loss=float(loss.detach())))
         except Exception as error:  # noqa: BLE001
@@ -110,10 +117,10 @@ class Auditor:
                 names[id(tensor)] = slot.name
         return names
 
-    def _look(self, root: Tensor, step: int, backward: int) -> None:
+    def _look(self, root: Tensor, step: int, backward: int, *, values: bool = False) -> None:
         names = self._names()
         leaves: dict[int, Tensor] = {}
-        graph = walk_graph(root, names, leaf=leaves.__setitem__)
+        graph = walk_graph(root, names, leaf=leaves.__setitem__, values=values)
         owned = {id(p) for optimizer in self._optimizers() for group in optimizer.param_groups for p in group["params"]}
         strange = self._strangers.look(graph, leaves, names.keys() | owned, step)
         loss = loss_of([root])

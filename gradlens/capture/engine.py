@@ -85,6 +85,7 @@ class Pass:
         self.late: set[Any] = set()  # slots that got their hooks when it had begun
         self.last: Any = None  # over ranks: what was accumulated last
         self.read = True  # else it is only counted
+        self.route: Any = None  # that it began by, where it began as the one before it
         self.loss: float | Tensor | None = None  # its root, where that is one number, unscaled
         self.root: Any = None  # while the pass lasts
 
@@ -125,8 +126,10 @@ class PassListener(Protocol):
 class Engine:
     """The passes that are not over."""
 
-    def __init__(self, listener: PassListener, guard: Guard) -> None:
-        self._listener, self.guard = listener, guard
+    listener: PassListener  #: set before any hook is put on
+
+    def __init__(self, guard: Guard) -> None:
+        self.guard = guard
         self.passes: list[Pass] = []  # one a thread, but for what failed
         self.threads: set[int] = set()  # that ran passes
         self.by_task: dict[int, Pass | None] = {}  # None: an autograd.grad, which is no pass
@@ -157,7 +160,7 @@ class Engine:
         if current is None:
             current = Pass(thread, run.root)
             self.threads.add(thread)
-            self._listener.pass_begins(run, current)
+            self.listener.pass_begins(run, current)
             self.passes.append(current)
         current.tasks.append(task)
         self.by_task[task] = current
@@ -188,9 +191,9 @@ class Engine:
         for other in [p for p in self.passes if p is not current and p.thread == thread and not p.alive()]:
             self.forget(other)
             if other.ended_unseen:
-                self._listener.pass_ended(other)
+                self.listener.pass_ended(other)
             else:
-                self._listener.pass_failed(other)
+                self.listener.pass_failed(other)
 
     def _forget_others(self) -> None:
         """Drop what was noted of earlier `autograd.grad`s; one that still runs is recognised again."""
@@ -217,10 +220,10 @@ class Engine:
             return
         if task == current.outer:
             self.forget(current)
-            self._listener.pass_ended(current)
+            self.listener.pass_ended(current)
         elif current.outer == -1:
             current.nested_ended = True
-            self._listener.pass_pauses(current)
+            self.listener.pass_pauses(current)
 
     def forget(self, current: Pass) -> None:
         """The pass is over."""
@@ -236,7 +239,7 @@ class Engine:
                 mine = threading.get_ident()
                 for current in [p for p in self.passes if p.thread == mine or not p.alive()]:
                     self.forget(current)
-                    self._listener.pass_ended(current)
+                    self.listener.pass_ended(current)
 
 
 class TrainingThreads:

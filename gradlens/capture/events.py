@@ -5,9 +5,9 @@ Tensors of an event are valid during the call only: the training loop goes on to
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -116,6 +116,64 @@ class TableDone:
     key: TableKey
 
 
+class Steady(Protocol):
+    """What the events of a step by the book share: the parameters, in model order, and what the sink keeps with them."""
+
+    parameters: Parameters
+    rows: list[int]
+    weights: list[Tensor]
+    lr_positive: list[bool]
+    calls: Any  #: the sink's own, dropped as soon as anything changes
+
+
+@dataclass(frozen=True, slots=True)
+class SteadyReading:
+    """A backward by the book has ended: stands for a `Reading` of all parameters, and a `PassEnded`."""
+
+    route: Steady
+    key: TableKey
+    gradients: list[Tensor]
+    updates: bool  #: the weights are wanted as they are before the optimizer moves them
+
+    def general(self) -> Iterator[Event]:
+        """The events that this stands for."""
+        route = self.route
+        yield Reading(self.key, route.parameters, route.rows, self.gradients, route.weights)
+        yield PassEnded(route.rows, self.gradients)
+
+
+@dataclass(frozen=True, slots=True)
+class SteadyStart:
+    """The optimizer is given what a backward by the book left: stands for `WeightsBefore` and a `Reading` of `used`."""
+
+    route: Steady
+    key: TableKey
+    gradients: list[Tensor]
+    updates: bool
+    kept: bool  #: by their versions, the weights are what they were when the backward ended
+
+    def general(self) -> Iterator[Event]:
+        """The events that this stands for."""
+        route = self.route
+        if self.updates:
+            yield WeightsBefore(route.parameters, route.rows, route.weights)
+        yield Reading(self.key, route.parameters, route.rows, self.gradients, route.weights, copies_backward=True)
+
+
+@dataclass(frozen=True, slots=True)
+class SteadyUpdate:
+    """The optimizer has moved every weight, and written to no gradient: stands for an `Update`."""
+
+    route: Steady
+    key: TableKey
+    gradients: list[Tensor]
+
+    def general(self) -> Iterator[Event]:
+        """The events that this stands for."""
+        route, facts = self.route, GradientFacts(single=True, own=True, untouched=True)
+        yield Update(self.key, route.rows, self.gradients, route.weights, route.lr_positive, facts)
+
+
 @dataclass(frozen=True, slots=True)
 class StepClosed:
     """The step is over; `scalars` are what the user observed in it."""
@@ -134,6 +192,9 @@ Event = (
     | LossSeen
     | Noted
     | TableDone
+    | SteadyReading
+    | SteadyStart
+    | SteadyUpdate
     | StepClosed
     | Finding
 )

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gradlens._torch import local_part
 from gradlens.facts import Graph, Operation
 
 #: Operations that a walk looks at, at most.
@@ -148,7 +149,8 @@ def _saved(node: Any) -> dict[str, Any]:
 def saved_tensor(node: Any, name: str) -> Tensor | None:
     """A tensor that an operation keeps for its backward; None where it is gone, was never kept, or was packed.
 
-    What saved-tensor hooks packed (checkpointing, offloading) may be unpacked once: backward is the one to do that.
+    What saved-tensor hooks packed (checkpointing, offloading) may be unpacked once: backward is the one to do that. A
+    distributed tensor's numbers would take a collective.
     """
     try:
         if getattr(node, f"_raw_saved_{name}").unpack_hook is not None:
@@ -156,7 +158,7 @@ def saved_tensor(node: Any, name: str) -> Tensor | None:
         value = getattr(node, f"_saved_{name}")
     except Exception:  # noqa: BLE001 - freed by backward, written over in place, or a type without such a name
         return None
-    return value if isinstance(value, Tensor) else None
+    return value if isinstance(value, Tensor) and local_part(value) is value else None  # ranks need not all look
 
 
 #: By operation: the saved tensor whose smallest, largest and non-finite entries decide.
@@ -181,6 +183,11 @@ _LOOKED_AT = {
     "Softmax": "result",
     "LogSoftmax": "result",
     "Exp": "result",
+    "Addmm": "mat1",
+    "Mm": "self",
+    "Convolution": "input",
+    "NativeLayerNorm": "input",
+    "NativeBatchNorm": "input",
 }
 
 

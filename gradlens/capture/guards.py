@@ -16,13 +16,21 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
+from gradlens import _torch
+
 Call = TypeVar("Call", bound=Callable[..., Any])
 
 
 def eagerly(call: Call) -> Call:
-    """The call, hidden from Dynamo with all that it calls. Costs 1 to 2.5 us each time: nothing for hooks of a parameter."""
-    result: Call = torch.compiler.disable(call)
-    return result
+    """The call, hidden from Dynamo with all that it calls. That takes 2 us, so it is asked first whether Dynamo is there."""
+    hidden, traced = torch.compiler.disable(call), _torch.traced
+
+    @functools.wraps(call)
+    def eager(*args: Any) -> Any:
+        return call(*args) if traced() is None else hidden(*args)
+
+    untraced(eager)
+    return eager  # type: ignore[return-value]
 
 
 def untraced(hook: Callable[..., Any]) -> None:

@@ -35,9 +35,9 @@ def loss_of(roots: Sequence[Any], scale: float | Tensor = 1.0) -> float | Tensor
     root = roots[0]
     if root.numel() != 1 or not root.is_floating_point() or root.is_meta:
         return None
+    if root.is_cpu and not isinstance(scale, Tensor):
+        return float(root.item()) / scale
     with torch.no_grad():
-        if root.is_cpu and not isinstance(scale, Tensor):
-            return float(root.detach()) / scale
         return root.detach().reshape(()).to(torch.float64) / scale
 
 

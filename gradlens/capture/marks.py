@@ -11,8 +11,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from operator import attrgetter
 
+import torch
 from torch import Tensor
 
+from gradlens._torch import local_part
 from gradlens.capture.attachment import Slot
 
 _VERSION = attrgetter("_version")
@@ -42,11 +44,25 @@ def states(tensors: Sequence[Tensor]) -> list[tuple[int, int]]:
 class Marks:
     """The gradients of some slots, as they were."""
 
-    __slots__ = ("_held", "_seen")
+    __slots__ = ("_held", "_known", "_listed")
 
-    def __init__(self, slots: Iterable[Slot] = (), gradients: Sequence[Tensor] = ()) -> None:
-        self._seen = dict(zip(slots, states(gradients), strict=True))
+    def __init__(
+        self,
+        slots: Iterable[Slot] = (),
+        gradients: Sequence[Tensor] = (),
+        listed: tuple[Sequence[Slot], Sequence[int], Sequence[int]] | None = None,
+    ) -> None:
+        """Of these gradients; or of all slots, from their gradients' identities and versions: `listed`."""
+        self._known = dict(zip(slots, states(gradients), strict=True)) if gradients else {}
+        self._listed = listed  # until one of them is looked up
         self._held: list[Tensor] = []
+
+    @property
+    def _seen(self) -> dict[Slot, tuple[int, int]]:
+        if self._listed is not None:
+            slots, ids, seen = self._listed
+            self._known, self._listed = dict(zip(slots, zip(ids, seen, strict=True), strict=True)), None
+        return self._known
 
     def update(self, slots: Iterable[Slot], gradients: Sequence[Tensor | None]) -> None:
         """Mark these as they are now."""
@@ -74,3 +90,10 @@ class Marks:
         there = {slot: g for slot, g in zip(slots, gradients, strict=True) if g is not None}
         now = dict(zip(there, states(list(there.values())), strict=True))
         return now == {slot: mark for slot in slots if (mark := self._seen.get(slot)) is not None}
+
+
+def zeroed(gradient: Tensor) -> bool:
+    """Whether nothing is left of what is here of a gradient. On a device, where the host would wait, something is."""
+    here = local_part(gradient)
+    known = here.device.type == "cpu" and here.layout is torch.strided and here.numel() > 0
+    return known and not bool(here.count_nonzero())

@@ -45,6 +45,7 @@ class WatchedOptimizer:
         self.read = False  # this step's `used` gradients were read
         self.given = Marks()  # the gradients that were read
         self.untouched = False  # `.grad` was what the last backward left
+        self.steady = False  # and all of it went by the book
         self.closure_key: Any = None  # of what was read when its closure returned
         self.step: Any = None  # that its call, which is under way, belongs to
 
@@ -177,15 +178,16 @@ class StepListener(Protocol):
 class Optimizers:
     """The optimizers of one lens."""
 
+    listener: StepListener  #: set before any step
+
     def __init__(
         self,
         given: Sequence[Optimizer],
         wrapped: Sequence[bool],
         attachment: Attachment,
-        listener: StepListener,
         guard: Guard,
     ) -> None:
-        self._attachment, self._listener, self.guard = attachment, listener, guard
+        self._attachment, self.guard = attachment, guard
         self.watched = [WatchedOptimizer(o, wrapped=w) for o, w in zip(given, wrapped, strict=True)]
         self._by_id = {id(optimizer): w for optimizer, w in zip(given, self.watched, strict=True)}
         self.ender = StepEnder(self.watched)
@@ -195,7 +197,7 @@ class Optimizers:
 
     def attach(self) -> None:
         """Listen to every optimizer's step; those that are not ours pass by."""
-        before, after, listener = self.before, self.after, weakref.ref(self._listener)
+        before, after, listener = self.before, self.after, weakref.ref(self.listener)
 
         def post(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if after(optimizer, args, kwargs):
@@ -215,7 +217,7 @@ class Optimizers:
     def before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The hook before a step; it may exchange the closure."""
         if running():
-            self._listener.used_within(parameter_ids(optimizer))
+            self.listener.used_within(parameter_ids(optimizer))
         watched = self.find(optimizer)
         if watched is None:
             return None
@@ -223,7 +225,7 @@ class Optimizers:
         if stack.calls > 1:
             return None
         closure = closure_of(args, kwargs)
-        instead = self._listener.step_begins(watched, optimizer, stack, closure)
+        instead = self.listener.step_begins(watched, optimizer, stack, closure)
         if instead is None:
             return None
         if "closure" in kwargs:
@@ -236,12 +238,12 @@ class Optimizers:
         watched = self.find(optimizer)
         if watched is None:
             if optimizer in self._foreign or not self.watched:
-                self._listener.foreign_step_ended(optimizer, (), reported=False)
+                self.listener.foreign_step_ended(optimizer, (), reported=False)
             return False
         stack = call_stack(optimizer)
         if stack.calls > 1:
             return False
-        self._listener.step_ended(watched, optimizer, stack, closure_of(args, kwargs))
+        self.listener.step_ended(watched, optimizer, stack, closure_of(args, kwargs))
         return True
 
     def find(self, optimizer: Optimizer) -> WatchedOptimizer | None:
@@ -271,7 +273,7 @@ class Optimizers:
                     self._by_id[id(optimizer)] = watched
                     return watched
             if not any(is_active(given) for w in self.watched if (given := w.ref()) is not None):
-                self._listener.foreign_step_ended(optimizer, moved, reported=True)
+                self.listener.foreign_step_ended(optimizer, moved, reported=True)
         self._foreign.add(optimizer)
         return None
 

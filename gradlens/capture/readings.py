@@ -6,7 +6,7 @@ rank's gradient is about to be mixed into, what a user's hook may replace, what 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from operator import itemgetter
 from typing import Any
 
@@ -217,50 +217,3 @@ class PassReader:
 def changed(step: Step, slot: Slot, parameter: Tensor) -> bool:
     """Whether `.grad` was written since the step opened."""
     return parameter.grad is not None and not step.opening.same(slot, parameter.grad)
-
-
-class UsedNotes:
-    """What is special about the rows of a `used` table."""
-
-    def __init__(self, attachment: Attachment, reached: Callable[[Step, Slot], bool]) -> None:
-        self._attachment, self._reached = attachment, reached
-        self.read_at_step = False  # gradients of parameters came whose hooks FSDP1 suppresses
-        self.written: set[Slot] = set()  # whose `.grad` was new at the last step, though no backward reached them
-
-    def of(
-        self, step: Step, held: Mapping[Slot, Tensor], gradients: Sequence[Tensor | None], present: int
-    ) -> list[Note | None]:
-        """By row of the model; empty where all of it is held, has a gradient, and nothing is special."""
-        slots = self._attachment.slots
-        special = {
-            slot: self._note(step, slot)
-            for (slot, w), g in zip(held.items(), gradients, strict=True)
-            if slot not in step.reached or g is None or not w.requires_grad
-        }
-        if special or self.written:
-            self.written.difference_update(held)
-            self.written.update(slot for slot, note in special.items() if note is Note.UNCAPTURED)
-            for slot in self.written & special.keys():
-                slot.rehook()
-        if not special and present == len(slots):
-            return []
-        return [special.get(slot) if slot in held else Note.ELSEWHERE for slot in slots]
-
-    def _note(self, step: Step, slot: Slot) -> Note | None:
-        parameter = slot.tensor()
-        if parameter is None or not parameter.requires_grad:
-            return Note.FROZEN
-        if self._reached(step, slot):
-            return Note.EXCLUDED if parameter.grad is None else None
-        if slot in step.filled_by_peers:
-            return Note.STALE
-        if slot in step.undefined:
-            return Note.UNDEFINED
-        if slot.flat_slice is not None and (not len(slot.flat_slice) or changed(step, slot, parameter)):
-            self.read_at_step = True
-            return Note.STALE if len(slot.flat_slice) else None  # other ranks have all of it
-        if changed(step, slot, parameter):
-            return Note.UNCAPTURED
-        if slot in step.excluded:
-            return Note.EXCLUDED
-        return Note.ABSENT if parameter.grad is None else Note.STALE

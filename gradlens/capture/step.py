@@ -57,6 +57,8 @@ class Step:
         self.ending = Marks()  #: `.grad` when its last pass ended
         self.stepped: dict[Hashable, int] = {}  #: optimizers that stepped, and after how many passes they did last
         self.kept: dict[Slot, TableKey] = {}  #: the table whose move began with the weights that are kept
+        self.left: Any = None  #: what its first backward left, if that went by the book
+        self.by_the_book = False  #: all of it went so
         self._taken, self._free = 0, list[int]()
 
     @property

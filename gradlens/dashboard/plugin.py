@@ -22,7 +22,7 @@ from tensorboard.backend import http_util
 from tensorboard.plugins import base_plugin
 from werkzeug import wrappers
 
-from gradlens.dashboard import wire
+from gradlens.dashboard import memory, wire
 from gradlens.errors import GradlensError
 
 STATIC = Path(__file__).parent / "static"
@@ -34,6 +34,7 @@ TYPES = {
 }
 AT_ONCE = 4
 SECONDS, PATIENT = 0.5, 2.0  #: in which a first answer about a matrix comes, and one that a page waits for
+LARGE = 0.2  #: seconds: an answer that took longer has read many rows
 MAX_BYTES = 512 << 20  #: of the rows of one answer
 MAX_POINTS = 5000
 
@@ -185,7 +186,10 @@ class _Server:
         if etag in request.if_none_match:
             return _respond(request, b"", "application/json", etag)
         with self._reading:
+            begin = time.monotonic()
             answer = getattr(self, f"_{question}")(_open(path), asked)
+            if time.monotonic() - begin > LARGE:
+                memory.release()
         if not isinstance(answer, tuple):
             return _respond(request, wire.text({"version": version, **answer}), "application/json", etag)
         header, arrays = answer

@@ -8,6 +8,7 @@ From then on
                                     otherwise those that this loss depends on; then the backward begins
     an optimizer steps          ->  it is none of those watched, as where its backward was not seen: watched from here on
     a parameter is registered   ->  a model is being built: look again at the next backward
+    an optimizer is made        ->  the same; what was watched without one goes on with it, in the same run
 
 Modules are known from the hook that torch calls when one registers a parameter or a child, those that were copied or loaded
 from the script's variables. Two attributes of torch are replaced, each by a descriptor that hands out the original, so that
@@ -309,6 +310,7 @@ class Session:
         self._familiar: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()  # and how many they hold
         self._waiting: AtBackward | None = None
         self._late: list[Any] = []  # handles on an optimizer
+        self._asked_for, self._claimed, self._ends = 0, False, False  # run directories, over ranks and here; said at the end
         self._fruitless = 0
         self._busy = threading.Lock()
         self._made = Made()
@@ -327,7 +329,7 @@ class Session:
             self._safely(self._note_module, module)
 
     def _optimizer_made(self, optimizer: Optimizer) -> None:
-        self._safely(self._made.note_optimizer, optimizer)
+        self._safely(self._note_optimizer, optimizer)
 
     def _stepped(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if not torch.compiler.is_compiling():
@@ -352,6 +354,10 @@ class Session:
 
     def _note_module(self, module: nn.Module) -> None:
         self._made.note_module(module)
+        self._wait()
+
+    def _note_optimizer(self, optimizer: Optimizer) -> None:
+        self._made.note_optimizer(optimizer)
         self._wait()
 
     def _wait(self) -> None:
@@ -406,22 +412,28 @@ class Session:
 
         _prepare_end()
         watched = {id(p): weakref.ref(p) for p in found.parameters()}
-        self._close_bare(watched)
-        lens = watch(found.target, found.optimizers or None, run=self._directory(), **self._told["options"])
+        options, bare = dict(self._told["options"]), self._close_bare(watched)
+        if bare is not None:  # the same training, from now on with its optimizer: the run goes on
+            options["first_step"] = bare._watcher.step.number
+        lens = watch(found.target, found.optimizers or None, run=self._directory() if bare is None else bare._run, **options)
         self.lenses.append(lens)
         if found.optimizers:
             self._known.update(watched)
             self._familiar.update({each: _size(each) for each in found.optimizers})
         else:
             self._bare.append((lens, watched))
-        if len(self.lenses) == 1:
+        if not self._ends:
+            self._ends = True
             _at_end(self.end)
 
-    def _close_bare(self, watched: dict[int, weakref.ref[Tensor]]) -> None:
-        """A model that was watched without an optimizer, and has one now, is watched with it from here on."""
-        for lens, own in self._bare:
-            if own.keys() & watched.keys():
-                lens.close()
+    def _close_bare(self, watched: dict[int, weakref.ref[Tensor]]) -> Any:
+        """The lens, now closed, that watched some of these parameters without an optimizer; None where none did."""
+        found = [lens for lens, own in self._bare if own.keys() & watched.keys()]
+        self._bare = [each for each in self._bare if each[0] not in found]
+        self.lenses = [lens for lens in self.lenses if lens not in found[:1]]
+        for lens in found:
+            lens.close()
+        return found[0] if found else None
 
     # --- the run directory ------------------------------------------------------------------------------------------
 
@@ -432,7 +444,8 @@ class Session:
         if process_group.count() < 2:
             return self._claim()
         store = torch.distributed.distributed_c10d._get_default_store()
-        key = f"gradlens/run/{len(self.lenses)}"
+        key = f"gradlens/run/{self._asked_for}"
+        self._asked_for += 1
         if process_group.rank() == 0:
             name = self._claim()
             store.set(key, name)
@@ -442,7 +455,8 @@ class Session:
     def _claim(self) -> str:
         name = str(self._told["run"])
         own = os.getpid() == self._told["pid"] or "RANK" in os.environ
-        if self._told["continue"] and own and not self.lenses:
+        first, self._claimed = not self._claimed, True
+        if self._told["continue"] and own and first:
             return name
         number, free = 2, name
         while not _made(free):
@@ -461,7 +475,7 @@ class Session:
                 if _is_first_rank():
                     _say_end(lens)
             except Exception as error:  # noqa: BLE001 - the script has ended as it ended
-                _say(f"{lens._run}: {type(error).__name__}: {error}")
+                _say(f"{lens._settings.run}: {type(error).__name__}: {error}")
 
 
 def _made(folder: str) -> bool:
@@ -497,10 +511,10 @@ def _say_end(lens: Any) -> None:
     from gradlens.page.summary import Summary
     from gradlens.store.run import open_run
 
-    where = os.path.relpath(lens._run)
-    where = str(lens._run) if where.startswith("..") else where
+    where = os.path.relpath(lens._settings.run)
+    where = str(lens._settings.run) if where.startswith("..") else where
     more = f"the whole page: gradlens report {where}    as HTML: gradlens report {where} --html page.html"
-    print(f"\n{Summary.of(open_run(lens._run)).brief(more)}", file=sys.stderr)
+    print(f"\n{Summary.of(open_run(lens._settings.run)).brief(more)}", file=sys.stderr)
 
 
 def _say(text: str) -> None:

@@ -170,16 +170,15 @@ def quantiles(numbers: Numbers) -> Tensor:
     powers = 2.0 ** torch.arange(fields.EXPONENT_MIN, fields.EXPONENT_MAX + 2, dtype=torch.float64, device=counts.device)
     low = torch.cat([-powers[1:].flip(0), powers.new_zeros(1), powers[:-1]])
     width = torch.cat([powers[:-1].flip(0), powers.new_zeros(1), powers[:-1]])
-    total, columns = cumulated[..., -1], []
-    for q in fields.QUANTILES.values():
-        rank = torch.floor(q * (total - 1).clamp(min=0))
-        at = (cumulated <= rank[..., None]).sum(-1, keepdim=True).clamp(max=counts.shape[-1] - 1)
-        after, inside = cumulated.gather(-1, at)[..., 0], counts.gather(-1, at)[..., 0]
-        share = (rank - (after - inside) + 0.5) / inside
-        value = low[at[..., 0]] + share * width[at[..., 0]]
-        value = torch.minimum(torch.maximum(value, numbers["min"]), numbers["max"])
-        columns.append(torch.where(total > 0, value, torch.nan))
-    return torch.stack(columns, -1)
+    total = cumulated[..., -1:]
+    shares = torch.stack([powers.new_full((), q) for q in fields.QUANTILES.values()])  # a list's copy would be waited for
+    rank = torch.floor(shares * (total - 1).clamp(min=0))
+    at = (cumulated[..., None, :] <= rank[..., None]).sum(-1).clamp(max=counts.shape[-1] - 1)
+    after, inside = cumulated.gather(-1, at), counts.gather(-1, at)
+    share = (rank - (after - inside) + 0.5) / inside
+    value = low.take(at) + share * width.take(at)
+    value = torch.minimum(torch.maximum(value, numbers["min"][..., None]), numbers["max"][..., None])
+    return torch.where(total > 0, value, torch.nan)
 
 
 def row(numbers: Numbers, top: Tensor, detail: bool) -> Tensor:

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from gradlens import fields
+from gradlens._torch import local_part
 from gradlens.errors import GradlensError
 from gradlens.kernels import reference
 
@@ -218,9 +219,12 @@ class Native:
         facts = _facts(list(column), straight=True)
         return facts is not None and _fits(facts, tasks, operand)
 
-    def is_same(self, column: Sequence[Tensor], tasks: array, operand: int) -> bool:
-        """Whether these are plain tensors of the tasks' types, sizes and addresses. How large storages are is not asked."""
-        if not set(map(type, column)) <= _PLAIN or any(map(Tensor.is_neg, column)):
+    def is_same(self, column: Sequence[Tensor], tasks: array, operand: int, *, lazy: bool = True) -> bool:
+        """Whether these are plain tensors of the tasks' types, sizes and addresses.
+
+        How large storages are is not asked: one that shrinks moves, and its tensors with it. `lazy`: ask for lazy bits too.
+        """
+        if not set(map(type, column)) <= _PLAIN or (lazy and any(map(Tensor.is_neg, column))):
             return False
         if self.introspector is not None:
             return self.introspector.same(column, tasks, operand)
@@ -483,8 +487,7 @@ def _end(tensor: Tensor) -> int:
 
 
 def _local_part(tensor: Tensor) -> Tensor:
-    local = None if type(tensor) in _PLAIN else getattr(tensor, "to_local", None)
-    return tensor if local is None else local().detach()
+    return tensor if type(tensor) in _PLAIN else local_part(tensor).detach()
 
 
 def _disjoint(columns: Sequence[Column], keep: OptionalTensors, work: _Work) -> bool:

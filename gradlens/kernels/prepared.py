@@ -5,7 +5,7 @@ costs two native calls and a few questions that are asked of all gradients at on
 
     read        rows of `summarize`; the last gradients are replaced, the weights copied, samples taken, all in one pass
     unchanged   whether the samples are still what `read` saw
-    compare     rows of `compare`, from the weights before the step to those after it
+    compare     rows of `compare`, from the weights before the step to those after it, if the gradients are what `read` saw
 
 `read` and `compare` return None, and have done nothing, where a fact is not what it was when the call was prepared: a type,
 a size, a place in memory, a storage that is too small. The general calls serve then. What a prepared call returns is bit for
@@ -33,19 +33,29 @@ if TYPE_CHECKING:
 
 _G, _W, _PREVIOUS, _KEEP, _COPY = range(5)  # operands of a reading
 _USED, _BEFORE, _AFTER = range(3)  # operands of a comparison
-_NBYTES = torch.UntypedStorage.nbytes
 
 
 class Reading(NamedTuple):
     """What `read` gives: rows of `kernels.summarize`, and what `kernels.sample` gives of the gradients and the weights."""
 
     rows: Tensor
-    gradient_samples: Tensor
-    weight_samples: Tensor
+    samples: Tensor  #: of a gradient and of its weight, side by side
+
+    @property
+    def gradient_samples(self) -> Tensor:
+        """`[n, 16]`."""
+        return self.samples[:, : reference.SAMPLES]
+
+    @property
+    def weight_samples(self) -> Tensor:
+        """`[n, 16]`."""
+        return self.samples[:, reference.SAMPLES :]
 
 
 class Prepared(Protocol):
     """The calls for one list of parameters."""
+
+    apart: bool  #: they keep apart from the user's modes by themselves, and cost less than the general calls
 
     def read(self, gradients: Sequence[Tensor], detail: bool = True, copy: bool = True) -> Reading | None:
         """Read the gradients; None where they are not as they were. `copy`: whether the weights are copied."""
@@ -57,11 +67,16 @@ class Prepared(Protocol):
         """
 
     def compare(self, gradients: Sequence[Tensor]) -> Tensor | None:
-        """What the step did, from the copy of the weights and the gradients that were read; None where they have moved."""
+        """What the step did, from the copy of the weights and the gradients that were read.
+
+        None where they have moved, or the gradients' samples are not what was read.
+        """
 
 
 class GeneralPrepared:
     """The same from the general calls of a backend."""
+
+    apart = False
 
     def __init__(
         self, backend: Backend, weights: Sequence[Tensor], previous: StableTensors | None, before: StableTensors | None
@@ -77,7 +92,7 @@ class GeneralPrepared:
         if copy and self._before:
             with reference.quiet():
                 torch._foreach_copy_(self._before, self._weights)
-        self._read = Reading(rows, self._backend.sample(gradients), self._backend.sample(self._weights))
+        self._read = Reading(rows, torch.cat([self._backend.sample(gradients), self._backend.sample(self._weights)], 1))
         return self._read
 
     def unchanged(self, gradients: Sequence[Tensor]) -> tuple[bool, bool]:
@@ -92,6 +107,8 @@ class GeneralPrepared:
         """As `Prepared.compare`."""
         if self._before is None or len(gradients) != len(self._weights):
             return None
+        if self._read is not None and self._read.rows.is_cpu and not self.unchanged(gradients)[0]:
+            return None
         return self._backend.compare(gradients, self._before, self._weights, None)
 
 
@@ -102,6 +119,8 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
 class NativePrepared:
     """The native kernel's tasks, filled but for the gradients."""
 
+    apart = True
+
     def __init__(self, kernel: native.Native, weights: Sequence[Tensor]) -> None:
         self._kernel, self._weights = kernel, list(weights)
         self._tasks, self._moves = native.empty_tasks(len(weights)), native.empty_tasks(len(weights))
@@ -109,7 +128,6 @@ class NativePrepared:
         self._rooms: list[StableTensors] = []  # referred to: their addresses are in the tasks
         self._copies = self._no_copies = array("q", bytes(8 * len(weights)))
         self._has_previous = self._has_before = False
-        self._gradient_sizes: list[int] = []
 
     @classmethod
     def of(
@@ -137,9 +155,6 @@ class NativePrepared:
         self._has_previous, self._has_before = previous is not None, before is not None
         self._copies = native.addresses(tasks, _COPY)
         self._entries = native.total(tasks)
-        # While a storage is referred to, no other one can lie where it does: so its size and the address are all to ask.
-        self._storages = list(map(Tensor.untyped_storage, self._weights))
-        self._sizes = list(map(_NBYTES, self._storages))
         return native.own_memory([room for rooms in self._rooms for room in rooms], self._weights)
 
     def _calls(self) -> Any:
@@ -149,17 +164,12 @@ class NativePrepared:
     def _threads(self) -> int:
         return torch.get_num_threads() if self._entries >= native.THREADED else 1
 
-    def _weights_stayed(self) -> bool:
-        """Whether the weights are where and what they were when this was made."""
-        return self._kernel.is_same(self._weights, self._tasks, _W) and list(map(_NBYTES, self._storages)) == self._sizes
-
-    def _gradients_stayed(self, gradients: Sequence[Tensor]) -> bool:
-        """Whether these are the gradients that were read last, where and what they were then."""
+    def _stayed(self, gradients: Sequence[Tensor]) -> bool:
+        """Whether these are the gradients that were read last, and these and the weights are as they were then."""
         if self._samples is None or len(gradients) != len(self._weights) or native.modes_are_active():
             return False
-        if not self._kernel.is_same(gradients, self._tasks, _G):
-            return False
-        return list(map(_NBYTES, map(Tensor.untyped_storage, gradients))) == self._gradient_sizes
+        same = self._kernel.is_same
+        return same(gradients, self._tasks, _G, lazy=False) and same(self._weights, self._tasks, _W, lazy=False)
 
     def read(self, gradients: Sequence[Tensor], detail: bool = True, copy: bool = True) -> Reading | None:
         """As `Prepared.read`."""
@@ -167,7 +177,7 @@ class NativePrepared:
         with torch._C.DisableTorchFunction(), torch.inference_mode(False):
             if len(gradients) != n or native.modes_are_active():
                 return None
-            if not (self._weights_stayed() and self._kernel.fill(gradients, tasks, _G)):
+            if not (self._kernel.is_same(self._weights, tasks, _W) and self._kernel.fill(gradients, tasks, _G)):
                 return None
             if self._has_previous and native.types(tasks, _G) != native.types(tasks, _KEEP):
                 return None
@@ -177,25 +187,25 @@ class NativePrepared:
             at, variant = tasks.buffer_info()[0], self._kernel.variant
             self._calls().gradlens_read(at, n, rows.data_ptr(), samples.data_ptr(), self._threads(), variant, detail)
             self._samples = samples
-            self._gradient_sizes = list(map(_NBYTES, map(Tensor.untyped_storage, gradients)))
-            return Reading(rows, samples[:, : reference.SAMPLES], samples[:, reference.SAMPLES :])
+            return Reading(rows, samples)
 
     def unchanged(self, gradients: Sequence[Tensor]) -> tuple[bool, bool]:
         """As `Prepared.unchanged`."""
-        if self._samples is None:
-            return False, False
         with torch._C.DisableTorchFunction():
-            if not (self._gradients_stayed(gradients) and self._weights_stayed()):
-                return False, False
-            at, samples = self._tasks.buffer_info()[0], self._samples.data_ptr()
-            same = self._calls().gradlens_unchanged(at, len(self._weights), samples)
+            same = self._unchanged() if self._stayed(gradients) else 0
         return bool(same & 1), bool(same & 2)
+
+    def _unchanged(self) -> int:
+        assert self._samples is not None
+        at, samples = self._tasks.buffer_info()[0], self._samples.data_ptr()
+        same: int = self._calls().gradlens_unchanged(at, len(self._weights), samples)
+        return same
 
     def compare(self, gradients: Sequence[Tensor]) -> Tensor | None:
         """As `Prepared.compare`."""
         moves, n = self._moves, len(self._weights)
         with torch._C.DisableTorchFunction(), torch.inference_mode(False):
-            if not (self._has_before and self._gradients_stayed(gradients) and self._weights_stayed()):
+            if not (self._has_before and self._stayed(gradients) and self._unchanged() & 1):
                 return None
             native.copy_operand(self._tasks, _G, moves, _USED)
             rows = torch.empty(n, len(fields.UPDATES), dtype=torch.float64, device="cpu")

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from gradlens import fields
+from gradlens._torch import local_part
 from gradlens.errors import ArgumentError
 from gradlens.kernels import entries
 from gradlens.kernels.entries import Numbers
@@ -92,8 +93,7 @@ def check_lengths(name: str, given: Sequence[Any], n: int) -> Sequence[Any]:
 
 def plain(tensor: Tensor) -> Tensor:
     """Without its graph, and of a distributed tensor the local part."""
-    local = getattr(tensor, "to_local", None)
-    return (tensor if local is None else local()).detach()
+    return local_part(tensor).detach()
 
 
 def is_sparse(tensor: Tensor | None) -> bool:

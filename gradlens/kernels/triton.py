@@ -24,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gradlens import fields
+from gradlens._torch import local_part
 from gradlens.kernels import programs, reference
 from gradlens.kernels.entries import stride
 
@@ -241,10 +242,10 @@ class _Work:
 
     def _operand(self, tensor: Tensor) -> Tensor:
         if type(tensor) not in _PLAIN:
-            local = getattr(tensor, "to_local", None)
-            if local is None:
+            local = local_part(tensor)
+            if local is tensor:
                 raise _NotPlainError
-            tensor = local().detach()
+            tensor = local.detach()
             self._local.append(tensor)
         if type(tensor) not in _PLAIN or tensor.layout != torch.strided or tensor.is_conj() or tensor.is_neg():
             raise _NotPlainError

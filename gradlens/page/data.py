@@ -83,8 +83,12 @@ def collect(summary: Summary) -> dict[str, Any]:
         "first": summary.steps[0] if summary.steps else None,
         "last": summary.steps[-1] if summary.steps else None,
         "health": _health(summary),
-        "diagnosis": {"verdict": summary.diagnosis.verdict, "confidence": finite(float(summary.diagnosis.confidence))},
-        "findings": _findings(summary.findings),
+        "diagnosis": {
+            "verdict": summary.diagnosis.verdict,
+            "confidence": finite(float(summary.diagnosis.confidence)),
+            "ill": bool(summary.diagnosis.ill),
+        },
+        "findings": _findings(summary),
         "loss": thinned(summary.losses),
         "overhead": summary.overhead,
         "settings": {name: str(value) for name, value in run.settings.items() if name not in NO_SETTINGS},
@@ -100,21 +104,28 @@ def _health(summary: Summary) -> dict[str, Any]:
     return {"worst": None if worst is None else worst.value, "counts": {k: v for k, v in counts.items() if v}}
 
 
-def _findings(found: Iterable[Finding]) -> list[dict[str, Any]]:
-    """What one rule says with the same advice, together; the worst first, then the earliest."""
+def _findings(summary: Summary) -> list[dict[str, Any]]:
+    """What one rule says with the same advice, together: the origin, what follows from it, then the worst and earliest."""
+    diagnosis = summary.diagnosis
+    first = [*([] if diagnosis.origin is None else [diagnosis.origin]), *diagnosis.follows]
+    rest = sorted(
+        (each for each in summary.findings if each not in first), key=lambda each: (-each.severity.rank, each.step)
+    )
     groups: dict[tuple[object, ...], list[Finding]] = {}
-    for each in sorted(found, key=lambda each: (-each.severity.rank, each.step)):
+    for each in (*first, *rest):
         groups.setdefault((each.severity, each.rule, each.causes, each.remedy), []).append(each)
     return [
         {
             "rule": group[0].rule,
             "severity": group[0].severity.value,
-            "step": group[0].step,
-            "last": group[-1].step,
+            "step": min(each.step for each in group),
+            "last": max(each.step for each in group),
             "where": list(dict.fromkeys(name for each in group for name in (each.parameters or (each.parameter,)) if name)),
             "seen": group[0].seen,
             "causes": list(group[0].causes),
             "remedy": group[0].remedy,
+            "origin": group[0] == diagnosis.origin,
+            "follows": group[0] != diagnosis.origin and group[0] in first,
         }
         for group in list(groups.values())[:GROUPS]
     ]

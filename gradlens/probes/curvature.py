@@ -20,7 +20,7 @@ All of it is for one batch and one draw of dropout. Curvature over the data is t
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -37,8 +37,8 @@ from gradlens.probes.per_weight import PerWeight
 from gradlens.probes.second_order import Agreement, Products, flatten, host, unflatten, with_products
 from gradlens.progress import tracked
 from gradlens.selection import Select
-from gradlens.statistics.evidence import CONSTANT, REASONS, Moments, TestResults, check_level, test_means
-from gradlens.statistics.significance import detectable, q_values
+from gradlens.statistics.evidence import Moments, TestResults, check_level, test_means
+from gradlens.statistics.significance import detectable
 from gradlens.weight_names import known_name
 
 if TYPE_CHECKING:
@@ -332,13 +332,9 @@ def _tested(moments: Moments, q: float) -> tuple[TestResults, np.ndarray]:
     Entries that were the same in all K samples are exact, or had K equal signs by luck, with a probability of 2^(1 - K):
     they take part with that.
     """
-    results = test_means(moments, q)
-    p = np.where(results.reason == CONSTANT, 2.0 ** (1 - moments.count), results.p)
-    tested = ~np.isnan(p) & np.isin(results.reason, [REASONS.index(word) for word in ("", "constant", "weak")])
-    adjusted = np.full(len(p), np.nan)
-    adjusted[tested] = q_values(torch.from_numpy(p[tested]), "bh").numpy()
-    bends = np.where(adjusted <= q, np.where(results.mean > 0, 1, 2), 0).astype(np.int8)
-    return TestResults(results.mean, results.t, p, adjusted, results.agree, bends, results.reason), bends
+    results = test_means(moments, q, constant_p=2.0 ** (1 - moments.count))
+    bends = np.where(results.q <= q, np.where(results.mean > 0, 1, 2), 0).astype(np.int8)
+    return replace(results, verdict=bends), bends
 
 
 def _shrunken(diagonal: np.ndarray, noise: np.ndarray, sizes: Sequence[int], samples: int) -> np.ndarray:

@@ -17,7 +17,8 @@ purpose (a straight-through estimator, a stopped gradient) is said by `allow=`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,6 +34,7 @@ from gradlens.probes.loss import Target
 from gradlens.probes.per_weight import unravelled
 from gradlens.probes.second_order import kept_at_zero, not_repeatable
 from gradlens.progress import tracked
+from gradlens.records import Parameters
 from gradlens.selection import Select
 from gradlens.weight_names import label
 
@@ -40,7 +42,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 ROUNDING = 10  #: times the measured rounding noise of the loss
-MOVED = 1 << 16  #: weights of a parameter that are moved to measure it
+MOVED = 1 << 14  #: weights of a parameter that are moved to measure it
 
 
 @dataclass(frozen=True)
@@ -57,11 +59,25 @@ FINE = Precision((1e-5, 1e-4, 1e-6), 1e-4, 1e-6, 2.0**-52)
 COARSE = Precision((1e-2, 3e-2, 3e-3), 2e-2, 2e-3, 2.0**-23)  #: where an operation exists in float32 only
 
 
+@dataclass(frozen=True)
+class Row:
+    """One weight: what backward says, and what the loss does."""
+
+    parameter: int
+    index: int
+    value: float
+    partial: float
+    difference: float
+    tolerance: float
+    result: str
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class PartialsCheck(markup.Shown):
     """What `check_partials` found. `ok`: no partial was wrong."""
 
-    frame: pd.DataFrame  #: a row a weight: `parameter, index, value, partial, difference, error, tolerance, result`
+    rows: tuple[Row, ...]  #: one a weight
+    parameters: Parameters
     weights: int  #: how many there are to draw from
     missed: tuple[str, ...]  #: parameters of which none was drawn
     narrow: tuple[str, ...]  #: operations that could not be computed in float64
@@ -70,10 +86,30 @@ class PartialsCheck(markup.Shown):
     noise: float = 0.0  #: how far rounding moves the loss
     seed: int = 0
 
+    @cached_property
+    def frame(self) -> pd.DataFrame:
+        """A row a weight: `parameter, index, value, partial, difference, error, tolerance, result`."""
+        import pandas as pd
+
+        names, shapes = self.parameters.names, self.parameters.shapes
+        index = [unravelled(np.array([row.index]), shapes[row.parameter])[0] for row in self.rows]
+        return pd.DataFrame(
+            {
+                "parameter": pd.Series([names[row.parameter] for row in self.rows], dtype="str"),
+                "index": pd.Series(index, dtype=object),
+                "value": [row.value for row in self.rows],
+                "partial": [row.partial for row in self.rows],
+                "difference": [row.difference for row in self.rows],
+                "error": [abs(row.partial - row.difference) for row in self.rows],
+                "tolerance": [row.tolerance for row in self.rows],
+                "result": pd.Series([row.result for row in self.rows], dtype="str"),
+            }
+        )
+
     @property
     def ok(self) -> bool:
         """Whether all partials that were checked are right, lie at a kink, or were allowed to differ."""
-        return not (self.frame["result"] == "wrong").any()
+        return not any(row.result == "wrong" for row in self.rows)
 
     def __str__(self) -> str:
         counts = self.frame["result"].value_counts()
@@ -179,17 +215,6 @@ def check_partials(
         return _result(isolated, rows, allowed, noise, seed)
 
 
-@dataclass(frozen=True)
-class _Row:
-    parameter: int
-    index: int
-    value: float
-    partial: float
-    difference: float
-    tolerance: float
-    result: str
-
-
 def _evaluate(isolated: IsolatedLoss) -> float:
     isolated.rewind()
     return isolated.loss()
@@ -201,7 +226,7 @@ def _noise(isolated: IsolatedLoss, loss: float, seed: int, precision: Precision)
         raise ProbeError(
             f"the loss is {loss}: there is nothing to compare at this point; check a batch whose loss is finite"
         )
-    again = _evaluate(isolated)
+    again = isolated.loss_again(loss)
     size = max(abs(loss), abs(again))
     if not abs(again - loss) <= max(1e-9, 16 * precision.unit) * size:
         raise not_repeatable(loss, again)
@@ -213,11 +238,13 @@ def _noise(isolated: IsolatedLoss, loss: float, seed: int, precision: Precision)
 
 def _shaken(isolated: IsolatedLoss, random: torch.Generator, unit: float) -> float:
     """The loss with weights moved by about one unit in their last place: in large parameters an even part of them."""
-    parts = [w.detach().view(-1)[:: max(1, w.numel() // MOVED)] for w in isolated.weights]
+    parts = [w.detach().view(-1)[:: max(1, w.numel() // MOVED)][:MOVED] for w in isolated.weights]
     held = [part.clone() for part in parts]
+    signs = torch.randint(0, 2, (max(map(len, parts), default=0),), generator=random, dtype=torch.int8)
+    factors = 1 + unit * (2 * signs.double() - 1)
     with torch.no_grad():
         for part in parts:
-            part.mul_(1 + unit * (torch.randint(0, 2, part.shape, generator=random).to(part) * 2 - 1))
+            part.mul_(factors[: len(part)].to(part.device, part.dtype))
     try:
         return _evaluate(isolated)
     finally:
@@ -262,7 +289,7 @@ class _Check:
         self._precision = precision
         self._largest: dict[int, float] = {}
 
-    def row(self, place: tuple[int, int]) -> _Row:
+    def row(self, place: tuple[int, int]) -> Row:
         """Right at one of the steps, else at a kink, else wrong."""
         position, index = place
         partial = self._gradient[position].reshape(-1)[index].item()
@@ -302,7 +329,7 @@ def _compared(
     h: float,
     floor: float,
     relative: float,
-) -> _Row:
+) -> Row:
     below, at, above = losses
     difference, left, right = (above - below) / (2 * h), (at - below) / h, (above - at) / h
     tolerance = relative * max(abs(partial), abs(difference)) + floor
@@ -312,34 +339,20 @@ def _compared(
         result = "kink"
     else:  # not finite included
         result = "wrong"
-    return _Row(*place, value, partial, difference, tolerance, result)
+    return Row(*place, value, partial, difference, tolerance, result)
 
 
-def _result(isolated: IsolatedLoss, rows: Sequence[_Row], allowed: Allowed, noise: float, seed: int) -> PartialsCheck:
-    import pandas as pd
-
+def _result(isolated: IsolatedLoss, rows: Sequence[Row], allowed: Allowed, noise: float, seed: int) -> PartialsCheck:
     parameters = isolated.parameters
-    words = [
-        "allowed" if row.result == "wrong" and allowed.covers(parameters.names[row.parameter]) else row.result
-        for row in rows
-    ]
-    frame = pd.DataFrame(
-        {
-            "parameter": pd.Series([parameters.names[row.parameter] for row in rows], dtype="str"),
-            "index": pd.Series(
-                [unravelled(np.array([row.index]), parameters.shapes[row.parameter])[0] for row in rows], dtype=object
-            ),
-            "value": [row.value for row in rows],
-            "partial": [row.partial for row in rows],
-            "difference": [row.difference for row in rows],
-            "error": [abs(row.partial - row.difference) for row in rows],
-            "tolerance": [row.tolerance for row in rows],
-            "result": pd.Series(words, dtype="str"),
-        }
-    )
     drawn = {row.parameter for row in rows}
     return PartialsCheck(
-        frame=frame,
+        rows=tuple(
+            replace(row, result="allowed")
+            if row.result == "wrong" and allowed.covers(parameters.names[row.parameter])
+            else row
+            for row in rows
+        ),
+        parameters=parameters,
         weights=sum(w.numel() for w in isolated.weights),
         missed=tuple(name for i, name in enumerate(parameters.names) if i not in drawn and 0 not in parameters.shapes[i]),
         narrow=isolated.narrow,

@@ -20,7 +20,7 @@ from functools import partial
 from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
@@ -36,6 +36,7 @@ _CASTS: dict[Callable, Callable] = {
     Tensor.chalf: lambda x: x.to(torch.complex128),
 }
 _PLAIN = (int, float, bool, str, type(None), torch.Size, torch.device, slice)
+_PLAIN_TYPES = frozenset(_PLAIN)
 _TYPES = ("Double", "double", "Float", "Half", "BFloat16", "float32", "float64", "bfloat16", "dtype")
 _COARSER = (torch.float32, torch.bfloat16, torch.float16)
 _DATA = Tensor.data.__get__  # type: ignore[attr-defined]
@@ -54,13 +55,15 @@ def widen(x: Any) -> Any:
     return x.to(_WIDE[x.dtype]) if is_narrow(x) else x
 
 
-def grad(output: Tensor, inputs: Sequence[Tensor], seed: Tensor, create: bool, retain: bool) -> list[Tensor | None]:
+def grad(
+    outputs: Sequence[Tensor], inputs: Sequence[Tensor], seeds: Sequence[Tensor], create: bool, retain: bool
+) -> list[Tensor | None]:
     """`torch.autograd.grad`, by the engine itself: the public function leaves the mode while backward runs.
 
     Checkpointed blocks compute their forward again during backward, and need the mode there too.
     """
     engine = torch.autograd.Variable._execution_engine
-    return list(engine.run_backward((output,), (seed,), retain, create, tuple(inputs), True, False))
+    return list(engine.run_backward(tuple(outputs), tuple(seeds), retain, create, tuple(inputs), True, False))
 
 
 class Float64(TorchFunctionMode):
@@ -73,6 +76,7 @@ class Float64(TorchFunctionMode):
         self._cuts = Cuts() if hold_cuts else None
         self._written: dict[int, tuple[Tensor, Tensor]] = {}  # by storage: who has it, and what stands for it
         self._constants: dict[int, tuple[Tensor, int, Tensor]] = {}
+        self._ordinary: dict[Callable, bool] = {}  # neither a cast, nor an attribute, nor in place
         self._bytes = 0
         self._forward = True
         self._closed = False
@@ -99,6 +103,41 @@ class Float64(TorchFunctionMode):
     def __torch_function__(self, func: Callable, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         if self._closed:
             return func(*args, **(kwargs or {}))
+        ordinary = self._ordinary.get(func)
+        if ordinary is None:
+            ordinary = self._ordinary[func] = _is_ordinary(func)
+        if ordinary and not self._written and self._cuts is None and (given := self._wide_already(args)) is not None:
+            if kwargs:
+                named = None if "out" in kwargs else self._wide_already(kwargs.values())
+                if named is None:
+                    return self._computed(func, func.__name__, args, kwargs)
+                kwargs = dict(zip(kwargs, named, strict=True))
+            try:
+                result = func(*given, **(kwargs or {}))
+            except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
+                return self._coarser(func, func.__name__, given, kwargs or {}, error)
+            if type(result) is Tensor and result.dtype not in _WIDE:
+                return result
+            return self._noted(func.__name__, result)
+        return self._any(func, args, kwargs)
+
+    def _wide_already(self, values: Any) -> list[Any] | None:
+        """What a call is given where that is float64 tensors, inputs seen before and plain values, as nearly always."""
+        given = []
+        for value in values:
+            kind = type(value)
+            if kind is Tensor or kind is nn.Parameter:
+                if value.dtype in _WIDE:
+                    known = self._constants.get(id(value))
+                    if known is None or known[0] is not value or value.is_inference() or known[1] != value._version:
+                        return None
+                    value = known[2]
+            elif kind not in _PLAIN_TYPES:
+                return None
+            given.append(value)
+        return given
+
+    def _any(self, func: Callable, args: Sequence[Any], kwargs: Any) -> Any:
         name = getattr(func, "__name__", "")
         if func in _CASTS:
             result = _CASTS[func](self._given(args[0]))
@@ -127,7 +166,10 @@ class Float64(TorchFunctionMode):
             result = func(*given, **named)
         except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
             result = self._coarser(func, name, given, named, error)
-        if not into and (result.dtype in _WIDE if isinstance(result, Tensor) else _any_narrow(result)):
+        return result if into else self._noted(name, result)
+
+    def _noted(self, name: str, result: Any) -> Any:
+        if result.dtype in _WIDE if isinstance(result, Tensor) else _any_narrow(result):
             self.narrow.add(name)
         return result
 
@@ -199,6 +241,11 @@ class Float64(TorchFunctionMode):
             whole = torch.empty(0, dtype=x.dtype, device=x.device).set_(x.untyped_storage(), 0, (n,), (1,))
             self._written[storage] = x, whole.to(_WIDE[x.dtype])
         return self._stands_for(x)
+
+
+def _is_ordinary(func: Callable) -> bool:
+    name = getattr(func, "__name__", "")
+    return bool(name) and name != "__get__" and name != "detach" and func not in _CASTS and not _in_place(name)
 
 
 def _in_place(name: str) -> bool:

@@ -17,8 +17,8 @@ modules run at each evaluation, as at each forward.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, Self, TypeVar
 
 import torch
@@ -37,6 +37,7 @@ from gradlens.probes.untouched import (
     randomness,
     set_randomness,
     set_torch_randomness,
+    torch_drawn_since,
     torch_randomness,
 )
 from gradlens.records import Parameters
@@ -82,6 +83,7 @@ class IsolatedLoss:
         self._generators: list[Any] = []
         self._differentiates: bool | None = None  # whether the loss itself needs gradients; None: not tried
         self._draws = True  # whether it draws from numpy's or Python's generator
+        self._draws_torch = True  # and from torch's
         self._closed = True
 
     def __enter__(self) -> Self:
@@ -94,10 +96,12 @@ class IsolatedLoss:
         try:
             self._process.enter(self._wide, compiled())
             self.weights = [_real(self._copy(name, tensor)).contiguous() for name, tensor, _ in self._chosen]
+            reached = self._loss.reach.tensors
             self._stand_ins = StandIns(
-                modules, self._state, self._chosen_copies(), self._loss.plain, self._loss.reach.tensors, self._cast
+                modules, self._state, self._chosen_copies(), self.tensors(), self._loss.plain, reached, self._cast
             )
             self.weights = [nn.Parameter(w) for w in self.weights]
+            self._stand_ins.born(self.weights)
         except BaseException:
             uninterrupted(self.close)
             raise
@@ -122,23 +126,29 @@ class IsolatedLoss:
         """Put these generators back at the end too; before entering."""
         self._generators += generators
 
-    def evaluate(self, then: Callable[[Tensor], T], *batch: Any) -> T:
-        """`then(loss)`, with the weights still in place: a backward may run checkpointed forwards again."""
+    def evaluate(self, then: Callable[[Tensor], T], *batch: Any, at: Sequence[Tensor] | None = None) -> T:
+        """`then(loss)`, with the weights still in place: a backward may run checkpointed forwards again.
+
+        `at`: other values than `weights`, which stand in their places for this evaluation.
+        """
         if not self._loss.known_to_use:
             self._refuse_ignored(batch)
+        weights = self.weights if at is None else at
         self._inside = True
         try:
-            self._stand_ins.swap_in(self.weights)
+            self._stand_ins.swap_in(weights)
             if self._mode is not None:
                 self._mode.__enter__()  # and left by `_put_back`, which an interrupt cannot skip
-            with explained():
-                loss = self._loss(self._stand_ins.plain(), batch)
-                if self._mode is not None:
-                    self._mode.backward_begins()
-                result = then(loss)
+            loss = self._loss(self._stand_ins.plain(), batch)
+            if self._mode is not None:
+                self._mode.backward_begins()
+            result = then(loss)
+        except RuntimeError as error:
+            explain(error)
+            raise
         finally:
             self._put_back()  # `close` does it again, should an interrupt come here
-        self._check_written()
+        self._check_written(at=weights)
         return result
 
     def _refuse_ignored(self, batch: tuple) -> None:
@@ -154,12 +164,24 @@ class IsolatedLoss:
             self._put_back()
         self._check_written(whole=False)
 
-    def loss(self, *batch: Any) -> float:
-        """The loss at the current weights."""
+    def loss(self, *batch: Any, at: Sequence[Tensor] | None = None) -> float:
+        """The loss at the current weights, or `at` others."""
         if self._differentiates is None:
             self._differentiates = self._needs_gradients(batch)
         with torch.set_grad_enabled(self._differentiates):
-            return self.evaluate(_number, *batch)
+            return self.evaluate(_number, *batch, at=at)
+
+    def loss_again(self, first: float, *batch: Any) -> float:
+        """The loss a second time, with the random numbers that `gradient` gave it `first` with; found without gradients
+        where that gives the same, as nearly always, and then all later ones are."""
+        self.rewind()
+        if not self._hold_cuts:
+            with suppress(RuntimeError), torch.no_grad():
+                if self.evaluate(_number, *batch) == first:
+                    self._differentiates = False
+                    return first
+        self.rewind()
+        return self.loss(*batch)
 
     def gradient(self, *batch: Any) -> tuple[Tensor, list[Tensor | None]]:
         """The loss and its partials by each of `weights`; None where it does not depend on a parameter."""
@@ -167,24 +189,28 @@ class IsolatedLoss:
 
     def grad(
         self,
-        output: Tensor,
-        seed: Tensor | None = None,
+        outputs: Tensor | Sequence[Tensor],
+        seeds: Tensor | Sequence[Tensor] | None = None,
         *,
         create_graph: bool = False,
         retain_graph: bool = False,
         by: Sequence[Tensor] | None = None,
         sparse: bool = False,
     ) -> list[Tensor | None]:
-        """Partials of an output by each of `weights`, or `by` some of them; called within `evaluate`."""
+        """Partials by each of `weights`, or `by` some of them, called within `evaluate`: of an output, or of several,
+        each times its seed, together."""
         by = self.weights if by is None else by
-        if not output.requires_grad:
+        listed = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+        given = [None] * len(listed) if seeds is None else [seeds] if isinstance(seeds, Tensor) else list(seeds)
+        pairs = [(x, torch.ones_like(x) if s is None else s) for x, s in zip(listed, given, strict=True) if x.requires_grad]
+        if not pairs:
             return [None] * len(by)
-        seed = torch.ones_like(output) if seed is None else seed
+        roots, starts = zip(*pairs, strict=True)
         keep = create_graph or retain_graph
         if self._mode is not None:
-            found = float64.grad(output, by, seed, create_graph, keep)
+            found = float64.grad(roots, by, starts, create_graph, keep)
         else:
-            found = list(torch.autograd.grad(output, by, seed, keep, create_graph, allow_unused=True))
+            found = list(torch.autograd.grad(roots, by, starts, keep, create_graph, allow_unused=True))
         return [g.to_dense() if g is not None and g.is_sparse and not sparse else g for g in found]
 
     def tensors(self) -> list[Tensor]:
@@ -207,23 +233,33 @@ class IsolatedLoss:
 
     def rewind(self) -> None:
         """Set the random states back to where they were on entering: the next evaluation draws the same numbers."""
-        self._process.rewind(self._draws)
+        if self._draws_torch or self._draws:
+            self._process.rewind(self._draws)
 
     def draw(self) -> tuple[Any, ...]:
         """The random states as they are now, for `draw_again`; numpy's and Python's only where the loss draws from them."""
-        return randomness() if self._draws else (torch_randomness(),)
+        if self._draws:
+            return randomness()
+        return (torch_randomness(),) if self._draws_torch else ()
 
     def draw_again(self, drawn: tuple[Any, ...]) -> None:
         """Set them back: the next evaluation draws the same numbers."""
-        set_randomness(drawn) if len(drawn) > 1 else set_torch_randomness(*drawn)
+        if drawn:
+            set_randomness(drawn) if len(drawn) > 1 else set_torch_randomness(*drawn)
 
     def settle_draws(self, drawn: tuple[Any, ...]) -> None:
-        """After an evaluation from `draw()`: whether later ones need numpy's and Python's generators at all."""
+        """After an evaluation from `draw()`: whether later ones need any generator put back at all."""
         self._draws = drawn_since(drawn)
+        self._draws_torch = self._own_generators or torch_drawn_since(drawn)
 
     def settle_randomness(self) -> None:
-        """After an evaluation from the start: whether later ones need to rewind numpy's and Python's generators at all."""
-        self._draws = self._process.drawn()
+        """After an evaluation from the start: whether later ones need to rewind any generator at all."""
+        self.settle_draws(self._process.random)
+
+    @property
+    def _own_generators(self) -> bool:
+        """Whether the loss reaches generators of its own, whose state is not looked at."""
+        return bool(self._loss.reach.generators)
 
     @property
     def narrow(self) -> tuple[str, ...]:
@@ -256,9 +292,9 @@ class IsolatedLoss:
             self._state.put_back()
             self._inside = False
 
-    def _check_written(self, whole: bool = True) -> None:
+    def _check_written(self, whole: bool = True, at: Sequence[Tensor] | None = None) -> None:
         """Undo what an evaluation wrote into the copies."""
-        lost = self._stand_ins.renew(self.weights, whole)
+        lost = self._stand_ins.renew(self.weights if at is None else at, whole)
         if lost:
             warnings.warn(
                 f"loss_fn writes into {', '.join(lost[:3])}{', ...' if len(lost) > 3 else ''}, which a probe finds and does "
@@ -269,9 +305,9 @@ class IsolatedLoss:
 
     def _needs_gradients(self, batch: tuple) -> bool:
         """Whether the loss is another, or fails, without gradients: it differentiates within (a penalty, an inner loop)."""
-        before = ProcessState(self._loss.reach.generators.values())
         if self._hold_cuts:
             return True
+        before = ProcessState(self._loss.reach.generators.values())
         with torch.enable_grad():
             value = self.evaluate(_number, *batch)
         before.rewind()
@@ -297,7 +333,8 @@ class IsolatedLoss:
 
 
 def _number(loss: Tensor) -> float:
-    return loss.detach().item()
+    with torch._C.DisableTorchFunction():
+        return loss.item()
 
 
 def _protectable(module: nn.Module) -> bool:
@@ -330,15 +367,10 @@ _EXPLAINED = {
 }
 
 
-@contextmanager
-def explained() -> Iterator[None]:
-    """Raise torch's known errors as what they mean here."""
-    try:
-        yield
-    except RuntimeError as error:
-        if isinstance(error, ProbeError):
-            raise
-        for known, meaning in _EXPLAINED.items():
-            if known in str(error):
-                raise ProbeError(f"{meaning} (torch: {str(error).splitlines()[0]})") from error
-        raise
+def explain(error: RuntimeError) -> None:
+    """Raise torch's known errors as what they mean here; let others pass."""
+    if isinstance(error, ProbeError):
+        return
+    for known, meaning in _EXPLAINED.items():
+        if known in str(error):
+            raise ProbeError(f"{meaning} (torch: {str(error).splitlines()[0]})") from error

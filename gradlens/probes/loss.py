@@ -41,11 +41,13 @@ class Loss:
 
     def __call__(self, plain: Mapping[str, Tensor], batch: tuple) -> Tensor:
         argument = self.places[""] if self.single else {**self.places, **plain}
-        loss = _scalar(self.function(argument, *map(_fresh, batch)))
-        if not self.known_to_be_whole:
+        loss = self.function(argument, *map(_fresh, batch))
+        with torch._C.DisableTorchFunction():  # a mode need not see what is asked of the result
+            loss = _scalar(loss)
+        if not self.known_to_be_whole and loss.requires_grad:
             _refuse_reentrant(loss)
             self._refuse_live(loss)
-            self.known_to_be_whole = loss.requires_grad
+            self.known_to_be_whole = True
         return loss
 
     def modules(self) -> list[nn.Module]:
@@ -169,7 +171,7 @@ def _scalar(loss: object) -> Tensor:
             f"loss_fn returned a tensor of shape {tuple(loss.shape)} and {loss.dtype}; a loss is one real number: "
             f"return its mean or sum"
         )
-    return loss.reshape(())
+    return loss.reshape(()) if loss.ndim else loss
 
 
 def _described(loss: Any) -> str:

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gradlens import markup
 from gradlens.errors import ArgumentError, ArgumentTypeError, nearest
@@ -38,7 +39,7 @@ NEEDED = ("parameter", "index", "verdict", "partial")
 class Nudge(markup.Shown):
     """What moving the weights did to the loss."""
 
-    frame: pd.DataFrame  #: a row a batch: `size, before, after, change`
+    losses: np.ndarray  #: a row a batch: its size, the loss before and after
     predicted: float  #: first-order change, from the partials of the verdicts
     noise: float  #: standard error of `actual`: the spread of the change over batches, and the rounding of the losses
     rounding: float  #: that part of the noise which is rounding
@@ -46,10 +47,19 @@ class Nudge(markup.Shown):
     rounded_away: int  #: of these, how many did not move, since `size` is lost in the precision of their storage
     size: float
 
+    @cached_property
+    def frame(self) -> pd.DataFrame:
+        """A row a batch: `size, before, after, change`."""
+        import pandas as pd
+
+        size, before, after = self.losses.T
+        return pd.DataFrame({"size": size, "before": before, "after": after, "change": after - before})
+
     @property
     def actual(self) -> float:
         """The change of the mean loss."""
-        return float(np.average(self.frame["change"], weights=self.frame["size"]))
+        size, before, after = self.losses.T
+        return float(np.average(after - before, weights=size))
 
     @property
     def share(self) -> float:
@@ -78,7 +88,7 @@ class Nudge(markup.Shown):
     def __str__(self) -> str:
         text = self._first() + (
             f"\n  moved {self.moved:,} weights by {self.size:g}: predicted change of the loss {self.predicted:.4g}, "
-            f"actual {self.actual:.4g} ± {self.noise:.2g} over {len(self.frame)} batches"
+            f"actual {self.actual:.4g} ± {self.noise:.2g} over {len(self.losses)} batches"
         )
         if self.predicted:
             text += f" ({self.share:.1%} of the prediction)"
@@ -113,8 +123,7 @@ def nudge(
     isolated = IsolatedLoss(model, loss_fn, batched=True)
     isolated.keep(generators(batches))
     with isolated:
-        moves, predicted = _moves(isolated, verdicts, float(size))
-        held = [w.detach().clone() for w in isolated.weights]
+        moved, predicted, counts = _moved(isolated, verdicts, float(size))
         rows: list[tuple[float | None, float, float]] = []
         for batch, n in counted(batches, "nudging", progress, sizes):
             random = isolated.draw()
@@ -122,34 +131,17 @@ def nudge(
             if not rows:
                 isolated.settle_draws(random)
             isolated.draw_again(random)
-            after = _moved(isolated, moves, held, lambda batch=batch: isolated.loss(batch))  # type: ignore[misc]
-            rows.append((n, before, after))
-        pairs = [(kept, move) for kept, move in zip(held, moves, strict=True) if move is not None]
-        moved = sum(int(move.count_nonzero()) for _, move in pairs)
-        rounded_away = sum(int(((kept + move == kept) & (move != 0)).sum()) for kept, move in pairs)
-        precision = max(torch.finfo(w.dtype).eps for w in held)
+            rows.append((n, before, isolated.loss(batch, at=moved)))
+        precision = max(torch.finfo(w.dtype).eps for w in isolated.weights)
     if not rows:
         raise ArgumentError("nudge needs at least one batch to see what the loss does")
-    return _result(rows, predicted, precision, moved, rounded_away, float(size))
+    return _result(rows, predicted, precision, *counts, float(size))
 
 
 def _moved(
-    isolated: IsolatedLoss, moves: Sequence[Tensor | None], held: Sequence[Tensor], then: Callable[[], float]
-) -> float:
-    """A value with the weights moved; they are put back."""
-    with torch.no_grad():
-        for w, move in zip(isolated.weights, moves, strict=True):
-            if move is not None:
-                w += move
-        try:
-            return then()
-        finally:
-            for w, kept in zip(isolated.weights, held, strict=True):
-                w.copy_(kept)
-
-
-def _moves(isolated: IsolatedLoss, verdicts: Survey | pd.DataFrame, size: float) -> tuple[list[Tensor | None], float]:
-    """How far each weight moves, a tensor a parameter, and the change of the loss that this predicts."""
+    isolated: IsolatedLoss, verdicts: Survey | pd.DataFrame, size: float
+) -> tuple[list[Tensor], float, tuple[int, int]]:
+    """The moved weights, a tensor a parameter; the change of the loss that is predicted; how many move, and do not."""
     if isinstance(verdicts, Survey):
         listed = _of_survey(isolated, verdicts)
     elif all(column in getattr(verdicts, "columns", ()) for column in NEEDED):
@@ -158,28 +150,34 @@ def _moves(isolated: IsolatedLoss, verdicts: Survey | pd.DataFrame, size: float)
         raise ArgumentTypeError(
             f"verdicts are a survey, or its frame with the columns {', '.join(NEEDED)}, not {type(verdicts).__name__}"
         )
-    moves: list[Tensor | None] = [None] * len(isolated.weights)
-    predicted = 0.0
+    moved = list(isolated.weights)  # what has no verdict is not copied
+    predicted, wanted, lost = 0.0, 0, 0
     for name, flat, sign, partial in listed:
         position = isolated.parameters.position[name]
-        w = isolated.weights[position]
-        move = torch.zeros(w.numel(), dtype=torch.float64)
-        move[torch.from_numpy(flat)] = torch.from_numpy(size * sign)
-        moves[position] = move.reshape(w.shape).to(w.device, w.dtype)
-        predicted += float((size * sign * partial)[sign != 0].sum())
-    return moves, predicted
+        w = isolated.weights[position].detach()
+        predicted += size * float(np.dot(sign, np.where(sign != 0, partial, 0.0)))
+        n = int(np.count_nonzero(sign))
+        if n:
+            at = slice(None) if flat is None else torch.from_numpy(flat).to(w.device)
+            other = w.clone() if moved[position] is isolated.weights[position] else moved[position].detach()
+            entries = other.view(-1)
+            entries[at] += torch.from_numpy(sign).to(w.device, w.dtype) * size
+            moved[position] = nn.Parameter(other)
+            wanted, lost = wanted + n, lost + n - int((entries[at] != w.view(-1)[at]).count_nonzero())
+    return moved, predicted, (wanted, lost)
 
 
-#: Of one parameter: its name, and for some of its weights the flat index, the sign of the move, and the partial.
-Listed = tuple[str, np.ndarray, np.ndarray, np.ndarray]
+#: Of one parameter: its name, and for some of its weights (None: all) the flat index, the sign of the move, and the partial.
+Listed = tuple[str, np.ndarray | None, np.ndarray, np.ndarray]
 
 
 def _of_survey(isolated: IsolatedLoss, survey: Survey) -> Iterator[Listed]:
-    sign = np.array([SIGN[word] for word in VERDICTS])[survey.results.verdict]
-    for name, shape in zip(survey.parameters.names, survey.parameters.shapes, strict=True):
+    sign = np.array([SIGN[word] for word in VERDICTS], np.float32)
+    known = survey.parameters
+    for name, shape, index, bounds in zip(known.names, known.shapes, survey.index, survey.bounds, strict=True):
         _check(isolated, name, shape)
-        chosen = survey.span(name)
-        yield name, survey.places(chosen)[1], sign[chosen], survey.results.mean[chosen]
+        entries = slice(*bounds)
+        yield name, index, sign[survey.results.verdict[entries]], survey.results.mean[entries]
 
 
 def _of_frame(isolated: IsolatedLoss, frame: pd.DataFrame) -> Iterator[Listed]:
@@ -195,7 +193,7 @@ def _of_frame(isolated: IsolatedLoss, frame: pd.DataFrame) -> Iterator[Listed]:
         words = rows["verdict"].map(SIGN)
         if words.isna().any():
             raise ArgumentError(f"a verdict is one of {', '.join(SIGN)}, not {rows['verdict'][words.isna()].iloc[0]!r}")
-        yield name, np.asarray(flat, np.int64), words.to_numpy(np.float64), rows["partial"].to_numpy(np.float64)
+        yield name, np.asarray(flat, np.int64), words.to_numpy(np.float64, copy=True), rows["partial"].to_numpy(np.float64)
 
 
 def _check(isolated: IsolatedLoss, name: str, shape: tuple[int, ...] | None) -> None:
@@ -213,18 +211,12 @@ def _result(
     precision: float,
     moved: int,
     rounded_away: int,
-    size: float,
+    nudged: float,
 ) -> Nudge:
-    import pandas as pd
-
-    weights = [n or 1 for n, _, _ in rows]
-    frame = pd.DataFrame(rows, columns=["size", "before", "after"])
-    frame["size"] = weights
-    frame["change"] = frame["after"] - frame["before"]
-    share = frame["size"] / frame["size"].sum()
-    mean = float((share * frame["change"]).sum())
-    k = len(rows)
-    spread = float((share * (frame["change"] - mean) ** 2).sum() / (k - 1)) if k > 1 else float("nan")
-    rounding = precision * max(abs(value) for _, before, after in rows for value in (before, after)) / k**0.5
+    losses = np.array([(n or 1, before, after) for n, before, after in rows], np.float64)
+    size, before, after = losses.T
+    change, share, k = after - before, size / size.sum(), len(rows)
+    spread = float(share @ (change - share @ change) ** 2 / (k - 1)) if k > 1 else float("nan")
+    rounding = float(precision * np.abs(losses[:, 1:]).max() / k**0.5)
     noise = float(np.sqrt(spread + rounding**2))
-    return Nudge(frame, predicted, noise, rounding, moved, rounded_away, size)
+    return Nudge(losses, predicted, noise, rounding, moved, rounded_away, nudged)

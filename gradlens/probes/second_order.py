@@ -63,12 +63,12 @@ def differentiated(isolated: IsolatedLoss, then: Callable[[Tensor, Vectors], T],
 
 def product(isolated: IsolatedLoss, gradient: Sequence[Tensor], vector: Sequence[Tensor]) -> Vectors:
     """H v, one tensor a weight tensor; within `differentiated`."""
-    return again(isolated, dot(gradient, vector))
+    return again(isolated, gradient, vector)
 
 
-def again(isolated: IsolatedLoss, output: Tensor) -> Vectors:
-    """Partials of something made from the gradient; 0 where it does not depend on a weight."""
-    partials = isolated.grad(output, retain_graph=True)
+def again(isolated: IsolatedLoss, of: Tensor | Sequence[Tensor], seeds: Sequence[Tensor] | None = None) -> Vectors:
+    """Partials of something made from the gradient, or of a gradient times a vector; 0 where it depends on no weight."""
+    partials = isolated.grad(of, seeds, retain_graph=True)
     return [torch.zeros_like(w) if g is None else g for g, w in zip(partials, isolated.weights, strict=True)]
 
 
@@ -278,9 +278,8 @@ def with_products(
 
             def measure(loss: Tensor, gradient: Vectors) -> T:
                 def block(members: Sequence[int], vector: Sequence[Tensor]) -> Vectors:
-                    output = dot([gradient[i] for i in members], vector)
                     by = [isolated.weights[i] for i in members]
-                    found = isolated.grad(output, retain_graph=True, by=by)
+                    found = isolated.grad([gradient[i] for i in members], vector, retain_graph=True, by=by)
                     return [torch.zeros_like(w) if g is None else g for g, w in zip(found, by, strict=True)]
 
                 multiply = lambda v: product(isolated, gradient, v)  # noqa: E731

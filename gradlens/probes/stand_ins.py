@@ -17,14 +17,16 @@ from gradlens.errors import ProbeError
 from gradlens.probes.untouched import ModuleState
 
 Cast = Callable[[Tensor], Tensor]
+CHUNK = 1 << 18  #: entries that are compared at once
 SMALL, ALL_SMALL = 1 << 20, 1 << 24  #: bytes of a tensor in a closure, and of all of them, that are kept to be put back
 
 
 class StandIns:
     """The places of all tensors of the modules, and what stands there during an evaluation.
 
-    `weights`: by identity, which of the caller's weights stands for a parameter. `plain`: tensors that are given to the loss
-    by name. `outside`: tensors that it reaches by itself, which stay where they are and are written back.
+    `weights`: by identity, which of the caller's weights stands for a parameter; `live`: those parameters, in that order.
+    `plain`: tensors that are given to the loss by name. `outside`: tensors that it reaches by itself, which stay where they
+    are and are written back.
     """
 
     def __init__(
@@ -32,16 +34,18 @@ class StandIns:
         modules: Sequence[nn.Module],
         state: ModuleState,
         weights: Mapping[int, int],
+        live: Sequence[Tensor],
         plain: Mapping[str, Tensor],
         outside: Mapping[str, Tensor],
         cast: Cast,
     ) -> None:
         self._cast = cast
-        self._weights = weights
+        self._weights, self._live = weights, live
         self._copies: dict[int, tuple[Tensor, Tensor]] = {}  # by identity: the live tensor, and its copy
         self._places: list[tuple[Any, Any, Tensor]] = []  # container, key, and the live tensor there
         self._tuples: list[tuple[Any, Any, tuple, tuple]] = []  # container, key, a tuple that holds tensors, and its like
         self._plain = dict(plain)
+        self._current: Sequence[Tensor] = ()
         parameters = {id(module._parameters) for module in modules}
         inert = {id(module._modules) for module in modules}
         for container in state.mutable():
@@ -49,16 +53,21 @@ class StandIns:
                 self._visit(container, id(container) in parameters)
         for tensor in plain.values():
             self._copy(tensor)
+        self._of_weights = [(c, key, weights[id(t)]) for c, key, t in self._places if id(t) in weights]
+        self._complex = {i for i, tensor in enumerate(live) if tensor.is_complex()}
+        self._of_copies = [(c, key, self._copies[id(t)][1]) for c, key, t in self._places if id(t) not in weights]
         self._versions: dict[int, int] = {}
+        self._weight_versions: list[int] = []
         self._always: set[int] = set()  # what is written into past the counters
         self._restored: set[int] = set()  # weights that the forward writes into
         self._first = True
+        self._born: list[tuple[Tensor, int]] = []
         self._outside = _Outside(outside, {id(t) for t, _ in self._copies.values()} | set(weights))
 
     @classmethod
     def none(cls) -> Self:
         """Of no modules."""
-        return cls((), ModuleState(()), {}, {}, {}, lambda tensor: tensor)
+        return cls((), ModuleState(()), {}, (), {}, {}, lambda tensor: tensor)
 
     # --- building -----------------------------------------------------------------------------------------------------
 
@@ -104,23 +113,36 @@ class StandIns:
 
     def swap_in(self, weights: Sequence[Tensor]) -> None:
         """Put the copies into the modules, and the caller's weights."""
-        self._current = [torch.view_as_complex(w) if self._complex(i) else w for i, w in enumerate(weights)]
-        self._versions = {key: copy._version for key, (_, copy) in self._copies.items()}
+        self._current = (
+            [torch.view_as_complex(w) if i in self._complex else w for i, w in enumerate(weights)]
+            if self._complex
+            else weights
+        )
+        self._versions = {key: copy._version for key, (_, copy) in self._copies.items()} if self._copies else {}
         self._weight_versions = [w._version for w in weights]
-        kept = range(len(weights)) if self._first else self._restored
+        kept = range(len(weights)) if self._first and not self._at_live(weights) else self._restored
         self._backup = {i: weights[i].detach().clone() for i in kept}
-        for container, key, tensor in self._places:
-            container[key] = self._standing(tensor)
+        for container, key, i in self._of_weights:
+            container[key] = self._current[i]
+        for container, key, copy in self._of_copies:
+            container[key] = copy
         for container, key, _, like in self._tuples:
             container[key] = like
 
-    def _standing(self, tensor: Tensor) -> Tensor:
-        i = self._weights.get(id(tensor))
-        return self._copies[id(tensor)][1] if i is None else self._current[i]
+    def born(self, weights: Sequence[Tensor]) -> None:
+        """These are the weights while they have the live ones' entries: what is written into them shows by a comparison."""
+        self._born = [(w, w._version) for w in weights]
+
+    def _at_live(self, weights: Sequence[Tensor]) -> bool:
+        return all(w is born and w._version == version for w, (born, version) in zip(weights, self._born, strict=True))
 
     def plain(self) -> dict[str, Tensor]:
         """What stands for the tensors that are given by name."""
         return {name: self._standing(tensor) for name, tensor in self._plain.items()}
+
+    def _standing(self, tensor: Tensor) -> Tensor:
+        i = self._weights.get(id(tensor))
+        return self._copies[id(tensor)][1] if i is None else self._current[i]
 
     def swap_out(self) -> None:
         """Put the live tensors back; any number of times."""
@@ -130,7 +152,7 @@ class StandIns:
         for container, key, value, _ in self._tuples:
             if isinstance(container, dict) or key < len(container):
                 container[key] = value
-        self._current = []
+        self._current = ()
         self._outside.put_back()
 
     def renew(self, weights: Sequence[Tensor], whole: bool = True) -> list[str]:
@@ -155,25 +177,30 @@ class StandIns:
         for i, w in enumerate(weights):
             w.grad = None
             written = w._version != self._weight_versions[i]
-            if i in self._restored or (self._first and (written or not _same(w, self._backup[i]))):
-                self._restored.add(i)
+            if i in self._restored:
                 with torch.no_grad():
                     w.copy_(self._backup[i])
+            elif self._first and (written or not _same_entries(w, self._backup.get(i, self._as_real(i)))):
+                self._restored.add(i)
+                with torch.no_grad():
+                    w.copy_(self._backup.get(i, self._as_real(i)))
             elif written:
                 raise ProbeError(
                     "loss_fn changes weights of the model in place at some calls and not at others: no two of its values "
                     "can be compared; let it write into copies, or at each call"
                 )
 
-    def _complex(self, i: int) -> bool:
-        return i in self._complex_weights
+    def _as_real(self, i: int) -> Tensor:
+        live = self._live[i].detach()
+        return torch.view_as_real(live.resolve_conj()) if live.is_complex() else live
 
-    @property
-    def _complex_weights(self) -> set[int]:
-        if not hasattr(self, "_of_complex"):
-            held = [tensor for _, _, tensor in self._places] + list(self._plain.values())
-            self._of_complex = {self._weights[id(t)] for t in held if id(t) in self._weights and t.is_complex()}
-        return self._of_complex
+
+def _same_entries(copy: Tensor, live: Tensor) -> bool:
+    """Whether a copy, which may be wider, still holds the live entries; no whole one is made of them."""
+    if copy.dtype == live.dtype:
+        return _same(copy, live)
+    wide, narrow = copy.detach().reshape(-1), live.reshape(-1)
+    return all(_same(a, b.to(a.dtype)) for a, b in zip(wide.split(CHUNK), narrow.split(CHUNK), strict=True))
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

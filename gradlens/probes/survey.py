@@ -32,7 +32,7 @@ from gradlens.probes.per_weight import sampled
 from gradlens.probes.strongest import check_top, strongest
 from gradlens.probes.verdicts import Survey, numbered
 from gradlens.selection import Select
-from gradlens.statistics.evidence import Moments, check_level, chunks, flat, reals, test_means
+from gradlens.statistics.evidence import CHUNK, Moments, check_level, flat, reals, test_means
 from gradlens.statistics.significance import detectable
 
 ENOUGH = 8  #: batches below which a survey warns
@@ -129,6 +129,7 @@ def _measure(isolated: IsolatedLoss, index: Sequence[np.ndarray | None], batches
     at = [None if i is None else torch.from_numpy(i).to(w.device) for i, w in zip(index, isolated.weights, strict=True)]
     moments = Moments(isolated.weights, at)
     losses, sizes, spoiled = [], [], []
+    prints = _Fingerprint()
     reached, seen, repeated = False, dict[tuple[float, ...], int](), list[tuple[int, int]]()
     for k, (batch, size) in batches:
         loss, gradient = isolated.gradient(batch)
@@ -136,7 +137,7 @@ def _measure(isolated: IsolatedLoss, index: Sequence[np.ndarray | None], batches
         sizes += [] if size is None else [size]
         moments.update(gradient, size or 1.0)
         reached = reached or any(g is not None for g in gradient)
-        marks = _print(losses[-1], gradient)
+        marks = prints.of(losses[-1], gradient)
         if not np.isfinite(marks).all():
             spoiled.append(k)
         first = seen.setdefault(marks, k)
@@ -155,20 +156,37 @@ def _measure(isolated: IsolatedLoss, index: Sequence[np.ndarray | None], batches
     return _Measured(at, moments, losses, sizes, spoiled)
 
 
-def _print(loss: float, gradient: Sequence[Tensor | None]) -> tuple[float, ...]:
-    """A fingerprint, by which a batch that comes again is known: sums weighted by place; NaN or infinite if a partial is."""
-    flats = [reals(g) for g in gradient if g is not None and g.numel()]
-    return loss, *(_weighed([flat[part] for part in chunks(flat)]) for flat in flats)
+class _Fingerprint:
+    """By which a batch that comes again is known: the loss, and each gradient weighted by place, read once.
 
+    Not finite if a partial is not.
+    """
 
-def _weighed(parts: Sequence[Tensor]) -> float:
-    random = torch.Generator().manual_seed(0)
-    sizes = len(parts[0]), len(parts)
-    place, number = (torch.rand(n, generator=random, dtype=torch.float64).to(parts[0].device) for n in sizes)
-    wide, sums = torch.empty_like(place), torch.empty_like(number)  # one buffer: many of its size would lie side by side
-    for i, part in enumerate(parts):
-        sums[i] = wide[: len(part)].copy_(part) @ place[: len(part)]
-    return float(sums @ number)
+    def __init__(self) -> None:
+        self._places: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+    def of(self, loss: float, gradient: Sequence[Tensor | None]) -> tuple[float, ...]:
+        marks = [self._weighed(g) for g in gradient if g is not None and g.numel()]
+        read = torch.stack(marks).tolist() if len({mark.device for mark in marks}) == 1 else [m.item() for m in marks]
+        for i, g in enumerate(g for g in gradient if g is not None and g.numel()):
+            if not np.isfinite(read[i]) and all(bool(part.isfinite().all()) for part in reals(g).split(CHUNK)):
+                read[i] = float(reals(g).double().abs().max())  # finite, and too large for a sum in float32
+        return loss, *read
+
+    def _weighed(self, gradient: Tensor) -> Tensor:
+        flat = reals(gradient)
+        place, number = self._weights(flat.device)
+        if len(flat) <= CHUNK:
+            return flat.to(place.dtype) @ place[: len(flat)]
+        parts = [part.to(place.dtype) @ place[: len(part)] for part in flat.split(CHUNK)]
+        return torch.stack(parts) @ number[: len(parts)]
+
+    def _weights(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        if device not in self._places:
+            random = torch.Generator().manual_seed(0)
+            made = [torch.rand(CHUNK, generator=random) for _ in range(2)]
+            self._places[device] = made[0].to(device), made[1].to(device)
+        return self._places[device]
 
 
 def _refuse_identical(moments: Moments) -> None:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
@@ -46,8 +47,8 @@ _EPS = 2.0**-52
 class Symmetry(markup.Shown):
     """What `check_symmetry` found. `ok`: mixed partials are equal and slopes are right, as far as the directions tell."""
 
-    frame: pd.DataFrame  #: a row a pair: `u_Hv, v_Hu, difference, scale, asymmetry, allowed`
-    slopes: pd.DataFrame  #: a row a direction: `partial` (g.v)`, difference` (of the loss)`, scale, error, allowed`
+    pairs: dict[str, np.ndarray]  #: the columns of `frame`
+    directions: dict[str, np.ndarray]  #: the columns of `slopes`
     tolerance: float
     detectable: float  #: the asymmetry that would have been found with a probability of 99 %; inf where none would
     steps: tuple[float, float]
@@ -55,20 +56,34 @@ class Symmetry(markup.Shown):
     narrow: tuple[str, ...]  #: operations that could not be computed in float64
     held: tuple[str, ...] = ()  #: what `allow` was given
 
+    @cached_property
+    def frame(self) -> pd.DataFrame:
+        """A row a pair: `u_Hv, v_Hu, difference, scale, asymmetry, allowed`."""
+        import pandas as pd
+
+        return pd.DataFrame(self.pairs)
+
+    @cached_property
+    def slopes(self) -> pd.DataFrame:
+        """A row a direction: `partial` (g.v), `difference` (of the loss), `scale, error, allowed`."""
+        import pandas as pd
+
+        return pd.DataFrame(self.directions)
+
     @property
     def asymmetry(self) -> float:
         """The asymmetry of the Hessian, |M - M'| / (sqrt(2) |M|): the root mean square over pairs."""
-        return float(np.sqrt(np.mean(self.frame["asymmetry"] ** 2)))
+        return float(np.sqrt(np.mean(self.pairs["asymmetry"] ** 2)))
 
     @property
     def symmetric(self) -> bool:
         """Whether no pair differs by more than is allowed."""
-        return bool((self.frame["asymmetry"] <= self.frame["allowed"]).all())
+        return bool((self.pairs["asymmetry"] <= self.pairs["allowed"]).all())
 
     @property
     def slopes_right(self) -> bool:
         """Whether the gradient says how the loss changes along each direction."""
-        return bool((self.slopes["error"] <= self.slopes["allowed"]).all())
+        return bool((self.directions["error"] <= self.directions["allowed"]).all())
 
     @property
     def ok(self) -> bool:
@@ -78,7 +93,7 @@ class Symmetry(markup.Shown):
     @property
     def flat(self) -> bool:
         """Whether the Hessian is 0 as far as rounding tells, so that nothing was put to test but slopes."""
-        return not self.frame["scale"].any()
+        return not self.pairs["scale"].any()
 
     def __str__(self) -> str:
         lines = [self._first()]
@@ -88,7 +103,7 @@ class Symmetry(markup.Shown):
                 "names the weights whose partials are wrong; what is meant is left out by allow='detach' or "
                 "allow='encoder.*'"
             )
-        pairs, directions = len(self.frame), len(self.slopes)
+        pairs, directions = len(self.pairs["scale"]), len(self.directions["scale"])
         power = "none" if np.isinf(self.detectable) else f"{self.detectable:.1e}"
         lines.append(
             f"  {directions} directions, {pairs} pairs: asymmetry {self.asymmetry:.1e} (0: equal, 1: unrelated); one of "
@@ -186,15 +201,15 @@ def _result(
     coarse = 2.0**-23 if differences.isolated.coarse else _EPS
     size = float(np.sqrt(np.mean([m.sizes[1] ** 2 for m in measured])))
     rounding = 50 * coarse * gradient / differences.steps[0]  # of a product, by the rounding of the gradient
-    frame = _pairs(measured, 0.0 if size <= rounding else size, tolerance)
-    typical = float(np.median(frame["allowed"]))
+    pairs = _pairs(measured, 0.0 if size <= rounding else size, tolerance)
+    typical = float(np.median(pairs["allowed"]))
     alone = 1 - (1 - SURE) ** (1 / max(len(measured) - 1, 1))  # of one pair to be found
     return Symmetry(
-        frame=frame,
-        slopes=_slopes(differences, measured, gradient, tolerance),
+        pairs=pairs,
+        directions=_slopes(differences, measured, gradient, tolerance),
         tolerance=tolerance,
         # |M - M'| of rank two: the entries are Laplace distributed, P(|x| > t) = exp(-sqrt(2) t / deviation)
-        detectable=2**0.5 * typical / -np.log(alone) if frame["scale"].any() else float("inf"),
+        detectable=2**0.5 * typical / -np.log(alone) if pairs["scale"].any() else float("inf"),
         steps=differences.steps,
         seed=seed,
         narrow=differences.isolated.narrow,
@@ -202,9 +217,7 @@ def _result(
     )
 
 
-def _pairs(measured: Sequence[_Measured], size: float, tolerance: float) -> pd.DataFrame:
-    import pandas as pd
-
+def _pairs(measured: Sequence[_Measured], size: float, tolerance: float) -> dict[str, np.ndarray]:
     longer, shorter = (np.array([m.rows[s] for m in measured]).T for s in (0, 1))  # [u, v]: u.(H v)
     pairs = list(combinations(range(len(measured)), 2))
     a, b = (np.array(side) for side in zip(*pairs, strict=True))
@@ -214,24 +227,20 @@ def _pairs(measured: Sequence[_Measured], size: float, tolerance: float) -> pd.D
     share = (lambda x: np.abs(x) / scale) if scale else np.zeros_like
     # of the two steps take the one that is nearer to symmetric: where they disagree, the other has met a kink
     least = np.minimum(np.abs(difference), np.abs(longer[a, b] - longer[b, a]))
-    return pd.DataFrame(
-        {
-            "u_Hv": shorter[a, b],
-            "v_Hu": shorter[b, a],
-            "difference": difference,
-            "scale": np.full(len(pairs), scale),
-            "asymmetry": share(least),
-            "allowed": tolerance + MARGIN * share(apart),
-        }
-    )
+    return {
+        "u_Hv": shorter[a, b],
+        "v_Hu": shorter[b, a],
+        "difference": difference,
+        "scale": np.full(len(pairs), scale),
+        "asymmetry": share(least),
+        "allowed": tolerance + MARGIN * share(apart),
+    }
 
 
 def _slopes(
     differences: second_order.Differences, measured: Sequence[_Measured], gradient: float, tolerance: float
-) -> pd.DataFrame:
+) -> dict[str, np.ndarray]:
     """The gradient against the loss itself; between the slopes of a kink anything is right."""
-    import pandas as pd
-
     rows = []
     at, coarse = differences.loss, 2.0**-23 if differences.isolated.coarse else _EPS
     for m in measured:
@@ -248,4 +257,4 @@ def _slopes(
         rows.append(
             (m.slope, shorter, scale, error / scale if scale else 0.0, tolerance + (allowed / scale if scale else 0.0))
         )
-    return pd.DataFrame(rows, columns=["partial", "difference", "scale", "error", "allowed"])
+    return dict(zip(("partial", "difference", "scale", "error", "allowed"), np.array(rows, np.float64).T, strict=True))

@@ -10,6 +10,8 @@ import random
 import sys
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Iterable
+from itertools import chain
+from operator import is_
 from typing import Any
 
 import numpy as np
@@ -26,11 +28,17 @@ class ModuleState:
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
-        self._contents: list[tuple[Any, Any, list[int]]] = []  # a container, a copy of it, and the identities in it
+        self._contents: list[tuple[Any, Any]] = []  # a container, and a copy of it
         self._empty: list[Any] = []  # most are: hook dictionaries
         self._seen: set[int] = set()
         for module in modules:
             self._note(vars(module))
+        holding = [container for container, _ in self._contents]
+        dicts = [container for container in holding if isinstance(container, dict)]
+        # Views, which stay up to date: to compare all contents is then one pass at C speed, made after each evaluation.
+        self._views = [c.values() if isinstance(c, dict) else c for c in holding], dicts, holding
+        self._held = [list(chain.from_iterable(views)) for views in self._views[:2]]
+        self._sizes = list(map(len, holding))
 
     def _note(self, value: Any) -> None:
         kind = type(value)
@@ -41,29 +49,40 @@ class ModuleState:
             self._empty.append(value)
             return
         if kind is not tuple:
-            self._contents.append((value, copy.copy(value), _identities(value)))
+            self._contents.append((value, copy.copy(value)))
         for item in value.values() if isinstance(value, dict) else value:
             self._note(item)
 
     def put_back(self) -> None:
         """Make every container hold what it held, in the same order."""
-        for container in self._empty:
-            if container:
+        if any(self._empty):
+            for container in self._empty:
                 container.clear()
-        for container, content, identities in self._contents:
-            if _identities(container) != identities:
+        if self._untouched():
+            return
+        for container, content in self._contents:
+            if not _holds(container, content):
                 container.clear()
                 container.extend(content) if isinstance(container, list | deque) else container.update(content)
 
+    def _untouched(self) -> bool:
+        values, dicts, holding = self._views
+        return (
+            list(map(len, holding)) == self._sizes
+            and all(map(is_, chain.from_iterable(values), self._held[0]))
+            and all(map(is_, chain.from_iterable(dicts), self._held[1]))
+        )
+
     def mutable(self) -> list[Any]:
         """The containers that were not empty."""
-        return [container for container, _, _ in self._contents]
+        return [container for container, _ in self._contents]
 
 
-def _identities(container: Any) -> list[int]:
-    if isinstance(container, dict):
-        return [*map(id, container.keys()), *map(id, container.values())]
-    return list(map(id, container))
+def _holds(container: Any, content: Any) -> bool:
+    """Whether it holds these very objects, in this order."""
+    if len(container) != len(content) or not all(map(is_, container, content)):
+        return False
+    return not isinstance(container, dict) or all(map(is_, container.values(), content.values()))
 
 
 class ProcessState:
@@ -98,10 +117,6 @@ class ProcessState:
             _set_torch(*self.random[:2])
         for generator, state in zip(self._generators, self._states, strict=True):
             _set_state(generator, state)
-
-    def drawn(self) -> bool:
-        """Whether numbers were drawn from numpy's or Python's global generator."""
-        return drawn_since(self.random)
 
     def leave_modes(self) -> None:
         """Take off the function modes that were entered since; any number of times."""
@@ -187,6 +202,11 @@ def set_torch_randomness(state: tuple[Any, Any]) -> None:
 def drawn_since(state: tuple[Any, ...]) -> bool:
     """Whether numbers were drawn from numpy's or Python's global generator."""
     return random.getstate() != state[3] or not _same_numpy(np.random.get_state(), state[2])
+
+
+def torch_drawn_since(state: tuple[Any, ...]) -> bool:
+    """Whether numbers were drawn from torch's generators; True where CUDA is in use, to be on the safe side."""
+    return state[1] is not None or torch.cuda.is_initialized() or not torch.equal(torch.get_rng_state(), state[0])
 
 
 def set_randomness(state: tuple[Any, ...]) -> None:

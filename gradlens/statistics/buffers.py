@@ -44,6 +44,16 @@ class Buffer:
         rooms = self._rooms_of(rows, tensors)
         return rooms if rooms is not None and all(map(self._kept.__contains__, rows)) else None
 
+    def rooms(self, rows: Sequence[int], *, kept: bool) -> kernels.StableTensors | None:
+        """Where these rows are kept whole, all at once; with `kept`, only if something is kept in each."""
+        if self._last is None or self._last[0] != rows or (kept and len(self._kept) != len(rows)):
+            return None
+        return self._last[2]
+
+    def fill(self, rooms: kernels.StableTensors) -> None:
+        """These, which are all, have been written."""
+        self._kept.update(enumerate(rooms))
+
     def _rooms_of(self, rows: Sequence[int], tensors: Sequence[Tensor]) -> kernels.StableTensors | None:
         asked: Any = tensors
         if self._last is None or self._last[0] != rows or self._last[1] != list(map(_DTYPE, asked)):

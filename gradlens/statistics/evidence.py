@@ -193,22 +193,29 @@ class TestResults:
         return len(self.mean)
 
 
-def test_means(moments: Moments, q: float = 0.1, method: str = "bh") -> TestResults:  # noqa: PT028 - no pytest function
+def test_means(
+    moments: Moments,
+    q: float = 0.1,  # noqa: PT028 - no pytest function
+    method: str = "bh",  # noqa: PT028
+    constant_p: float | None = None,  # noqa: PT028
+) -> TestResults:
     """Test each weight's mean against 0 with K - 1 degrees of freedom, and keep what false discovery control at q lets pass.
 
     Gradients of unequal weight n are taken to vary with 1 / n: then t is exact for normal noise. Not tested, and not counted
     among the tests: weights whose partial was always 0, not 0 fewer than five times (fewer than K times if K < 5), ever not
-    finite, or constant (those keep their sign).
+    finite, or constant (those keep their sign; with `constant_p` they take part with that p value).
     """
     check_level(q, method)
     if moments.count < 2:
         raise ArgumentError(f"a verdict needs at least 2 gradients at the same weights, not {moments.count}")
     t, p, reason = (torch.cat(parts) for parts in zip(*(_test(moments, i) for i in range(len(moments.mean))), strict=True))
+    if constant_p is not None:
+        p = p.masked_fill(reason == CONSTANT, constant_p)
     adjusted = p.clone()
-    tested = reason == 0
+    tested = reason == 0 if constant_p is None else reason <= CONSTANT
     adjusted[tested] = q_values(p[tested], method)
     kept = adjusted <= q  # NaN is not
-    reason[tested & ~kept] = WEAK
+    reason[tested & ~kept & (reason == 0)] = WEAK
     mean, positive, negative = (_host(x) for x in (moments.mean, moments.positive, moments.negative))
     verdict = torch.where(kept, torch.where(mean < 0, 1, 2), 0).to(torch.int8)
     agree = torch.where(mean > 0, positive, torch.where(mean < 0, negative, 0)).double() / (positive + negative)
@@ -232,13 +239,13 @@ def _test(moments: Moments, i: int) -> tuple[Tensor, Tensor, Tensor]:
     seen = moments.positive[i] + moments.negative[i]
     finite = mean.isfinite() & squares.isfinite()
     t = mean / (squares / (k - 1) / moments.weight).sqrt()
-    p = p_values(t, k - 1)
     reason = torch.zeros_like(seen, dtype=torch.int8)
     reason[(squares == 0) & (mean != 0)] = CONSTANT
     reason[seen < min(SEEN, k)] = SPARSE
     reason[seen == 0] = ALWAYS_ZERO
     reason[~finite] = NONFINITE
     untested = reason > CONSTANT
+    p = p_values(t, k - 1) if not untested.any() else t.masked_scatter(~untested, p_values(t[~untested], k - 1))
     return t.masked_fill(untested, math.nan).cpu(), p.masked_fill(untested, math.nan).cpu(), reason.cpu()
 
 

@@ -37,6 +37,10 @@ class Failures:
             with contextlib.suppress(Exception):  # warnings may be turned into errors; not in a training step
                 warnings.warn(GradlensWarning(f"gradlens failed in {text}; training goes on"), stacklevel=2)
 
+    def lately(self, parts: frozenset[str]) -> bool:
+        """Whether one of these failed, and has not worked since."""
+        return not self._in_a_row.keys().isdisjoint(parts)
+
     def worked(self, where: str) -> None:
         """This part did what it should."""
         if self._in_a_row:

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
+from gradlens import _torch
+
 
 def isolated_compute() -> contextlib.AbstractContextManager[None]:
     """No graph, no autocast, no user's modes: what is computed here is ours alone.
@@ -15,7 +17,9 @@ def isolated_compute() -> contextlib.AbstractContextManager[None]:
     To leave `torch.autocast` clears a cache, which lets other threads have the interpreter: some microseconds each time, far
     more beside a busy thread. So it is entered only where the user has.
     """
-    return _isolated() if torch.is_autocast_enabled("cpu") or torch.cuda.is_initialized() else _without_modes()
+    if torch.is_autocast_enabled("cpu") or torch.cuda.is_initialized():
+        return _isolated()
+    return _without_modes() if _torch.modes_are_active() else torch.no_grad()
 
 
 @contextlib.contextmanager

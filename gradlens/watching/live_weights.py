@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from gradlens import frames
+from gradlens._torch import local_part
 from gradlens.capture.attachment import Slot
 from gradlens.capture.sharding import summand
 from gradlens.errors import ArgumentError, choice
 from gradlens.kernels import reference
-from gradlens.kernels.tensors import local_part
 from gradlens.records import Parameters, Snapshot
 from gradlens.statistics.streaming import Followed, Q
 from gradlens.watching.largest import Largest

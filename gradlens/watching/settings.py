@@ -2,24 +2,103 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from gradlens import findings
+from gradlens._torch import local_part
 from gradlens.capture.attachment import Attachment
 from gradlens.capture.optimizers import may_move
+from gradlens.capture.sharding import piece
 from gradlens.errors import ArgumentError, ArgumentTypeError, GradlensWarning, choice
 from gradlens.records import Finding, Severity, Stage
+from gradlens.schedules import Schedule, as_schedule
+from gradlens.selection import Select
+from gradlens.statistics.memory import parse_bytes
 from gradlens.unwrapping import unwrap_optimizer
 from gradlens.watching import process_group
 from gradlens.writers.base import Writer
 
 FEATURES = ("updates", "flips", "evidence")
 ON_FINDING = ("record", "warn", "raise")
+
+
+@dataclass(frozen=True, eq=False)
+class LensSettings:
+    """What a lens was asked for: each argument of `watch` as it is meant, checked once. `of` is the way to make one."""
+
+    optimizers: tuple[torch.optim.Optimizer, ...]  #: unwrapped; the last ends the step
+    wrapped: tuple[bool, ...]  #: of each, whether what was around it may move weights itself
+    run: Path | None
+    writers: tuple[Writer, ...]
+    schedule: Schedule
+    select: Select
+    stages: frozenset[str]
+    scaler: Any
+    features: frozenset[str]
+    memory: int  #: bytes
+    rules: tuple[Any, ...]
+    on_finding: str | Callable[[Finding], None]
+    budget: float | None
+    first_step: int
+    keep: str | Iterable[str] | None
+    local: bool  #: over ranks: a backward's own gradient is this rank's alone
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        optimizer: Any,
+        run: str | os.PathLike[str] | None,
+        writers: Iterable[Writer],
+        schedule: int | Schedule,
+        select: Select,
+        stage: str | Iterable[str] | None,
+        scaler: Any,
+        features: str | Iterable[str],
+        memory: int | str,
+        rules: Iterable[Any],
+        on_finding: str | Callable[[Finding], None],
+        budget: float | None,
+        first_step: int,
+        keep: str | Iterable[str] | None,
+    ) -> LensSettings:
+        """The arguments of `watch`; a GradlensError where one cannot be meant."""
+        check_on_finding(on_finding)
+        check_budget(budget)
+        check_first_step(first_step)
+        check_scaler(scaler)
+        optimizers, wrapped = optimizers_of(optimizer)
+        return cls(
+            optimizers=tuple(optimizers),
+            wrapped=tuple(wrapped),
+            run=None if run is None else Path(run),
+            writers=tuple(writers_of(writers)),
+            schedule=as_schedule(schedule),
+            select=select,
+            stages=stages_of(stage),
+            scaler=scaler,
+            features=features_of(features),
+            memory=parse_bytes(memory),
+            rules=tuple(rules_of(rules)),
+            on_finding=on_finding,
+            budget=budget,
+            first_step=first_step,
+            keep=keep,
+            local=process_group.count() > 1,
+        )
+
+    @property
+    def possible(self) -> frozenset[str]:
+        """The features that these stages allow: evidence is about what each backward brought."""
+        return self.features if Stage.BACKWARD in self.stages else self.features - {"evidence"}
 
 
 def check_stage(stage: str | None) -> None:
@@ -124,7 +203,12 @@ def number_of(name: str, value: Any) -> float | Tensor:
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise ArgumentError(f"observe({name}=...) takes one number, not a tensor of shape {tuple(value.shape)}")
-        return value.detach().reshape(()).clone()
+        if piece(value):
+            raise ArgumentError(
+                f"observe({name}=...) got a distributed tensor of which each rank has a part ({value.placements}); give "  # type: ignore[attr-defined]
+                f"{name}.full_tensor() on every rank, or the number of this rank"
+            )
+        return local_part(value).detach().reshape(()).clone()
     try:
         return float(value)
     except (TypeError, ValueError):

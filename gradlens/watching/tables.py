@@ -6,11 +6,8 @@ backward's when a later one has ended, a `used` one when the next backward begin
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
-
-from torch import Tensor
 
 from gradlens import findings, kernels
 from gradlens.capture.events import (
@@ -21,6 +18,9 @@ from gradlens.capture.events import (
     PassFailed,
     Reading,
     ScaleFound,
+    SteadyReading,
+    SteadyStart,
+    SteadyUpdate,
     StepClosed,
     TableDone,
     Update,
@@ -28,7 +28,7 @@ from gradlens.capture.events import (
 )
 from gradlens.capture.sharding import summand
 from gradlens.kernels.tensors import PLAIN
-from gradlens.records import PARTIAL, Finding, Note, Parameters, Stage, TableKey
+from gradlens.records import PARTIAL, Finding, Note, Parameters, Stage
 from gradlens.statistics.buffers import Buffer, summarize
 from gradlens.statistics.detail import DetailSteps
 from gradlens.statistics.memory import Plan
@@ -37,12 +37,18 @@ from gradlens.statistics.table import Piece, Table
 from gradlens.watching import process_group
 from gradlens.watching.failures import Failures
 from gradlens.watching.isolation import capturing_cuda_graph, isolated_compute
+from gradlens.watching.open_tables import OpenTables
 from gradlens.watching.recorder import Recorder
+from gradlens.watching.steady import SteadyTables
 from gradlens.watching.stopwatch import Stopwatch
 from gradlens.watching.updates import UpdateMeter, by_device, present
 
 #: Notes of rows whose partials a backward did not compute, or of which others are in `.grad` too.
 _NOT_COMPUTED = (Note.FROZEN, Note.EXCLUDED, Note.UNCAPTURED)
+
+#: What prepared calls stand in for; and what they are called where they fail.
+_PARTS = frozenset({"statistics", "gradient samples", "weights before the step", "updates"})
+_PREPARED = "prepared calls"
 
 
 class TableBuilder:
@@ -53,18 +59,16 @@ class TableBuilder:
     ) -> None:
         self.recorder, self.failures = recorder, failures
         self._plan, self._features = plan, features
-        self._open: dict[TableKey, Table] = {}
-        self._losses: dict[tuple[int, int], float | Tensor] = {}  # by step and backward
-        self._last: Table | None = None  # the last `backward` table, which `used` may copy
+        self.open = OpenTables(recorder)
         self._flips: dict[str, Buffer] = {}
-        self._copied = False  # the `used` rows of the open step are those of `backward`
         self._meter = UpdateMeter(plan)
         self.evidence = Streaming(plan) if "evidence" in features else None
         self._marked: tuple[Parameters, frozenset[int], Parameters] | None = None
         self._told: set[str] = set()  # parameters whose gradients were found to be summands, why evidence left something out
         self.detail = DetailSteps()
         self._timed = timed
-        self.count = 0  # tables that were made
+        self.steady = SteadyTables(self.open, self._meter, self._flips, self._last_of, self._detail)
+        self._steady_handlers = self.steady.handlers if self.evidence is None else {}
         self._handlers: dict[type, Callable[[Any], None]] = {
             Reading: self._on_reading,
             PassEnded: lambda e: self._do("gradient samples", self._meter.pass_ended, e.rows, e.gradients),
@@ -74,7 +78,10 @@ class TableBuilder:
             ScaleFound: self._on_scale_found,
             LossSeen: self._on_loss,
             Noted: lambda e: self.recorder.note(e.fact),
-            TableDone: lambda e: self._do("end of a backward's step", self._send_until, e.key),
+            TableDone: lambda e: self._do("end of a backward's step", self.open.send_until, e.key),
+            SteadyReading: self._on_steady,
+            SteadyStart: self._on_steady,
+            SteadyUpdate: self._on_steady,
             StepClosed: self._on_step_closed,
             Finding: self._on_finding,
         }
@@ -90,19 +97,34 @@ class TableBuilder:
         if self.evidence is not None and reading.key.stage == Stage.BACKWARD:
             self._do("evidence", self._gather, self.evidence, reading)
 
+    def _on_steady(self, event: SteadyReading | SteadyStart | SteadyUpdate) -> None:
+        """A prepared call; or else what the event stands for, one by one."""
+        answer = self._steady_handlers.get(type(event))
+        general = self.failures.lately(_PARTS) or capturing_cuda_graph()
+        if answer is not None and not general and not self.failures.off(_PREPARED):
+            try:
+                if answer(event):
+                    self.failures.worked(_PREPARED)
+                    return
+            except Exception as error:  # noqa: BLE001 - nothing of ours is raised in a training step
+                event.route.calls = None
+                self.failures(_PREPARED, error)
+        for each in event.general():
+            self(each)
+
     def _on_pass_failed(self, event: PassFailed) -> None:
-        self._open.pop(event.key, None)
+        self.open.tables.pop(event.key, None)
         if self.evidence is not None:
             self.evidence.failed(event.key.backward)
 
     def _on_scale_found(self, event: ScaleFound) -> None:
         """A scaler turned up at the optimizer's step: what was read of this step is still multiplied by its scale."""
-        for key, table in self._open.items():
+        for key, table in self.open.tables.items():
             if key.step == event.step and key.stage != Stage.USED:
                 table.divisor = table.scale = event.scale
 
     def _on_loss(self, event: LossSeen) -> None:
-        self._losses[event.step, event.backward] = event.value
+        self.open.losses[event.step, event.backward] = event.value
 
     def _on_finding(self, finding: Finding) -> None:
         self.failures.findings.append(finding)
@@ -111,13 +133,11 @@ class TableBuilder:
         step = event.step
         if self.evidence is not None:
             self._do("evidence", self._fold, self.evidence, step)
-        if self._open:
-            self._do("end of a step", self._release, step, event.scalars)
-        self._open = {key: table for key, table in self._open.items() if key.step > step}
-        self._losses = {key: loss for key, loss in self._losses.items() if key[0] > step}
+        if self.open.tables:
+            self._do("end of a step", self.open.release, step, event.scalars)
+        self.open.forget(step)
         if self.failures.findings:
-            self._do("findings", self._send, [], {})  # what could not be sent with the step
-        self._last, self._copied = None, False
+            self._do("findings", self.open.send, [], {})  # what could not be sent with the step
         self._meter.forget()
 
     def _do(self, where: str, call: Callable[..., None], *args: Any) -> None:
@@ -148,24 +168,24 @@ class TableBuilder:
 
     def _read(self, reading: Reading) -> None:
         if reading.replaces is not None:
-            self._open.pop(reading.replaces, None)
-        table = self._table(reading)
+            self.open.tables.pop(reading.replaces, None)
+        table = self.open.of(reading.key, reading.parameters)
         used = reading.key.stage == Stage.USED
         if used:
             self._meter.consumed(reading.rows, reading.tensors)
-            self._copied = False
+            self.open.copied = False
         if reading.rows and not (used and reading.copies_backward and self._copy(table, reading)):
             self._summarize(table, reading)
         if not set(map(type, reading.tensors)) <= PLAIN:
             table.summands.update(row for row, g in zip(reading.rows, reading.tensors, strict=True) if summand(g))
         if reading.complete:
             self._complete(table, reading)
-        if reading.gone and self._last is not None and len(self._last.parameters) == len(reading.parameters):
-            self._stand_in(table, reading, self._last)
+        if reading.gone and self.open.last is not None and len(self.open.last.parameters) == len(reading.parameters):
+            self._stand_in(table, reading, self.open.last)
 
     def _summarize(self, table: Table, reading: Reading) -> None:
-        before, last = self._meter.weight_before, self._last_of(reading)
-        detail = process_group.count() > 1 or self.detail.of(reading.key.step)  # what ranks hold merges by its histograms
+        before, last = self._meter.weight_before, self._last_of(reading.key.stage, reading.parameters)
+        detail = self._detail(reading.key.step)
         if last is not None and reading.replaces is not None:
             last.forget()  # what it has is of this very step
         for rows, tensors, now in by_device(reading.rows, reading.tensors, reading.weights):
@@ -177,6 +197,9 @@ class TableBuilder:
             table.pieces.append(Piece(rows, numbers, reading.skipped))
             if flips is not None:
                 table.flips.append(Piece(*flips))
+
+    def _detail(self, step: int) -> bool:
+        return process_group.count() > 1 or self.detail.of(step)  # what ranks hold merges by its histograms
 
     def _stand_in(self, table: Table, reading: Reading, last: Table) -> None:
         """`.grad` was cleared before it could be read: the last backward's rows stand in for it."""
@@ -198,23 +221,6 @@ class TableBuilder:
         if reading.complete:
             evidence.ended([row for row, note in enumerate(reading.notes) if note in _NOT_COMPUTED])
 
-    def _table(self, reading: Reading) -> Table:
-        table = self._open.get(reading.key)
-        if table is None:
-            step, backward, stage = reading.key
-            table = Table(
-                step,
-                backward,
-                stage,
-                reading.parameters,
-                time.time(),
-                notes=[Note.ELSEWHERE] * len(reading.parameters),
-                rank=process_group.rank(),
-            )
-            self._open[reading.key] = table
-            self.count += 1
-        return table
-
     def _complete(self, table: Table, reading: Reading) -> None:
         table.complete = True
         table.parameters = self._with_summands(reading.parameters, table)
@@ -226,8 +232,7 @@ class TableBuilder:
             old_new = zip(table.notes, reading.notes, strict=True)
             table.notes = [old if new == Note.ELSEWHERE else new for old, new in old_new]
         if table.stage == Stage.BACKWARD:
-            self._send_older(table)
-            self._last = table
+            self.open.ended(table)
 
     def _with_summands(self, parameters: Parameters, table: Table) -> Parameters:
         """The rows of summands marked: a gradient may be placed otherwise than its parameter. One object while it lasts."""
@@ -244,7 +249,7 @@ class TableBuilder:
 
     def _copy(self, table: Table, reading: Reading) -> bool:
         """Take the `backward` rows for `used` where nothing can have changed in between: the samples say so too."""
-        last = self._last
+        last = self.open.last
         if last is None or Stage.USED in self._flips:
             return False  # some `used` gradient differed once: its successors compare with it, not with `backward`
         if not self._meter.still_as_backward_left(reading.rows):
@@ -252,44 +257,24 @@ class TableBuilder:
         rows = list(reading.rows)
         table.pieces += _only(last.pieces, rows)
         table.flips += _only(last.flips, rows)
-        self._copied = True
+        self.open.copied = True
         return True
 
-    def _last_of(self, reading: Reading) -> Buffer | None:
+    def _last_of(self, stage: Stage, parameters: Parameters) -> Buffer | None:
         if "flips" not in self._features:
             return None
-        return self._flips.setdefault(reading.key.stage, Buffer(self._plan)).use(reading.parameters)
+        return self._flips.setdefault(stage, Buffer(self._plan)).use(parameters)
 
     def _update(self, update: Update) -> None:
-        table = self._open.get(update.key)
+        table = self.open.tables.get(update.key)
         if table is not None:
             backward = self._flips.get(Stage.BACKWARD)
-            given = backward if self._copied else self._flips.get(Stage.USED)
+            given = backward if self.open.copied else self._flips.get(Stage.USED)
             table.updates += self._meter.measure(update, given, backward)
-
-    # --- sending ----------------------------------------------------------------------------------------------------
-
-    def _send_older(self, table: Table) -> None:
-        """A later backward has ended: those before it leave, so that memory stays bounded."""
-        older = [t for t in self._open.values() if t.complete and (t.step, t.backward) < (table.step, table.backward)]
-        self._send([t for t in older if t.stage != Stage.USED], {})
-
-    def _send_until(self, key: TableKey) -> None:
-        """The next backward begins: nothing is added to what was read of those before it."""
-        self._send([t for t in self._open.values() if t.complete and (t.step, t.backward) <= key[:2]], {})
-
-    def _release(self, step: int, scalars: Mapping[str, Any]) -> None:
-        self._send([t for t in self._open.values() if t.step <= step and t.complete], scalars)
 
     def release_open(self, scalars: Mapping[str, Any]) -> None:
         """Send what is complete of the open step, for a question asked in the middle of it."""
-        tables = [t for t in self._open.values() if t.complete and t.stage != Stage.USED]
-        self._do("a question in the middle of a step", self._send, tables, scalars)
-
-    def _send(self, tables: list[Table], scalars: Mapping[str, Any]) -> None:
-        self.recorder.send(tables, scalars, [self._losses.get((table.step, table.backward)) for table in tables])
-        for table in tables:
-            self._open.pop(TableKey(table.step, table.backward, Stage(table.stage)), None)
+        self._do("a question in the middle of a step", self.open.send, self.open.answered(), scalars)
 
 
 def _mark(parameters: Parameters, rows: frozenset[int]) -> Parameters:

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from gradlens import kernels
+from gradlens._torch import local_part
 from gradlens.capture.events import Update, WeightsBefore
 from gradlens.capture.provenance import loss_gradient
-from gradlens.kernels.tensors import PLAIN, local_part
-from gradlens.records import Source
+from gradlens.kernels.tensors import PLAIN
+from gradlens.records import Parameters, Source
 from gradlens.statistics.buffers import Buffer, keepable
 from gradlens.statistics.memory import Plan
 from gradlens.statistics.table import Piece, UpdatePiece
@@ -79,6 +80,27 @@ class UpdateMeter:
         Only on the CPU: elsewhere the comparison would make the host wait.
         """
         return {*self._consumed, *self._ended} == {_CPU} and _bit_equal(self._ended[_CPU], self._consumed[_CPU], rows)
+
+    # --- by the book ------------------------------------------------------------------------------------------------
+
+    def room(self, parameters: Parameters, rows: Sequence[int]) -> kernels.StableTensors | None:
+        """Where the weights before the step go, if all of them are kept whole."""
+        return self._before.use(parameters).rooms(rows, kept=False)
+
+    def read_steadily(self, samples: Piece) -> None:
+        """A backward ended by the book, with these samples."""
+        self._ended, self._reading = {_CPU: samples}, kernels.StableTensors()
+
+    def given_steadily(self, parameters: Parameters, room: kernels.StableTensors | None) -> None:
+        """The optimizer is given what the backward left, and the weights before its step are in this room."""
+        self._consumed.update(self._ended)
+        if room is not None:
+            self._before.use(parameters).fill(room)
+
+    def measured_steadily(self, rows: list[int], numbers: Tensor, moved: Sequence[bool]) -> UpdatePiece:
+        """The piece of a step's move, whose gradient nobody wrote to."""
+        ended, used = self._ended[_CPU], self._consumed[_CPU]
+        return UpdatePiece(Piece(rows, numbers), moved, False, False, ended, used, True)
 
     # --- weights ----------------------------------------------------------------------------------------------------
 

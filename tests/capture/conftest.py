@@ -76,6 +76,13 @@ class RecordingSink:
     def on_Noted(self, event):
         self.facts.append(event.fact)
 
+    def on_SteadyReading(self, event):
+        """A step by the book is seen as what it stands for."""
+        for each in event.general():
+            self(each)
+
+    on_SteadyStart = on_SteadyUpdate = on_SteadyReading  # noqa: N815
+
     def on_StepClosed(self, event):
         self.closed.append((event.step, dict(event.scalars)))
         self.events.append((event.step, "closed"))

@@ -13,13 +13,17 @@ from gradlens import kernels
 from gradlens.capture.attachment import Attachment
 from gradlens.capture.engine import Engine
 from gradlens.capture.guards import GUARDED
+from gradlens.capture.moves import Moves
+from gradlens.capture.passes import Passes
 from gradlens.capture.readings import PassReader
 from gradlens.capture.scaling import Scaling
 from gradlens.capture.step import Step
-from gradlens.capture.watcher import Watcher
+from gradlens.capture.step_reader import StepReader
+from gradlens.capture.steps import Steps
 from gradlens.errors import GradlensWarning
 from gradlens.statistics.buffers import Buffer
 from gradlens.statistics.table import Table
+from gradlens.watching.open_tables import OpenTables
 from gradlens.watching.overhead import Meter
 from gradlens.watching.tables import TableBuilder
 from gradlens.watching.updates import UpdateMeter
@@ -87,29 +91,29 @@ HOOKS = {
 
 #: What else may fail: functions of ours that something in a training step calls.
 WITHIN = {
-    "a pass begins": (Watcher, "pass_begins"),
+    "a pass begins": (Passes, "pass_begins"),
     "callbacks are queued": (Engine, "_queue_end"),
-    "a pass ends": (Watcher, "pass_ended"),
+    "a pass ends": (Passes, "pass_ended"),
     "a pass is read": (PassReader, "read_pass"),
-    "a pass ends, optimizer": (Watcher, "_after_pass"),
+    "a pass ends, optimizer": (Passes, "_after_pass"),
     "a pass is left": (Engine, "forget"),
     "hooks are put on": (Attachment, "hook_all"),
     "the model is scanned": (Attachment, "rescan"),
     "names are read": (Attachment, "refresh"),
     "scale": (Scaling, "scale"),
-    "a step begins": (Watcher, "step_begins"),
-    "a step has ended": (Watcher, "_read_after"),
-    "the used gradients": (Watcher, "_read_used"),
-    "passes are finished": (Watcher, "finish_passes"),
-    "the step closes": (Watcher, "_read_rest"),
-    "marks are set": (Watcher, "_open_marks"),
-    "the schedule is followed": (Watcher, "_follow_schedule"),
+    "a step begins": (Moves, "step_begins"),
+    "a step has ended": (Moves, "_read_after"),
+    "the used gradients": (StepReader, "read_used"),
+    "passes are finished": (Steps, "finish_passes"),
+    "the step closes": (Steps, "_read_rest"),
+    "marks are set": (Steps, "open_marks"),
+    "the schedule is followed": (Steps, "follow_schedule"),
     "a step is made": (Step, "begin"),
     "the meter": (Meter, "step_ended"),
     "the sink": (TableBuilder, "_read"),
     "updates": (TableBuilder, "_update"),
     "samples": (UpdateMeter, "pass_ended"),
-    "a step is sent": (TableBuilder, "_release"),
+    "a step is sent": (OpenTables, "release"),
     "weights are kept": (Buffer, "keep"),
     "statistics": (kernels, "summarize"),
     "a table is handed over": (Table, "on_host"),
@@ -142,7 +146,7 @@ def test_whatever_of_ours_fails_training_has_the_same_bits(monkeypatch, where, w
         return real(*args, **kwargs)
 
     monkeypatch.setattr(owner, name, fails)
-    monkeypatch.setattr("gradlens.capture.watcher.SCAN_EVERY", 2)
+    monkeypatch.setattr("gradlens.capture.steps.SCAN_EVERY", 2)
     lens = gradlens.watch(model, optimizer)
     with faults_allowed():
         broken[0] = True

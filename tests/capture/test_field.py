@@ -53,7 +53,7 @@ def test_an_idle_clock_hands_over_and_takes_back(steps):
             od.zero_grad()
             d(torch.randn(4, 4)).pow(2).mean().backward()
             od.step()
-        assert len(lens._tables._open) <= 2  # of the last step, which the idle one may still belong to
+        assert len(lens._tables.open.tables) <= 2  # of the last step, which the idle one may still belong to
         tables = used(lens).groupby(["step", "backward"]).size()
         assert list(tables) == [2] * steps
         assert tables.index.get_level_values("step").max() >= steps - 10

@@ -63,7 +63,7 @@ def test_accumulation_gives_each_backward_its_own(watched):
 
 def test_held_gradients_are_read_in_batches_of_bounded_size(watched, monkeypatch):
     """Under accumulation no more than the bound is held; the rest is read inside the hooks, with the same numbers."""
-    monkeypatch.setattr("gradlens.capture.watcher.HELD_BYTES", 1)
+    monkeypatch.setattr("gradlens.capture.hooks.HELD_BYTES", 1)
     model = nn.Sequential(linear(), nn.Linear(2, 3))
     bench = watched(model, torch.optim.SGD(model.parameters(), 0.1))
     run(model)
@@ -190,7 +190,7 @@ def test_absent_parameters_are_noted_and_never_read(watched, stale):
     if stale != "none":
         for p in model["unused"].parameters():
             p.grad = torch.full_like(p, 0.0 if stale == "zeros" else 5.0)
-        bench.capture._open_marks()
+        bench.capture._steps.open_marks()
     run(model["used"])
     assert set(bench.sink.merged(0, 0, "backward")) == {"used.weight", "used.bias"}
     notes = bench.sink.notes(0, 0, "backward")

@@ -111,3 +111,17 @@ def test_an_error_outranks_a_warning(tmp_path):
     """--fail-on warning also fails on an error."""
     finding = Finding(rule="nonfinite", step=1, severity=Severity.ERROR, seen="NaN")
     call("report", made.write(tmp_path / "r", [*made.training(2), finding]), "--fail-on", "warning", code=1)
+
+
+@pytest.mark.parametrize(
+    "command", [("report",), ("report", "--json"), ("report", "--html", "-"), ("top", "--once"), ("finish",)]
+)
+def test_a_run_is_read_without_what_takes_long_to_import(run, command):
+    """Neither torch nor pandas, nor Arrow's table of functions: a command answers in half a second only without them."""
+    code = (
+        "import sys; sys.argv = ['gradlens', *sys.argv[1:]]\n"
+        "from gradlens.cli.app import app; app(standalone_mode=False)\n"
+        "heavy = {'torch', 'pandas', 'pyarrow.compute', 'tensorboard'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code, command[0], str(run), *command[1:]], check=True, stdout=subprocess.DEVNULL)

@@ -313,22 +313,27 @@ def test_plain_tensors_are_watched_from_the_first_step(tmp_path):
     assert opened.findings() == []
 
 
-def test_an_optimizer_that_comes_late_is_followed(tmp_path):
-    """A model that was called, and went backward, before its optimizer was made; from then on its steps are counted."""
+def test_an_optimizer_that_comes_late_continues_the_run(tmp_path):
+    """A model that went backward before its optimizer was made: one run, in which the optimizer's steps come next."""
     body = """
     torch.manual_seed(0)
     net = Net()
-    net(batch(0)[0]).sum().backward()
+    for _ in range(2):
+        net(batch(0)[0]).sum().backward()
     net.zero_grad()
     train(net, torch.optim.SGD(net.parameters(), 0.1))
     print(state(net))
     """
     path = _script(tmp_path, _body(body))
-    done, _ = _watched(path)
+    done, run = _watched(path)
     assert done.stdout == _unwatched(path).stdout
     assert "Traceback" not in done.stderr
-    steps = max((open_run(each).steps("used") for each in tmp_path.glob("out*")), key=len)
-    assert len(steps) >= 11
+    opened = open_run(run)
+    assert opened.steps("backward") == list(range(14))
+    assert opened.steps("used") == list(range(14))
+    assert opened.settings["optimizers"]
+    assert [each.name for each in tmp_path.iterdir() if each.is_dir()] == ["out"]
+    assert done.stderr.count("the whole page:") == 1
 
 
 def test_what_is_trained_later_gets_a_run_of_its_own(tmp_path):
@@ -414,6 +419,36 @@ def test_lightning_trains_as_it_does_alone(tmp_path):
     assert done.stdout == _unwatched(path).stdout
     assert open_run(run).steps("used") == list(range(16))
     assert _names(run)[0] == "net.fc1.weight"
+
+
+TRANSFORMERS = """
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
+
+torch.manual_seed(0)
+model = GPT2LMHeadModel(GPT2Config(vocab_size=32, n_positions=16, n_embd=16, n_layer=2, n_head=2))
+tokens = torch.randint(0, 32, (32, 16))
+arguments = TrainingArguments(
+    "checkpoints", per_device_train_batch_size=4, gradient_accumulation_steps=2, num_train_epochs=2, report_to=[],
+    save_strategy="no", logging_strategy="no", disable_tqdm=True, use_cpu=True,
+)
+Trainer(model, arguments, train_dataset=[{"input_ids": row, "labels": row} for row in tokens]).train()
+print([p.sum().item() for p in model.parameters()], torch.rand(1).item())
+"""
+
+
+@pytest.mark.slow
+def test_the_trainer_of_transformers_trains_as_it_does_alone(tmp_path):
+    """Its optimizer is wrapped by accelerate; two micro-batches make a step, and names are those of the model."""
+    pytest.importorskip("transformers")
+    path = _script(tmp_path, TRANSFORMERS)
+    done, run = _watched(path)
+    weights = done.stdout.splitlines()[-1]  # before it stands how many seconds the training took
+    assert weights == _unwatched(path).stdout.splitlines()[-1]
+    opened = open_run(run)
+    assert opened.steps("used") == list(range(8))
+    assert opened.history(stage="backward").groupby("step")["backward"].nunique().tolist() == [2] * 8
+    assert opened.names()[0] == "transformer.wte.weight"
 
 
 DDP = (

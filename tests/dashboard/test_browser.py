@@ -106,13 +106,27 @@ def test_the_illness_of_each_sick_training_is_seen_on_the_first_page(page, name)
 def test_a_finding_moves_everything_to_its_parameter_and_step(page):
     """The address, the map and the pages that are opened next."""
     page.open(run="ill/vanishing")
-    name, step = page.say(".finding .where"), page.say(".finding-head .faint").removeprefix("step ")
-    page.click(".finding-head")
+    nth = page.all(".finding .where").index("0.weight")
+    step = page.all(".finding-head .faint")[nth].removeprefix("step ")
+    page.click(".finding-head", nth=nth)
     page.until("document.querySelector('.chosen button')")
-    assert page.hash()["parameter"] == name
+    assert page.hash()["parameter"] == "0.weight"
     assert page.hash()["step"] == step
+    assert page.all(".finding [aria-current=true] .where") == ["0.weight"]
     page.click("#tab-parameter")
     page.until("document.querySelector('.parameter-page output')?.textContent === " + json.dumps(step))
+
+
+def test_a_finding_about_the_whole_model_moves_the_step_and_marks_no_parameter(page):
+    """The origin of the vanishing gradient has no parameter: one that was chosen before is chosen no more."""
+    page.open(run="ill/vanishing", parameter="4.weight")
+    assert page.say(".finding .where") == "the whole model"
+    step = page.say(".finding-head .faint").removeprefix("step ")
+    page.click(".finding-head")
+    wait_for(lambda: page.hash().get("step") == step, "the step in the address")
+    assert "parameter" not in page.hash()
+    assert page.all(".finding [aria-current=true] .where") == ["the whole model"]
+    assert "open" not in page.say(".chosen")
 
 
 def test_a_cell_of_the_map_moves_everything(page):

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import gradlens
 from gradlens.capture.guards import GUARDED
-from gradlens.capture.watcher import Watcher
+from gradlens.capture.moves import Moves
 from gradlens.watching import tables
 from tests.distributed.made import (
     Keep,
@@ -301,7 +301,7 @@ FAULTS = {
     "the end of backward": (GUARDED["end of backward"], "call"),
     "statistics": (tables, "summarize"),
     "before the step": (GUARDED["before the optimizer's step"], "call"),
-    "after the step": (Watcher, "_read_after"),
+    "after the step": (Moves, "_read_after"),
 }
 
 

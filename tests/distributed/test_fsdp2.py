@@ -8,10 +8,11 @@ import torch
 from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import Shard
+from torch.distributed.tensor import Shard, distribute_tensor
 
 import gradlens
 from gradlens import fields
+from gradlens.capture.marks import zeroed
 from gradlens.pooling import pool
 from tests.distributed.made import (
     Keep,
@@ -178,9 +179,26 @@ def counted():
     return collectives(fully_shard, READ, mine(batches()))
 
 
+def emptied():
+    """What is left of gradients whose shards are uneven, a rank's alone zeroed; and how many collectives that took."""
+    mesh, rank = init_device_mesh("cpu", (distributed.get_world_size(),)), distributed.get_rank()
+    whole = [torch.zeros(shape) for shape in ((3, 10), (5,))]
+    for tensor in whole:
+        tensor[:1] = 1
+    shards = [distribute_tensor(tensor, mesh, [Shard(0)]) for tensor in whole]
+    count = distributed.group.WORLD._get_sequence_number_for_group
+    first = count()
+    seen = [zeroed(shard) for shard in shards] if rank else []  # one that does not take part would hang the others
+    return (
+        seen,
+        [shard.to_local().numel() for shard in shards],
+        distributed.group.WORLD._get_sequence_number_for_group() - first,
+    )
+
+
 def group():
     """All scenarios; collectives are counted where there are two ranks."""
-    calls = (plain, single, offloaded, hybrid, columns, no_sync, mixed, ignored, before, rescanned, pooled)
+    calls = (plain, single, offloaded, hybrid, columns, no_sync, mixed, ignored, before, rescanned, pooled, emptied)
     return {call.__name__: call() for call in calls + (counted,) * (distributed.get_world_size() == 2)}
 
 
@@ -328,6 +346,15 @@ def test_a_scan_between_forward_and_backward(launched, count):
     for result in ranks:
         assert result["rescanned"][1] == [True] * 3
     check([result["rescanned"][0] for result in ranks], reference(), rtol=1e-9)
+
+
+@COUNTS
+def test_whether_a_gradient_was_zeroed_is_a_question_of_this_rank(launched, count):
+    """Torch gathers an uneven shard to count what is in it: a rank that asked alone waited for ever."""
+    for rank, result in enumerate(launched(group, count)):
+        seen, sizes, collectives = result["emptied"]
+        assert collectives == 0
+        assert seen == [size > 0 for size in sizes] * (rank > 0)
 
 
 @pytest.mark.situation("FSDP2: no collective is ours", note="of 2 parameters and of 100, live dashboard included")

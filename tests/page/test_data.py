@@ -106,3 +106,15 @@ def test_an_empty_run_has_an_empty_page(tmp_path):
     """Nothing is assumed to be there."""
     content = _content(made.write(tmp_path / "run", []))
     assert (content["steps"], content["table"], content["weights"], content["loss"]["steps"]) == ([], [], [], [])
+
+
+def test_the_origin_comes_first_and_what_follows_from_it_is_marked(tmp_path):
+    """The order of the diagnosis, not of the steps: an early finding that a later one explains stands below it."""
+    early = made.finding(2, "vanishing", parameter="a")
+    late = made.finding(9, "fading", causes=("sigmoid in a deep stack",))
+    content = _content(trained(tmp_path / "run", findings=[early, late]))
+    summary = Summary.of(open_run(tmp_path / "run"))
+    origin, follows = summary.diagnosis.origin, summary.diagnosis.follows
+    assert (origin, list(follows)) == (late, [early])
+    told = [(each["rule"], each["origin"], each["follows"]) for each in content["findings"]]
+    assert told == [("fading", True, False), ("vanishing", False, True)]

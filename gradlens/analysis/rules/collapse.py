@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -19,53 +20,77 @@ from gradlens.analysis.rules.occasional import (
     newest_step,
     operations,
 )
-from gradlens.analysis.trend import State
+from gradlens.analysis.trend import State, Trend
+from gradlens.facts import Features
 from gradlens.records import Finding, Severity, Stage
 
 
 @dataclass(frozen=True)
 class Collapse(Occasional):
-    """What the last layer gets is nearly the same for every example, and the loss does not fall.
+    """What the last layer gets, or what it makes of it, is nearly the same for every example.
 
     `spread`: the standard deviation over the batch beside the rms, of all features. Trainings that learn have 0.2 to 0.8;
-    deep networks that pass nothing on 0.02 and less, and a collapsed embedding 0.
+    deep networks that pass nothing on 0.02 and less, and a collapsed embedding 0. Features that had a spread and lost it
+    are a collapse as soon as the loss has stopped falling; features that never had one may get it yet (a vision
+    transformer took 50 steps), so these are asked after `steps`. An output whose deviation fell below `share` of its
+    largest while its features drew together is one as well, whatever the loss does: 0 is easy to reach by a constant.
     """
 
     spread: float = 0.03
+    share: float = 0.03
+    steps: int = 100
 
     name: ClassVar[str] = "collapse"
 
     def __post_init__(self) -> None:
         check_number(self, "spread", most=0.5)
+        check_number(self, "share", most=0.5)
+        check_steps(self)
 
     def look(self, history: History) -> Iterator[Finding]:
-        """At the two newest looks at the features."""
+        """At all looks at the features."""
         trend = loss_trend(history)
-        if trend.state not in (State.FLAT, State.RISES):
+        if trend.state not in (State.FLAT, State.RISES, State.FALLS):
             return
         for layer, facts in features(history).items():
-            if ":" in layer or len(facts) < 4 or facts[-1].backward:
+            if ":" in layer or len(facts) < 4 or facts[-1].backward or not self._collapsed(facts, trend):
                 continue
-            now, before = facts[-1], facts[-2]
-            fell = now.spread < 0.2 * facts[0].spread
-            if not now.spread < self.spread or not (fell or before.spread < self.spread):
-                continue
+            now, first = facts[-1], facts[0]
             dead = f"; {now.dead:.0%} of the features are 0 for every example" if now.dead > 0.5 else ""
+            made = max((fact.output_spread for fact in facts), default=math.nan)
+            shrank = f", its output by {now.output_spread / made:.2%} of what it did" if made > 0 else ""
             yield Finding(
                 rule=self.name,
                 step=newest_step(history),
                 severity=Severity.WARNING,
                 seen=f"the model says nearly the same for every example: the features that {layer or 'the last layer'!r} "
-                f"gets "
-                f"differ by {format_number(now.spread)} of their size over the batch (at the start by "
-                f"{format_number(facts[0].spread)}){dead}, "
-                "and the loss does not fall",
-                causes=_causes(facts[0].spread, self.spread, now.dead),
+                f"gets differ by {format_number(now.spread)} of their size over the batch (at the start by "
+                f"{format_number(first.spread)}){shrank}{dead}, and {_said(trend)}",
+                causes=_causes(first.spread, self.spread, now.dead),
                 remedy="a smaller learning rate; for embeddings a loss that is 0 only when they differ (semi-hard "
-                "triplets, a "
-                "variance term); in a deep model normalisation or kaiming_normal_",
+                "triplets, a variance term); in a deep model normalisation or kaiming_normal_",
                 value=now.spread,
             )
+
+    def _collapsed(self, facts: Sequence[Features], trend: Trend) -> bool:
+        now, before, first = facts[-1], facts[-2], facts[0]
+        stands = trend.state != State.FALLS or trend.flat_since < STANDS
+        close = now.spread < self.spread
+        if close and now.spread < 0.2 * first.spread:
+            return stands
+        if close and before.spread < self.spread and trend.points >= self.steps:
+            return trend.state != State.FALLS and not now.output_spread > 2 * first.output_spread
+        most = max(fact.output_spread for fact in facts)
+        shrank = max(now.output_spread, before.output_spread) < self.share * most
+        return shrank and now.spread < 0.5 * max(fact.spread for fact in facts)
+
+
+#: A loss that fell at first and stands since this share of the run.
+STANDS = 0.7
+
+
+def _said(trend: Trend) -> str:
+    return "the loss falls" if trend.state == State.FALLS else "the loss does not fall"
 
 
 def _causes(first: float, least: float, dead: float) -> tuple[str, ...]:
@@ -221,12 +246,11 @@ class RareClass(Occasional):
             for s in history.recent(300, Stage.BACKWARD)
             if bias in s.parameters.position and "loss" in s.scalars
         ]
-        trend = loss_trend(history)
-        if len(pairs) < 2 * self.steps or trend.flat_since > 0.7:
+        if len(pairs) < 2 * self.steps:
             return
         gradient, losses = np.asarray(pairs[-300:]).T
-        half = len(losses) // 2
-        if losses[half:].mean() < 0.8 * losses[:half].mean():
+        half, quarter = len(losses) // 2, len(losses) // 4
+        if losses[-quarter:].mean() < 0.75 * losses[half:-quarter].mean():
             return  # it is still learning
         share, slope, fit = rare_share(gradient[half:], losses[half:])
         if not (fit > self.fit and 0 < share < self.most and slope < 0):

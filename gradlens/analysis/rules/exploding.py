@@ -25,7 +25,7 @@ from gradlens.analysis.rules.base import (
     remembered,
     tristate,
 )
-from gradlens.analysis.rules.occasional import loss_trend
+from gradlens.analysis.rules.occasional import loss_trend, settings
 from gradlens.records import Finding, Severity, Snapshot, Stage
 
 SMALL = 0.05  #: |dw| / |w| of a step that does no harm
@@ -38,8 +38,8 @@ class Exploding(ColumnRule):
     `norm`: gradient norms are clipped at 1 as a rule (Pascanu et al. 2013), and a sum over a batch of a thousand gives some
     hundreds. `ratio`: |g| / |w|; at 100, plain gradient descent with a learning rate of 0.01 replaces the weight in one
     step. Both together also leave alone what starts at 0, and sums over large batches with the small learning rate they
-    need. Where the steps are small all the same (|dw| / |w| below 0.05, as under Adam) and the loss is not known to be
-    ill, it is an info.
+    need. Where the optimizer divides by the gradient's own size (Adam), the steps are small (|dw| / |w| below 0.05) and the
+    loss is not known to be ill, it is an info.
     """
 
     norm: float = 1e3
@@ -68,7 +68,10 @@ class Exploding(ColumnRule):
         return RowFindings(self.name, severity, newest, rows, lambda row: self._finding(newest, row, severity))
 
     def _harmless(self, history: History, newest: Snapshot, rows: Sequence[int]) -> bool:
-        """Whether the steps are small all the same, as Adam's are, and nothing says that the loss does not fall."""
+        """Whether the gradient's size does not matter to the optimizer, and nothing says that the loss does not fall."""
+        newest_settings = [those[-1] for those in settings(history).values()]
+        if not newest_settings or not all(s.adaptive for s in newest_settings):
+            return False
         ratios = np.asarray([s.column("update_ratio") for s in history.recent(1, Stage.USED) if s.names == newest.names])
         small = bool(len(ratios)) and bool((ratios[-1][np.asarray(rows, np.int64)] < SMALL).all())
         return small and not loss_trend(history).ill

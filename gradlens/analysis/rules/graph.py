@@ -22,6 +22,10 @@ def _found(graph: Graph) -> tuple[Finding, ...]:
     return tuple(patterns.audit(graph))
 
 
+#: What may be meant, and is no info where the loss does not fall.
+LOUD_IF_ILL = ("unregistered", "summed-loss")
+
+
 @dataclass(frozen=True)
 class GraphAudit(Occasional):
     """Mistakes that show in the graph of the loss: softmax taken twice, shapes broadcast, layers that nobody has.
@@ -40,7 +44,7 @@ class GraphAudit(Occasional):
                 if finding.rule in said:
                     continue
                 said.add(finding.rule)
-                loud = ill and finding.rule == "unregistered"
+                loud = ill and finding.rule in LOUD_IF_ILL
                 yield replace(finding, step=newest_step(history), severity=Severity.WARNING if loud else finding.severity)
 
 

@@ -103,16 +103,25 @@ class Identical(ColumnRule):
 
 
 def _constant(columns: Columns) -> np.ndarray:
-    """At the first moment, weights whose entries have one size, where they are most of the model's: one may be a scale."""
+    """At the first moment, weights whose entries have one size, where they are most of the model's: one may be a scale.
+
+    Half of the weights of low-rank adapters begin at 0 and are well; more than half at 0 pass nothing.
+    """
     of = columns.columns
     matrix = layout(columns.parameters).matrix & judged(columns) & (of["numel"] >= 4)
+    empty = of["weight_abs_max"] == 0
     with np.errstate(invalid="ignore"):
         even = of["weight_square_sum"] > (1 - 1e-6) * of["numel"] * of["weight_abs_max"] ** 2
-    constant = matrix & even & (of["weight_abs_max"] > 0)
-    count = constant.sum(axis=1, keepdims=True)
+    constant = matrix & (even | (empty & (of["weight_square_sum"] == 0)))
+    count, zeros = constant.sum(axis=1, keepdims=True), (constant & empty).sum(axis=1, keepdims=True)
     begins = (columns.first is None) | (columns.step == (-1 if columns.first is None else columns.first.step))
-    many = (count >= 2) & (count >= 0.5 * matrix.sum(axis=1, keepdims=True))
+    half = 0.5 * matrix.sum(axis=1, keepdims=True)
+    many = (count >= 2) & ((count - zeros >= half) | (count > half))
     return (constant & many & np.asarray(begins)[:, None]).astype(np.int8)
+
+
+#: |dw| / |w| of the whole model, of a step that leaves little of what it was.
+LEAP = 0.5
 
 
 @dataclass(frozen=True)
@@ -121,7 +130,8 @@ class InputScale(Occasional):
 
     The first layer's gradient is the gradient of its output times its input, so inputs of a thousand make steps a thousand
     times too large there (LeCun et al. 1998). The size is read from what the first layer keeps for its backward; where that
-    is not there, from |gW| / |gb| of the first layer, which is the inputs' length.
+    is not there, from |gW| / |gb| of the first layer, which is the inputs' length. Where the loss falls and no step moved
+    the weights by more than half of their norm, it is an info: a small learning rate makes up for it.
     """
 
     size: float = 20.0
@@ -141,12 +151,18 @@ class InputScale(Occasional):
         if not size > self.size:
             return
         layer = looks[0].layer.partition(":")[2]
+        _, ratios = history.course.series("ratio")
+        leapt = len(ratios) > 0 and float(np.nanmax(ratios)) > LEAP
         yield Finding(
             rule=self.name,
             step=newest_step(history),
-            severity=Severity.WARNING if trend.ill else Severity.INFO,
+            severity=Severity.WARNING if trend.ill or leapt else Severity.INFO,
             seen=f"the inputs of {layer!r} have an rms of {format_number(size)}: they are not normalised"
-            + (", and the loss does not fall" if trend.ill else ""),
+            + (
+                ", and the loss does not fall"
+                if trend.ill
+                else ", and a step moved the weights by half of themselves" * leapt
+            ),
             causes=("input data on their own scale: pixels up to 255, prices, raw sensor values",),
             remedy="normalise the inputs to mean 0 and standard deviation 1 with the training set's numbers; or begin the "
             "model with a BatchNorm",

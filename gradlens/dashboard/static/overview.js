@@ -198,8 +198,8 @@ export class Overview {
 function item(finding, kind, state) {
   const where = finding.parameter ?? (finding.parameters.length ? `${finding.parameters.length} parameters` : "the whole model");
   const first = finding.parameter ?? finding.parameters[0] ?? "";
-  const open = () => go({ step: String(finding.step), ...(first ? { parameter: first } : {}) });
-  const current = state.step === String(finding.step) && (!first || state.parameter === first);
+  const open = () => go({ step: String(finding.step), parameter: first }); // none of one about the whole model: no row is marked
+  const current = state.step === String(finding.step) && state.parameter === first;
   return h(
     "li",
     { class: `finding ${finding.severity}`, "data-current": current ? "yes" : null },

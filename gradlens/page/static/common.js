@@ -41,7 +41,7 @@ const gradlens = (() => {
       width, height: 210, padding: [10, 10, 0, 0],
       cursor: { drag: { x: true, y: false } },
       legend: { live: true },
-      scales: { x: { time: false }, y: log ? { distr: 3 } : options.range ? { range: options.range } : {} },
+      scales: { x: { time: false }, y: log ? { distr: 3 } : options.range ? { range: options.range } : all.every((value) => value === 0) ? { range: [-1, 1] } : {} },
       axes: [{ ...axis, values: (_, ticks) => ticks.map((tick) => (Number.isInteger(tick) ? tick.toLocaleString("en") : "")) },
         { ...axis, size: 58, values: (_, ticks) => ticks.map((tick) => (tick === null ? "" : num(tick))) }],
       series: [{ label: "step" }, ...series.map((each) => ({

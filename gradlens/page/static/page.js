@@ -245,7 +245,7 @@
     const plural = (n, word) => `${n} ${word}${n === 1 || word === "info" ? "" : "s"}`;
     const counted = ["error", "warning", "info"].filter((word) => counts[word]).map((word) => plural(counts[word], word)).join(", ");
     verdict.textContent = data.diagnosis ? data.diagnosis.verdict : counted || "Nothing looks ill: no rule found anything.";
-    verdict.className = worst || "";
+    verdict.className = worst || (data.diagnosis && data.diagnosis.ill ? "warning" : "");
     const list = $("findings");
     for (const finding of data.findings) list.append(item(finding));
     $("overhead").textContent = data.overhead || "Not recorded: the run was not closed, or is still being written.";
@@ -259,6 +259,7 @@
     const since = finding.step === finding.last ? `at step ${finding.step}` : `from step ${finding.step}`;
     const head = make("p");
     head.append(make("span", finding.severity, `badge ${finding.severity}`), make("b", finding.rule), make("span", `, ${since}${where ? `: ${where}` : ""}`));
+    if (finding.origin || finding.follows) head.append(make("span", finding.origin ? "origin" : "follows from it", "kind"));
     node.append(head, make("p", finding.seen));
     if (finding.causes.length) { const p = make("p"); p.append(make("span", "Likely: ", "label"), finding.causes.join("; ")); node.append(p); }
     if (finding.remedy) { const p = make("p"); p.append(make("span", "Do: ", "label"), finding.remedy); node.append(p); }

@@ -4,9 +4,12 @@ import math
 
 import pytest
 
+from gradlens.analysis.history import History
 from gradlens.analysis.rules import NonFinite
+from gradlens.facts import Graph, Operation
 from gradlens.records import Severity, Stage
-from tests.analysis.made import last, parameters_of, snapshot
+from tests.analysis.made import asked, last, parameters_of, snapshot
+from tests.analysis.rules.courses import graph, settings
 
 NAMES = ("a.weight", "b.weight", "c.weight")
 
@@ -108,3 +111,77 @@ def test_a_scaler_that_is_not_known_is_among_the_causes_until_the_step():
     assert "GradScaler" in finding.causes[-1]
     (finding,) = last(NonFinite(), bad(0), bad(0, inf=(1, 0, 0), stage=Stage.USED))
     assert not any("GradScaler" in cause for cause in finding.causes)
+
+
+# --- who wrote it first ---------------------------------------------------------------------------------------------
+
+W, B = "a.weight", "a.bias"
+
+
+def used(step=0, **columns):
+    """What an optimizer got, and what it did with it."""
+    return snapshot(step, stage=Stage.USED, update_numel=100, **columns)
+
+
+def test_an_optimizer_that_writes_nan_from_finite_gradients_is_said_to():
+    """With the settings that explain it."""
+    history = History()
+    history.append(used(update_nonfinite=[7, 0]))
+    history.note(settings(kind="Adam", eps=1e-8, dtypes=("float16",)))
+    (finding,) = NonFinite()(history)
+    assert (finding.parameter, finding.step) == (W, 0)
+    assert "the optimizer wrote 7 of 100 weights" in finding.seen
+    assert "second moment" in finding.causes[-1]
+
+
+def test_the_step_after_says_which_step_left_the_weights_so():
+    """Its gradients were finite."""
+    (finding, *_) = last(NonFinite(), used(0, update_nonfinite=[0, 3]), used(1, nan=5))
+    assert "step 0 left weights that are not finite (of a.bias), from finite partials" in finding.causes[0]
+
+
+def test_weights_that_were_nan_before_the_first_step():
+    """No step that was seen wrote them."""
+    (finding, *_) = last(NonFinite(), snapshot(0, nan=5, weight_nonfinite=[1, 0]))
+    assert "before this step (of a.weight)" in finding.causes[0]
+
+
+def test_clipping_that_spreads_one_nan_names_where_it_came_from():
+    """F15: what was finite after backward is not the forward pass's fault."""
+    _, said = asked(NonFinite(), snapshot(0, nan=[0, 1]), used(0, nan=[100, 100]))
+    assert {finding.parameter for finding in said} == {W, B}
+    assert all("clip_grad_norm_ multiplied all others" in finding.causes[0] and B in finding.causes[0] for finding in said)
+
+
+def test_what_came_between_backward_and_the_step():
+    """All that backward gave was finite."""
+    _, said = asked(NonFinite(), snapshot(0), used(0, nan=[100, 100]))
+    assert all("between backward and the step" in finding.causes[0] for finding in said)
+
+
+def test_the_graph_names_the_operations_that_may_have_done_it():
+    """Where the loss is finite and its derivative is not."""
+    history = History()
+    history.note(graph("Mean", "Sqrt", "Addmm"))
+    history.append(snapshot(3, nan=5, loss=0.5))
+    (finding, *_) = NonFinite()(history)
+    assert "sqrt at 0" in finding.causes[0]
+
+
+@pytest.mark.parametrize(
+    ("first", "said"), [(0, "between 'b', whose input is finite, and 'c', whose input is not"), (3, "the input of 'b'")]
+)
+def test_the_graph_says_between_which_layers_it_came_up(first, said):
+    """Read while the loss was not finite: layers behind the last one still have their inputs."""
+    leaves = [Operation("Leaf", (), (4, 4), {}, f"{name}.weight") for name in "cb"]
+    layers = [
+        Operation("Addmm", (1, 2), (8, 4), {"nonfinite": 3}),
+        leaves[0],
+        Operation("Addmm", (3,), (8, 4), {"nonfinite": first}),
+        leaves[1],
+    ]
+    history = History()
+    history.note(Graph((*layers,), step=3, values=True))
+    history.append(snapshot(3, nan=5, loss=float("nan")))
+    (finding, *_) = NonFinite()(history)
+    assert said in finding.causes[0]

@@ -1,0 +1,238 @@
+"""The steady route: what is asked of a step that goes by the book, in place of looking at each parameter.
+
+Nearly every step is like the one before: one process and thread, one optimizer, one backward onto empty `.grad`s that
+reaches every parameter, nobody else's hooks, no scaler, no closure. After a step like that a `Route` is compiled: the
+parameters, their hooks, what the optimizer moves. The next step is held against it, part by part, by questions that are
+asked of all parameters in one call: identities, versions, `.grad`. A part for which all facts hold is one `Steady...` event;
+one for which any differs goes the general way, whose state the steady one leaves behind just as well: each is judged alone.
+
+    part                     facts
+    a backward begins        parameters, shapes, hooks as compiled; every `.grad` empty
+    it has ended             each hook has noted, once; every parameter is there, and has a gradient
+    the optimizer begins     gradients as that backward left them, by identity and version
+    it has ended             the same; the optimizer moves all parameters, at rates above 0
+
+What lies in memory (addresses, types, fixed samples) is asked by whoever takes the events: see `watching.prepared`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import repeat
+from operator import attrgetter, is_
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from gradlens.capture.arrivals import State
+from gradlens.capture.attachment import Attachment, Slot
+from gradlens.capture.engine import Engine, Pass, Run, running
+from gradlens.capture.events import LossSeen, Sink, SteadyReading, SteadyStart, SteadyUpdate
+from gradlens.capture.marks import Marks, versions
+from gradlens.capture.optimizers import WatchedOptimizer
+from gradlens.capture.step import Phase, Step
+from gradlens.records import Stage, TableKey
+
+#: The stages that are read in one process by default; with others the general way is taken.
+STAGES = frozenset({Stage.BACKWARD, Stage.USED})
+
+_GRAD, _REQUIRES = attrgetter("grad"), attrgetter("requires_grad")
+_OWN, _ACCUMULATED = attrgetter("_backward_hooks"), attrgetter("_post_accumulate_grad_hooks")
+_PLAIN = {Tensor, nn.Parameter}
+
+
+class Left(NamedTuple):
+    """What was there at a moment: identities and versions of gradients, versions of weights."""
+
+    ids: list[int]
+    versions: list[int]
+    weights: list[int]
+
+
+class Route:
+    """What does not change from one step by the book to the next. It refers to the parameters: it goes with the model."""
+
+    def __init__(self, attachment: Attachment, weights: list[Tensor], optimized: list[Tensor]) -> None:
+        self.slots, self.parameters, self.weights = attachment.slots, attachment.parameters, weights
+        self.rows = list(range(len(weights)))
+        self.optimized = optimized  #: what the optimizer moves, in its own order
+        self.order = list(self.slots)  #: in which hooks were last called
+        self.reached = set(self.slots)
+        self.lr_positive = [True] * len(weights)
+        self.calls: Any = None  #: what the sink has prepared for these parameters; it goes with the route
+        self._accumulated, self._own = list(map(id, map(_ACCUMULATED, weights))), list(map(id, map(_OWN, weights)))
+
+    def hooked_alone(self) -> bool:
+        """Whether our hooks, and no others, are on every parameter."""
+        weights = self.weights
+        own, accumulated = list(map(_OWN, weights)), list(map(_ACCUMULATED, weights))
+        if list(map(id, own)) != self._own or list(map(id, accumulated)) != self._accumulated:
+            return False
+        try:
+            return sum(map(len, own)) == len(weights) == sum(map(len, accumulated))
+        except TypeError:  # None is where a dictionary should be
+            return False
+
+    def hooked(self) -> bool:
+        """Whether our hooks are on every parameter."""
+        return list(map(id, map(_ACCUMULATED, self.weights))) == self._accumulated
+
+    def trained(self) -> bool:
+        """Whether every parameter wants a gradient."""
+        return all(map(_REQUIRES, self.weights))
+
+    def empty(self) -> bool:
+        """Whether every `.grad` is empty."""
+        return all(map(is_, map(_GRAD, self.weights), repeat(None)))
+
+    def gradients(self) -> list[Tensor] | None:
+        """Every gradient; None where one is missing, or of another type than torch's own."""
+        found = list(map(_GRAD, self.weights))
+        return found if set(map(type, found)) <= _PLAIN else None
+
+    def noted(self, noted: list[Slot]) -> bool:
+        """Whether these are all slots, each once."""
+        if noted == self.order:
+            return True
+        if len(noted) != len(self.slots) or set(noted) != self.reached:
+            return False
+        self.order = list(noted)
+        return True
+
+    def moved_by(self, optimizer: Optimizer) -> bool:
+        """Whether the optimizer moves what it did, all of it at a rate above 0."""
+        groups = optimizer.param_groups
+        given = [p for group in groups for p in group["params"]]
+        if len(given) != len(self.optimized) or not all(map(is_, given, self.optimized)):
+            return False
+        rates = [group.get("lr", 1.0) for group in groups]
+        return not any(isinstance(rate, Tensor) for rate in rates) and all(rate > 0 for rate in rates)
+
+
+class SteadyRoute:
+    """Holds each part of a step against the route. A method that says True has done what the general way would have done."""
+
+    def __init__(
+        self, attachment: Attachment, engine: Engine, sink: Sink, stages: frozenset[str], *, updates: bool, local: bool
+    ) -> None:
+        self._attachment, self._engine, self._sink, self._updates = attachment, engine, sink, updates
+        self.allowed = stages == STAGES and not local  #: tests take the general way throughout
+        self.route: Route | None = None
+        self.parts = 0  #: of steps that went by the book
+
+    def _there(self, route: Route) -> bool:
+        """Whether the parameters are where and what they were."""
+        attachment = self._attachment
+        if attachment.slots is not route.slots or attachment.parameters is not route.parameters or attachment.lost:
+            return False
+        return all(map(is_, attachment.tensors(), route.weights))
+
+    # --- parts of a step --------------------------------------------------------------------------------------------
+
+    def pass_begins(self, run: Run, entered: Pass, step: Step) -> bool:
+        """Whether a backward begins by the book."""
+        route = self.route
+        if route is None or step.phase is not Phase.IDLE or not step.observed:
+            return False
+        if run.depth != 1 or run.nested or self._engine.passes or len(self._engine.threads) > 1:
+            return False
+        if self._attachment.refresh() is not route.parameters or not self._there(route):
+            self.route = None
+            return False
+        if not (route.empty() and route.hooked_alone()):
+            return False
+        entered.route = route
+        return True
+
+    def pass_ended(self, entered: Pass, step: Step) -> bool:
+        """Whether it ended by the book, and is read."""
+        route, arrivals = self.route, entered.arrivals
+        if route is None or entered.route is not route or not route.noted(arrivals.noted):
+            return False
+        if any(state is not State.WAITING for state in arrivals.states.values()) or len(self._engine.threads) > 1:
+            return False
+        if step.phase is not Phase.OPEN or step.passes or entered.nested or entered.compiled:
+            return False
+        gradients = route.gradients() if self._there(route) else None
+        if gradients is None:
+            return False
+        step.reached, step.averaged = route.reached.copy(), True
+        step.left = Left(list(map(id, gradients)), versions(gradients), versions(route.weights))
+        step.ending = Marks(listed=(route.slots, step.left.ids, step.left.versions))
+        key = TableKey(step.number, step.take_number(), Stage.BACKWARD)
+        if entered.loss is not None:
+            self._sink(LossSeen(key.step, key.backward, entered.loss))
+        self._sink(SteadyReading(route, key, gradients, self._updates))
+        self.parts += 1
+        return True
+
+    def _as_left(self, route: Route, left: Left) -> list[Tensor] | None:
+        """The gradients, if they are those that were left."""
+        gradients = route.gradients() if self._there(route) else None
+        if gradients is None or list(map(id, gradients)) != left.ids or versions(gradients) != left.versions:
+            return None
+        return gradients
+
+    def step_begins(self, step: Step, watched: WatchedOptimizer) -> bool:
+        """Whether the optimizer is given what the backward left, and that is read."""
+        route, left = self.route, step.left
+        if route is None or left is None or step.passes != 1 or step.phase is not Phase.OPEN or watched.wrapped:
+            return False
+        if running() or self._engine.passes or not (step.fresh and step.own):
+            return False
+        gradients = self._as_left(route, left)
+        if gradients is None or not route.trained():
+            return False
+        watched.read = watched.untouched = watched.steady = True
+        watched.given = Marks(listed=(route.slots, left.ids, left.versions))
+        kept = not self._updates or versions(route.weights) == left.weights
+        self._sink(SteadyStart(route, step.used_key, gradients, self._updates, kept))
+        self.parts += 1
+        return True
+
+    def step_ended(self, step: Step, watched: WatchedOptimizer, optimizer: Optimizer) -> bool:
+        """Whether the optimizer left the gradients as they were, and its update is read."""
+        route, left = self.route, step.left
+        if route is None or left is None or step.passes != 1 or not (route.moved_by(optimizer) or not self._updates):
+            return False
+        gradients = self._as_left(route, left)
+        if gradients is None:
+            return False
+        if self._updates:
+            self._sink(SteadyUpdate(route, step.used_key, gradients))
+        step.by_the_book = True
+        self.parts += 1
+        return True
+
+    # --- between steps ----------------------------------------------------------------------------------------------
+
+    def opening(self, closed: Step) -> Marks | None:
+        """What is in `.grad` as the next step opens, and every hook in its place; None where that has to be looked at."""
+        route, left = self.route, closed.left
+        if route is None or left is None or not closed.by_the_book or self._attachment.slots is not route.slots:
+            return None
+        return Marks(listed=(route.slots, left.ids, left.versions)) if route.hooked() else None
+
+    def follow(self, closed: Step, optimizers: Sequence[WatchedOptimizer], *, plain: bool, next_observed: bool) -> None:
+        """A step is over: the route stays, is compiled, or is dropped."""
+        if not (next_observed and plain and self.allowed):
+            self.route = None
+        elif closed.left is None or self.route is None:
+            self.route = self._compiled(closed, optimizers)
+
+    def _compiled(self, step: Step, optimizers: Sequence[WatchedOptimizer]) -> Route | None:
+        attachment, n = self._attachment, len(self._attachment.slots)
+        if step.passes != 1 or not (step.fresh and step.own) or len(step.reached) != n or len(self._engine.threads) > 1:
+            return None
+        optimizer = optimizers[0].ref() if len(optimizers) == 1 and not optimizers[0].wrapped else None
+        if optimizer is None or not attachment.plain or any(slot.read_in_hook for slot in attachment.slots):
+            return None
+        weights: list[Any] = attachment.tensors()
+        optimized = [p for group in optimizer.param_groups for p in group["params"]]
+        if not set(map(type, weights)) <= _PLAIN or not set(map(id, weights)) <= set(map(id, optimized)):
+            return None
+        if any(slot.hooked != id(w) for slot, w in zip(attachment.slots, weights, strict=True)):
+            return None
+        route = Route(attachment, weights, optimized)
+        return route if route.hooked_alone() and route.trained() else None

@@ -1,0 +1,188 @@
+"""The steps of one lens: the one that is open, the one that lingers, and what happens as one gives way to the next.
+
+The sole owner of the open `Step`: passes and optimizers say here that it begins, moves, or is over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from gradlens import findings
+from gradlens.capture.arrivals import HELD_BYTES
+from gradlens.capture.engine import running
+from gradlens.capture.events import StepClosed
+from gradlens.capture.marks import Marks
+from gradlens.capture.optimizers import WatchedOptimizer
+from gradlens.capture.scaling import Scaling
+from gradlens.capture.step import Step
+from gradlens.capture.workings import Workings
+from gradlens.records import Stage
+
+#: Steps between full scans of the module tree. What registers a parameter in the usual way is seen at once; this finds
+#: writes past torch's own registration, and costs about 2 us a parameter when it happens.
+SCAN_EVERY = 16
+
+
+class Steps:
+    """Opens, closes and lets go of steps."""
+
+    def __init__(self, workings: Workings, schedule: Callable[[int], bool], scaler: Any, first: int) -> None:
+        self._attachment, self._engine, self._optimizers = workings.attachment, workings.engine, workings.optimizers
+        self._hooks, self._step_reader, self._steady = workings.hooks, workings.step_reader, workings.steady
+        self._sink, self._guard, self._tell, self._schedule = workings.sink, workings.guard, workings.tell, schedule
+        self._stages, self._used, self._local = workings.stages, workings.used, workings.local
+        self.scaling = Scaling(scaler)
+        self.explicit = False  #: `lens.step()` says where a step ends
+        self.current = Step(first, observed=self._ask(first))
+        self.lingering: Step | None = None  #: closed, and an optimizer that has not stepped may still belong to it
+        self.due: list[tuple[Step, WatchedOptimizer, Any]] = []  #: updates whose wrapper may still move weights
+        self.dirty = False  #: something was registered since the model was last scanned
+
+    @property
+    def watches(self) -> bool:
+        """Whether this step has hooks on the parameters. Without an optimizer a backward counts steps, so they stay."""
+        return self.current.observed or not self._optimizers.watched
+
+    def follow_schedule(self) -> None:
+        """Hooks are on the parameters of a step that is observed, and off those of any other."""
+        if self.watches:
+            self._attachment.hook_all(self._hooks.of)
+        else:
+            self._attachment.unhook_all()
+
+    def _ask(self, number: int) -> bool:
+        try:
+            return bool(self._schedule(number))
+        except Exception as error:  # noqa: BLE001 - a user's schedule must not break a training step
+            self._guard.fault("schedule", error)
+            return True
+
+    def rescan(self) -> None:
+        """Scan the model, if it may have changed."""
+        if self.dirty or self._attachment.lost or self.current.number % SCAN_EVERY == 0:
+            self.dirty = False
+            if self._attachment.rescan():
+                self._attachment.refresh()
+
+    def finish_passes(self) -> None:
+        """Finish the passes whose end nobody called; outside a backward."""
+        self._engine.finish_ended_passes()
+        if self.dirty and not running():
+            with self._engine.lock:
+                self.rescan()  # no hook may have fired at all, as where everything that trains is new
+
+    # --- from one step to the next ----------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """The step ended: hand it over, look at the model again, and get ready for the next."""
+        if self._guard.forked():
+            return  # whose parent may have held the lock
+        step = self.current
+        self._safely("end of a step", self._read_rest, step)
+        self.current = Step(step.number + 1, observed=self._ask(step.number + 1))
+        self._safely("start of a step", self._prepare, step)
+        self.let_go()
+        self.lingering = step
+        if not self.awaited(step):
+            self.let_go()
+
+    def _safely(self, where: str, call: Callable[..., Any], *args: Any) -> None:
+        try:
+            with self._engine.lock, self._attachment.cache:
+                call(*args)
+        except Exception as error:  # noqa: BLE001 - nothing of ours is raised in a training step
+            self._guard.fault(where, error)
+
+    def _prepare(self, closed: Step) -> None:
+        self.rescan()
+        opening = self._steady.opening(closed) if self.current.observed and not self._step_reader.notes.written else None
+        if opening is not None:
+            self.current.opening = opening
+        else:
+            self.open_marks()
+            self.follow_schedule()
+        plain = self.scaling.scaler is None and not self.explicit
+        self._steady.follow(closed, self._optimizers.watched, plain=plain, next_observed=self.current.observed)
+
+    def open_marks(self) -> None:
+        """Remember what `.grad` is now, which matters only if the step has hooks."""
+        if self.watches:
+            slots = self._attachment.slots
+            there = [(s, t.grad) for s, t in zip(slots, self._attachment.tensors(), strict=True) if t is not None]
+            self.current.opening = Marks()
+            self.current.opening.update([s for s, _ in there], [g for _, g in there])
+            written = self._step_reader.notes.written
+            if written:
+                self.current.opening.hold((g for s, g in there if g is not None and s in written), HELD_BYTES)
+
+    def awaited(self, step: Step) -> bool:
+        """Whether an optimizer that has not stepped may still belong to the step that was closed."""
+        if any(due is step for due, _, _ in self.due):
+            return True
+        return self._used and any(w not in step.stepped and w.ref() is not None for w in self._optimizers.watched)
+
+    def let_go(self) -> None:
+        """Nothing more comes of the step that was closed last."""
+        step, self.lingering = self.lingering, None
+        if step is not None:
+            self._safely("end of a step", self._read_skipped, step)
+            self._sink(StepClosed(step.number, step.scalars))
+
+    def finish_due(self) -> None:
+        """Read the updates of optimizers that were inside another object's step, which is over now."""
+        due, self.due = self.due, []
+        for step, watched, skipped in due:
+            optimizer = watched.ref()
+            if optimizer is not None:
+                with self._engine.lock, self._attachment.cache:
+                    self._step_reader.read_update(step, watched, optimizer, skipped)
+        if due and self.lingering is not None and not self.awaited(self.lingering):
+            self.let_go()
+
+    # --- the end of a step ------------------------------------------------------------------------------------------
+
+    def close_skipped(self) -> None:
+        """Close the step whose optimizer the scaler let do nothing."""
+        if self.current.open:
+            skipped = self._read_skipped(self.current)
+            if sum(self._optimizers.ender.ends(watched) for watched in skipped):  # each is asked
+                self.close()
+
+    def _read_skipped(self, step: Step) -> list[WatchedOptimizer]:
+        """The optimizers that the scaler let do nothing in this step; what it kept from them is read."""
+        if self.scaling.scaler is None:
+            return []
+        skipped = [
+            watched
+            for watched in self._optimizers.watched
+            if watched not in step.stepped and (o := watched.ref()) is not None and self.scaling.stepped(o)
+        ]
+        for watched in skipped:
+            step.stepped[watched] = step.passes
+            if step.observed:
+                self._step_reader.read_used(step, watched, skipped=True)  # scaler.step() has unscaled what it then skipped
+        return skipped
+
+    def _read_rest(self, step: Step) -> None:
+        """What is read, and told, once the step is over."""
+        self._read_skipped(step)
+        if not self._optimizers.watched and step.observed and step.passes:
+            self._step_reader.read_by_hand(step)
+            if self._step_reader.updates:
+                self._step_reader.read_update(step, self._step_reader.by_hand, None, skipped=False)
+            self._step_reader.by_hand.read, self._step_reader.left = False, []
+        self._tell_rest(step)
+
+    def _tell_rest(self, step: Step) -> None:
+        attachment = self._attachment
+        if self._step_reader.notes.read_at_step:
+            self._tell(findings.read_at_step(step.number))
+        if attachment.flat:
+            self._tell(findings.flat_parameters(step.number))
+        if Stage.REDUCED in self._stages and step.observed and step.passes:
+            if not step.averaged:
+                self._tell(findings.not_averaged(step.number))
+            elif self._local and attachment.ignored:
+                ignored = [slot.name for slot in attachment.slots if slot in attachment.ignored]
+                self._tell(findings.not_sharded(step.number, ignored))

@@ -1,0 +1,77 @@
+"""The tables that have not left for the recorder: made by a first reading, sent when nothing more can come of them.
+
+A backward's table leaves when a later one has ended, a `used` one when the next backward begins, all of a step's when that
+is over.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from gradlens.records import Note, Parameters, Stage, TableKey
+from gradlens.statistics.table import Piece, Table
+from gradlens.watching import process_group
+from gradlens.watching.recorder import Recorder
+
+
+class OpenTables:
+    """Tables by what they are of, and the losses of their backwards."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self.recorder = recorder
+        self.tables: dict[TableKey, Table] = {}
+        self.losses: dict[tuple[int, int], float | Tensor] = {}  #: by step and backward
+        self.last: Table | None = None  #: the last `backward` table, which `used` may copy
+        self.copied = False  #: the `used` rows of the open step are those of `backward`
+        self.count = 0  #: tables that were made
+
+    def of(self, key: TableKey, parameters: Parameters) -> Table:
+        """The table, made where there is none: without rows."""
+        table = self.tables.get(key)
+        if table is None:
+            table = self._made(Table(*key, parameters, time.time(), notes=[Note.ELSEWHERE] * len(parameters)))
+        return table
+
+    def whole(self, key: TableKey, parameters: Parameters, pieces: list[Piece]) -> Table:
+        """A table that is complete at once, in place of any other."""
+        return self._made(Table(*key, parameters, time.time(), pieces=pieces, complete=True))
+
+    def _made(self, table: Table) -> Table:
+        table.rank = process_group.rank()
+        self.tables[TableKey(table.step, table.backward, Stage(table.stage))] = table
+        self.count += 1
+        return table
+
+    def ended(self, table: Table) -> None:
+        """This backward has ended: those before it leave, so that memory stays bounded."""
+        older = [t for t in self.tables.values() if t.complete and (t.step, t.backward) < (table.step, table.backward)]
+        self.send([t for t in older if t.stage != Stage.USED], {})
+        self.last = table
+
+    def send_until(self, key: TableKey) -> None:
+        """The next backward begins: nothing is added to what was read of those before it."""
+        self.send([t for t in self.tables.values() if t.complete and (t.step, t.backward) <= key[:2]], {})
+
+    def release(self, step: int, scalars: Mapping[str, Any]) -> None:
+        """The step is over."""
+        self.send([t for t in self.tables.values() if t.step <= step and t.complete], scalars)
+
+    def forget(self, step: int) -> None:
+        """Nothing more comes of this step, whatever could not be sent."""
+        self.tables = {key: table for key, table in self.tables.items() if key.step > step}
+        self.losses = {key: loss for key, loss in self.losses.items() if key[0] > step}
+        self.last, self.copied = None, False
+
+    def answered(self) -> list[Table]:
+        """What is complete of the open step, for a question asked in the middle of it."""
+        return [t for t in self.tables.values() if t.complete and t.stage != Stage.USED]
+
+    def send(self, tables: Sequence[Table], scalars: Mapping[str, Any]) -> None:
+        """Hand them to the recorder."""
+        self.recorder.send(list(tables), scalars, [self.losses.get((table.step, table.backward)) for table in tables])
+        for table in tables:
+            self.tables.pop(TableKey(table.step, table.backward, Stage(table.stage)), None)

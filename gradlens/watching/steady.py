@@ -1,0 +1,153 @@
+"""What a step by the book is read with: calls that are prepared once, and made each step.
+
+The calls belong to a route, which capture drops as soon as anything about the parameters changes. They are made again when
+the buffers have moved, or a tensor has: the old ones would not serve. Where the facts that they rest on do not hold, nothing
+has been done, and the general events stand in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from gradlens import kernels
+from gradlens.capture.events import Steady, SteadyReading, SteadyStart, SteadyUpdate
+from gradlens.kernels.prepared import Prepared
+from gradlens.kernels.prepared import Reading as Rows
+from gradlens.records import Parameters, Stage
+from gradlens.statistics.buffers import Buffer
+from gradlens.statistics.table import Piece
+from gradlens.watching.open_tables import OpenTables
+from gradlens.watching.updates import UpdateMeter
+
+#: Steps for which nothing is prepared after it was in vain; each time that it was doubles them, up to the second number.
+PAUSE, LONGEST = 2, 1024
+
+
+@dataclass(eq=False)
+class Calls:
+    """The calls of a route, and the buffers that they were made for."""
+
+    prepared: Prepared
+    previous: kernels.StableTensors | None
+    before: kernels.StableTensors | None
+    read: object = None  #: the table of the reading that its samples are of
+    begun: object = None  #: that of the optimizer's step which was given what was read
+
+
+class PreparedCalls:
+    """Makes the calls of a route, and makes them again where they do not serve."""
+
+    def __init__(self) -> None:
+        self._pause, self._left = PAUSE, 0
+
+    def read(
+        self,
+        event: SteadyReading,
+        previous: kernels.StableTensors | None,
+        before: kernels.StableTensors | None,
+        detail: bool,
+    ) -> Rows | None:
+        """The gradients' rows; None where they cannot be read so."""
+        route, calls = event.route, event.route.calls
+        if calls is None or calls.previous is not previous or calls.before is not before:
+            calls = self._make(route, previous, before)
+        rows = None if calls is None else calls.prepared.read(event.gradients, detail, event.updates)
+        if rows is None and calls is not None:
+            calls = self._make(route, previous, before)
+            rows = None if calls is None else calls.prepared.read(event.gradients, detail, event.updates)
+        if rows is None:
+            self.in_vain(route)
+            return None
+        self._pause = PAUSE
+        calls.read, calls.begun = event.key, None
+        return rows
+
+    def _make(
+        self, route: Steady, previous: kernels.StableTensors | None, before: kernels.StableTensors | None
+    ) -> Calls | None:
+        route.calls = None
+        if self._left:
+            self._left -= 1
+            return None
+        prepared = kernels.prepare(route.weights, previous, before)
+        if not prepared.apart:
+            self.in_vain(route)
+            return None
+        route.calls = Calls(prepared, previous, before)
+        return route.calls
+
+    def in_vain(self, route: Steady) -> None:
+        """It did not serve: it is not tried for a while."""
+        route.calls, self._left = None, self._pause
+        self._pause = min(2 * self._pause, LONGEST)
+
+
+class SteadyTables:
+    """Fills the tables of a step by the book. A handler that says False has done nothing."""
+
+    def __init__(
+        self,
+        tables: OpenTables,
+        meter: UpdateMeter,
+        flips: dict[str, Buffer],
+        last_of: Callable[[Stage, Parameters], Buffer | None],
+        detail: Callable[[int], bool],
+    ) -> None:
+        self._open, self._meter, self._flips, self._last_of, self._detail = tables, meter, flips, last_of, detail
+        self._calls = PreparedCalls()
+        self.answered = 0  #: events
+        self.handlers: dict[type, Callable[[Any], bool]] = {
+            SteadyReading: self._read,
+            SteadyStart: self._start,
+            SteadyUpdate: self._update,
+        }
+
+    def _read(self, event: SteadyReading) -> bool:
+        route, key = event.route, event.key
+        last = self._last_of(Stage.BACKWARD, route.parameters)
+        previous = None if last is None else last.rooms(route.rows, kept=True)
+        before = self._meter.room(route.parameters, route.rows) if event.updates else None
+        if (previous is None) != (last is None) or (before is None) == event.updates:
+            return False  # not kept whole, or not yet
+        read = self._calls.read(event, previous, before, self._detail(key.step))
+        if read is None:
+            return False
+        self._meter.read_steadily(Piece(route.rows, read.gradient_samples))
+        self._open.ended(self._open.whole(key, route.parameters, [Piece(route.rows, read.rows)]))
+        self.answered += 1
+        return True
+
+    def _start(self, event: SteadyStart) -> bool:
+        route, calls, last = event.route, event.route.calls, self._open.last
+        if calls is None or last is None or calls.read != (last.step, last.backward, last.stage):
+            return False
+        if Stage.USED in self._flips:
+            return False  # some `used` gradient differed once: its successors compare with it, not with `backward`
+        if not (event.kept and unchanged(calls, event.gradients, event.updates)):
+            return False
+        self._meter.given_steadily(route.parameters, calls.before if event.updates else None)
+        self._open.whole(event.key, route.parameters, list(last.pieces))
+        self._open.copied, calls.begun = True, event.key
+        self.answered += 1
+        return True
+
+    def _update(self, event: SteadyUpdate) -> bool:
+        route, calls, table = event.route, event.route.calls, self._open.tables.get(event.key)
+        if calls is None or table is None or calls.begun != event.key:
+            return False
+        numbers = calls.prepared.compare(event.gradients)
+        if numbers is None:
+            return False
+        table.updates.append(self._meter.measured_steadily(route.rows, numbers, route.lr_positive))
+        self.answered += 1
+        return True
+
+
+def unchanged(calls: Calls, gradients: Sequence[Tensor], weights: bool) -> bool:
+    """Whether the samples are what was read: of the gradients, and of the weights where these are asked for."""
+    same, stayed = calls.prepared.unchanged(gradients)
+    return same and (stayed or not weights)

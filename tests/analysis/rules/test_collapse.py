@@ -1,0 +1,103 @@
+"""Models that say the same for every example."""
+
+import numpy as np
+import pytest
+
+from gradlens import rules
+from gradlens.analysis.rules.collapse import rare_share
+from gradlens.facts import Graph, Operation
+from gradlens.records import Stage
+from tests.analysis.made import snapshot
+from tests.analysis.rules.courses import falling, flat, graph, history_of, looks, rules_of
+
+FELL = [0.4, 0.3, 0.2, 0.1, 0.02, 0.01]
+
+
+@pytest.mark.parametrize(
+    ("loss", "spreads", "outputs", "found"),
+    [
+        (flat(), FELL, None, True),
+        (np.concatenate([falling(4.0, 0.5, 20), flat(0.5, 0.001, 180)]), FELL, None, True),  # it fell, and stands since
+        (falling(), FELL, None, False),
+        (flat(), [0.02] * 6, [0.01] * 6, True),  # it never passed anything on
+        (flat(), [0.02] * 6, [0.01, 0.01, 0.02, 0.03, 0.05, 0.09], False),  # what it says begins to differ
+        (flat(), [0.5] * 6, [0.1] * 6, False),
+        (falling(), [0.4, 0.3, 0.2, 0.15, 0.14, 0.13], [1.0, 0.5, 0.1, 0.05, 0.01, 0.005], True),  # 0 by a constant
+        (falling(), [0.5] * 6, [100.0, 50.0, 9.0, 2.0, 1.0, 1.0], False),  # weights that began too large
+    ],
+)
+def test_features_or_outputs_that_no_longer_differ(loss, spreads, outputs, found):
+    """Features that lost their spread, or an output that shrank as they drew together."""
+    said = rules_of(rules.Collapse(), history_of(loss, *looks(spreads, outputs)))
+    assert said == [("collapse", "warning")] * found
+
+
+def test_features_that_never_differed_are_given_time():
+    """A plateau at the start is no collapse yet."""
+    assert rules_of(rules.Collapse(), history_of(flat(steps=60), *looks([0.02] * 6, [0.01] * 6), steps=60)) == []
+
+
+def test_units_that_died_are_the_likely_reason():
+    """Where all features are 0 for all examples."""
+    (finding,) = rules.Collapse()(history_of(flat(), *looks(FELL, dead=0.95)))
+    assert "died" in finding.causes[0]
+    assert "95% of the features are 0" in finding.seen
+
+
+@pytest.mark.parametrize(
+    ("ratios", "steps", "found"),
+    [
+        ([0.05, 0.04, 0.02, 0.01, 0.01], 200, True),
+        ([0.05, 0.2, 0.5, 0.8, 0.9], 200, False),
+        ([0.05, 0.04, 0.02, 0.02, 0.03], 200, False),  # it wakes up
+        ([0.05, 0.04, 0.02, 0.01, 0.01], 60, False),
+    ],
+)
+def test_a_latent_that_the_decoder_gets_nothing_from(ratios, steps, found):
+    """mu's deviation over the batch beside the noise, late in the run."""
+    history = history_of(flat(steps=steps), *looks(ratios, layer="latent:mean", rms=1.0), steps=steps)
+    assert rules_of(rules.EmptyLatent(), history) == [("empty_latent", "warning")] * found
+
+
+def judge_and_maker():
+    """The graphs of two losses, of which the first reaches one part and the second both."""
+    d, g = (Operation("Leaf", (), (4,), {}, name) for name in ("D.weight", "G.weight"))
+    return Graph((Operation("Mean", (1,), ()), d)), Graph((Operation("Mean", (1, 2), ()), d, g), backward=1)
+
+
+@pytest.mark.parametrize(
+    ("end", "norm", "found"), [(0.01, 0.01, True), (0.5, 0.01, False), (0.01, 0.9, False)], ids=["won", "even", "useful"]
+)
+def test_a_discriminator_that_has_won(end, norm, found):
+    """Its loss is gone, and so is what it tells the generator."""
+    history = history_of(
+        flat(), *judge_and_maker(), loss_0=np.geomspace(1.4, end, 200), loss_1=flat(0.7), norm_1=np.geomspace(1.0, norm, 200)
+    )
+    assert rules_of(rules.DiscriminatorWon(), history) == [("discriminator_won", "warning")] * found
+
+
+def batches(share, p, n=300, seed=0):
+    """Gradients p - s of the output's bias, and losses, where p is said to every input."""
+    s = np.random.default_rng(seed).binomial(64, share, n) / 64
+    return p - s, -s * np.log(p) - (1 - s) * np.log(1 - p)
+
+
+@pytest.mark.parametrize("share", [0.01, 0.03, 0.1])
+def test_losses_that_follow_the_share_of_positives_give_the_share(share):
+    """The level of the loss is the entropy of the answer, and the line explains all of it."""
+    found, slope, fit = rare_share(*batches(share, share))
+    assert found == pytest.approx(share, rel=0.2)
+    assert slope < 0
+    assert fit > 0.99
+
+
+@pytest.mark.parametrize(("noise", "found"), [(0.002, True), (0.3, False)], ids=["constant answer", "an answer of its own"])
+def test_a_class_that_is_never_said(noise, found):
+    """Batch losses on a line over the bias's gradient; where the input matters, they leave it."""
+    gradient, losses = batches(0.02, 0.02)
+    losses = losses + np.abs(noise * np.random.default_rng(1).standard_normal(len(losses)))
+    facts = [graph("BinaryCrossEntropyWithLogits", "Addmm"), *looks([0.5] * 4, layer="head")]
+    history = history_of(losses, *facts, steps=300)
+    for step, (g, loss) in enumerate(zip(gradient, losses, strict=True)):
+        history.append(snapshot(step, ("head.weight", "head.bias"), Stage.BACKWARD, numel=[20, 1], sum=[0, g], loss=loss))
+    assert rules_of(rules.RareClass(), history) == [("rare_class", "warning")] * found

@@ -1,0 +1,486 @@
+"""The steady route against the general one: random programs go down both, and every record and finding is the same."""
+
+import contextlib
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from torch import nn
+
+import gradlens
+from gradlens import kernels, rules
+from gradlens.analysis.rules.occasional import Occasional
+from gradlens.kernels.prepared import NativePrepared
+from gradlens.testing import RecordingWriter
+
+pytestmark = pytest.mark.skipif(kernels._native() is None, reason="the native kernel was not built")
+
+
+#: Rules whose findings are the same however steps fall into blocks, which is a matter of time.
+RULES = [each for each in rules.DEFAULT if not isinstance(each, Occasional)]
+
+
+class World:
+    """One training, a function of the calls made: watched by the steady route, by the general one, or not at all."""
+
+    def __init__(self, kind, optimizers, features):
+        torch.manual_seed(0)
+        self.model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 6), nn.Tanh(), nn.Linear(6, 3))
+        parameters = list(self.model.parameters())
+        if optimizers == 1:
+            self.optimizers = [torch.optim.Adam(parameters, 0.01)]
+        elif optimizers == "sgd":
+            self.optimizers = [torch.optim.SGD([{"params": parameters[:2], "lr": 0.1}, {"params": parameters[2:]}], 0.05)]
+        else:
+            self.optimizers = [torch.optim.SGD(parameters[:4], 0.1), torch.optim.Adam(parameters[4:], 0.01)]
+        self.writer, self.lens, self.hook = RecordingWriter(), None, None
+        self.generator = torch.Generator().manual_seed(1)
+        if kind != "bare":
+            self.lens = gradlens.watch(self.model, self.optimizers, writers=[self.writer], features=features, rules=RULES)
+            self.lens._watcher.steady.allowed = kind == "steady"
+
+    @property
+    def parts(self):
+        """How much of it went by the book: for capture, and for the tables."""
+        return self.lens._watcher.steady.parts, self.lens._tables.steady.answered
+
+    def loss(self):
+        x = torch.randn(4, 5, generator=self.generator)
+        return self.model(x).square().mean()
+
+    def zero(self, set_to_none=True):
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none)
+
+    def backward(self, **options):
+        self.loss().backward(**options)
+
+    def step(self):
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+    def straight(self, n=1):
+        for _ in range(n):
+            self.zero()
+            self.backward()
+            self.step()
+
+    def parameter(self, i):
+        parameters = list(self.model.parameters())
+        return parameters[i % len(parameters)]
+
+    def replace(self, i):
+        """Another parameter in the place of this one, in the model and in its optimizer."""
+        old = self.parameter(i)
+        new = nn.Parameter(old.detach().clone() + 0.25)
+        for module in self.model.modules():
+            for name, parameter in list(module._parameters.items()):
+                if parameter is old:
+                    setattr(module, name, new)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["params"] = [new if p is old else p for p in group["params"]]
+
+    def gradients(self):
+        return [p.grad for p in self.model.parameters() if p.grad is not None]
+
+    def state(self):
+        states = [v for o in self.optimizers for s in o.state.values() for v in s.values() if isinstance(v, torch.Tensor)]
+        return [*self.model.state_dict().values(), *states, *self.gradients(), self.generator.get_state()]
+
+
+class Middle:
+    """What may happen between a backward and the optimizer's step."""
+
+    def __init__(self, world):
+        self.world = world
+
+    def nothing(self, i):
+        pass
+
+    def clip(self, i):
+        nn.utils.clip_grad_norm_(self.world.model.parameters(), 0.01)
+
+    def no_clip(self, i):
+        nn.utils.clip_grad_norm_(self.world.model.parameters(), 1e9)
+
+    def rewrite(self, i):
+        """Writes past the version counter."""
+        for gradient in self.world.gradients():
+            gradient.data.mul_(0.5)
+
+    def other_gradient(self, i):
+        p = self.world.parameter(i)
+        p.grad = None if p.grad is None else p.grad.clone()
+
+    def drop_gradient(self, i):
+        self.world.parameter(i).grad = None
+
+    def drop_all(self, i):
+        self.world.zero()
+
+    def zero_all(self, i):
+        self.world.zero(set_to_none=False)
+
+    def move_weight(self, i):
+        with torch.no_grad():
+            self.world.parameter(i).add_(0.125)
+
+    def move_data(self, i):
+        self.world.parameter(i).data.add_(0.125)
+
+    def swap_data(self, i):
+        p = self.world.parameter(i)
+        p.data = p.data.clone() * 0.5
+
+    def replace(self, i):
+        self.world.replace(i)
+
+    def freeze(self, i):
+        self.world.parameter(i).requires_grad_(False)
+
+    def hook(self, i):
+        self.world.hook = self.world.hook or self.world.parameter(i).register_hook(lambda g: g * 2)
+
+    def again(self, i):
+        self.world.backward()
+
+    def partial_derivatives(self, i):
+        parameters = [p for p in self.world.model.parameters() if p.requires_grad]
+        torch.autograd.grad(self.world.loss(), parameters)
+
+    def look(self, i):
+        """A question in the middle of a step."""
+        if self.world.lens is not None:
+            self.world.lens.table() if self.world.writer.records else self.world.lens.findings()
+
+
+MIDDLES = [name for name in vars(Middle) if not name.startswith("_")]
+
+
+class Programs(RuleBasedStateMachine):
+    """Three trainings that are told the same."""
+
+    @initialize(
+        optimizers=st.sampled_from([1, 1, "sgd", 2]),
+        features=st.sampled_from([("updates", "flips"), ("updates",), ("flips",), (), ("updates", "flips", "evidence")]),
+    )
+    def watch(self, optimizers, features):
+        self.single, self.prepares = optimizers != 2, "evidence" not in features
+        self.parts = 3 if "updates" in features else 2
+        self.worlds = [World(kind, optimizers, features) for kind in ("steady", "general", "bare")]
+        self.hindered = False  # whether steps are not straight, however they are made
+
+    def all(self, call, *args):
+        for world in self.worlds:
+            call(world, *args)
+
+    @rule(n=st.integers(1, 5))
+    def straight(self, n):
+        before = self.worlds[0].parts
+        self.all(World.straight, n)
+        if self.single and not self.hindered and n > 3:
+            captured, prepared = (b - a for a, b in zip(before, self.worlds[0].parts, strict=True))
+            assert captured >= 3 * (n - 3)
+            if self.prepares and not self.worlds[0].lens._tables._flips.get("used"):
+                assert prepared >= self.parts * (n - 3)
+        assert self.worlds[1].parts == (0, 0)
+
+    @rule(what=st.sampled_from(MIDDLES), i=st.integers(0, 5), straight=st.integers(0, 3))
+    def disturbed(self, what, i, straight):
+        """A step with something between its backward and the optimizer."""
+
+        def call(world):
+            world.straight(straight)
+            world.zero()
+            world.backward()
+            getattr(Middle(world), what)(i)
+            world.step()
+
+        self.all(call)
+        self.hindered |= what in ("freeze", "hook")
+
+    @rule(k=st.integers(2, 4), n=st.integers(1, 3))
+    def accumulate(self, k, n):
+        def call(world):
+            for _ in range(n):
+                world.zero()
+                for _ in range(k):
+                    world.backward()
+                world.step()
+
+        self.all(call)
+
+    @rule(n=st.integers(1, 3))
+    def zeros_instead_of_none(self, n):
+        def call(world):
+            for _ in range(n):
+                world.zero(set_to_none=False)
+                world.backward()
+                world.step()
+
+        self.all(call)
+
+    @rule()
+    def skipped(self):
+        """A backward whose step never comes."""
+
+        def call(world):
+            world.zero()
+            world.backward()
+
+        self.all(call)
+
+    @rule()
+    def step_alone(self):
+        """An optimizer that steps without a backward."""
+        self.all(World.step)
+
+    @rule(i=st.integers(0, 5))
+    def inputs(self, i):
+        def call(world):
+            world.zero()
+            chosen = world.parameter(i)
+            if chosen.requires_grad:
+                world.backward(inputs=[chosen])
+            world.step()
+
+        self.all(call)
+
+    @precondition(lambda self: self.single)
+    @rule(n=st.integers(1, 2))
+    def closure(self, n):
+        def call(world):
+            def closure():
+                world.zero()
+                loss = world.loss()
+                loss.backward()
+                return loss
+
+            for _ in range(n):
+                world.optimizers[0].step(closure)
+
+        self.all(call)
+
+    @rule(i=st.integers(0, 5))
+    def between_steps(self, i):
+        """A parameter is replaced, another one's memory too."""
+
+        def call(world):
+            world.replace(i)
+            p = world.parameter(i + 1)
+            p.data = p.data.clone()
+
+        self.all(call)
+
+    @rule(rate=st.sampled_from([0.0, 0.003, 0.02]))
+    def rate(self, rate):
+        def call(world):
+            world.optimizers[0].param_groups[-1]["lr"] = rate
+
+        self.all(call)
+        self.hindered |= rate == 0.0
+
+    @rule()
+    def unhinder(self):
+        """Nothing is frozen, hooked by others, or held still any more."""
+
+        def call(world):
+            for p in world.model.parameters():
+                p.requires_grad_(True)
+            if world.hook is not None:
+                world.hook.remove()
+                world.hook = None
+            for optimizer in world.optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = group["lr"] or 0.01
+
+        self.all(call)
+        self.hindered = False
+        self.all(World.straight, 2)
+
+    @rule(dtype=st.sampled_from([torch.float64, torch.float32]))
+    def cast(self, dtype):
+        """The memory under every parameter is of another type; gradients and the optimizers' states with it."""
+
+        def call(world):
+            world.zero()
+            for p in world.model.parameters():
+                p.data = p.data.to(dtype)
+            for optimizer in world.optimizers:
+                for state in optimizer.state.values():
+                    state.update({k: v.to(dtype) for k, v in state.items() if isinstance(v, torch.Tensor) and v.dim()})
+            x = torch.randn(4, 5, generator=world.generator).to(dtype)
+            world.model(x).sum().backward()
+            world.step()
+            world.zero()
+            for p in world.model.parameters():
+                p.data = p.data.float()
+            for optimizer in world.optimizers:
+                for state in optimizer.state.values():
+                    state.update({k: v.float() for k, v in state.items() if isinstance(v, torch.Tensor) and v.dim()})
+
+        self.all(call)
+
+    @invariant()
+    def training_is_the_same(self):
+        if hasattr(self, "worlds"):
+            states = [world.state() for world in self.worlds]
+            for state in states[:2]:
+                assert len(state) == len(states[2])
+                assert all(torch.equal(a, b) for a, b in zip(state, states[2], strict=True))
+
+    def teardown(self):
+        if not hasattr(self, "worlds"):
+            return
+        for world in self.worlds[:2]:
+            world.lens.close()
+        assert_same(*(world.writer for world in self.worlds[:2]))
+
+
+def assert_same(one, other):
+    """The same records, but for their time."""
+    assert len(one.records) == len(other.records)
+    assert one.findings == other.findings
+    assert not [finding for finding in one.findings if finding.rule == "gradlens-fault"]
+    for a, b in zip(one.snapshots, other.snapshots, strict=True):
+        where = (a.step, a.backward, a.stage)
+        assert where == (b.step, b.backward, b.stage)
+        assert a.parameters == b.parameters, where
+        assert a.scalars == b.scalars, where
+        assert a.status.tolist() == b.status.tolist(), where
+        assert a.columns.keys() == b.columns.keys()
+        for name in a.columns:
+            assert same_bits(a.columns[name], b.columns[name]), (*where, name, a.columns[name], b.columns[name])
+        for name in ("index", "partial", "value"):
+            assert same_bits(getattr(a.top, name), getattr(b.top, name)), (*where, name)
+        assert same_bits(a.scale, b.scale)
+        assert (a.histogram is None) == (b.histogram is None), where
+        assert a.histogram is None or same_bits(a.histogram, b.histogram), where
+
+
+def same_bits(a, b):
+    """Whether two arrays are equal, NaN and signs of zero included."""
+    return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
+
+
+Programs.TestCase.settings = settings(
+    max_examples=30, stateful_step_count=12, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True
+)
+TestPrograms = pytest.mark.filterwarnings("ignore")(Programs.TestCase)
+
+
+@contextlib.contextmanager
+def world(kind="steady", optimizers=1, features=("updates", "flips")):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        made = World(kind, optimizers, features)
+    try:
+        yield made
+    finally:
+        made.lens.close()
+
+
+def test_a_straight_training_goes_by_the_book():
+    """From the second step on every part of a step is steady, and from the third on prepared calls answer."""
+    with world() as made:
+        made.straight(10)
+        assert made.parts[0] == 3 * 9
+        assert made.parts[1] >= 3 * 8
+
+
+def test_the_steady_route_is_not_taken_where_it_is_not_allowed():
+    """The switch that tests have works: without it they would compare a thing with itself."""
+    with world("general") as made:
+        made.straight(5)
+        assert made.parts == (0, 0)
+
+
+@pytest.mark.parametrize("what", MIDDLES)
+def test_each_disturbance_gives_the_same_records(what):
+    """One after the other in a straight training, each of what may happen before an optimizer's step."""
+    made = []
+    for kind in ("steady", "general"):
+        with world(kind) as each:
+            for i in (1, 4):
+                each.straight(4)
+                each.zero()
+                each.backward()
+                getattr(Middle(each), what)(i)
+                each.step()
+            each.straight(2)
+        made.append(each)
+    assert made[0].parts[0] >= 3 * 3
+    assert_same(made[0].writer, made[1].writer)
+
+
+def test_the_route_goes_with_the_model():
+    """What the route refers to is freed with the model, and by close()."""
+    import gc
+    import weakref
+
+    with world() as made:
+        made.straight(5)
+        parameter = weakref.ref(made.model[0].weight)
+        made.lens.close()
+        made.optimizers = made.model = None
+        gc.collect()
+        assert parameter() is None
+
+
+@pytest.mark.parametrize("call", ["read", "unchanged", "compare"])
+def test_the_general_way_stands_in_for_a_call_that_fails(monkeypatch, call):
+    """A fault of a prepared call is named once, and costs no row."""
+    made = []
+    for kind in ("steady", "general"):
+        with world(kind) as each:
+            each.straight(5)
+            if kind == "steady":
+
+                def fails(self, *arguments):
+                    raise MemoryError("no room")
+
+                with monkeypatch.context() as patched:
+                    patched.setattr(NativePrepared, call, fails)
+                    each.straight(1)
+            else:
+                each.straight(1)
+            each.straight(5)
+        made.append(each.writer)
+    faults = [finding for finding in made[0].findings if finding.rule == "gradlens-fault"]
+    assert [fault.seen.count("prepared calls: MemoryError") for fault in faults] == [1]
+    made[0].records = [record for record in made[0].records if record not in faults]
+    assert_same(*made)
+
+
+def test_columns_of_nothing_stay_empty():
+    """A gradient that the optimizer overwrites inside its step is not taken for the one that it was given."""
+
+    class Greedy(torch.optim.SGD):
+        def step(self, closure=None):
+            result = super().step(closure)
+            for group in self.param_groups:
+                for p in group["params"]:
+                    p.grad.zero_()
+            return result
+
+    writers = []
+    for kind in ("steady", "general"):
+        with world(kind) as each:
+            each.straight(3)
+        torch.manual_seed(0)
+        model = nn.Linear(3, 2)
+        optimizer, writer = Greedy(model.parameters(), 0.1), RecordingWriter()
+        with gradlens.watch(model, optimizer, writers=[writer], rules=RULES) as lens:
+            lens._watcher.steady.allowed = kind == "steady"
+            for _ in range(5):
+                optimizer.zero_grad()
+                model(torch.ones(2, 3)).square().sum().backward()
+                optimizer.step()
+        writers.append(writer)
+    assert_same(*writers)
+    assert np.isfinite(writers[0].snapshots[-1].columns["update_dot"]).all()
