@@ -99,6 +99,8 @@ EXPLAINS: dict[str, frozenset[str]] = {
     "update_ratio": frozenset({"dead", "collapse", "spike", "nonfinite"}),
     "spike": frozenset({"nonfinite", "dead", "collapse"}),
     "nonfinite": frozenset({"dead"}),
+    "dead": frozenset({"too_slow"}),
+    "vanishing": frozenset({"too_slow"}),
     "lr_gone": frozenset({"too_slow"}),
     "clipped_scaled": frozenset({"loss_scaled", "too_slow"}),
     "input_scale": frozenset({"identical"}),

@@ -77,6 +77,8 @@ def test_nothing_looks_ill_is_said_of_a_loss_that_falls():
         ("undivided", ["update_ratio", "dead", "too_fast"]),
         ("update_ratio", ["dead", "collapse", "nonfinite"]),
         ("lr_gone", ["too_slow"]),
+        ("dead", ["too_slow"]),
+        ("vanishing", ["too_slow"]),
     ],
 )
 def test_the_origin_comes_first_and_the_rest_follows(origin, others):
