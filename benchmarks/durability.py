@@ -75,7 +75,7 @@ def train(run: Path, first: int, rolling: bool, tell: int) -> None:
     """Train until somebody ends it."""
     case = gradlens.testing.healthy()
     if rolling:
-        store.FAN_IN = 3
+        compaction.FAN_IN = 3
         durable = Store(run, {"first_step": first}, roll=2000)
         lens = gradlens.watch(case.model, case.optimizer, writers=[durable], first_step=first)
     else:
