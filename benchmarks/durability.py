@@ -48,7 +48,7 @@ from pathlib import Path
 import torch
 
 import gradlens
-from gradlens.store import store, tables
+from gradlens.store import compaction, store, tables
 from gradlens.store.store import Store
 
 LEAST, MOST = 0.1, 2.5  #: seconds of training before the kill

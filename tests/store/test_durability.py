@@ -18,7 +18,7 @@ import torch
 import gradlens
 from gradlens import frames
 from gradlens.errors import GradlensWarning
-from gradlens.store import tables, tail
+from gradlens.store import store, tables, tail
 from gradlens.store.run import open_run
 from gradlens.store.store import Store
 from tests.store import made
