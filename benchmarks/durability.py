@@ -48,7 +48,7 @@ from pathlib import Path
 import torch
 
 import gradlens
-from gradlens.store import store, tables
+from gradlens.store import compaction, store, tables
 from gradlens.store.store import Store
 
 LEAST, MOST = 0.1, 2.5  #: seconds of training before the kill
@@ -75,7 +75,7 @@ def train(run: Path, first: int, rolling: bool, tell: int) -> None:
     """Train until somebody ends it."""
     case = gradlens.testing.healthy()
     if rolling:
-        store.FAN_IN = 3
+        compaction.FAN_IN = 3
         durable = Store(run, {"first_step": first}, roll=2000)
         lens = gradlens.watch(case.model, case.optimizer, writers=[durable], first_step=first)
     else:

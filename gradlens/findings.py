@@ -345,3 +345,30 @@ def fault(step: int, text: str) -> Finding:
         seen=f"gradlens failed in {text}; training is not affected",
         remedy="please report this with the traceback of gradlens' warning",
     )
+
+
+# --- run directories --------------------------------------------------------------------------------------------------
+
+
+def records_torn(step: int, file: str, torn: int) -> Finding:
+    """The last writer was killed within a record."""
+    return Finding(
+        rule="records-torn",
+        step=step,
+        severity=Severity.INFO,
+        seen=f"the last writer of {file} stopped within a record: {torn:,} bytes at its end were dropped",
+        causes=("the process was killed", "the disk was full"),
+        remedy="nothing: all whole records before it are there",
+    )
+
+
+def records_damaged(step: int, error: str) -> Finding:
+    """A file that does not read."""
+    return Finding(
+        rule="records-damaged",
+        step=step,
+        severity=Severity.WARNING,
+        seen=f"a file of an earlier writer was left as it is: {error}",
+        causes=("a faulty disk", "another program wrote to it"),
+        remedy="move it away; the rest of the run reads then",
+    )

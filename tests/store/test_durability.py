@@ -18,7 +18,7 @@ import torch
 import gradlens
 from gradlens import frames
 from gradlens.errors import GradlensWarning
-from gradlens.store import tables, tail
+from gradlens.store import store, tables, tail
 from gradlens.store.run import open_run
 from gradlens.store.store import Store
 from tests.store import made
@@ -33,8 +33,8 @@ INTERVAL = 0.1
 WRITER = f"""
     import sys, time
     from tests.store import made
-    from gradlens.store import store
-    store.FAN_IN = 3
+    from gradlens.store import compaction
+    compaction.FAN_IN = 3
     run, first = sys.argv[1], int(sys.argv[2])
     with made.store(run, interval={INTERVAL}, roll=40) as to:
         for step in range(first, first + 100_000):
@@ -248,7 +248,6 @@ NO_LONGER_ALLOWED = """
 
 def made_unwritable(run):
     """No file can be made any more, nor opened for writing."""
-    from gradlens.store import store
 
     store.FRAMES = 1  # so that each flush needs a new file
     for folder in (run, *(path for path in run.iterdir() if path.is_dir())):

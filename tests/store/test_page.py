@@ -71,12 +71,12 @@ def test_the_page_names_every_table_and_column():
 
 def test_the_numbers_of_the_page_are_those_of_the_code():
     """Bounds that the page states."""
-    from gradlens.store import rows, store
+    from gradlens.store import compaction, rows, store
     from gradlens.watching import inbox
 
-    assert f"({store.ROLL:,} rows; all of them" in PAGE
-    assert f"{store.ROLL:,} rows or {store.FRAMES:,} frames" in PAGE
-    assert (store.FAN_IN, "eight neighbouring parts" in PAGE) == (8, True)
+    assert f"({compaction.ROLL:,} rows; all of them" in PAGE
+    assert f"{compaction.ROLL:,} rows or {store.FRAMES:,} frames" in PAGE
+    assert (compaction.FAN_IN, "eight neighbouring parts" in PAGE) == (8, True)
     assert (store.INTERVAL, "within the last second" in PAGE) == (1.0, True)
     assert f"list of {inbox.ITEMS:,} steps or {inbox.BYTES >> 20} MB" in PAGE
     assert f"take {rows.MAX_BYTES >> 30} GB at most" in PAGE

@@ -18,7 +18,7 @@ import gradlens
 from gradlens import frames
 from gradlens.errors import ArgumentError, GradlensWarning, RunDirectoryError
 from gradlens.records import Severity
-from gradlens.store import lock, parts, segment, tables
+from gradlens.store import compaction, lock, parts, segment, tables
 from gradlens.store import store as store_module
 from gradlens.store.run import open_run
 from gradlens.store.store import Store
@@ -119,7 +119,7 @@ def test_memory_does_not_wait_for_the_clock(tmp_path):
     with made.store(tmp_path, roll=100) as store:
         for record in made.training(10, detail=False):  # 5 rows and one scalar each
             store.write(record)
-            assert store._waiting < 100
+            assert store._rows.waiting < 100
         assert len(open_run(tmp_path).steps()) >= 8
 
 
@@ -318,7 +318,7 @@ def rolled(run, snapshots, **options):
 
 def test_parts_merge_so_that_files_stay_few(tmp_path, monkeypatch):
     """100 tails leave a number of files that grows with its logarithm, and every row is there, in order."""
-    monkeypatch.setattr(store_module, "FAN_IN", 3)
+    monkeypatch.setattr(compaction, "FAN_IN", 3)
     of = made.parameters(["a", "b"], [(2,), (2,)])
     records = [made.snapshot(step, of=of, detail=False, scalars={}) for step in range(100)]
     most = rolled(tmp_path, records, roll=2)
@@ -330,12 +330,12 @@ def test_parts_merge_so_that_files_stay_few(tmp_path, monkeypatch):
 
 def test_a_million_steps_keep_under_a_hundred_files():
     """By the rule that merges: 100,000 rows a tail, 150 parameters, two stages, a million steps."""
-    tails = 1_000_000 * 300 // store_module.ROLL
+    tails = 1_000_000 * 300 // compaction.ROLL
     own = []
     most = 0
     for number in range(tails):
         own.append(tables.Part(None, Key(0, 0), number, number))
-        while merging := store_module._mergeable(own[:-1]):
+        while merging := compaction._mergeable(own[:-1]):
             at = own.index(merging[0])
             own[at : at + len(merging)] = [tables.Part(None, Key(0, 0), merging[0].first, merging[-1].last)]
         most = max(most, len(own))
@@ -346,7 +346,7 @@ def test_a_million_steps_keep_under_a_hundred_files():
 def test_a_reader_sees_every_step_while_files_merge(tmp_path, monkeypatch):
     """A run that is read over and over while its files are rolled and merged: steps from the first to some last, none
     missing, none twice."""
-    monkeypatch.setattr(store_module, "FAN_IN", 3)
+    monkeypatch.setattr(compaction, "FAN_IN", 3)
     of = made.parameters(["a", "b"], [(2,), (2,)])
     seen, errors, stop = [], [], threading.Event()
 
