@@ -79,7 +79,7 @@ def _or_least(value: float) -> float:
     return -math.inf if math.isnan(value) else value
 
 
-@click.command("top", epilog=EPILOG)
+@click.command("top", short_help="The parameters of a run that is being written.", epilog=EPILOG)
 @click.argument("run", type=RUN)
 @click.option("--interval", type=click.FloatRange(0.1), default=1.0, show_default=True, help="Seconds between two looks.")
 @click.option("--sort", type=click.Choice(["moves", "rms", "update", "name", "status"]), default="moves", show_default=True)
