@@ -124,6 +124,18 @@ def findings(values: Sequence[Any], *, most: int = 5) -> str:
     return "".join(finding(each) for each in chosen[:most]) + said
 
 
+def diagnosis(value: Any) -> str:
+    """The sentence, how sure it is, the origin, and the rules that follow from it or stand beside it."""
+    sure = f" ({value.confidence:.0%} sure)" if value.origin is not None else ""
+    rest = [
+        element("div", element("i", f"{said}:"), " ", words(", ".join(dict.fromkeys(each.rule for each in found))))
+        for said, found in (("follows from it", value.follows), ("beside it", value.beside))
+        if found
+    ]
+    head = element("div", element("b", words(value.verdict)), sure)
+    return block(head, "" if value.origin is None else finding(value.origin), *rest)
+
+
 def parameters(snapshot: Any, used: Any = None) -> str:
     """A row a parameter: which share of its weights should move where, its size, and how far it was moved."""
     ratios = {} if used is None else dict(zip(used.names, used.column("update_ratio").tolist(), strict=True))
@@ -185,12 +197,15 @@ def lens(title: str, history: Any, found: Sequence[Any], *, verdict: str = "") -
     )
 
 
-def run(title: str, steps: Sequence[int], names: Sequence[str], losses: Sequence[float], found: Sequence[Any]) -> str:
+def run(
+    title: str, steps: Sequence[int], names: Sequence[str], losses: Sequence[float], found: Sequence[Any], *, verdict: str
+) -> str:
     """What a run directory holds."""
     size = f"{len(steps):,} steps, {steps[0]:,} to {steps[-1]:,}" if steps else "no step yet"
     return block(
         element("div", element("b", words(title)), " ", words(f"{size}; {len(names):,} parameters")),
         _losses(losses),
+        element("div", words(verdict), style="font-weight:600;margin:4px 0") if steps else "",
         findings(found) if found else element("div", "No rule found anything."),
     )
 

@@ -74,6 +74,30 @@ def test_a_lens_shows_a_row_a_parameter():
     assert "step 2" in lens._repr_html_()
 
 
+def test_a_diagnosis_is_its_sentence_and_its_origin(tmp_path):
+    """How sure it is, the origin in full, and by name what follows from it; a run begins with the sentence."""
+    found = [made.finding(2, "vanishing", parameter=EVIL), made.finding(9, "fading", causes=(EVIL,))]
+    run = open_run(trained(tmp_path / "run", findings=found))
+    shown = run.diagnosis()._repr_html_()
+    assert "script" not in _Tags(shown).seen
+    assert "% sure" in shown
+    assert "<b>fading</b>" in shown
+    assert "follows from it:</i> vanishing" in shown
+    assert markup.words(run.diagnosis().verdict) in run._repr_html_()
+    nothing = open_run(made.write(tmp_path / "none", [])).diagnosis()
+    assert nothing.verdict in nothing._repr_html_()
+
+
+def test_what_an_audit_and_a_trace_found_is_shown():
+    """Both as their text, in HTML and on one line."""
+    case = gradlens.testing.healthy()
+    audit = gradlens.audit(case.loss(case.model, case.batch(0)), case.model, case.optimizer)
+    trace = gradlens.trace_nonfinite(case.model, case.loss, case.batch(0))
+    for result in (audit, trace):
+        assert markup.words(str(result)) in result._repr_html_()
+        assert repr(result) == f"<{type(result).__name__}: {str(result).splitlines()[0]}>"
+
+
 def test_a_long_model_is_cut(tmp_path):
     """Twenty parameters, and how many more there are."""
     case = gradlens.testing.healthy()

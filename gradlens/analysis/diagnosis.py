@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from gradlens import markup
 from gradlens.analysis.confidence import MEASURED
 from gradlens.analysis.rules.base import format_number
 from gradlens.analysis.trend import State, Trend
@@ -141,6 +142,9 @@ class Diagnosis:
                 lines.append(f"  beside it: {', '.join(dict.fromkeys(finding.rule for finding in self.beside))}")
             lines.append(f"  confidence: {self.confidence:.0%}")
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        return markup.diagnosis(self)
 
 
 def diagnose(found: Sequence[Finding], loss: Trend) -> Diagnosis:

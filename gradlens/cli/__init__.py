@@ -11,9 +11,14 @@ error.
 
 from __future__ import annotations
 
+import io
+import sys
+
 
 def main() -> None:
     """The entry point."""
     from gradlens.cli.app import app
 
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a name that the terminal cannot show is no error
     app(prog_name="gradlens")

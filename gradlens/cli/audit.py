@@ -17,7 +17,12 @@ Examples:
 """
 
 
-@click.command("audit", epilog=EPILOG, context_settings={"allow_interspersed_args": False})
+@click.command(
+    "audit",
+    short_help="Read the graph of a script's first loss.",
+    epilog=EPILOG,
+    context_settings={"allow_interspersed_args": False},
+)
 @click.option("-m", "as_module", is_flag=True, help="SCRIPT is the name of a module, as for `python -m`.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
 @click.option("--fail-on", type=click.Choice(["warning", "error"]), help="Exit with 1 if a finding is as severe, or worse.")

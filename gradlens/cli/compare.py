@@ -18,7 +18,7 @@ Examples:
 """
 
 
-@click.command("compare", epilog=EPILOG)
+@click.command("compare", short_help="Where two runs part, and in which settings.", epilog=EPILOG)
 @click.argument("a", type=RUN)
 @click.argument("b", type=RUN)
 @click.option("--html", "page", type=click.Path(dir_okay=False), help="Write a page that opens offline ('-': to stdout).")

@@ -13,7 +13,7 @@ Put one of these where your shell starts:
 """
 
 
-@click.command("completion", epilog=EPILOG)
+@click.command("completion", short_help="What a shell needs to complete commands.", epilog=EPILOG)
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 def command(shell: str) -> None:
     """Print the completion script of a SHELL."""

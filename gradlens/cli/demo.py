@@ -15,7 +15,7 @@ from gradlens.errors import GradlensError, RunDirectoryError
 SCRIPT = Path(__file__).parent.parent / "demo" / "digits.py"
 
 
-@click.command("demo")
+@click.command("demo", short_help="Train a small network, see what is said of it.")
 @click.option("--run", type=click.Path(file_okay=False), default="runs/demo", show_default=True, help="Replaced if there.")
 @click.option("--epochs", type=click.IntRange(1), default=6, show_default=True)
 @click.option("--lr", type=float, default=1e-3, show_default=True, help="Try 1.0 and see what is said.")

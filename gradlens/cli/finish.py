@@ -17,7 +17,7 @@ Examples:
 """
 
 
-@click.command("finish", epilog=EPILOG)
+@click.command("finish", short_help="Make a killed run whole for readers of Parquet.", epilog=EPILOG)
 @click.argument("run", type=RUN)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
 def command(run: str, as_json: bool) -> None:

@@ -26,7 +26,7 @@ Examples:
 """
 
 
-@click.command("report", epilog=EPILOG)
+@click.command("report", short_help="What a run says: text, JSON or an HTML page.", epilog=EPILOG)
 @click.argument("run", type=RUN)
 @click.option("--html", "page", type=click.Path(dir_okay=False), help="Write a page that opens offline ('-': to stdout).")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
@@ -58,7 +58,7 @@ def write(text: str, page: str) -> None:
         RunDirectoryError: It cannot be written.
     """
     if page == "-":
-        click.echo(text)
+        click.get_binary_stream("stdout").write(f"{text}\n".encode())
         return
     try:
         Path(page).write_text(text, encoding="utf-8")

@@ -69,6 +69,7 @@ class Memory(click.ParamType):
 
 @click.command(
     "run",
+    short_help="Watch a training script as it is.",
     epilog=EPILOG,
     context_settings={"ignore_unknown_options": False, "allow_interspersed_args": False},
     options_metavar="[OPTIONS]",

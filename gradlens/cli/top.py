@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from gradlens.store.run import Run
 
 STEPS = 24  #: of the newest that a line has seen
-BARS = " ▁▂▃▄▅▆▇█"
+NUMBERS, LEAST = 54, 30  #: characters of all columns but name and course, and of a name beside a course
+BARS, PLAIN = " ▁▂▃▄▅▆▇█", " _.-=+*%#"
 
 EPILOG = """
 \b
@@ -78,17 +79,17 @@ def _or_least(value: float) -> float:
     return -math.inf if math.isnan(value) else value
 
 
-@click.command("top", epilog=EPILOG)
+@click.command("top", short_help="The parameters of a run that is being written.", epilog=EPILOG)
 @click.argument("run", type=RUN)
 @click.option("--interval", type=click.FloatRange(0.1), default=1.0, show_default=True, help="Seconds between two looks.")
 @click.option("--sort", type=click.Choice(["moves", "rms", "update", "name", "status"]), default="moves", show_default=True)
 @click.option("--filter", "wanted", default="", help="Parameters whose name contains this.")
-@click.option("--once", is_flag=True, help="Print one table and end; so it does where standard output is no terminal.")
+@click.option("--once", is_flag=True, help="Print one table and end, as it does where there is no terminal.")
 def command(run: str, interval: float, sort: str, wanted: str, once: bool) -> None:
     """The parameters of RUN while it is being written, those first that move most."""
     found = opened(run)
     screen = Screen(str(found.path), key=sort[0], wanted=wanted)
-    if once or not (sys.stdout.isatty() and sys.stdin.isatty()):
+    if once or not (sys.stdout.isatty() and sys.stdin.isatty()) or os.environ.get("TERM", "dumb") in ("dumb", "unknown"):
         screen.seen = look(found)
         screen.print()
         return
@@ -190,39 +191,51 @@ class Screen:
         keys = "m moves  r size  u update  n name  s status  / filter  space pause  q quit"
         return f"by {ORDERS[self.key][0]}{filtered}   {keys}"
 
-    def render(self, height: int | None = None) -> RenderableType:
-        """For rich."""
+    def render(self, width: int, height: int | None = None) -> RenderableType:
+        """For rich. Numbers are never cut: on a narrow terminal the course has fewer steps, or is left out."""
         from rich import box
         from rich.console import Group
         from rich.table import Table
         from rich.text import Text
 
-        table = Table(box=box.SIMPLE_HEAD, expand=False, pad_edge=False, show_edge=False)
-        table.add_column("parameter", overflow="ellipsis", no_wrap=True, max_width=44)
-        for name in ("rms", "trend", "|dw|/|w|", "up - down"):
-            table.add_column(name, justify="right", no_wrap=True)
-        table.add_column(f"last {STEPS} steps", no_wrap=True)
-        table.add_column("status", no_wrap=True)
+        longest = max((len(line.name) for line in self.seen.lines), default=0)
+        steps = min(STEPS, width - NUMBERS - min(LEAST, longest))
+        steps = steps if steps >= 8 else 0
+        room = min(max(width - NUMBERS - steps, 12), 44)
+        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), expand=False, pad_edge=False, show_edge=False)
+        table.add_column("parameter", no_wrap=True, max_width=room)
+        for name, wide in (("rms", 8), ("trend", 7), ("|dw|/|w|", 8), ("up - down", 9)):
+            table.add_column(name, justify="right", no_wrap=True, min_width=wide)
+        if steps:
+            table.add_column(f"last {steps} steps"[: max(steps, 8)], no_wrap=True, min_width=steps)
+        table.add_column("status", no_wrap=True, min_width=9)
         lines = self.lines()[self.first :]
-        for line in lines if height is None else lines[: max(height - 6, 1)]:
+        for line in lines if height is None else lines[: max(height - 7, 1)]:
             color = "red" if line.status not in ("ok", "frozen") else "yellow" if abs(_or_zero(line.trend)) > 0.5 else ""
             table.add_row(
-                Text(line.name),
+                Text(_tail(line.name, room)),
                 _short(line.rms),
                 "-" if math.isnan(line.trend) else f"x{10**line.trend:.2g}",
                 _short(line.update_ratio),
                 "-" if math.isnan(line.balance) else f"{line.balance:+.2f}",
-                spark(line.course),
+                *([spark(line.course[-steps:])] if steps else []),
                 line.status,
                 style=color,
             )
-        return Group(Text(self.header(), style="bold", no_wrap=True), table, Text(self.footer(), style="dim", no_wrap=True))
+        return Group(Text(self.header(), style="bold", no_wrap=True), table, Text(self.footer(), style="dim"))
 
     def print(self) -> None:
         """One table, for a pipe too."""
         from rich.console import Console
 
-        Console(width=None if sys.stdout.isatty() else 110, highlight=False).print(self.render())
+        console = Console(width=None if sys.stdout.isatty() else 110, highlight=False)
+        console.print(self.render(console.width))
+
+
+def _tail(name: str, room: int) -> str:
+    """The end of a name says more than its begin."""
+    dots = "…" if can_print("…") else ".."
+    return name if len(name) <= room else dots + name[len(dots) - room :]
 
 
 def _or_zero(value: float) -> float:
@@ -241,7 +254,17 @@ def spark(values: tuple[float, ...]) -> str:
         return ""
     low, high = min(known), max(known)
     high = max(high, low + 0.05)
-    return "".join(" " if math.isnan(v) else BARS[1 + min(int((v - low) / (high - low) * 8), 7)] for v in logs)
+    bars = BARS if can_print(BARS) else PLAIN
+    return "".join(" " if math.isnan(v) else bars[1 + min(int((v - low) / (high - low) * 8), 7)] for v in logs)
+
+
+def can_print(text: str) -> bool:
+    """Whether standard output knows these characters: a bare machine, seen over ssh, may have the C locale."""
+    try:
+        text.encode(getattr(sys.stdout, "encoding", None) or "ascii")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 # --- the terminal ---------------------------------------------------------------------------------------------------
@@ -257,7 +280,7 @@ def _live(run: Run, screen: Screen, interval: float) -> None:
         while True:
             if time.monotonic() >= due and not screen.paused:
                 screen.seen, due = look(run), time.monotonic() + interval
-            live.update(screen.render(console.size.height), refresh=True)
+            live.update(screen.render(console.size.width, console.size.height), refresh=True)
             for key in read(0.1 if screen.paused else min(max(due - time.monotonic(), 0.02), 0.25)):
                 if not screen.press(key):
                     return

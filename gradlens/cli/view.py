@@ -20,7 +20,7 @@ Examples:
 """
 
 
-@click.command("view", epilog=EPILOG)
+@click.command("view", short_help="TensorBoard with the tab GradLens.", epilog=EPILOG)
 @click.argument("logdir", type=click.Path())
 @click.option("--port", type=click.IntRange(0, 65535), default=6006, show_default=True, help="0 takes a free one.")
 @click.option("--host", default="localhost", show_default=True, help="0.0.0.0 lets other machines in.")

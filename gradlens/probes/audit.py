@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from gradlens import markup
 from gradlens.analysis import patterns
 from gradlens.capture.graph import parameter_names, walk
 from gradlens.capture.unregistered import within
@@ -27,8 +28,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-@dataclass(frozen=True, eq=False)
-class Audit:
+@dataclass(frozen=True, eq=False, repr=False)
+class Audit(markup.Shown):
     """What was found in the graph of one loss."""
 
     findings: tuple[Finding, ...]  #: the worst first

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from gradlens import markup
 from gradlens.capture.graph import plain_name
 from gradlens.probes.isolated_loss import IsolatedLoss
 
@@ -62,8 +63,8 @@ class Birth:
         return "\n".join(lines)
 
 
-@dataclass(frozen=True, eq=False)
-class NonFiniteTrace:
+@dataclass(frozen=True, eq=False, repr=False)
+class NonFiniteTrace(markup.Shown):
     """What was found: the births in the order in which they happened."""
 
     births: tuple[Birth, ...]

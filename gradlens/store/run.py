@@ -88,7 +88,8 @@ class Run:
 
     def _repr_html_(self) -> str:
         losses = self.scalar("loss")[1].tolist()
-        return markup.run(str(self.path), self.steps(), self.names(), losses, self.findings())
+        verdict = self.diagnosis().verdict
+        return markup.run(str(self.path), self.steps(), self.names(), losses, self.findings(), verdict=verdict)
 
     # --- questions ----------------------------------------------------------------------------------------------------
 

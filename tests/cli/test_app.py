@@ -42,6 +42,14 @@ def test_a_wrong_word_suggests_the_right_one(arguments, words):
     assert not done.stdout
 
 
+def test_the_help_says_of_each_command_a_whole_sentence():
+    """On a terminal of 80 columns none is cut."""
+    text = CliRunner().invoke(app, ["--help"], terminal_width=80).output
+    commands = text.partition("Commands:")[2].partition("Examples:")[0].strip().splitlines()
+    assert [line.split()[0] for line in commands] == list(COMMANDS)
+    assert all(line.endswith(".") and not line.endswith("...") for line in commands)
+
+
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_completion_is_printed_for_each_shell(shell):
     """The script completes with the variable that click listens to."""

@@ -1,5 +1,6 @@
 """`gradlens top`: the newest steps of a run, sorted and filtered by keys."""
 
+import io
 import os
 import pty
 import select
@@ -8,6 +9,7 @@ import sys
 import time
 
 import pytest
+from rich.console import Console
 
 from gradlens.cli.top import Screen, look, spark
 from gradlens.store.run import open_run
@@ -71,6 +73,55 @@ def test_a_filter_may_have_a_q_in_it(tmp_path):
 def test_a_run_without_records_says_so(tmp_path):
     """And is no error."""
     assert "no step was recorded yet" in call("top", made.write(tmp_path / "run", [])).stdout
+
+
+def test_a_machine_without_unicode_gets_plain_characters(tmp_path):
+    """The C locale, as on a bare machine seen over ssh: courses are drawn by ASCII, and no name is an error."""
+    run = made.write(tmp_path / "run", made.training(5, of=made.parameters(("w\N{GREEK SMALL LETTER ALPHA}",), ((2,),))))
+    done = call("top", run, env={"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"})
+    assert "w?" in done.stdout
+    assert done.stdout.isascii()
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 200])
+def test_no_number_is_cut_on_a_terminal_of_any_width(tmp_path, width):
+    """Of a long name the end is shown; the course of the last steps gives way first."""
+    names = [f"transformer.layers.{i}.self_attention.projection.weight" for i in range(2)]
+    of = made.parameters(names, [(4, 4)] * 2)
+    records = [snapshot(of, step, "used") for step in range(30)]
+    for record in records:
+        record.columns["square_sum"][:] = 16 * 1.2345e-12**2
+    screen = Screen("x", key="n", wanted="")
+    screen.seen = look(open_run(made.write(tmp_path / "run", records)))
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(screen.render(width))
+    lines = console.export_text().splitlines()
+    rows = [line for line in lines if "1.23e-12" in line]
+    assert len(rows) == 2
+    assert all("weight" in row and row.rstrip().endswith("ok") and "x1 " in row for row in rows)
+    assert max(map(len, lines)) <= width
+    assert ("▁" in rows[0]) == (width >= 100)
+
+
+def test_a_terminal_that_cannot_move_its_cursor_gets_one_table(tmp_path):
+    """With TERM=dumb, as in an editor's shell, one table is printed and the command ends."""
+    run = trained(tmp_path / "run")
+    pid, terminal = pty.fork()
+    if not pid:
+        os.environ["TERM"] = "dumb"
+        os.execv(sys.executable, [sys.executable, "-m", "gradlens", "top", str(run)])
+    text = b""
+    try:
+        while select.select([terminal], [], [], 60)[0] and (piece := os.read(terminal, 65536)):
+            text += piece
+    except OSError:
+        pass  # Linux says so at the end
+    finally:
+        os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert b"blocks.0.weight" in text
+    assert b"\x1b" not in text
 
 
 @pytest.mark.parametrize(("values", "picture"), [((1.0, 10.0, 100.0), "▁▅█"), ((0.0, float("nan")), ""), ((1.0, 0.0), "▁ ")])

@@ -70,7 +70,7 @@ class TooSlow(Occasional):
             f"successive gradients still agree (cosine {late:.2f}), and {_loss(trend)}",
             causes=(
                 "the learning rate is too small",
-                "the loss is multiplied by a small format_number, or its gradient is clipped far below its norm",
+                "the loss is multiplied by a small number, or its gradient is clipped far below its norm",
             ),
             remedy="raise the learning rate by factors of 10, until |dw|/|w| is near 1e-3 or the loss falls",
             value=ratio,

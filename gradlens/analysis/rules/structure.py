@@ -30,7 +30,7 @@ from gradlens.records import Finding, Severity, Snapshot, Stage, Status
 
 @dataclass(frozen=True)
 class Identical(ColumnRule):
-    """All partials of a weight are the same format_number, at each of the last steps: its units are copies of each other.
+    """All partials of a weight are the same number, at each of the last steps: its units are copies of each other.
 
     Units that start with the same weights get the same gradient and stay the same (symmetry is broken by random
     initialisation). `spread`: the standard deviation of the partials beside their rms; a healthy weight has near 1.
@@ -226,8 +226,10 @@ class Fading(Occasional):
         )
 
 
-_WEAK = "weights that start too small for the depth: the gradient vanishes (torch's default initialisation, without "
-"normalisation)"
+_WEAK = (
+    "weights that start too small for the depth: the gradient vanishes (torch's default initialisation, without "
+    "normalisation)"
+)
 _SATURATED = "sigmoid or tanh in a deep stack: each passes on a quarter of the gradient at most, and it vanishes"
 _STRONG = "weights that start too large for the depth: the gradient explodes towards the input"
 

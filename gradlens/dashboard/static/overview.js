@@ -157,12 +157,11 @@ export class Overview {
   /** @param {Info} info */
   words(info) {
     const { diagnosis } = info;
-    const confidence = diagnosis.confidence === undefined || diagnosis.confidence === null ? "" : typeof diagnosis.confidence === "number" ? `, ${Math.round(100 * diagnosis.confidence)} % sure` : ` (${diagnosis.confidence})`;
-    const verdict = `${diagnosis.verdict}${confidence}`;
-    if (this.verdict.textContent !== verdict) this.verdict.textContent = verdict;
+    if (this.verdict.textContent !== diagnosis.verdict) this.verdict.textContent = diagnosis.verdict;
     const worst = info.findings.error ? "error" : info.findings.warning || diagnosis.ill ? "warning" : "fine";
     this.verdict.dataset.severity = worst;
     const facts = [
+      diagnosis.origin && typeof diagnosis.confidence === "number" ? `this cause is ${Math.round(100 * diagnosis.confidence)} % sure` : "",
       info.steps === null ? "no step yet" : `steps ${whole(info.steps[0])} to ${whole(info.steps[1])}`,
       `${whole(info.parameters)} parameters`,
       info.ranks.length > 1 ? `${info.ranks.length} ranks, pooled` : "",
