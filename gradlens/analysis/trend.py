@@ -21,6 +21,7 @@ from gradlens.facts import Fact, Settings
 
 YOUNG = 20  #: points below which nothing is said
 LEAST = 0.1  #: a fall or a rise that counts
+POINTS = 2000  #: of a loss that is smoothed; of a longer one neighbours are averaged first
 
 
 class State(enum.StrEnum):
@@ -102,6 +103,8 @@ def _as(found: Trend, state: State) -> Trend:
 
 def _flat_since(values: np.ndarray) -> float:
     """The share of the points after which a smoothed loss stays within a fiftieth of its whole fall of where it ends."""
+    together = max(len(values) // POINTS, 1)
+    values = values[len(values) % together :].reshape(-1, together).mean(axis=1)  # smoothing takes points times width
     n = len(values)
     width = max(3, n // 20)
     if n < 2 * width:

@@ -415,7 +415,8 @@ class Session:
         options, bare = dict(self._told["options"]), self._close_bare(watched)
         if bare is not None:  # the same training, from now on with its optimizer: the run goes on
             options["first_step"] = bare._watcher.step.number
-        lens = watch(found.target, found.optimizers or None, run=self._directory() if bare is None else bare._run, **options)
+        run = self._directory() if bare is None else bare._settings.run
+        lens = watch(found.target, found.optimizers or None, run=run, **options)
         self.lenses.append(lens)
         if found.optimizers:
             self._known.update(watched)

@@ -145,7 +145,10 @@ def scalars(found: Found) -> pd.DataFrame:
 
 def scalar(found: Found, name: str) -> tuple[np.ndarray, np.ndarray]:
     """One observed number: steps, rising, and values; of several ranks the lowest one's, of one step the last."""
-    known = np.array([word == name for word in _scalar_names(found)], bool)
+    owner, entry = found.columns["owner"], found.columns["entry"]
+    known = np.zeros(len(entry), bool)
+    for place, segment in enumerate(found.segments):
+        known |= (owner == place) & np.isin(entry, [code for code, word in enumerate(segment.scalars) if word == name])
     step, value = found.columns["step"][known].astype(np.int64), found.columns["value"][known]
     order = np.lexsort((np.arange(len(step)), -found.columns["rank"][known], step))
     last = np.flatnonzero(np.append(step[order][1:] != step[order][:-1], True)[: len(step)])

@@ -32,6 +32,8 @@ const COLUMNS = [
   { name: "ill", label: "not finite", help: "partials that are NaN or infinite", wide: 84, tell: whole },
 ];
 
+const SPARK = COLUMNS.findIndex((column) => column.name === "spark");
+
 export class ParameterTable {
   constructor() {
     const changed = settled(() => go({ search: this.search.value, regex: this.regex.checked ? "1" : "" }, true), 120);
@@ -66,6 +68,10 @@ export class ParameterTable {
     this.drawn = "";
     /** @type {Map<number, HTMLTableRowElement>} rows in the page, by place */
     this.made = new Map();
+    /** @type {Set<HTMLTableRowElement>} rows whose sparkline is to be drawn */
+    this.lines = new Set();
+    this.drawLines = framed(() => this.someLines());
+    this.drawLinesSoon = settled(() => this.someLines(), 80); // whoever scrolls by whole pages looks at none of them
     /** @type {Map<number, number>} */
     this.rowOf = new Map();
     this.asking = 0;
@@ -142,7 +148,7 @@ export class ParameterTable {
     go({ sort: sort === first ? second : sort === second ? "" : first }, true);
   }
 
-  /** @param {boolean} [all] rows too that stay in view */
+  /** Rows that stay in view stay; those that left are written again for what came. @param {boolean} [all] write all rows again */
   draw(all = false) {
     if (!this.table_) return;
     const height = this.scroller.clientHeight || 600;
@@ -151,34 +157,75 @@ export class ParameterTable {
     const key = `${first} ${last}`;
     if (!all && key === this.drawn) return;
     this.drawn = key;
+    const shown = this.order.slice(first, last);
+    const wanted = new Set(shown);
+    const free = [...this.made].filter(([place]) => !wanted.has(place)).map(([, row]) => row);
+    const staying = free.length < this.made.size;
+    if (staying) for (const row of free) row.remove(); // else they are written where they stand
+    if (this.before.parentNode !== this.body) fill(this.body, this.before, ...this.made.values(), this.after);
     /** @type {Map<number, HTMLTableRowElement>} */
     const made = new Map();
-    for (let i = first; i < last; i++) made.set(this.order[i], (!all && this.made.get(this.order[i])) || this.row(this.order[i], i));
+    let at = this.before.nextSibling;
+    shown.forEach((place, i) => {
+      const old = this.made.get(place);
+      const row = old ?? free.shift() ?? blank();
+      if (!old || all) this.write(row, place, first + i);
+      if (row === at) at = at.nextSibling;
+      else this.body.insertBefore(row, at);
+      made.set(place, row);
+    });
+    for (const row of free) row.remove();
     this.made = made;
-    fill(this.body, this.before, ...made.values(), this.after);
+    if (staying || all) this.drawLines();
+    else this.drawLinesSoon();
     this.before.style.height = `${first * HEIGHT}px`;
     this.after.style.height = `${(this.order.length - last) * HEIGHT}px`;
     if (!this.order.length) fill(this.body, h("tr", {}, h("td", { colSpan: COLUMNS.length, class: "none" }, "No parameter fits. Clear the search, or switch regex off.")));
   }
 
-  /** @param {number} place @param {number} i */
-  row(place, i) {
+  /** @param {HTMLTableRowElement} row @param {number} place @param {number} i */
+  write(row, place, i) {
     const info = /** @type {Info} */ (this.info);
     const name = info.names[place];
     const { arrays, header } = /** @type {import("./api.js").Answer} */ (this.table_);
-    const row = this.rowOf.get(place);
-    const cells = COLUMNS.map((column) => {
-      if (column.name === "parameter") return h("th", { scope: "row", title: `${name}, ${shape(info.shapes[name] ?? [])}` }, h("a", { href: "#", "data-name": name, tabIndex: -1 }, name));
-      if (row === undefined) return h("td", {}, "–");
-      if (column.name === "status") {
-        const word = header.statuses[arrays.status[row]];
-        return h("td", {}, h("span", { class: `status ${word}` }, word));
+    const from = this.rowOf.get(place);
+    row.setAttribute("aria-rowindex", String(i + 2));
+    row.dataset.place = String(place);
+    row.className = i === this.cursor ? "current" : "";
+    COLUMNS.forEach((column, c) => {
+      const cell = /** @type {HTMLTableCellElement} */ (row.children[c]);
+      const inside = /** @type {HTMLElement} */ (cell.firstElementChild);
+      if (column.name === "parameter") {
+        cell.title = `${name}, ${shape(info.shapes[name] ?? [])}`;
+        inside.dataset.name = name;
+        say(inside, name);
+      } else if (column.name === "status") {
+        const word = from === undefined ? "–" : header.statuses[arrays.status[from]];
+        inside.className = `status ${word}`;
+        say(inside, word);
+      } else if (column.name === "shares") {
+        if (from === undefined) split(inside, NaN, NaN, NaN);
+        else split(inside, arrays.increase_share[from], arrays.hold_share[from], arrays.decrease_share[from]);
+      } else if (column.name === "spark") {
+        inside.style.visibility = "hidden"; // until its line is drawn
+        this.lines.add(row);
       }
-      if (column.name === "shares") return h("td", {}, bar(arrays.increase_share[row], arrays.hold_share[row], arrays.decrease_share[row]));
-      if (column.name === "spark") return h("td", {}, this.sparks ? sparkline(spark(this.sparks, place, 60)) : null);
-      return h("td", { class: "number" }, /** @type {any} */ (column.tell)(this.value(column.name, place)));
+      else say(cell, from === undefined ? "–" : /** @type {any} */ (column.tell)(this.value(column.name, place)));
     });
-    return h("tr", { "aria-rowindex": i + 2, "data-place": place, class: i === this.cursor ? "current" : "" }, cells);
+  }
+
+  /** Some sparklines in each frame, so that scrolling does not wait for them. */
+  someLines() {
+    let left = 12;
+    for (const row of this.lines) {
+      if (!left--) return this.drawLines();
+      this.lines.delete(row);
+      const place = Number(row.dataset.place);
+      if (this.made.get(place) !== row) continue;
+      const canvas = /** @type {HTMLCanvasElement} */ (row.children[SPARK].firstElementChild);
+      canvas.style.visibility = "";
+      sparkline(canvas, this.sparks && this.rowOf.has(place) ? spark(this.sparks, place, 60) : []);
+    }
   }
 
   /** @param {MouseEvent} event */
@@ -254,20 +301,43 @@ export function matcher(search, regex, wrong) {
   return (name) => words.every((word) => name.toLowerCase().includes(word));
 }
 
-/** @param {number} increase @param {number} hold @param {number} decrease */
-export function bar(increase, hold, decrease) {
-  if (!Number.isFinite(increase)) return h("span", { class: "faint" }, "–");
-  const label = `${percent(increase)} increase, ${percent(hold)} hold, ${percent(decrease)} decrease`;
-  const part = (/** @type {string} */ name, /** @type {number} */ share) => h("span", { class: name, style: { flexGrow: String(share) } });
-  return h("span", { class: "split", role: "img", "aria-label": label, title: label }, part("increase", increase), part("hold", hold), part("decrease", decrease));
+/** A row without content. */
+function blank() {
+  const cells = COLUMNS.map((column) => {
+    if (column.name === "parameter") return h("th", { scope: "row" }, h("a", { href: "#", tabIndex: -1 }));
+    if (column.name === "status") return h("td", {}, h("span", {}));
+    if (column.name === "shares") return h("td", {}, bar(NaN, NaN, NaN));
+    if (column.name === "spark") return h("td", {}, h("canvas", { class: "spark", "aria-hidden": "true" }));
+    return h("td", { class: "number" });
+  });
+  return h("tr", {}, cells);
 }
 
-/** @param {(number | null)[]} line */
-function sparkline(line) {
-  const canvas = h("canvas", { class: "spark", "aria-hidden": "true" });
+/** @param {number} increase @param {number} hold @param {number} decrease */
+function bar(increase, hold, decrease) {
+  const element = h("span", { class: "split", role: "img" }, h("span", { class: "increase" }), h("span", { class: "hold" }), h("span", { class: "decrease" }));
+  split(element, increase, hold, decrease);
+  return element;
+}
+
+/** @param {HTMLElement} element a bar @param {number} increase @param {number} hold @param {number} decrease */
+function split(element, increase, hold, decrease) {
+  const none = !Number.isFinite(increase);
+  const label = none ? "no gradient" : `${percent(increase)} increase, ${percent(hold)} hold, ${percent(decrease)} decrease`;
+  element.setAttribute("aria-label", label);
+  element.title = label;
+  [increase, hold, decrease].forEach((share, i) => {
+    const part = /** @type {HTMLElement} */ (element.children[i]);
+    part.style.flexGrow = none ? "0" : String(share);
+  });
+}
+
+/** @param {HTMLCanvasElement} canvas @param {(number | null)[]} line */
+function sparkline(canvas, line) {
   const context = sized(canvas, 116, 20);
+  context.clearRect(0, 0, 116, 20);
   const there = /** @type {number[]} */ (line.filter((each) => each !== null));
-  if (!there.length) return canvas;
+  if (!there.length) return;
   const [low, high] = [Math.min(...there), Math.max(...there)];
   const span = Math.max(high - low, 50);
   context.strokeStyle = LINES[theme()].blue;
@@ -286,5 +356,4 @@ function sparkline(line) {
     open = true;
   });
   context.stroke();
-  return canvas;
 }
