@@ -42,7 +42,10 @@ class Training:
     after_backward: list[Call] = field(default_factory=list)
     after_step: list[Call] = field(default_factory=list)
     at_end: list[Call] = field(default_factory=list)  #: what waits is worked off, files stay open
-    says: Callable[[], float] = lambda: math.nan  #: the share of the time that the contender says it took
+    says: Callable[[], tuple[float, float]] = lambda: (
+        math.nan,
+        math.nan,
+    )  #: seconds it says it took so far, and of how many
 
     def step(self) -> None:
         """One step of the optimizer."""
@@ -112,11 +115,15 @@ def gradlens(*, before: Attach = bare, records: bool = True, **settings: Any) ->
                 training.model, training.optimizer, run=training.directory if records else None, **settings
             )
             training.at_end.append(lens.flush)
-            training.says = lambda: lens.overhead().share
+            training.says = lambda: _said(lens.overhead())
             with lens:
                 yield
 
     return attach
+
+
+def _said(overhead: Any) -> tuple[float, float]:
+    return overhead.share * overhead.elapsed, overhead.elapsed
 
 
 # --- peers ------------------------------------------------------------------------------------------------------------

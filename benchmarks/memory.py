@@ -2,13 +2,12 @@
 
     python benchmarks/memory.py                               # each situation, 100,000 steps: about an hour and a half
     python benchmarks/memory.py --steps 20000 --only run idle
-    python benchmarks/memory.py --markdown                    # the table of docs/performance.md, from memory.csv
 
-Each situation runs in its own process: a model of four parameters of eight weights, watched at every step. After a tenth
-of the steps everything that is bounded has reached its bound; from there on, `growth_mib` is what the resident memory of the
-last fifth has on average over that of the first fifth, `mib_per_million` the slope of a line through all points, and
-`objects` by how many the objects that Python tracks have grown, after a collection. `bare` is the same training unwatched,
-which says how much of that is torch's own and the allocator's.
+Each situation runs in a process of its own: a model of four parameters of two to eight weights, watched at every step.
+After a tenth of the steps everything that is bounded has reached its bound; from there on, `growth_mib` is what the resident
+memory of the last fifth has on average over that of the first fifth, `mib_per_million` the slope of a line through all
+points, and `objects` by how many the objects that Python tracks have grown, after a collection. `bare` is the same training
+unwatched, which says how much of that is torch's own and the allocator's.
 """
 
 from __future__ import annotations
@@ -148,31 +147,16 @@ def store(row: dict[str, object]) -> None:
         writer.writerows(rows[name] for name in SITUATIONS if name in rows)
 
 
-def markdown() -> str:
-    """The table of the docs."""
-    lines = [
-        "| situation | steps | resident, after a tenth | at the end | growth | objects more |",
-        "|---|---|---|---|---|---|",
-    ]
-    for row in stored().values():
-        size = f"{row['start_mib']} MiB | {row['end_mib']} MiB | {float(str(row['growth_mib'])):+.1f} MiB"
-        lines.append(f"| {row['situation']} | {int(str(row['steps'])):,} | {size} | {int(str(row['objects'])):+,} |")
-    return "\n".join(lines)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=100_000)
     parser.add_argument("--only", nargs="+", choices=list(SITUATIONS), default=list(SITUATIONS))
     parser.add_argument("--dry", action="store_true", help="print, store nothing")
-    parser.add_argument("--markdown", action="store_true", help="print the table of what memory.csv has")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.child:
         for point in child(given.child, given.steps):
             print(json.dumps(point), flush=True)
-    elif given.markdown:
-        print(markdown())
     else:
         for name in given.only:
             row = measured(name, given.steps)

@@ -166,9 +166,9 @@ _images = _classes((64, 1, 28, 28), 10)
 _vectors = _classes((64, 32), 10)
 
 TASKS = {
-    "mlp-8": Task("MLP, 8 parameters", mlp(3), _adam, _vectors, 1500, 100),
-    "mlp-42": Task("MLP, 42 parameters", mlp(20), _adam, _vectors, 500, 100),
-    "mlp-202": Task("MLP, 202 parameters", mlp(100), _adam, _vectors, 150, 40),
+    "mlp-8": Task("MLP, 8 parameters", mlp(3), _adam, _vectors, 2500, 600),
+    "mlp-42": Task("MLP, 42 parameters", mlp(20), _adam, _vectors, 800, 300),
+    "mlp-202": Task("MLP, 202 parameters", mlp(100), _adam, _vectors, 200, 80),
     "gpt": Task("GPT, 98 parameters, 8.4 million weights, 256 tokens", small_gpt, _adamw, _text(2, 128, 8192), 12, 6),
     "convnet": Task("convnet, 14 parameters, 24 thousand weights, 64 images", convnet, _sgd, _images, 60, 30),
     "resnet": Task("ResNet-18, 62 parameters, 11.7 million weights, 16 images", resnet18, _sgd, _pictures(16), 5, 3),

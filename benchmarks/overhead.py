@@ -14,8 +14,8 @@ again`, a bare stretch between bare stretches, says what they can be by chance. 
 
 Columns: `bare_us` a step; `added_us` a step, `low` and `high` its quartiles; `added` its share of the bare step; `thread_us`
 of that, processor time of the training thread; `others` the share of one core that all other threads take while training
-(torch on one thread only); `says` what the lens itself says it took of the time (`lens.overhead().share`), beside `felt`,
-what it took: added / (bare + added). `end_ms` is what closing took, once.
+(torch on one thread only); `says` what the lens itself says it took of these steps (`lens.overhead()`), beside `felt`, what
+it took: added / (bare + added). `end_ms` is what closing took, once.
 """
 
 from __future__ import annotations
@@ -52,6 +52,8 @@ PLOT = HERE.parent / "docs" / "images" / "overhead.png"
 FIELDS = ["model", "threads", "contender", "kind", "bare_us", "added_us", "low", "high", "added", "thread_us", "others"]
 FIELDS += ["says", "felt", "end_ms", "rounds", "note", "machine"]
 BARE = ALL[0]
+QUICK = ("mlp-8", "mlp-42", "mlp-202", "gpt", "thousand")
+FEW = ("bare again", "gradlens", "gradlens, features=()", "gradlens, not looking", "one norm*", "wandb*")
 
 
 class Stretch(NamedTuple):
@@ -94,11 +96,13 @@ def stretch(task: Task, contender: Contender, template: torch.nn.Module) -> Stre
             for _ in range(task.warm_up):
                 training.step()
             gc.collect()
+            said = training.says()
             wall, thread, process = time.perf_counter(), time.thread_time(), time.process_time()
             for _ in range(steps):
                 training.step()
             wall, thread, process = time.perf_counter() - wall, time.thread_time() - thread, time.process_time() - process
-            says, closing = training.says(), time.perf_counter()
+            (took, of), closing = training.says(), time.perf_counter()
+        says = (took - said[0]) / (of - said[1]) if of > said[1] else math.nan
         end = time.perf_counter() - closing
     others = (process - thread) / wall if torch.get_num_threads() == 1 else math.nan
     return Stretch(wall / steps, thread / steps, others, says, end)
@@ -294,6 +298,7 @@ def main() -> None:
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--minutes", type=float, default=8.0, help="for each model and number of threads")
     parser.add_argument("--only", nargs="+", default=[], help="contenders by glob pattern")
+    parser.add_argument("--quick", action="store_true", help="five models, six contenders, one thread: some 13 minutes")
     parser.add_argument("--budget", action="store_true", help="whether budget=0.01 is kept")
     parser.add_argument("--plot", action="store_true", help="only draw what overhead.csv has")
     parser.add_argument("--dry", action="store_true", help="print, store nothing")
@@ -301,6 +306,8 @@ def main() -> None:
     if given.plot:
         plot(stored())
         return
+    if given.quick:
+        given.model, given.threads, given.minutes, given.only = list(QUICK), [1], 2.5, list(FEW)
     quieten()
     for threads in given.threads:
         torch.set_num_threads(threads)

@@ -115,7 +115,7 @@ class Lens:
         """One row a parameter: that step's last stage read, the latest step by default."""
         arguments.check_stage(stage)
         self._live.catch_up()
-        return frames.frame([self._history_at(step, stage)])
+        return frames.table(self._history_at(step, stage))
 
     def history(self) -> pd.DataFrame:
         """Long: one row a (step, backward, stage, parameter), of the snapshots in memory."""
@@ -311,9 +311,15 @@ class Lens:
                 if self._store is not None:
                     self._store.annotate(overhead=str(self.overhead()), diagnosis=str(self._recorder.diagnosis()))
                 self._recorder.close()
+                self._say_verdict()
             finally:
                 self._ended.set()
                 _open_lenses.discard(self)
+
+    def _say_verdict(self) -> None:
+        """One line of what the run was like, by the first rank."""
+        if self._recorder.history.newest() is not None and process_group.rank() == 0:
+            print(f"gradlens: {self._recorder.diagnosis().line()}", file=sys.stderr)
 
     def __enter__(self) -> Lens:
         return self

@@ -342,9 +342,9 @@ class Gauge:
 
     def end(self) -> Row | None:
         """The open step is over: what it gave, or None."""
-        step, self._open = self._open, self._step(-1)
-        if step.step < 0:
+        if self._open.step < 0:
             return None
+        step, self._open = self._open, self._step(-1)
         unequal = self._sizes is not None or not (math.isnan(step.examples) or step.examples.is_integer())
         if not unequal and self._ranks == 1 and step.backwards > 1:
             self.alike.take(step.norms)

@@ -66,6 +66,11 @@ class GeometricSchedule:
         return True
 
 
+#: Which stage shows a whole step's gradient, of one backward and of several.
+_ONE = (Stage.REDUCED, Stage.ACCUMULATED, Stage.BACKWARD, Stage.USED)
+_SEVERAL = (Stage.REDUCED, Stage.ACCUMULATED, Stage.USED, Stage.BACKWARD)
+
+
 class _Step:
     """What has come of one step: the last snapshot of each stage, or the last of each part of it."""
 
@@ -77,11 +82,11 @@ class _Step:
         self._backwards = 0
         self._alone: list[tuple[Block, int]] = []  # moments that the noise scale has not got, while one backward came
 
-    def take(self, block: Block, at: int, gauge: Gauge) -> None:
+    def take(self, block: Block, at: int, time_: float, backward: int, gauge: Gauge) -> None:
         """The next moment. The noise scale wants those of steps with several backwards alone."""
         self._last[block.stage, block.names] = block, at
-        self._backwards = max(self._backwards, int(block.backward[at]) + 1)
-        self.time = float(block.time[at])
+        self._backwards = max(self._backwards, backward + 1)
+        self.time = time_
         self._alone.append((block, at))
         if self._backwards > 1:
             for other, place in self._alone:
@@ -103,11 +108,8 @@ class _Step:
 
     def _stage(self) -> Stage | None:
         """That of the whole step's gradient of the loss, before it was clipped, where it was read; else the nearest."""
-        whole = [Stage.REDUCED, Stage.ACCUMULATED, Stage.USED, Stage.BACKWARD]
-        if self._backwards == 1:
-            whole.insert(2, Stage.BACKWARD)
         there = {stage for stage, _ in self._last}
-        return next((stage for stage in whole if stage in there), None)
+        return next((stage for stage in (_ONE if self._backwards == 1 else _SEVERAL) if stage in there), None)
 
     def gradient(self) -> Moment | None:
         """The whole step's gradient."""
@@ -192,14 +194,17 @@ class TensorBoard:
 
     def write_moments(self, moments: Sequence[tuple[Block, int]]) -> None:
         """Take moments, each a block and a place in it."""
+        blocks = {id(block): block for block, _ in moments}
+        keys = {i: (block.step.tolist(), block.time.tolist(), block.backward.tolist()) for i, block in blocks.items()}
         for block, at in moments:
-            step = int(block.step[at])
+            steps, times, backwards = keys[id(block)]
+            step = steps[at]
             if step > self._open.step:
                 self._finish()
                 self._count += 1
-                self._open = _Step(step, due=self._due(float(block.time[at])))
+                self._open = _Step(step, due=self._due(times[at]))
             if step == self._open.step:
-                self._open.take(block, at, self._gauge)
+                self._open.take(block, at, times[at], backwards[at], self._gauge)
         self._plot()
         self._write(self._waiting)
 
