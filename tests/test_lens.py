@@ -664,7 +664,7 @@ def test_report_is_for_a_person():
     assert "0.weight" in text
     assert "increase" in text
     assert "5 steps, 5 of them observed" in text
-    assert "ms each, measured directly" in text
+    assert "ms each on the training thread" in text
     assert 0 < len(brief) < len(text)
 
 
