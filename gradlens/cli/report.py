@@ -58,7 +58,7 @@ def write(text: str, page: str) -> None:
         RunDirectoryError: It cannot be written.
     """
     if page == "-":
-        click.get_binary_stream("stdout").write(f"{text}\n".encode())
+        sys.stdout.buffer.write(f"{text}\n".encode())
         return
     try:
         Path(page).write_text(text, encoding="utf-8")
