@@ -23,12 +23,11 @@ from gradlens.capture.attachment import Attachment, Target, locate, parts
 from gradlens.capture.guards import Guard
 from gradlens.capture.watcher import Watched, Watcher
 from gradlens.errors import (
-    ArgumentError,
     ClosedError,
     StepError,
 )
 from gradlens.noise import DECAY, NoiseScale, effective_size, measured
-from gradlens.records import Finding, Snapshot
+from gradlens.records import Finding
 from gradlens.schedules import Schedule
 from gradlens.selection import Select
 from gradlens.statistics.evidence import Evidence
@@ -115,7 +114,7 @@ class Lens:
         """One row a parameter: that step's last stage read, the latest step by default."""
         arguments.check_stage(stage)
         self._live.catch_up()
-        return frames.table(self._history_at(step, stage))
+        return frames.table(self._live.snapshot_at(step, stage))
 
     def history(self) -> pd.DataFrame:
         """Long: one row a (step, backward, stage, parameter), of the snapshots in memory."""
@@ -354,17 +353,6 @@ class Lens:
     def _require_open(self, call: str) -> None:
         if self._closed:
             raise ClosedError(f"lens.{call} after close(): this lens sees nothing any more; call gradlens.watch() again")
-
-    def _history_at(self, step: int | None, stage: str | None) -> Snapshot:
-        history = self._live.history()
-        try:
-            return history.at(step, stage)
-        except (KeyError, LookupError) as error:
-            steps = history.steps()
-            raise ArgumentError(
-                f"no {stage or 'snapshot'} of step {step} in memory; there are steps {steps[0]} to {steps[-1]}, stages "
-                f"{', '.join(sorted({str(s.stage) for s in history}))}"
-            ) from error
 
     def _title(self) -> str:
         return "gradlens" if self._settings.run is None else f"gradlens: {self._settings.run}"

@@ -11,7 +11,7 @@ from torch import Tensor
 from gradlens.analysis.history import History
 from gradlens.capture.watcher import Watcher
 from gradlens.errors import ArgumentError, NothingCapturedError, nearest
-from gradlens.records import Stage
+from gradlens.records import Snapshot, Stage
 from gradlens.statistics.streaming import describe
 from gradlens.watching import live_weights as weights
 from gradlens.watching import process_group
@@ -105,6 +105,18 @@ class LiveQuestions:
         if not len(self._recorder.history):
             raise NothingCapturedError(self._nothing())
         return self._recorder.history
+
+    def snapshot_at(self, step: int | None, stage: str | None) -> Snapshot:
+        """That step's last stage read; an error where it is not in memory."""
+        history = self.history()
+        try:
+            return history.at(step, stage)
+        except (KeyError, LookupError) as error:
+            steps = history.steps()
+            raise ArgumentError(
+                f"no {stage or 'snapshot'} of step {step} in memory; there are steps {steps[0]} to {steps[-1]}, stages "
+                f"{', '.join(sorted({str(s.stage) for s in history}))}"
+            ) from error
 
     # --- details ----------------------------------------------------------------------------------------------------
 
