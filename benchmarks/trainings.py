@@ -12,8 +12,10 @@ healthy one with a mistake, and names the findings that say so. Thresholds may b
     missed   no warning
     alarm    a warning on a training that is well
 
-`trainings.csv` has a row for each training and seed: `training, half, kind, seed, result, origin, confidence, others, steps,
-loss_first, loss_last, seconds, seen`. `docs/diagnosis.py` writes the tables of docs/diagnosis.md from it.
+`trainings.csv` has a row for each training and seed: `training, half, kind, seed, result`, the diagnosis (`origin,
+severity, confidence`, `loss` as its state, what `follows`, what stands `beside`, `infos`), and `steps, loss_first,
+loss_last, seconds, seen`.
+`docs/diagnosis.py` writes the tables of docs/diagnosis.md from it, and `--calibrate` the numbers that confidence rests on.
 """
 
 from __future__ import annotations
@@ -21,10 +23,12 @@ from __future__ import annotations
 import argparse
 import csv
 import multiprocessing
+import subprocess
 import sys
 import time
 import warnings
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +39,30 @@ from studies import base, loops, mistakes, ranks, written
 from studies.base import STUDIES, Study
 
 import gradlens
+from gradlens.analysis import confidence
+from gradlens.analysis.confidence import Counts
+from gradlens.analysis.diagnosis import level_of
 from gradlens.records import Finding, Severity
 
 __all__ = ["STUDIES", "Study", "base", "loops", "main", "mistakes", "ranks", "studied", "written"]
 
 HEAD = (
-    "training", "half", "kind", "seed", "result", "origin", "confidence", "others", "steps", "loss_first", "loss_last",
-    "seconds", "seen",
-)  # fmt: skip
+    *(
+        "training",
+        "half",
+        "kind",
+        "seed",
+        "result",
+        "origin",
+        "severity",
+        "confidence",
+        "loss",
+        "follows",
+        "beside",
+        "infos",
+    ),
+    *("steps", "loss_first", "loss_last", "seconds", "seen"),
+)
 STEPS = 120  #: of those that were written by hand
 
 
@@ -102,10 +122,66 @@ def measured(job: tuple[str, int]) -> tuple[Any, ...]:
         findings, diagnosis, losses = outcome(study, seed)
     took = time.perf_counter() - start
     origin = diagnosis.origin
-    others = dict.fromkeys(f"{f.severity} {f.rule}" for f in findings if origin is None or f.rule != origin.rule)
-    row = (study.name, study.half, study.kind, seed, result(study, diagnosis, findings), origin.rule if origin else "")
-    row += (f"{diagnosis.confidence:.2f}", "; ".join(others), len(losses), f"{losses[0]:.4g}", f"{losses[-1]:.4g}")
-    return *row, f"{took:.1f}", (origin.seen if origin else diagnosis.verdict)
+    infos = [f for f in findings if f.severity == Severity.INFO and (origin is None or f.rule != origin.rule)]
+    some = ["; ".join(dict.fromkeys(f.rule for f in each)) for each in (diagnosis.follows, diagnosis.beside, infos)]
+    named = (origin.rule, str(origin.severity)) if origin else ("", "")
+    row = (study.name, study.half, study.kind, seed, result(study, diagnosis, findings), *named)
+    row += (f"{diagnosis.confidence:.2f}", str(diagnosis.loss.state), *some, len(losses))
+    numbers = (f"{losses[0]:.4g}", f"{losses[-1]:.4g}", f"{took:.1f}")
+    return *row, *numbers, (origin.seen if origin else diagnosis.verdict)
+
+
+# --- how often it is right ------------------------------------------------------------------------------------------
+
+
+def counted(rows: Iterable[Mapping[str, str]]) -> Counts:
+    """How many verdicts were right, of rows of the csv."""
+    rules: dict[str, list[bool]] = {}
+    levels: list[list[bool]] = [[], [], []]
+    weak: dict[str, list[bool]] = {"falls": [], "beside": [], "info": []}
+    quiet: dict[str, list[bool]] = {}
+    for row in rows:
+        right, origin = row["result"] in ("named", "well"), row["origin"]
+        if not origin:
+            quiet.setdefault(row["loss"], []).append(right)
+            continue
+        rules.setdefault(origin, []).append(right)
+        levels[level_of(origin)].append(right)
+        for name in situations_of(row):
+            weak[name].append(right)
+    three = (counts(rules), tuple(count(each) for each in levels), counts(weak))
+    return Counts(*three, counts(quiet))
+
+
+def situations_of(row: Mapping[str, str]) -> list[str]:
+    """What may weaken the verdict of a row."""
+    here = {
+        "falls": row["loss"] == "falls" and row["severity"] != "error",
+        "beside": bool(row["beside"]),
+        "info": row["severity"] == "info",
+    }
+    return [name for name, holds in here.items() if holds]
+
+
+def count(rights: list[bool]) -> tuple[int, int]:
+    return sum(rights), len(rights)
+
+
+def counts(rights: Mapping[str, list[bool]]) -> dict[str, tuple[int, int]]:
+    return {name: count(each) for name, each in sorted(rights.items())}
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def calibrate(path: Path) -> None:
+    """Write the numbers of a csv into the module that diagnoses ask."""
+    module = Path(confidence.__file__)
+    head = module.read_text().partition("MEASURED = ")[0]
+    module.write_text(f"{head}MEASURED = {counted(read(path))!r}\n")
+    subprocess.run([sys.executable, "-m", "ruff", "format", "-q", str(module)], check=True)
 
 
 def main() -> None:
@@ -116,7 +192,11 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--page", action="store_true")
+    parser.add_argument("--calibrate", type=Path, metavar="CSV", help="write gradlens/analysis/confidence.py from a csv")
     asked = parser.parse_args()
+    if asked.calibrate:
+        calibrate(asked.calibrate)
+        return
     chosen = [s for s in STUDIES if not asked.names or any(name in s.name for name in asked.names)]
     chosen = [s for s in chosen if asked.half in (None, s.half)]
     if asked.page:
@@ -128,7 +208,9 @@ def main() -> None:
         rows = []
         for row in pool.imap(measured, jobs):
             rows.append(row)
-            print(f"{row[4]:7} {row[0]:58} {row[9]:>8} -> {row[10]:8} {row[6]} {row[5]} | {row[7]}", flush=True)
+            print(
+                f"{row[4]:7} {row[0]:58} {row[13]:>8} -> {row[14]:8} {row[7]} {row[5]} | {'; '.join(row[9:12])}", flush=True
+            )
     for half in ("tuned", "unseen"):
         count = Counter(row[4] for row in rows if row[1] == half)
         print(half, ", ".join(f"{what} {n}" for what, n in sorted(count.items())))

@@ -331,7 +331,12 @@ VALUES: tuple[str, ...] = (
     *(field.name for field in DERIVED),
     *QUANTILES,
 )
-FRAME = KEYS + VALUES  #: the columns of `table()` and `history()`, in order
+#: What a person looks at first; pandas shows the ends of a wide table alone.
+_FIRST = ("parameter", "status", "rms", "increase_share", "decrease_share", "update_ratio", "cosine", "loss_change")
+_LAST = ("shape", "step", "backward", "stage")
+FRAME = KEYS + VALUES  #: the columns of `history()`, in order
+#: Those of `table()`: the same, what matters first.
+TABLE = (*_FIRST, *(name for name in FRAME if name not in _FIRST + _LAST), *_LAST)
 
 
 def meaning(name: str) -> str:

@@ -72,27 +72,36 @@ def unknown_optimizer(step: int, kind: str, names: Sequence[str]) -> Finding:
     )
 
 
-def foreign_parameters(step: int, kind: str, foreign: int, held: int, shapes: str, *, covered: bool) -> Finding:
-    """An optimizer moves tensors that are not the model's; `covered`: all that is watched has an optimizer all the same."""
-    seen = f"{foreign} of the {held} parameters of {kind} are not the model's (shapes {shapes}): "
+_REPLACED = "the optimizer was made before the model's layers were replaced, or for another model"
+
+
+def foreign_parameters(
+    step: int, kind: str, foreign: int, held: int, shapes: str, *, covered: bool, copies: bool = False
+) -> Finding:
+    """An optimizer moves tensors that are not the model's.
+
+    `covered`: all that is watched has an optimizer all the same. `copies`: they have the shapes of the model's, all of them.
+    """
+    some = "none" if foreign == held else f"only {held - foreign}"
+    seen = (
+        f"{some} of the {held} parameters of the optimizer ({kind}) are the model's: {foreign} are not (shapes {shapes}); "
+    )
     if foreign == held:
         seen += (
             "its steps are counted and the gradients that backward() leaves in the model are read, but what it consumes "
             "and what it does to the weights is not measured"
         )
-        causes = (
-            "it moves copies of the weights, as mixed precision by hand keeps them in float32",
-            "it was made for another model, or before the model's parameters were replaced",
-        )
+        copied = "the optimizer moves copies of the weights, as mixed precision by hand keeps them in float32"
+        causes = (copied, _REPLACED) if copies else (_REPLACED, copied)
         remedy = (
             'watch the copies too: watch({"": model, "master": copy, ...}, optimizer); names map to plain tensors as well'
+            if copies
+            else "make the optimizer from model.parameters() when the model is complete; copies can be watched too"
         )
     else:
         seen += "no row has them"
-        causes = (
-            "watch() was given a part of the model, and the optimizer all of it",
-            "layers were replaced after the optimizer was made",
-        )
+        part = "watch() was given a part of the model, and the optimizer all of it"
+        causes = (part, _REPLACED) if covered else (_REPLACED, part)
         remedy = "watch the whole model, with select= for a part of its rows; or make the optimizer after the last change"
     severity = Severity.INFO if covered else Severity.WARNING
     return Finding(rule="foreign-parameters", step=step, severity=severity, seen=seen, causes=causes, remedy=remedy)

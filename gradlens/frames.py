@@ -44,6 +44,11 @@ def frame(snapshots: Sequence[Snapshot]) -> pd.DataFrame:
     return result
 
 
+def table(snapshot: Snapshot) -> pd.DataFrame:
+    """One step, what matters first."""
+    return frame([snapshot])[list(fields.TABLE)]
+
+
 #: Names that a frame or a line has anyway.
 RESERVED = ("step", "kind")
 

@@ -9,6 +9,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -66,7 +67,8 @@ class Lens:
     def __init__(self, target: Target, settings: LensSettings) -> None:
         attachment, first_step = Attachment(target, settings.select), settings.first_step
         foreign = arguments.foreign_parameters(settings.optimizers, attachment, first_step)
-        self._settings, self._failures, timed = settings, Failures(), Stopwatch()
+        self._settings = replace(settings, optimizers=())  # whose parameters are not kept by it
+        self._failures, timed = Failures(), Stopwatch()
         self._plan = _plan(attachment, settings)
         self._failures.findings += foreign
         self._failures.findings += unavailable(
@@ -96,7 +98,7 @@ class Lens:
             self._micro_batches: tuple[int, list[float]] = (-1, [])  # a step, and the sizes that observe() was told
             self._closing, self._ended = threading.Lock(), threading.Event()
             self._closer: threading.Thread | None = None
-            self._partials = self._keep_partials()
+            self._partials = self._keep_partials(settings.optimizers)
             self._watcher.attach()
         except BaseException:
             for writer in own:
@@ -113,7 +115,7 @@ class Lens:
         """One row a parameter: that step's last stage read, the latest step by default."""
         arguments.check_stage(stage)
         self._live.catch_up()
-        return frames.frame([self._history_at(step, stage)])
+        return frames.table(self._history_at(step, stage))
 
     def history(self) -> pd.DataFrame:
         """Long: one row a (step, backward, stage, parameter), of the snapshots in memory."""
@@ -309,9 +311,15 @@ class Lens:
                 if self._store is not None:
                     self._store.annotate(overhead=str(self.overhead()), diagnosis=str(self._recorder.diagnosis()))
                 self._recorder.close()
+                self._say_verdict()
             finally:
                 self._ended.set()
                 _open_lenses.discard(self)
+
+    def _say_verdict(self) -> None:
+        """One line of what the run was like, by the first rank."""
+        if self._recorder.history.newest() is not None and process_group.rank() == 0:
+            print(f"gradlens: {self._recorder.diagnosis().line()}", file=sys.stderr)
 
     def __enter__(self) -> Lens:
         return self
@@ -326,8 +334,8 @@ class Lens:
             findings.floor_above_budget(self._watcher.step.number, share, self._settings.budget or 0.0)
         )
 
-    def _keep_partials(self) -> PartialRecorder | None:
-        run, optimizers = self._settings.run, self._settings.optimizers
+    def _keep_partials(self, optimizers: Sequence[torch.optim.Optimizer]) -> PartialRecorder | None:
+        run = self._settings.run
         names = check_keep(self._settings.keep, self._live.held(), run, optimizers)
         if not names or run is None:
             return None

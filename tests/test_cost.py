@@ -109,12 +109,13 @@ def training(layers, **watch):
 
 
 def python_calls(layers, **watch):
-    """Calls of gradlens' functions in one step, on this thread."""
+    """Calls of gradlens' functions in one step, on this thread; but for those that measure time, whose answers differ."""
     lens, step = training(layers, **watch)
     package, seen = str(Path(gradlens.__file__).parent), Counter()
 
     def profiled(frame, event, argument):
-        if event == "call" and frame.f_code.co_filename.startswith(package):
+        path = Path(frame.f_code.co_filename)
+        if event == "call" and str(path).startswith(package) and path.stem not in ("overhead", "budget", "stopwatch"):
             seen[frame.f_code.co_name] += 1
 
     sys.setprofile(profiled)
@@ -130,7 +131,7 @@ def test_two_calls_a_parameter(features):
     few, many = (python_calls(layers, features=features) for layers in (5, 40))
     assert many - few == {"on_gradient": 70, "on_accumulated": 70}
     assert not few - many
-    assert sum(few.values()) - 20 < 360
+    assert sum(few.values()) - 20 < 305
 
 
 class Counting:

@@ -120,13 +120,16 @@ def test_explain_one_weight():
 
 
 def test_a_table_has_the_columns_of_the_contract():
-    """table() and history() have the columns of `fields.FRAME`; `parameter` is one of them."""
+    """history() has the columns of `fields.FRAME`; table() the same, those that a person looks at first."""
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     with gradlens.watch(model, optimizer) as lens:
         train(model, optimizer, steps=3)
         table, history = lens.table(), lens.history()
-    assert list(table.columns) == list(history.columns) == list(fields.FRAME)
+    assert list(history.columns) == list(fields.FRAME)
+    assert list(table.columns) == list(fields.TABLE)
+    assert sorted(fields.TABLE) == sorted(fields.FRAME)
+    assert table.columns[:3].tolist() == ["parameter", "status", "rms"]
     assert table["parameter"].tolist() == [n for n, _ in model.named_parameters()]
     assert set(table["stage"]) == {"used"}
     assert set(table["step"]) == {2}
@@ -745,7 +748,9 @@ def test_wrong_arguments_are_named(kwargs, word):
 def test_an_optimizer_of_another_model_warns():
     """An optimizer whose parameters are not the model's is a warning that names how many."""
     model = mlp()
-    with pytest.warns(GradlensWarning, match=r"4 of the 4 parameters of SGD are not the model's"):
+    with pytest.warns(
+        GradlensWarning, match=r"none of the 4 parameters of the optimizer \(SGD\) are the model's: 4 are not"
+    ):
         gradlens.watch(model, torch.optim.SGD(mlp().parameters(), 0.1)).close()
 
 
@@ -864,3 +869,20 @@ train()
 """
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
     assert gradlens.open_run(tmp_path / "run").steps("used") == list(range(40))
+
+
+def test_close_says_the_verdict_in_one_line(capsys):
+    """On standard error, once, and nothing where nothing was seen."""
+    model = nn.Sequential(mlp(), nn.Softmax(dim=1))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with gradlens.watch(model, optimizer) as lens:
+        for _ in range(30):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(torch.randn(16, 4)), torch.randint(3, (16,))).backward()
+            optimizer.step()
+    lens.close()
+    said = [line for line in capsys.readouterr().err.splitlines() if "most likely" in line]
+    assert len(said) == 1
+    assert said[0].startswith("gradlens: most likely a softmax before cross_entropy")
+    gradlens.watch(model, optimizer).close()
+    assert "looks ill" not in capsys.readouterr().err

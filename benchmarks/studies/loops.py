@@ -339,7 +339,7 @@ enter(
     functools.partial(tuning, patches, lambda: convolutions(3, 2), 2, frozen=False),
 )
 enter("tuning_wine_whole", "unseen", "fine-tuning", functools.partial(tuning, wine, lambda: mlp(13, 32, 3), 3, frozen=False))
-FOREIGN = "foreign_parameters foreign-parameters unmoved"
+FOREIGN = "foreign-parameters unmoved"
 enter(
     "tuning_digits__forgotten", "tuned", "parameters of another model",
     functools.partial(tuning, digits, lambda: mlp(64, 64, 32, 10), 10, frozen=True, forgotten=True), FOREIGN,

@@ -611,13 +611,13 @@ def observed_each_fifth_step() -> Training:
 # --- those that are ill ---------------------------------------------------------------------------------------------
 
 
-@ill("vanishing")
+@ill("vanishing", "fading")
 def sigmoid_stack() -> Training:
     model = mlp(64, *[64] * 8, 10, act=nn.Sigmoid)
     return plain(model, sgd(model), digit)
 
 
-@ill("vanishing")
+@ill("vanishing", "fading")
 def tanh_saturated() -> Training:
     """Weights ten times too large."""
     model = mlp(64, *[64] * 8, 10, act=nn.Tanh)
@@ -667,14 +667,14 @@ def rectifiers_shut() -> Training:
     return plain(model, adam(model), digit)
 
 
-@ill("dead", "update_ratio")
+@ill("dead", "update_ratio", "too_fast")
 def rectifiers_die() -> Training:
     """A learning rate that shuts a layer for good after some steps."""
     model = mlp(64, 16, 16, 16, 10)
     return plain(model, adam(model, 0.5), digit)
 
 
-@ill("dead")
+@ill("dead", "identical")
 def weights_all_zero() -> Training:
     model = mlp(64, 64, 64, 10)
     for p in model.parameters():
@@ -682,37 +682,37 @@ def weights_all_zero() -> Training:
     return plain(model, sgd(model), digit)
 
 
-@ill("update_ratio", "exploding", "nonfinite")
+@ill("update_ratio", "exploding", "nonfinite", "too_fast")
 def rate_too_high_sgd() -> Training:
     model = mlp(64, 128, 64, 10)
     return plain(model, sgd(model, 20.0), digit)
 
 
-@ill("update_ratio")
+@ill("update_ratio", "too_fast")
 def rate_too_high_adam() -> Training:
     model = mlp(64, 128, 64, 10)
     return plain(model, adam(model, 0.3), digit)
 
 
-@ill("update_ratio")
+@ill("update_ratio", "too_fast")
 def rate_too_high_transformer() -> Training:
     model = Language()
     return plain(model, adamw(model, 0.1), spoken)
 
 
-@ill("update_ratio")
+@ill("update_ratio", "too_fast")
 def rate_too_high_cnn_momentum() -> Training:
     model = cnn()
     return plain(model, sgd(model, 5.0, momentum=0.9), digit)
 
 
-@ill("update_ratio")
+@ill("update_ratio", "too_slow")
 def rate_too_low_sgd() -> Training:
     model = mlp(64, 128, 64, 10)
     return plain(model, sgd(model, 1e-5), digit)
 
 
-@ill("update_ratio")
+@ill("update_ratio", "too_slow")
 def rate_too_low_adam() -> Training:
     model = Language()
     return plain(model, adamw(model, 1e-8), spoken)
@@ -879,13 +879,13 @@ def experts_that_nobody_asks() -> Training:
     return _experts(learnt=True)
 
 
-@ill("vanishing", "update_ratio")
+@ill("vanishing", "update_ratio", "too_slow")
 def loss_scaled_down() -> Training:
     model = mlp(64, 128, 64, 10)
     return plain(model, sgd(model), lambda m, k: 1e-6 * digit(m, k))
 
 
-@ill("vanishing")
+@ill("vanishing", "too_slow")
 def loss_scaled_down_adam() -> Training:
     """So far that Adam's epsilon is larger than the gradient."""
     model = mlp(64, 128, 64, 10)
@@ -955,7 +955,7 @@ def layer_not_in_the_optimizer() -> Training:
     return plain(model, adam(model[:3]), digit)
 
 
-@ill("unmoved", within=20)
+@ill("unmoved", "foreign-parameters", within=20)
 def head_replaced_after_the_optimizer() -> Training:
     model = mlp(64, 128, 64, 10)
     optimizer = adam(model)
@@ -1050,7 +1050,7 @@ def bad_batch() -> Training:
     return plain(model, sgd(model, 0.05), loss)
 
 
-@ill("shrunk", within=100)
+@ill("shrunk", "weight_decay", within=100)
 def weight_decay_too_strong() -> Training:
     model = mlp(64, 128, 64, 10)
     return plain(model, torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=100.0), digit)

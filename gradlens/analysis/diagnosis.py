@@ -10,9 +10,8 @@ an info is no origin, unless the loss is known not to fall and nothing louder wa
 Where nothing loud was found, the loss decides what may be said: "nothing looks ill" is said only of a loss that falls, or
 one that cannot be judged, and then that is said too.
 
-`confidence` ranks how directly a rule shows its cause: 0.95 of what is read off the graph, the settings or the sums of
-gradients, 0.8 of what the course of the run speaks for, 0.6 of what may have many causes; less where other findings stand
-beside it unexplained, and where the loss falls all the same. It is no measured frequency yet.
+`confidence` is how often such a verdict was right on the trainings of `benchmarks/trainings.py` (`confidence.py`): by the
+rule at its origin, and less where other findings stand beside it unexplained, or where the loss falls all the same.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from gradlens.analysis.confidence import MEASURED
 from gradlens.analysis.rules.base import format_number
 from gradlens.analysis.trend import State, Trend
 from gradlens.records import Finding, Severity
@@ -29,7 +29,6 @@ MADE = (
     "cut",
     "eps",
     "foreign-parameters",
-    "foreign_parameters",
     "unregistered",
     "softmax-twice",
     "sigmoid-twice",
@@ -78,12 +77,18 @@ DOES = (
 #: What becomes of it.
 BECOMES = ("update_ratio", "spike", "nonfinite", "collapse", "dead", "shrunk")
 
+_LARGE = frozenset(
+    {"cut", "eps", "masked-row", "edge", "no-log", "summed-loss", "input_scale", "undivided", "stale", "loss_scaled"}
+    | {"exploding", "too_fast", "update_ratio", "spike", "weight_decay"}
+)
+#: What these alone explain, whatever the levels say: tiny steps make no NaN.
+ONLY_BY: dict[str, frozenset[str]] = {"nonfinite": _LARGE, "spike": _LARGE - {"spike"}}
+
 _LEVEL = {rule: level for level, rules in enumerate((MADE, DOES, BECOMES)) for rule in rules}
 
 #: Beside the order of levels: a finding that explains another one of its own level, or of one above.
 EXPLAINS: dict[str, frozenset[str]] = {
-    "cut": frozenset({"absent", "unmoved", "foreign_parameters"}),
-    "foreign_parameters": frozenset({"foreign-parameters", "stale", "unmoved", "disagreement"}),
+    "cut": frozenset({"absent", "unmoved", "foreign-parameters"}),
     "foreign-parameters": frozenset({"stale", "unmoved", "disagreement"}),
     "eps": frozenset({"nonfinite"}),
     "unmoved": frozenset({"stale"}),
@@ -94,20 +99,12 @@ EXPLAINS: dict[str, frozenset[str]] = {
     "update_ratio": frozenset({"dead", "collapse", "spike", "nonfinite"}),
     "spike": frozenset({"nonfinite", "dead", "collapse"}),
     "nonfinite": frozenset({"dead"}),
+    "dead": frozenset({"too_slow"}),
+    "vanishing": frozenset({"too_slow"}),
     "lr_gone": frozenset({"too_slow"}),
     "clipped_scaled": frozenset({"loss_scaled", "too_slow"}),
     "input_scale": frozenset({"identical"}),
 }
-
-#: How directly a rule shows its cause; `_USUAL` for others.
-CONFIDENCE: dict[str, float] = {
-    **dict.fromkeys(MADE, 0.95),
-    **dict.fromkeys(("stale", "identical", "input_scale", "undivided", "rounded_away"), 0.9),
-    **dict.fromkeys(DOES, 0.8),
-    **dict.fromkeys(("too_fast", "disagreement", "absent", "unmoved"), 0.7),
-    **dict.fromkeys(BECOMES, 0.6),
-}
-_USUAL = 0.5
 
 
 @dataclass(frozen=True)
@@ -118,13 +115,19 @@ class Diagnosis:
     origin: Finding | None  #: None where nothing was found that is more than an info
     follows: tuple[Finding, ...]  #: what the origin explains, by onset
     beside: tuple[Finding, ...]  #: warnings and errors that it does not explain
-    confidence: float  #: from 0 to 1
+    confidence: float  #: from 0 to 1: how often such a verdict was right
     loss: Trend
 
     @property
     def ill(self) -> bool:
         """Whether something is wrong: a warning or an error was found, or the loss is known not to fall."""
         return self.origin is not None or self.loss.ill
+
+    def line(self) -> str:
+        """The verdict in one line, with how sure it is where something was found."""
+        if self.origin is None:
+            return self.verdict
+        return f"{self.verdict}; {self.confidence:.0%} sure, print(lens.diagnosis()) says what to do"
 
     def __str__(self) -> str:
         lines = [self.verdict]
@@ -151,27 +154,36 @@ def diagnose(found: Sequence[Finding], loss: Trend) -> Diagnosis:
     rest = [finding for finding in found if finding.rule != origin.rule and finding.severity != Severity.INFO]
     follows = tuple(sorted((f for f in rest if explains(origin.rule, f.rule)), key=lambda f: f.step))
     beside = tuple(f for f in rest if not explains(origin.rule, f.rule))
-    confidence = CONFIDENCE.get(origin.rule, _USUAL)
-    confidence *= 0.9 if beside else 1.0
-    confidence *= 0.8 if loss.state == State.FALLS and origin.severity != Severity.ERROR else 1.0
-    confidence *= 0.7 if origin.severity == Severity.INFO else 1.0
-    return Diagnosis(_verdict(origin, loss), origin, follows, beside, round(confidence, 2), loss)
+    sure = MEASURED.of_verdict(origin.rule, level_of(origin.rule), situations(origin, beside, loss))
+    return Diagnosis(_verdict(origin, loss), origin, follows, beside, round(sure, 2), loss)
+
+
+def situations(origin: Finding, beside: Sequence[Finding], loss: Trend) -> tuple[str, ...]:
+    """What may weaken a verdict: the keys of `confidence.Counts.situations`."""
+    holds = {
+        "falls": loss.state == State.FALLS and origin.severity != Severity.ERROR,
+        "beside": bool(beside),
+        "info": origin.severity == Severity.INFO,
+    }
+    return tuple(name for name, here in holds.items() if here)
 
 
 def explains(rule: str, other: str) -> bool:
     """Whether a finding of one rule explains one of another."""
     if other in EXPLAINS.get(rule, ()):
         return True
+    if other in ONLY_BY and rule not in ONLY_BY[other]:
+        return False
     if rule in EXPLAINS.get(other, ()):
         return False
     return _LEVEL.get(rule, 1) < _LEVEL.get(other, 1)
 
 
 def _order(finding: Finding, loud: Sequence[Finding]) -> tuple[object, ...]:
-    """Sorting: what another one explains comes last, then by level, severity and onset."""
+    """Sorting: what another one explains comes last; errors first, then by level, severity and onset."""
     explained = sum(1 for other in loud if other.rule != finding.rule and explains(other.rule, finding.rule))
     place = _LEVEL.get(finding.rule, 1)
-    return explained > 0, place, -finding.severity.rank, finding.step
+    return explained > 0, finding.severity != Severity.ERROR, place, -finding.severity.rank, finding.step
 
 
 def _verdict(origin: Finding, loss: Trend) -> str:
@@ -206,4 +218,9 @@ def said_of_loss(loss: Trend) -> str:
 
 
 def _sure(loss: Trend) -> float:
-    return {State.FALLS: 0.9, State.FLAT: 0.0, State.RISES: 0.0, State.NONFINITE: 0.0}.get(loss.state, 0.5)
+    return 0.0 if loss.ill else round(MEASURED.of_quiet(loss.state), 2)
+
+
+def level_of(rule: str) -> int:
+    """0: how a training is made, 1: what goes wrong in its steps (and rules of one's own), 2: what becomes of it."""
+    return _LEVEL.get(rule, 1)

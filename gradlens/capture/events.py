@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -126,8 +126,7 @@ class Steady(Protocol):
     calls: Any  #: the sink's own, dropped as soon as anything changes
 
 
-@dataclass(frozen=True, slots=True)
-class SteadyReading:
+class SteadyReading(NamedTuple):
     """A backward by the book has ended: stands for a `Reading` of all parameters, and a `PassEnded`."""
 
     route: Steady
@@ -142,8 +141,7 @@ class SteadyReading:
         yield PassEnded(route.rows, self.gradients)
 
 
-@dataclass(frozen=True, slots=True)
-class SteadyStart:
+class SteadyStart(NamedTuple):
     """The optimizer is given what a backward by the book left: stands for `WeightsBefore` and a `Reading` of `used`."""
 
     route: Steady
@@ -160,8 +158,7 @@ class SteadyStart:
         yield Reading(self.key, route.parameters, route.rows, self.gradients, route.weights, copies_backward=True)
 
 
-@dataclass(frozen=True, slots=True)
-class SteadyUpdate:
+class SteadyUpdate(NamedTuple):
     """The optimizer has moved every weight, and written to no gradient: stands for an `Update`."""
 
     route: Steady

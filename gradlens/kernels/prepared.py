@@ -116,6 +116,14 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a.view(torch.int64), b.view(torch.int64))
 
 
+def _room(n: int, width: int) -> Tensor:
+    """Room for rows: an ordinary tensor, in inference mode too."""
+    if torch.is_inference_mode_enabled():
+        with torch.inference_mode(False):
+            return torch.empty(n, width, dtype=torch.float64, device="cpu")
+    return torch.empty(n, width, dtype=torch.float64, device="cpu")
+
+
 class NativePrepared:
     """The native kernel's tasks, filled but for the gradients."""
 
@@ -174,7 +182,7 @@ class NativePrepared:
     def read(self, gradients: Sequence[Tensor], detail: bool = True, copy: bool = True) -> Reading | None:
         """As `Prepared.read`."""
         self._samples, tasks, n = None, self._tasks, len(self._weights)
-        with torch._C.DisableTorchFunction(), torch.inference_mode(False):
+        with torch._C.DisableTorchFunction():
             if len(gradients) != n or native.modes_are_active():
                 return None
             if not (self._kernel.is_same(self._weights, tasks, _W) and self._kernel.fill(gradients, tasks, _G)):
@@ -182,8 +190,7 @@ class NativePrepared:
             if self._has_previous and native.types(tasks, _G) != native.types(tasks, _KEEP):
                 return None
             native.set_addresses(tasks, _COPY, self._copies if copy else self._no_copies)
-            rows = torch.empty(n, reference.width(detail), dtype=torch.float64, device="cpu")
-            samples = torch.empty(n, 2 * reference.SAMPLES, dtype=torch.float64, device="cpu")
+            rows, samples = _room(n, reference.width(detail)), _room(n, 2 * reference.SAMPLES)
             at, variant = tasks.buffer_info()[0], self._kernel.variant
             self._calls().gradlens_read(at, n, rows.data_ptr(), samples.data_ptr(), self._threads(), variant, detail)
             self._samples = samples
@@ -204,11 +211,11 @@ class NativePrepared:
     def compare(self, gradients: Sequence[Tensor]) -> Tensor | None:
         """As `Prepared.compare`."""
         moves, n = self._moves, len(self._weights)
-        with torch._C.DisableTorchFunction(), torch.inference_mode(False):
+        with torch._C.DisableTorchFunction():
             if not (self._has_before and self._stayed(gradients) and self._unchanged() & 1):
                 return None
             native.copy_operand(self._tasks, _G, moves, _USED)
-            rows = torch.empty(n, len(fields.UPDATES), dtype=torch.float64, device="cpu")
+            rows = _room(n, len(fields.UPDATES))
             at, variant = moves.buffer_info()[0], self._kernel.variant
             self._calls().gradlens_compare(at, n, native.NO_LAYOUTS, rows.data_ptr(), self._threads(), variant)
             return rows

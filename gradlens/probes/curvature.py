@@ -34,6 +34,7 @@ from gradlens.probes.interrupts import leaves_no_trace
 from gradlens.probes.lanczos import ITERATIONS, End, Spectrum, extremes
 from gradlens.probes.loss import Target
 from gradlens.probes.per_weight import PerWeight
+from gradlens.probes.rows import flat_indices
 from gradlens.probes.second_order import Agreement, Products, flatten, host, unflatten, with_products
 from gradlens.progress import tracked
 from gradlens.selection import Select
@@ -45,6 +46,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
 LAYER_ITERATIONS = 32  #: of the eigenvalue of one layer, at most
+#: In gradients of float64: arrays for each weight and their sorting take 18; the way to the ends of the spectrum 6, and at
+#: most 512 MiB of vectors.
+MORE = 24
 BENDS = np.array(["undecided", "up", "down"], object)
 
 
@@ -91,6 +95,11 @@ class Curvature(markup.Shown, PerWeight):
     def residual(self) -> float:
         """How far `top` may be from an eigenvalue."""
         return self.spectrum.top.residual
+
+    @property
+    def untouched(self) -> int:
+        """How many weights are left out, since they lie in rows of sparse tables that the batch does not look up."""
+        return sum(int(np.prod(shape, dtype=np.int64)) for shape in self.parameters.shapes) - len(self)
 
     @property
     def converged(self) -> bool:
@@ -159,6 +168,10 @@ class Curvature(markup.Shown, PerWeight):
 
     def __str__(self) -> str:
         lines = [self._first(), *self._ends()]
+        if self.untouched:
+            lines.append(
+                f"  {self.untouched:,} weights are left out, in rows that this batch does not look up: H is 0 there"
+            )
         lines.append(f"  trace {self.trace:.4g} ± {self.trace_noise:.2g} ({self.samples} samples, df {self.samples - 1})")
         up, down = (int((self.bends == i).sum()) for i in (1, 2))
         lines.append(
@@ -241,13 +254,13 @@ def curvature(
         steps = tracked(range(samples), "Hessian diagonal", samples, progress)
         moments, traces = hutchinson(products, steps, random)
         spectrum = _spectrum(products, random, iterations)
-        weights = products.isolated.weights
+        weights = products.weights
         results, bends = _tested(moments, q)
         noise = np.sqrt(host(moments.squares) / (samples - 1) / samples)
         sizes = [w.numel() for w in weights]
         return Curvature(
             parameters=products.isolated.parameters,
-            index=(None,) * len(weights),
+            index=flat_indices(products.rows),
             value=host(weights),
             partial=host(products.gradient),
             results=results,
@@ -265,7 +278,7 @@ def curvature(
             agreement=products.agreement,
         )
 
-    return with_products(model, loss_fn, select, seed, measure)
+    return with_products("curvature", model, loss_fn, select, seed, measure, MORE, progress)
 
 
 def _check(samples: int, lr: float | None, q: float, iterations: int) -> None:
@@ -280,7 +293,7 @@ def _check(samples: int, lr: float | None, q: float, iterations: int) -> None:
 
 def hutchinson(products: Products, samples: Any, random: torch.Generator) -> tuple[Moments, np.ndarray]:
     """Moments of v * (H v) over vectors v of random signs, and the sums over each parameter: [samples, parameters]."""
-    weights = products.isolated.weights
+    weights = products.weights
     moments, sums = Moments(weights), []
     for _ in samples:
         v = [(torch.randint(0, 2, w.shape, generator=random, dtype=torch.int8) * 2 - 1).to(w) for w in weights]
@@ -291,7 +304,7 @@ def hutchinson(products: Products, samples: Any, random: torch.Generator) -> tup
 
 
 def _spectrum(products: Products, random: torch.Generator, iterations: int) -> Spectrum:
-    weights = products.isolated.weights
+    weights = products.weights
     exact = torch.float64 if weights[0].dtype == torch.float64 else torch.float32
     like = torch.empty(sum(w.numel() for w in weights), dtype=exact, device=weights[0].device)
 
@@ -311,7 +324,7 @@ def _layers(products: Products, random: torch.Generator) -> pd.DataFrame:
         groups.setdefault(name.rpartition(".")[0] or name, []).append(i)
     rows = []
     for layer, members in groups.items():
-        weights = [products.isolated.weights[i] for i in members]
+        weights = [products.weights[i] for i in members]
         exact = torch.float64 if weights[0].dtype == torch.float64 else torch.float32
         like = torch.empty(sum(w.numel() for w in weights), dtype=exact, device=weights[0].device)
 
@@ -381,19 +394,19 @@ def hessian_product(
         raise ArgumentTypeError(f"vector is a mapping of parameter names to tensors, not {type(vector).__name__}")
 
     def measure(products: Products) -> dict[str, Tensor]:
-        names, weights = products.isolated.parameters.names, products.isolated.weights
+        names, weights = products.isolated.parameters.names, products.weights
         live = products.isolated.tensors()
-        v = _vector(vector, names, live)
-        parts = products.multiply([x.to(w.device, w.dtype) for x, w in zip(v, weights, strict=True)])
+        v = zip(_vector(vector, names, live), products.rows, weights, strict=True)
+        parts = products.multiply([rows.compact(x).to(w.device, w.dtype) for x, rows, w in v])
         if not products.agreement.ok:
             warnings.warn(f"hessian_product: {products.agreement}", GradlensWarning, stacklevel=6)
-        found = [x.detach() for x in parts]
+        found = [rows.whole(x.detach()) for rows, x in zip(products.rows, parts, strict=True)]
         return {
             name: (torch.view_as_complex(x.contiguous()) if p.is_complex() else x).to(p.dtype)
             for name, x, p in zip(names, found, live, strict=True)
         }
 
-    return with_products(model, loss_fn, select, seed, measure)
+    return with_products("hessian_product", model, loss_fn, select, seed, measure)
 
 
 def _vector(given: Mapping[str, Any], names: Sequence[str], live: Sequence[Tensor]) -> list[Tensor]:

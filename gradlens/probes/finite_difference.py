@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,7 +32,9 @@ from gradlens.probes.allowed import Allowed, parse_allowed
 from gradlens.probes.interrupts import leaves_no_trace
 from gradlens.probes.isolated_loss import IsolatedLoss
 from gradlens.probes.loss import Target
+from gradlens.probes.memory import Need, compact_numel, in_float64, state_memory
 from gradlens.probes.per_weight import unravelled
+from gradlens.probes.rows import Rows
 from gradlens.probes.second_order import kept_at_zero, not_repeatable
 from gradlens.progress import tracked
 from gradlens.records import Parameters
@@ -188,7 +191,8 @@ def check_partials(
     """Check `k` partials of `loss_fn(model)` against central differences in float64.
 
     The weights are drawn by `seed`: of each parameter its most sensitive one first, then others at random, parameters in
-    turn, so that k should be at least the number of parameters. Costs two evaluations of the loss a weight, six in doubt.
+    turn, so that k should be at least the number of parameters. Costs two evaluations of the loss a weight, six in doubt;
+    memory, in float64: a copy of the weights and up to two gradients, those of sparse tables for the rows looked up.
 
     `allow="detach"` holds what the loss cuts off on purpose (`detach()`, `.data`, `no_grad()`) at its value, so that a
     straight-through estimator or a stopped gradient is checked as it is meant; a pattern of names (`allow="encoder.*"`) lets
@@ -203,16 +207,30 @@ def check_partials(
     allowed = parse_allowed(allow)
     with IsolatedLoss(model, loss_fn, select=select, wide=True, hold_cuts=allowed.cuts) as isolated:
         allowed.check(isolated.all_names)
-        loss, partials = isolated.gradient()
+        _state_memory(isolated, progress)
+        loss, partials = isolated.gradient(sparse=True)
         isolated.settle_randomness()
-        gradient = [torch.zeros_like(w) if g is None else g for g, w in zip(partials, isolated.weights, strict=True)]
+        rows = [Rows.of(g, w) for g, w in zip(partials, isolated.weights, strict=True)]
+        gradient = [
+            None if g is None else r.gradient(g, w) for r, g, w in zip(rows, partials, isolated.weights, strict=True)
+        ]
         precision = COARSE if isolated.coarse else FINE
         noise = _noise(isolated, loss.item(), seed, precision)
-        skipped = [kept_at_zero(owner, w) for owner, w in zip(isolated.owners(), gradient, strict=True)]
-        places = _draw(gradient, skipped, k, seed)
-        check = _Check(isolated, gradient, loss.item(), noise, precision)
-        rows = [check.row(place) for place in tracked(places, "checking partials", len(places), progress)]
-        return _result(isolated, rows, allowed, noise, seed)
+        skipped = [kept_at_zero(owner, w) for owner, w in zip(isolated.owners(), isolated.weights, strict=True)]
+        places = _draw(gradient, rows, skipped, k, seed)
+        check = _Check(isolated, gradient, rows, loss.item(), noise, precision)
+        found = [check.row(place) for place in tracked(places, "checking partials", len(places), progress)]
+        return _result(isolated, found, allowed, noise, seed)
+
+
+def _state_memory(isolated: IsolatedLoss, progress: bool | None) -> None:
+    weights = isolated.tensors()
+    entries, largest = compact_numel(weights, isolated.owners())
+    needs = [
+        Need(in_float64(isolated.copied()), "a float64 copy of the weights"),
+        Need(8 * (2 * entries + 2 * largest), "gradients, those of sparse tables left out"),
+    ]
+    state_memory("check_partials", [], needs, weights, "check some parameters (select=)", progress)
 
 
 def _evaluate(isolated: IsolatedLoss) -> float:
@@ -258,41 +276,59 @@ def _set(w: Tensor, value: Tensor | float) -> None:
         w.copy_(value) if isinstance(value, Tensor) else w.fill_(value)
 
 
-def _draw(gradient: Sequence[Tensor], skipped: Sequence[range], k: int, seed: int) -> list[tuple[int, int]]:
-    """(parameter, flat index) of the weights to check: parameters in turn, of each the most sensitive weight first."""
+def _draw(
+    gradient: Sequence[Tensor | None], rows: Sequence[Rows], skipped: Sequence[range], k: int, seed: int
+) -> list[tuple[int, int]]:
+    """(parameter, flat index) of the weights to check: parameters in turn, of each the most sensitive weight first.
+
+    Of a table that is looked up in a few rows, every other one is of those rows.
+    """
     random = np.random.default_rng(seed)
     queues = []
     for position in random.permutation(len(gradient)):
-        g, away = gradient[position], skipped[position]
-        if g.numel():
-            first = int(_sizes(g).argmax())
-            others = random.choice(g.numel(), size=min(k + len(away), g.numel()), replace=False)
-            drawn = [first, *others[others != first]]
+        g, away, numel = gradient[position], skipped[position], rows[position].shape.numel()
+        if numel:
+            others = random.choice(numel, size=min(k + len(away), numel), replace=False)
+            reached = rows[position].flat()
+            if reached is not None and len(reached):
+                among = random.choice(reached, size=min(k, len(reached)), replace=False)
+                others = np.array([i for pair in zip_longest(among, others) for i in pair if i is not None])
+            first = 0 if g is None or not g.numel() else int(_sizes(g).argmax())
+            first = first if reached is None or not len(reached) else int(reached[first])
+            drawn = dict.fromkeys([first, *others.tolist()])
             queues.append([(int(position), int(i)) for i in drawn if i not in away])
-    rounds = [queue[turn] for turn in range(k) for queue in queues if turn < len(queue)]
-    return sorted(rounds[:k])
+    chosen = [queue[turn] for turn in range(k) for queue in queues if turn < len(queue)]
+    return sorted(chosen[:k])
 
 
 def _sizes(gradient: Tensor) -> Tensor:
     """|partial|, where NaN is the largest."""
     size = gradient.detach().reshape(-1).abs()
-    return size if bool(size.isfinite().all()) else size.nan_to_num(nan=torch.inf)
+    return size if np.isfinite(size.max().item()) else size.nan_to_num(nan=torch.inf)
 
 
 class _Check:
     """The comparison of one weight after the other."""
 
     def __init__(
-        self, isolated: IsolatedLoss, gradient: Sequence[Tensor], loss: float, noise: float, precision: Precision
+        self,
+        isolated: IsolatedLoss,
+        gradient: Sequence[Tensor | None],
+        rows: Sequence[Rows],
+        loss: float,
+        noise: float,
+        precision: Precision,
     ) -> None:
         self._isolated, self._gradient, self._loss, self._noise = isolated, gradient, loss, noise
+        self._rows = rows
         self._precision = precision
         self._largest: dict[int, float] = {}
 
     def row(self, place: tuple[int, int]) -> Row:
         """Right at one of the steps, else at a kink, else wrong."""
         position, index = place
-        partial = self._gradient[position].reshape(-1)[index].item()
+        g = self._gradient[position]
+        partial = 0.0 if g is None else self._rows[position].entry(g, index)
         weight = self._isolated.weights[position].detach().view(-1)[index]
         value = weight.item()
         rows = []
@@ -307,8 +343,10 @@ class _Check:
 
     def _of_largest(self, position: int) -> float:
         if position not in self._largest:
-            size = _sizes(self._gradient[position])
-            self._largest[position] = size.where(size.isfinite(), 0).max().item()
+            g = self._gradient[position]
+            size = torch.zeros(1) if g is None or not g.numel() else _sizes(g)
+            largest = size.max().item()
+            self._largest[position] = largest if np.isfinite(largest) else size.where(size.isfinite(), 0).max().item()
         return self._largest[position]
 
 

@@ -183,9 +183,12 @@ class IsolatedLoss:
         self.rewind()
         return self.loss(*batch)
 
-    def gradient(self, *batch: Any) -> tuple[Tensor, list[Tensor | None]]:
-        """The loss and its partials by each of `weights`; None where it does not depend on a parameter."""
-        return self.evaluate(lambda loss: (loss.detach(), self.grad(loss)), *batch)
+    def gradient(self, *batch: Any, sparse: bool = False) -> tuple[Tensor, list[Tensor | None]]:
+        """The loss and its partials by each of `weights`; None where it does not depend on a parameter.
+
+        `sparse` leaves those sparse that autograd gives sparse.
+        """
+        return self.evaluate(lambda loss: (loss.detach(), self.grad(loss, sparse=sparse)), *batch)
 
     def grad(
         self,
@@ -216,6 +219,12 @@ class IsolatedLoss:
     def tensors(self) -> list[Tensor]:
         """The model's own parameters, in the order of `weights`."""
         return [tensor for _, tensor, _ in self._chosen]
+
+    def copied(self) -> list[Tensor]:
+        """All parameters and buffers that private copies are made of, chosen or not, each once."""
+        modules = self._modules()
+        held = [t for m in modules for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
+        return list({id(tensor): tensor for tensor in (*held, *self.tensors())}.values())
 
     def live(self) -> list[Tensor]:
         """Their values: `weights` are copies of these."""

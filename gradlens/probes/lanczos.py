@@ -85,7 +85,7 @@ def _one(multiply: Callable[[Tensor], Tensor], start: Tensor, most: int) -> Spec
         beta = basis.orthogonalise(w, alphas, betas, w.norm().item())
         exact = len(alphas) == n or not beta > _rounding(start) * max(map(abs, alphas))
         if exact or len(alphas) >= most or len(alphas) % 4 == 0:
-            bottom, top = _ends(alphas, betas, 0.0 if exact else beta, start)
+            bottom, top = _ends(alphas, betas, 0.0 if exact else beta, basis.noise)
             if exact or len(alphas) >= most or (top.converged and bottom.converged):
                 return Spectrum(bottom, top, len(alphas), 1)
         betas.append(beta)
@@ -103,7 +103,7 @@ class _Basis:
     def __init__(self, like: Tensor, most: int) -> None:
         self._like, self._blocks, self._count = like, list[Tensor](), 0
         self._kept = like.numel() * like.element_size() * most <= BASIS
-        self._noise = _rounding(like)
+        self.noise = _rounding(like) * (1 if self._kept else 4)  # copies of eigenvalues bring more of it
         self._now, self._before = np.zeros(0), np.zeros(0)  # v_m . v_j, and of the one before
         self._once_more = False
 
@@ -120,13 +120,13 @@ class _Basis:
         """Make w, the next vector but for its length, orthogonal to all where it must be; its length."""
         m = len(alphas)
         if not self._kept or m == 1 or beta == 0:
-            self._now, self._before = np.full(m, self._noise), self._now
+            self._now, self._before = np.full(m, self.noise), self._now
             return beta
         estimate = self._estimate(np.array(alphas), np.array(betas), beta)
-        if self._once_more or np.abs(estimate).max() > self._noise**0.5:
+        if self._once_more or np.abs(estimate).max() > self.noise**0.5:
             self._once_more = not self._once_more
             beta = self._against_all(w, beta)
-            estimate = np.full(m, self._noise)
+            estimate = np.full(m, self.noise)
         self._before, self._now = self._now, estimate
         return beta
 
@@ -149,7 +149,7 @@ class _Basis:
         before = np.append(self._before, 1.0)
         found = (alphas[:-1] - alphas[-1]) * now[: m - 1] + betas * now[1:] - betas[-1] * before[: m - 1]
         found[1:] += betas[:-1] * now[: m - 2]
-        rounding = self._noise * (np.abs(alphas).max() + betas.max())
+        rounding = self.noise * (np.abs(alphas).max() + betas.max())
         return np.append(found + np.copysign(rounding, found), rounding) / beta
 
 
@@ -157,11 +157,11 @@ def _rounding(like: Tensor) -> float:
     return 8 * torch.finfo(like.dtype).eps
 
 
-def _ends(alphas: list[float], betas: list[float], beta: float, like: Tensor) -> tuple[End, End]:
+def _ends(alphas: list[float], betas: list[float], beta: float, noise: float) -> tuple[End, End]:
     values, vectors = np.linalg.eigh(np.diag(alphas) + np.diag(betas, 1) + np.diag(betas, -1))
     low, high = float(values[0]), float(values[-1])
     spread = high - low
-    rounding = _rounding(like) * max(abs(low), abs(high))  # of the products themselves
+    rounding = noise * max(abs(low), abs(high))  # of the products themselves
     floor = max(LEAST * spread, rounding)
     ends = []
     for value, vector in ((low, vectors[:, 0]), (high, vectors[:, -1])):

@@ -52,6 +52,7 @@ def mixed_partials(
     places = _places(all_of_them, all_of_them.names if weights is None else weights)
     wanted = {name for name, _ in places}
     with IsolatedLoss(target, loss_fn, select=lambda name, tensor: name in wanted, wide=True) as isolated:
+        second_order.state_need("mixed_partials", isolated)
         position = isolated.parameters.position
         at = [(position[name], index) for name, index in places]
 

@@ -24,6 +24,7 @@ from gradlens.probes.batches import Sizes, check_batches, counted, generators
 from gradlens.probes.interrupts import leaves_no_trace
 from gradlens.probes.isolated_loss import IsolatedLoss
 from gradlens.probes.loss import Target
+from gradlens.probes.memory import Need, state_memory, stored
 from gradlens.probes.verdicts import MOVE, Survey
 from gradlens.statistics.evidence import VERDICTS
 from gradlens.weight_names import known_name
@@ -113,7 +114,7 @@ def nudge(
     """Move the weights by `size` as the verdicts say, on a copy, and compare the change of the loss with the predicted one.
 
     `verdicts`: a survey, or a part of its `frame` (columns `parameter, index, verdict, partial`). `batches`: the surveyed
-    ones, or others; `sizes` as in `survey`. Costs two evaluations of the loss a batch.
+    ones, or others; `sizes` as in `survey`. Costs two evaluations of the loss a batch, and two copies of the weights.
 
     >>> print(nudge(model, loss_fn, survey(model, loss_fn, batches), held_out))  # doctest: +SKIP
     """
@@ -122,6 +123,7 @@ def nudge(
     check_batches(batches)
     isolated = IsolatedLoss(model, loss_fn, batched=True)
     isolated.keep(generators(batches))
+    _state_memory(isolated, progress)
     with isolated:
         moved, predicted, counts = _moved(isolated, verdicts, float(size))
         rows: list[tuple[float | None, float, float]] = []
@@ -136,6 +138,19 @@ def nudge(
     if not rows:
         raise ArgumentError("nudge needs at least one batch to see what the loss does")
     return _result(rows, predicted, precision, *counts, float(size))
+
+
+def _state_memory(isolated: IsolatedLoss, progress: bool | None) -> None:
+    weights = isolated.tensors()
+    largest = max(w.numel() for w in weights)
+    state_memory(
+        "nudge",
+        [Need(20 * largest, "the verdicts of one parameter")],
+        [Need(stored(isolated.copied()) + stored(weights), "two copies of the weights")],
+        weights,
+        "move fewer parameters",
+        progress,
+    )
 
 
 def _moved(

@@ -26,6 +26,8 @@ from torch import Tensor
 from gradlens.errors import ProbeError
 from gradlens.probes.isolated_loss import IsolatedLoss
 from gradlens.probes.loss import Target, nodes
+from gradlens.probes.memory import Need, compact_numel, in_float64, state_memory
+from gradlens.probes.rows import Rows
 from gradlens.probes.untouched import plain_attention
 from gradlens.selection import Select
 
@@ -74,7 +76,8 @@ def again(isolated: IsolatedLoss, of: Tensor | Sequence[Tensor], seeds: Sequence
 
 def dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
     """The sum of all entrywise products."""
-    return torch.stack([(x * y).sum().to(a[0].device) for x, y in zip(a, b, strict=True)]).sum()
+    parts = [torch.dot(x.reshape(-1), y.reshape(-1)) for x, y in zip(a, b, strict=True)]
+    return torch.stack([part.to(parts[0].device) for part in parts]).sum()
 
 
 def norm(a: Sequence[Tensor]) -> Tensor:
@@ -132,33 +135,36 @@ class Differences:
     """Gradients and losses on both sides of the weights, along directions; in float64.
 
     Directions are in units of each parameter's scale, `max(rms, 0.1) / sqrt(entries)`, so that a bias counts as much as a
-    large matrix and no move is long. The same random numbers are drawn at each point.
+    large matrix and no move is long. The same random numbers are drawn at each point. Of a table that the batch looks up in
+    a few rows, those rows alone are moved, and all vectors are compact (`rows`).
     """
 
     def __init__(self, isolated: IsolatedLoss) -> None:
         self.isolated = isolated
         plain_attention()
-        loss, gradient = isolated.gradient()
+        loss, gradient = isolated.gradient(sparse=True)
         check_finite(loss)
         if all(g is None for g in gradient):
             raise depends_on_none()
         isolated.settle_randomness()
         self.loss = loss.item()
-        self.gradient = self._dense(gradient)
-        self.start = [w.detach().clone() for w in isolated.weights]
+        self.rows = [Rows.of(g, w) for g, w in zip(gradient, isolated.weights, strict=True)]
+        self.gradient = self._compact(gradient)
+        self.start = [r.compact(w.detach()) for r, w in zip(self.rows, isolated.weights, strict=True)]
+        self.start = [x.clone() if r.index is None else x for r, x in zip(self.rows, self.start, strict=True)]
         self.scales = [_scale(w) for w in self.start]
         self.steps = COARSE_STEPS if isolated.coarse else STEPS
         self._refuse_chance()
 
-    def _dense(self, gradient: Sequence[Tensor | None]) -> Vectors:
-        like = self.isolated.weights
-        return [torch.zeros_like(w) if g is None else g.detach() for g, w in zip(gradient, like, strict=True)]
+    def _compact(self, gradient: Sequence[Tensor | None]) -> Vectors:
+        parts = zip(self.rows, gradient, self.isolated.weights, strict=True)
+        return [rows.gradient(g, w) for rows, g, w in parts]
 
     def _refuse_chance(self) -> None:
         """Raise where the loss or its gradient is another one at the same weights."""
         self.isolated.rewind()
-        loss, gradient = self.isolated.gradient()
-        again = self._dense(gradient)
+        loss, gradient = self.isolated.gradient(sparse=True)
+        again = self._compact(gradient)
         apart = norm([a - b for a, b in zip(again, self.gradient, strict=True)]).item()
         allowed = 1e-4 if self.isolated.coarse else 1e-9
         size = norm(self.gradient).item()
@@ -171,33 +177,38 @@ class Differences:
             torch.randn(w.shape, generator=generator, dtype=torch.float64).to(w.device, w.dtype) * scale
             for w, scale in zip(self.start, self.scales, strict=True)
         ]
-        for direction, owner in zip(made, self.isolated.owners(), strict=True):
-            rows = kept_at_zero(owner, direction)
-            direction.reshape(-1)[rows.start : rows.stop] = 0
+        owners = zip(made, self.rows, self.isolated.owners(), self.isolated.weights, strict=True)
+        for direction, rows, owner, w in owners:
+            declared = kept_at_zero(owner, w)
+            if declared:
+                direction.view(-1)[rows.without(declared)] = 0
         return made
 
     def at(self, direction: Sequence[Tensor], step: float) -> tuple[float, Vectors]:
         """The loss and its gradient after a move."""
+        places = list(zip(self.rows, self.isolated.weights, self.start, strict=True))
         with torch.no_grad():
-            for w, start, d in zip(self.isolated.weights, self.start, direction, strict=True):
-                torch.add(start, d, alpha=step, out=w)
+            for (rows, w, start), d in zip(places, direction, strict=True):
+                if rows.index is None:
+                    torch.add(start, d, alpha=step, out=w)
+                else:
+                    rows.write(w, torch.add(start, d, alpha=step))
         try:
             self.isolated.rewind()
-            loss, gradient = self.isolated.gradient()
-            return loss.item(), self._dense(gradient)
+            loss, gradient = self.isolated.gradient(sparse=True)
+            return loss.item(), self._compact(gradient)
         finally:
-            with torch.no_grad():
-                for w, start in zip(self.isolated.weights, self.start, strict=True):
-                    w.copy_(start)
+            for rows, w, start in places:
+                rows.write(w, start)
 
     def product(self, direction: Sequence[Tensor], step: float) -> tuple[Vectors, float, float]:
         """H v along a direction that is in the parameters' scales, and the losses below and above."""
         above, up = self.at(direction, step)
         below, down = self.at(direction, -step)
-        return [(a - b) / (2 * step) for a, b in zip(up, down, strict=True)], below, above
+        return [(a - b).div_(2 * step) for a, b in zip(up, down, strict=True)], below, above
 
     def along(self, vector: Sequence[Tensor]) -> Vectors:
-        """H v for any vector."""
+        """H v for any vector, both compact."""
         size = max((x.double() / s).norm().item() / x.numel() ** 0.5 for x, s in zip(vector, self.scales, strict=True))
         if size == 0:
             return [torch.zeros_like(w) for w in self.start]
@@ -206,7 +217,21 @@ class Differences:
 
     def scaled_norm(self, vectors: Sequence[Tensor]) -> float:
         """The norm in the parameters' scales."""
-        return norm([x * s for x, s in zip(vectors, self.scales, strict=True)]).item()
+        return float(np.sqrt(sum((s * x.norm().item()) ** 2 for x, s in zip(vectors, self.scales, strict=True))))
+
+
+VECTORS = 18  #: float64 vectors, as long as the gradient, that differences hold at once beside the copy of the weights
+
+
+def state_need(probe: str, isolated: IsolatedLoss, more: int = 0, progress: bool | None = None) -> None:
+    """Say what differences of the gradient need, and `more` vectors."""
+    weights = isolated.tensors()
+    entries, largest = compact_numel(weights, isolated.owners())
+    needs = [
+        Need(in_float64(isolated.copied()), "a float64 copy of the weights"),
+        Need(8 * ((VECTORS + more) * entries + largest), f"{VECTORS + more} gradients, those of sparse tables left out"),
+    ]
+    state_memory(probe, [], needs, weights, "take some parameters (select=)", progress)
 
 
 def kept_at_zero(owner: torch.nn.Module | None, weight: Tensor) -> range:
@@ -258,20 +283,33 @@ class Agreement:
 
 @dataclass(frozen=True)
 class Products:
-    """A loss, its gradient, and the product of its Hessian with any vector; `block` restricts it to some of the weights."""
+    """A loss, its gradient, and the product of its Hessian with any vector; `block` restricts it to some of the weights.
+
+    All vectors are compact: `rows` says which entries of the parameters they are for, `weights` has the values there.
+    """
 
     isolated: IsolatedLoss
     loss: float
     gradient: Vectors
+    rows: list[Rows]
+    weights: Vectors
     multiply: Callable[[Sequence[Tensor]], Vectors]
     block: Callable[[Sequence[int], Sequence[Tensor]], Vectors]
     agreement: Agreement
 
 
 def with_products(
-    model: Target, loss_fn: Callable[[Any], Tensor], select: Select, seed: int, then: Callable[[Products], T]
+    probe: str,
+    model: Target,
+    loss_fn: Callable[[Any], Tensor],
+    select: Select,
+    seed: int,
+    then: Callable[[Products], T],
+    more: int = 0,
+    progress: bool | None = None,
 ) -> T:
     """`then(products)`: by autograd in the model's precision where it can be trusted, else by differences in float64."""
+    state_need(probe, IsolatedLoss(model, loss_fn, select=select), more, progress)
     agreement = self_test(model, loss_fn, select, seed)
     if agreement.ok:
         with IsolatedLoss(model, loss_fn, select=select) as isolated:
@@ -284,26 +322,30 @@ def with_products(
 
                 multiply = lambda v: product(isolated, gradient, v)  # noqa: E731
                 detached = [g.detach() for g in gradient]
-                return then(Products(isolated, loss.item(), detached, multiply, block, agreement))
+                rows = [Rows(None, w.shape) for w in isolated.weights]
+                return then(Products(isolated, loss.item(), detached, rows, isolated.weights, multiply, block, agreement))
 
             return differentiated(isolated, measure)
     with IsolatedLoss(model, loss_fn, select=select, wide=True) as isolated:
         differences = Differences(isolated)
 
         def block(members: Sequence[int], vector: Sequence[Tensor]) -> Vectors:
-            whole = [torch.zeros_like(w) for w in isolated.weights]
+            padded = [torch.zeros_like(w) for w in differences.start]
             for i, v in zip(members, vector, strict=True):
-                whole[i] = v.to(whole[i])
-            found = differences.along(whole)
+                padded[i] = v.to(padded[i])
+            found = differences.along(padded)
             return [found[i] for i in members]
 
-        return then(Products(isolated, differences.loss, differences.gradient, differences.along, block, agreement))
+        of, d = differences.rows, differences
+        return then(Products(isolated, d.loss, d.gradient, of, d.start, d.along, block, agreement))
 
 
 def self_test(model: Target, loss_fn: Callable[[Any], Tensor], select: Select, seed: int) -> Agreement:
     """One product both ways, in float64, along a random direction."""
     with IsolatedLoss(model, loss_fn, select=select, wide=True) as isolated:
         differences = Differences(isolated)
+        if any(rows.index is not None for rows in differences.rows):
+            return Agreement(float("nan"), 0.0, "a sparse gradient has no second derivative in torch")
         direction = differences.random(torch.Generator().manual_seed(seed))
         isolated.rewind()
         try:

@@ -12,7 +12,6 @@ verdicts at most a share q is expected to be wrong, on average over surveys; `Su
 
 from __future__ import annotations
 
-import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -28,6 +27,7 @@ from gradlens.probes.batches import Sizes, check_batches, counted, generators
 from gradlens.probes.interrupts import leaves_no_trace
 from gradlens.probes.isolated_loss import IsolatedLoss
 from gradlens.probes.loss import Target
+from gradlens.probes.memory import Need, state_memory, stored
 from gradlens.probes.per_weight import sampled
 from gradlens.probes.strongest import check_top, strongest
 from gradlens.probes.verdicts import Survey, numbered
@@ -38,7 +38,6 @@ from gradlens.statistics.significance import detectable
 ENOUGH = 8  #: batches below which a survey warns
 #: Of each weight surveyed, at the peak (measured 131): moments 24; value, t, p, q, agreement 40; sorting 60; words.
 BYTES = 132
-MUCH = 2**30  #: bytes from which on a survey says what it needs, also where no progress bar is shown
 
 Given = Iterator[tuple[int, tuple[Any, float | None]]]  #: batches with their numbers and sizes
 
@@ -82,7 +81,7 @@ def survey(
     index = sampled(numel, sample)
     chosen = top if top is not None and top < sum(numel) else 0
     surveyed = chosen or sum(n if at is None else len(at) for n, at in zip(numel, index, strict=True))
-    _state_memory(surveyed, isolated.tensors(), progress)
+    _state_memory(surveyed, isolated, progress)
     isolated.keep(generators(batches))
     with isolated:
         given = enumerate(counted(batches, "surveying", progress, sizes))
@@ -234,16 +233,14 @@ def _warn_few(k: int, q: float) -> None:
     )
 
 
-def _state_memory(surveyed: int, weights: Sequence[Tensor], progress: bool | None) -> None:
-    """Say what a survey needs before it starts, where a bar is shown or it is much; an error where the machine has less."""
-    statistics, copies = surveyed * BYTES, 3 * sum(w.numel() * w.element_size() for w in weights)
-    needs = f"{statistics / 2**20:,.1f} MiB, and {copies / 2**20:,.1f} for two copies of the weights and a gradient"
-    have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else float("inf")
-    here = copies if all(w.device.type == "cpu" for w in weights) else 0
-    if statistics + here > have:
-        raise ArgumentError(
-            f"a survey of {surveyed:,} weights needs {needs}, and this machine has {have / 2**20:,.1f} MiB; survey a "
-            f"sample (sample=1_000_000, or sample=0.01), the most sensitive (top=1_000_000), or some parameters (select=)"
-        )
-    if sys.stderr.isatty() or statistics + copies >= MUCH if progress is None else progress:
-        print(f"gradlens: survey of {surveyed:,} weights needs {needs}", file=sys.stderr)
+def _state_memory(surveyed: int, isolated: IsolatedLoss, progress: bool | None) -> None:
+    """Say what a survey needs before it starts: where a bar is shown too."""
+    state_memory(
+        f"survey of {surveyed:,} weights",
+        [Need(surveyed * BYTES, "statistics")],
+        [Need(2 * stored(isolated.tensors()) + stored(isolated.copied()), "two copies of the weights and a gradient")],
+        isolated.tensors(),
+        "survey a sample (sample=1_000_000, or sample=0.01), the most sensitive (top=1_000_000), or some parameters "
+        "(select=)",
+        True if progress is None and sys.stderr.isatty() else progress,
+    )

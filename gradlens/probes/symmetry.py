@@ -155,7 +155,8 @@ def check_symmetry(
 
     H is taken from central differences of the gradient, with two step sizes; slopes of the loss are compared with the
     gradient along the same directions. `tolerance` is the share of the Hessian's size that is allowed beside what the
-    steps say of their own error. Costs `8 k` gradients. `allow="detach"` holds what the loss cuts off on purpose
+    steps say of their own error. Costs `8 k` gradients, and the memory of `2 k + 18` of them beside a copy of the weights,
+    all in float64. `allow="detach"` holds what the loss cuts off on purpose
     (`detach()`, `no_grad()`) at its value, so that a straight-through estimator is judged as it is meant; patterns
     (`allow="encoder.*"`) leave parameters out. `select` restricts the test to the Hessian block of some parameters.
     """
@@ -164,6 +165,7 @@ def check_symmetry(
     allowed = parse_allowed(allow)
     with IsolatedLoss(model, loss_fn, select=allowed.left_out(select), wide=True, hold_cuts=allowed.cuts) as isolated:
         allowed.check(isolated.all_names)
+        second_order.state_need("check_symmetry", isolated, 2 * k)
         differences = second_order.Differences(isolated)
         random = torch.Generator().manual_seed(seed)
         directions = [differences.random(random) for _ in range(2 * k)]

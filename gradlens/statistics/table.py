@@ -86,16 +86,12 @@ class Table:
 
     def on_host(self) -> bool:
         """Whether every number of it is on the host already."""
-        pieces = (*self.pieces, *self.flips)
-        return (
-            not isinstance(self.scale, Tensor)
-            and not isinstance(self.divisor, Tensor)
-            and all(
-                piece.numbers.is_cpu and not isinstance(piece.skipped, Tensor) and not isinstance(piece.divisor, Tensor)
-                for piece in pieces
-            )
-            and all(update.piece.numbers.is_cpu and not isinstance(update.skipped, Tensor) for update in self.updates)
-        )
+        if isinstance(self.scale, Tensor) or isinstance(self.divisor, Tensor):
+            return False
+        for piece in (*self.pieces, *self.flips):
+            if not piece.numbers.is_cpu or isinstance(piece.skipped, Tensor) or isinstance(piece.divisor, Tensor):
+                return False
+        return all(each.piece.numbers.is_cpu and not isinstance(each.skipped, Tensor) for each in self.updates)
 
     def unpack(
         self, arrays: Sequence[np.ndarray], scalars: Mapping[str, float], before: tuple[Table, Snapshot] | None = None

@@ -21,7 +21,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from gradlens import markup, noise
+from gradlens import fields, markup, noise
 from gradlens.analysis.diagnosis import Diagnosis, diagnose
 from gradlens.analysis.trend import State, Trend, judged
 from gradlens.errors import (
@@ -125,7 +125,7 @@ class Run:
         parameters: Names = None,
     ) -> pd.DataFrame:
         """One row a parameter, in model order: that step's last stage read, the latest step by default."""
-        asked = Columns(columns)
+        asked = Columns(fields.TABLE if columns is None else columns)
         wanted = self._last_step("history", stage) if step is None else step
         found = self._find("history", asked.stored, Filter(parameters, wanted, stage))
         if len(found):

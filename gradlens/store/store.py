@@ -7,7 +7,7 @@
 So a killed process loses what came since the last flush: no more than `interval` seconds of it, of which the queue before
 the store and the disk may take half. The number of files grows with the logarithm of the run's length, up to parts of
 `LARGEST` rows. History has every row. Histograms and the most sensitive weights of a step are kept when the run has grown by
-a tenth since the last that were, and at the end.
+a tenth since the last that were, and at the end; the weights of moments around a step that went wrong too (`flight.py`).
 
 What fails switches the store off: the error is raised to whoever calls next, and nothing is written from then on.
 """
@@ -32,6 +32,7 @@ from gradlens.blocks import Block, block_of
 from gradlens.errors import ArgumentError, CorruptRunError, RunDirectoryError
 from gradlens.records import Finding, Parameters, Record, Severity, Snapshot
 from gradlens.store import parts, segment, tables, tail
+from gradlens.store.flight import Flight
 from gradlens.store.lock import Lock
 from gradlens.store.tables import STAGES, STATUSES, TABLES, Key, Part
 from gradlens.store.tail import Rows, Tail
@@ -105,7 +106,7 @@ class Store:
         self._entries: dict[segment.Entry, int] = {}
         self._lately: dict[int, tuple[Parameters, np.ndarray]] = {}  # rows' entries, by the identity of their parameters
         self._stale = False  # whether the segment's file lacks something
-        self._kept = _Kept()
+        self._kept, self._flight = _Kept(), Flight()
         self._error: Exception | None = None
         self._closed = False
         self._guard = threading.RLock()
@@ -241,11 +242,18 @@ class Store:
         for block, own in numbers.values():
             self._put_block(block, np.array(own, np.int64))
         self._put_scalars(moments)
+        wrong = {id(block): self._flight.wrong(block) for block, _ in numbers.values()}
         steps = {key: block.step.tolist() for key, (block, _) in numbers.items()}
         for number, (block, at) in enumerate(moments, start=self._snapshots):
-            if self._kept.due(steps[id(block)][at], number, block, at):
+            due = self._kept.due(steps[id(block)][at], number, block, at)
+            if due:
                 self._put_detail(number, block.snapshot(at))
+            for earlier, snapshot in self._flight.take(number, block, at, wrong=wrong[id(block)][at], written=due):
+                self._put_detail(earlier, snapshot)
+                self._kept.forget(earlier)
         self._kept.hold()
+        if self._flight.steps and self._segment.settings.get("flight") != self._flight.steps:
+            self.annotate(flight=list(self._flight.steps))
         self._snapshots += len(moments)
 
     def _put_block(self, block: Block, numbers: np.ndarray) -> None:
@@ -483,6 +491,10 @@ class _Kept:
             self._last.append((number, block, at, None))
             del self._last[:-8]
         return self._due
+
+    def forget(self, number: int) -> None:
+        """It was kept for another reason."""
+        self._last = [each for each in self._last if each[0] != number]
 
     def hold(self) -> None:
         """Keep the last step's moments themselves, and not their blocks."""

@@ -193,7 +193,6 @@ class Meter:
         self._observed = False  # the step before
         self._recent: deque[float] = deque(maxlen=4 * NEAR)
         self._looks: deque[float] = deque(maxlen=RECENT)  # seconds of ours for each observed step
-        self._direct = 0.0  # for a typical one
         self._look, self._contention = LookCost(), Contention()
         self._quiet, self._quiet_ours, self._quiet_elapsed = 0, 0.0, 0.0
         self.steps = self.observed = 0
@@ -242,12 +241,16 @@ class Meter:
         if not (paused or contended):
             self._look.comparison.quiet(duration)
 
+    @property
+    def _direct(self) -> float:
+        """Seconds of ours for a typical look, measured directly."""
+        return statistics.median(self._looks) if self._looks else 0.0
+
     def _add_look(self, ours: float, *, first: bool) -> None:
         """An observed step, or the one after it, which tidies up: what they cost beyond the floor."""
         if first:
             self._looks.append(0.0)
         self._looks[-1] += ours - self.floor
-        self._direct = statistics.median(self._looks)
 
     @property
     def settled(self) -> bool:

@@ -12,17 +12,18 @@ from typing import Any
 
 import torch.distributed as distributed
 
+_AVAILABLE = distributed.is_available()
 _named: Counter[str] = Counter()
 
 
 def count() -> int:
     """How many processes train together; 1 without a process group."""
-    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+    return distributed.get_world_size() if _AVAILABLE and distributed.is_initialized() else 1
 
 
 def rank() -> int:
     """Which of them this is."""
-    return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
+    return distributed.get_rank() if _AVAILABLE and distributed.is_initialized() else 0
 
 
 def store(name: str) -> Callable[[], Any] | None:

@@ -41,6 +41,7 @@ from gradlens.statistics.unpacking import Arrival, unpack
 from gradlens.watching.delivery import Delivery
 from gradlens.watching.failures import Failures
 from gradlens.watching.inbox import Inbox
+from gradlens.watching.isolation import isolated_compute
 from gradlens.watching.stopwatch import ThreadClock
 from gradlens.writers.base import Writer
 
@@ -143,7 +144,8 @@ class Recorder:
         observed = [name for name, value in batch.scalars.items() if isinstance(value, Tensor) and not value.is_cpu]
         late = [i for i, loss in enumerate(batch.losses) if isinstance(loss, Tensor) and not loss.is_cpu]
         if observed or late or not all(table.on_host() for table in tables):
-            self._transfer(batch, observed, late)
+            with isolated_compute():
+                self._transfer(batch, observed, late)
         self.inbox.append(batch)
 
     @staticmethod

@@ -227,9 +227,18 @@ def foreign_parameters(optimizers: Sequence[torch.optim.Optimizer], attachment: 
         foreign = [p for p in moved if id(p) not in mine]
         if foreign:
             shapes = ", ".join(str(tuple(p.shape)) for p in foreign[:3]) + (", ..." if len(foreign) > 3 else "")
-            kind = type(optimizer).__name__
-            finding = findings.foreign_parameters(step, kind, len(foreign), len(moved), shapes, covered=covered)
+            kind, copies = type(optimizer).__name__, _are_copies(foreign, attachment)
+            finding = findings.foreign_parameters(
+                step, kind, len(foreign), len(moved), shapes, covered=covered, copies=copies
+            )
             found.append(finding)
             if finding.severity is Severity.WARNING:
                 warnings.warn(GradlensWarning(f"{finding.seen}. {finding.remedy}"), stacklevel=4)
     return found
+
+
+def _are_copies(foreign: Sequence[torch.Tensor], attachment: Attachment) -> bool:
+    """Whether they have the shapes of the model's parameters, each as often, and another type: master weights have."""
+    own = [t for slot in attachment.slots if (t := slot.tensor()) is not None]
+    shapes = sorted(tuple(p.shape) for p in foreign) == sorted(tuple(p.shape) for p in own)
+    return shapes and not {p.dtype for p in foreign} & {p.dtype for p in own}

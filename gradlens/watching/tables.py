@@ -78,7 +78,7 @@ class TableBuilder:
             ScaleFound: self._on_scale_found,
             LossSeen: self._on_loss,
             Noted: lambda e: self.recorder.note(e.fact),
-            TableDone: lambda e: self._do("end of a backward's step", self.open.send_until, e.key),
+            TableDone: lambda e: self._try("end of a backward's step", self.open.send_until, e.key),
             SteadyReading: self._on_steady,
             SteadyStart: self._on_steady,
             SteadyUpdate: self._on_steady,
@@ -134,13 +134,22 @@ class TableBuilder:
         if self.evidence is not None:
             self._do("evidence", self._fold, self.evidence, step)
         if self.open.tables:
-            self._do("end of a step", self.open.release, step, event.scalars)
+            self._try("end of a step", self.open.release, step, event.scalars)
         self.open.forget(step)
         if self.failures.findings:
-            self._do("findings", self.open.send, [], {})  # what could not be sent with the step
+            self._try("findings", self.open.send, [], {})  # what could not be sent with the step
         self._meter.forget()
 
     def _do(self, where: str, call: Callable[..., None], *args: Any) -> None:
+        """Call what computes, apart from the user's computing."""
+        self._try(where, self._apart, call, *args)
+
+    @staticmethod
+    def _apart(call: Callable[..., None], *args: Any) -> None:
+        with isolated_compute():
+            call(*args)
+
+    def _try(self, where: str, call: Callable[..., None], *args: Any) -> None:
         if self.failures.off(where):
             return
         with self._timed:
@@ -148,8 +157,7 @@ class TableBuilder:
                 self._tell_once("graph", findings.cuda_graph(self.failures.step()))
                 return
             try:
-                with isolated_compute():
-                    call(*args)
+                call(*args)
                 self.failures.worked(where)
             except Exception as error:  # noqa: BLE001 - nothing of ours is raised in a training step
                 self.failures(where, error)
@@ -274,7 +282,7 @@ class TableBuilder:
 
     def release_open(self, scalars: Mapping[str, Any]) -> None:
         """Send what is complete of the open step, for a question asked in the middle of it."""
-        self._do("a question in the middle of a step", self.open.send, self.open.answered(), scalars)
+        self._try("a question in the middle of a step", self.open.send, self.open.answered(), scalars)
 
 
 def _mark(parameters: Parameters, rows: frozenset[int]) -> Parameters:

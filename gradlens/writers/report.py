@@ -487,11 +487,24 @@ def _fit(line: str) -> str:
 
 
 def _cut(name: str, width: int) -> str:
-    """A name, without some of its middle where it is too long: both ends say most."""
+    """A name that fits: what tells the blocks of a deep model apart, their numbers, is the last to go.
+
+    `transformer.h.11.attn.c_attn.weight` becomes `tra..h.11.attn.c_attn.weight`, then `tra..11..c_attn.weight`.
+    """
     if len(name) <= width:
         return name
-    last = (width - 2) * 2 // 3
-    return f"{name[: width - 2 - last]}..{name[-last:]}"
+    parts = name.split(".")
+    numbers = [i for i, part in enumerate(parts) if part.isdigit()]
+    if numbers and numbers[0]:
+        first, last = numbers[0], numbers[-1]
+        begins = [f"{parts[0][:3]}..{'.'.join(parts[start:])}" for start in range(1, first + 1)]
+        block = f"{parts[0][:3]}..{'.'.join(parts[first : last + 1])}"
+        ends = [f"{block}..{'.'.join(parts[end:])}" for end in range(last + 2, len(parts))]
+        found = next((cut for cut in begins + ends if len(cut) <= width), None)
+        if found is not None:
+            return found
+    kept = (width - 2) * 2 // 3
+    return f"{name[: width - 2 - kept]}..{name[-kept:]}"
 
 
 def _percent(share: float) -> str:

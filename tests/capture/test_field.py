@@ -281,6 +281,26 @@ def test_copies_of_the_weights_are_said_to_be_copies():
         lens = gradlens.watch(model, torch.optim.SGD(copies, 0.1))
     lens.close()
     assert rules(lens) == ["foreign-parameters"]
+    assert "copies of the weights" in lens.findings()[0].causes[0]
+
+
+def test_layers_that_were_replaced_after_the_optimizer_was_made():
+    """F17: said once, as the cause, in the findings; what the optimizer no longer empties is no missing zero_grad()."""
+    torch.manual_seed(0)
+    model = net(4, 8, 2)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    model[0], model[-1] = nn.Linear(4, 6), nn.Linear(6, 2)
+    with pytest.warns(gradlens.errors.GradlensWarning, match="none of the 4 parameters of the optimizer"):
+        lens = gradlens.watch(model, optimizer)
+    for _ in range(12):
+        optimizer.zero_grad()
+        model(torch.randn(8, 4)).pow(2).mean().backward()
+        optimizer.step()
+    lens.close()
+    loud = [f for f in lens.findings() if f.severity != "info"]
+    assert {f.rule for f in loud} == {"foreign-parameters"}
+    assert "before the model's layers were replaced" in loud[0].causes[0]
+    assert lens.diagnosis().origin.rule == "foreign-parameters"
 
 
 def test_a_part_of_a_model_and_an_optimizer_of_all():

@@ -492,7 +492,10 @@ def test_progress_states_the_memory(capsys):
     """The line above the bar says how many weights are surveyed and what that needs, before it starts."""
     survey(net(), loss, batches(8), progress=True)
     said, bar = capsys.readouterr().err.split("\n", 1)
-    assert said == "gradlens: survey of 227 weights needs 0.0 MiB, and 0.0 for two copies of the weights and a gradient"
+    assert said == (
+        "gradlens: survey of 227 weights needs 0.0 MiB for statistics, "
+        "and 0.0 MiB for two copies of the weights and a gradient"
+    )
     assert "surveying" in bar
 
 
@@ -500,9 +503,9 @@ def test_much_memory_is_stated_without_a_bar_too(capsys, monkeypatch):
     """Where standard error is no terminal and nothing was asked for, one line says what a large survey needs."""
     survey(net(), loss, batches(8))
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr("gradlens.probes.survey.MUCH", 1)
+    monkeypatch.setattr("gradlens.probes.memory.MUCH", 1)
     survey(net(), loss, batches(8))
-    assert capsys.readouterr().err.startswith("gradlens: survey of 227 weights needs 0.0 MiB, and 0.0 for")
+    assert capsys.readouterr().err.startswith("gradlens: survey of 227 weights needs 0.0 MiB for")
     survey(net(), loss, batches(8), progress=False)
     assert capsys.readouterr().err == ""
 

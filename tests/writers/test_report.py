@@ -338,3 +338,18 @@ def test_the_paragraph_fits_and_keeps_the_name_whole():
         assert max(map(len, text.splitlines())) <= report.WIDTH
         assert "weight[1, 2, 3, 4]" in text
         assert "\n\n" not in text
+
+
+def test_the_blocks_of_a_deep_model_stay_apart():
+    """F26: the number of a block, which tells its parameters from the next one's, is not what is cut."""
+    names = [
+        *(f"transformer.h.{i}.attn.c_attn.{kind}" for i in range(48) for kind in ("weight", "bias")),
+        *(f"{part}.layers.{i}.self_attn.out_proj.weight" for part in ("encoder", "decoder") for i in range(24)),
+        *(f"model.stages.{i}.blocks.{j}.mlp.fully_connected_1.weight" for i in range(4) for j in range(9)),
+        "backbone_of_the_whole_model.embeddings.weight",
+    ]
+    cut = [report._cut(name, report.NAME) for name in names]
+    assert len(set(cut)) == len(names)
+    assert all(len(name) <= report.NAME for name in cut)
+    assert cut[0] == "tra..h.0.attn.c_attn.weight"
+    assert report._cut("0.weight", report.NAME) == "0.weight"

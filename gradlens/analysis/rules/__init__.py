@@ -18,7 +18,7 @@ from gradlens.analysis.rules.learning import Disagreement, TooFast, TooSlow
 from gradlens.analysis.rules.lost import Lost, Unstepped
 from gradlens.analysis.rules.nonfinite import NonFinite
 from gradlens.analysis.rules.scaling import ClippedScaled, LossScaled, Skipped
-from gradlens.analysis.rules.settings import Epsilon, EvalMode, ForeignParameters, LearningRateGone, WeightDecay
+from gradlens.analysis.rules.settings import Epsilon, EvalMode, LearningRateGone, WeightDecay
 from gradlens.analysis.rules.stale import Stale
 from gradlens.analysis.rules.structure import Fading, Identical, InputScale
 from gradlens.analysis.rules.updates import RoundedAway, Shrunk, Unmoved, UpdateRatio
@@ -47,7 +47,6 @@ DEFAULT: tuple[Rule, ...] = (
     Cut(),
     LearningRateGone(),
     Epsilon(),
-    ForeignParameters(),
     EvalMode(),
     WeightDecay(),
     TooSlow(),
@@ -95,7 +94,6 @@ __all__ = [
     # what the training was told to do
     "LearningRateGone",
     "Epsilon",
-    "ForeignParameters",
     "EvalMode",
     "WeightDecay",
     # a loss that does not fall

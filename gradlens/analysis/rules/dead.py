@@ -31,6 +31,7 @@ class Dead(ColumnRule):
     A layer of rectifiers that are all shut passes nothing back (Lu et al. 2019): it and all layers before it are dead, and
     the weight behind it too, as its inputs are 0. The culprit is the last layer that is dead as a whole. A bias whose
     weight has a gradient is not dead: what it gets from the examples cancels out, as in the output of a Wasserstein critic.
+    Where no weight has a gradient the loss is a constant: it is said so, and nothing is said of a loss that is exactly 0.
     """
 
     steps: int = 10
@@ -52,12 +53,14 @@ class Dead(ColumnRule):
             rows = [row for row in rows if not alive[row]]
         cancels = cancelled(newest)
         rows = [row for row in rows if not cancels[row]]
-        if not rows:
-            return ()
-        culprit = last_layer(newest, rows)
-        return RowFindings(self.name, Severity.WARNING, newest, rows, lambda row: self._finding(newest, row, culprit))
+        everything = len(rows) == int((judged(newest) & ~cancels).sum())
+        if not rows or (everything and newest.loss == 0):
+            return ()  # a hinge that is met by every example: there is nothing left to learn
+        culprit = "" if everything else last_layer(newest, rows)
+        first = _CONSTANT if everything else ()
+        return RowFindings(self.name, Severity.WARNING, newest, rows, lambda row: self._finding(newest, row, culprit, first))
 
-    def _finding(self, newest: Snapshot, row: int, culprit: str) -> Finding:
+    def _finding(self, newest: Snapshot, row: int, culprit: str, first: tuple[str, ...]) -> Finding:
         return Finding(
             rule=self.name,
             step=newest.step,
@@ -66,6 +69,7 @@ class Dead(ColumnRule):
             stage=newest.stage,
             seen=f"all {int(newest.column('numel')[row])} partials were exactly 0 {on_steps(self.steps)}",
             causes=_likely(newest, row)
+            + first
             + (
                 "ReLUs that are shut for every input: a large negative bias after too large a step",
                 "an output that is multiplied by 0: a closed gate, a mask, a zero-initialised layer behind it",
@@ -74,6 +78,12 @@ class Dead(ColumnRule):
             + "lower the learning rate, use LeakyReLU or GELU, or initialise the layer again",
             value=0.0,
         )
+
+
+#: Of a model in which no weight has a gradient.
+_CONSTANT = (
+    "the loss is a constant here: no weight changes it (an output that is clamped or saturated everywhere, or not used)",
+)
 
 
 def cancelled(snapshot: Snapshot) -> np.ndarray:

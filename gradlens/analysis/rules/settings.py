@@ -10,7 +10,7 @@ import numpy as np
 
 from gradlens.analysis.history import History
 from gradlens.analysis.rules.base import check_number, check_steps, format_number
-from gradlens.analysis.rules.occasional import Occasional, graphs, loss_trend, middle, modes, newest_step, settings
+from gradlens.analysis.rules.occasional import Occasional, loss_trend, middle, modes, newest_step, settings
 from gradlens.records import Finding, Severity
 
 
@@ -92,43 +92,6 @@ class Epsilon(Occasional):
                     "eps=1e-4; or float32 weights with torch.autocast and a GradScaler",
                 )
                 break
-
-
-@dataclass(frozen=True)
-class ForeignParameters(Occasional):
-    """An optimizer whose parameters are not the model's: those that are trained are not those that compute the loss.
-
-    Some that are not the model's are usual where a part of a larger model is watched.
-    """
-
-    name: ClassVar[str] = "foreign_parameters"
-
-    def look(self, history: History) -> Iterator[Finding]:
-        """Of each optimizer."""
-        outside = {name for graph in graphs(history) for name in graph.outside}
-        for changes in settings(history).values():
-            groups = changes[-1].groups
-            strange = [shape for group in groups for shape in group.strange]
-            own = sum(len(group.parameters) for group in groups)
-            if not strange:
-                continue
-            some = f"(shapes {', '.join(str(list(shape)) for shape in strange[:3])}{', ...' if len(strange) > 3 else ''})"
-            severity = Severity.WARNING if not own or outside else Severity.INFO
-            yield _finding(
-                self.name,
-                history,
-                severity,
-                f"{'none' if not own else f'only {own}'} of the {own + len(strange)} parameters of {changes[-1].optimizer} "
-                f"are "
-                f"the model's: {len(strange)} are not {some}"
-                + (f", and {len(outside)} of the model's that get a gradient are in no optimizer" if outside else ""),
-                (
-                    "the optimizer was made before the model's layers were replaced, or for another model",
-                    "the optimizer has more than the watched part of a model",
-                ),
-                "make the optimizer from model.parameters() when the model is complete; watch all of the model that it "
-                "moves",
-            )
 
 
 @dataclass(frozen=True)

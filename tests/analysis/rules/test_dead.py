@@ -56,3 +56,12 @@ def test_two_backwards_of_a_step_must_both_be_zero():
     pair = [snapshot(0, status=["ok", "ok"]), snapshot(0, backward=1, status=["zero", "ok"])]
     assert last(Dead(steps=1), *pair)  # this rule looked at one snapshot only
     assert last(Dead(steps=2), *pair, snapshot(1, status=["zero", "ok"])) == []
+
+
+@pytest.mark.parametrize(("loss", "found"), [(0.0, 0), (2.3, 2), (None, 2)])
+def test_where_no_weight_has_a_gradient_the_loss_is_a_constant(loss, found):
+    """F29: that is said; a loss of exactly 0, as of a hinge that every example meets, leaves nothing to learn."""
+    steps = [snapshot(step, status=["zero"] * 2, positive=0, negative=0, zero=100, loss=loss) for step in range(10)]
+    findings = last(Dead(), *steps)
+    assert len(findings) == found
+    assert all("the loss is a constant here" in finding.causes[0] for finding in findings)
