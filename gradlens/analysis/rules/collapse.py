@@ -218,7 +218,8 @@ class RareClass(Occasional):
 
     Where the answer p does not depend on the input, the loss of a batch is a straight line in its share of positives s, and
     the gradient of the output's bias is p - s. So the batch losses lie on a line over that gradient, and the level of the
-    loss is the entropy of p. Both are asked: `fit` is the least share of the variance that the line explains.
+    loss is the entropy of p. Both are asked: `fit` is the least share of the variance that the line explains. The gradient
+    varies as s does, by p (1 - p) / n in batches of n; where it varies far more, the loss has weights (`pos_weight`).
     """
 
     fit: float = 0.7
@@ -255,6 +256,8 @@ class RareClass(Occasional):
         share, slope, fit = rare_share(gradient[half:], losses[half:])
         if not (fit > self.fit and 0 < share < self.most and slope < 0):
             return
+        if share * (1 - share) < CHANCE * _examples(history) * float(gradient[half:].var()):
+            return  # the gradient varies more than the draw of a batch explains: its loss is weighted, or the answer moves
         yield Finding(
             rule=self.name,
             step=newest_step(history),
@@ -271,6 +274,16 @@ class RareClass(Occasional):
             "more often; judge by recall or average precision, not by accuracy",
             value=share,
         )
+
+
+#: Of the batch's size, the least that the variance of its share of positives may amount to.
+CHANCE = 0.3
+
+
+def _examples(history: History) -> int:
+    """How many examples a batch has: the first axis of what the layers near the loss made; 8 where it is not known."""
+    shapes = [op.shape for graph in graphs(history) for op in graph.operations[:12] if op.shape]
+    return max((shape[0] for shape in shapes), default=8)
 
 
 def rare_share(gradient: np.ndarray, losses: np.ndarray) -> tuple[float, float, float]:

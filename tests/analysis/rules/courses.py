@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from gradlens.analysis.course import _State
 from gradlens.analysis.history import History
 from gradlens.facts import Features, Graph, Group, Modes, Operation, Settings
 from tests.analysis.made import snapshot
@@ -11,11 +12,10 @@ def history_of(loss=None, *facts, steps=200, newest=None, **series):
     """A history whose course has these series: a number for all steps, or an array of `steps` numbers."""
     history = History()
     history.append(newest or snapshot(step=steps - 1))
-    course = history.course
-    course.seen, course.steps, course.points = steps, list(range(steps)), {step: {} for step in range(steps)}
-    for name, values in ({} if loss is None else {"loss": loss} | series).items():
-        for step, value in enumerate(np.broadcast_to(np.asarray(values, float), (steps,)).tolist()):
-            course.points[step][name] = value
+    given = {} if loss is None else {"loss_used": loss} | series
+    values = {name: np.broadcast_to(np.asarray(each, float), (steps,)).copy() for name, each in given.items()}
+    known = {name: np.ones(steps, bool) for name in values}
+    history.course._state = _State(steps, 1, np.arange(steps, dtype=float), values, known)
     for fact in facts:
         history.note(fact)
     return history

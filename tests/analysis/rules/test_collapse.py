@@ -91,10 +91,15 @@ def test_losses_that_follow_the_share_of_positives_give_the_share(share):
     assert fit > 0.99
 
 
-@pytest.mark.parametrize(("noise", "found"), [(0.002, True), (0.3, False)], ids=["constant answer", "an answer of its own"])
-def test_a_class_that_is_never_said(noise, found):
-    """Batch losses on a line over the bias's gradient; where the input matters, they leave it."""
+@pytest.mark.parametrize(
+    ("noise", "weight", "found"),
+    [(0.002, 1, True), (0.3, 1, False), (0.002, 20, False)],
+    ids=["constant answer", "an answer of its own", "weighted"],
+)
+def test_a_class_that_is_never_said(noise, weight, found):
+    """Batch losses on a line over the bias's gradient; where the input matters, they leave it, and weights stretch it."""
     gradient, losses = batches(0.02, 0.02)
+    gradient = weight * gradient
     losses = losses + np.abs(noise * np.random.default_rng(1).standard_normal(len(losses)))
     facts = [graph("BinaryCrossEntropyWithLogits", "Addmm"), *looks([0.5] * 4, layer="head")]
     history = history_of(losses, *facts, steps=300)
