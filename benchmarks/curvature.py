@@ -59,7 +59,7 @@ def measured(draws: int) -> Iterator[dict[str, Any]]:
 def table(rows: list[dict[str, str]]) -> str:
     """The table of the page, a line a model."""
     lines = [
-        "| trained model | weights | decided | wrong: mean, worst draw | Newton moves, given / true: median (90 % of draws) |",
+        "| trained model | weights | decided | wrong: mean, worst draw | Newton moves given / true, and 90 % of draws |",
         "|---|---|---|---|---|",
     ]
     for name in dict.fromkeys(row["model"] for row in rows):
