@@ -1,10 +1,11 @@
 """What each probe costs beside the obvious code written by hand, from 10^4 to 10^7 weights.
 
-    python benchmarks/probes.py                      # writes benchmarks/probes.csv
-    python benchmarks/probes.py --sizes 20000 --probe survey
+    python benchmarks/probes.py                      # writes benchmarks/probes.csv and the table in docs/second-order.md
+    python benchmarks/probes.py --sizes 20000 --probe survey --out /tmp/some.csv
 
-By hand means what one would type for the same question without guarding anything: the model itself is used and changed. The
-two run in turns, after one turn of each that does not count; the best of each is compared, since a shared machine only adds.
+By hand means what one would type for the same answer without guarding anything: the model itself is used and changed. The
+two run in turns, after one turn of each that does not count; the best of each is compared. Time is that of one thread on the
+processor, which a machine that others use bends less than the clock on the wall.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -26,11 +28,12 @@ import gradlens
 
 BATCH, K, CHECKED, SAMPLES = 32, 16, 16, 8
 SIZES = (10_000, 100_000, 1_000_000, 10_000_000)
+BEGIN, END = "<!-- cost of probes -->", "<!-- end of cost of probes -->"
 
 
 def dense(n: int) -> tuple[nn.Module, list[Any]]:
     """An MLP of about n weights, and its batches."""
-    width = max(8, round((n / 2) ** 0.5))
+    width = max(8, round((37**2 + n) ** 0.5 - 37))  # of width^2 + 76 width
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 10))
     return model, [(torch.randn(BATCH, 64), torch.randint(10, (BATCH,))) for _ in range(K)]
@@ -63,15 +66,25 @@ def survey_by_hand(model: nn.Module, batches: list[Any]) -> None:
     mean = [torch.zeros(p.shape, dtype=torch.float64) for p in parameters]
     squares = [torch.zeros(p.shape, dtype=torch.float64) for p in parameters]
     for k, batch in enumerate(batches, 1):
-        for g, m, s in zip(torch.autograd.grad(loss(model, batch), parameters), mean, squares, strict=True):
-            g = (g.to_dense() if g.is_sparse else g).double()
-            off = g - m
-            m += off / k
-            s += off * (g - m)
-    t = torch.cat([(m / (s / (K - 1) / K).sqrt()).flatten() for m, s in zip(mean, squares, strict=True)])
+        moments(torch.autograd.grad(loss(model, batch), parameters), mean, squares, k)
+    tested(mean, squares, K)
+
+
+def moments(gradient: Any, mean: list[torch.Tensor], squares: list[torch.Tensor], k: int) -> None:
+    """The k-th of them, added."""
+    for g, m, s in zip(gradient, mean, squares, strict=True):
+        g = (g.to_dense() if g.is_sparse else g).double()
+        off = g - m
+        m += off / k
+        s += off * (g - m)
+
+
+def tested(mean: list[torch.Tensor], squares: list[torch.Tensor], k: int) -> None:
+    """Student's t, p, and Benjamini and Hochberg, by scipy."""
+    t = torch.cat([(m / (s / (k - 1) / k).sqrt()).flatten() for m, s in zip(mean, squares, strict=True)])
     from scipy import stats
 
-    p = 2 * stats.t.sf(t.abs().numpy(), K - 1)
+    p = 2 * stats.t.sf(t.abs().numpy(), k - 1)
     stats.false_discovery_control(p[p == p])
 
 
@@ -121,14 +134,16 @@ def check_symmetry_by_hand(model: nn.Module, batches: list[Any]) -> None:
 
 
 def curvature_by_hand(model: nn.Module, batches: list[Any]) -> None:
-    """Hutchinson's diagonal, and as many products for the top eigenvalue by the power method."""
+    """Hutchinson's diagonal with t and false discoveries, and as many products for both ends by the power method."""
     parameters = list(model.parameters())
     g = torch.autograd.grad(loss(model, batches[0]), parameters, create_graph=True)
-    mean = [torch.zeros_like(p) for p in parameters]
-    for _ in range(SAMPLES):
+    mean = [torch.zeros(p.shape, dtype=torch.float64) for p in parameters]
+    squares = [torch.zeros(p.shape, dtype=torch.float64) for p in parameters]
+    for k in range(1, SAMPLES + 1):
         v = [torch.randint(0, 2, p.shape) * 2.0 - 1 for p in parameters]
         h = torch.autograd.grad(sum((a * b).sum() for a, b in zip(g, v, strict=True)), parameters, retain_graph=True)
-        mean = [m + a * b for m, a, b in zip(mean, h, v, strict=True)]
+        moments([a * b for a, b in zip(h, v, strict=True)], mean, squares, k)
+    tested(mean, squares, SAMPLES)
     v = [torch.randn_like(p) for p in parameters]
     for _ in range(curvature_by_hand.products):  # type: ignore[attr-defined]
         h = torch.autograd.grad(sum((a * b).sum() for a, b in zip(g, v, strict=True)), parameters, retain_graph=True)
@@ -166,10 +181,10 @@ PROBES: dict[str, tuple[Callable, Callable]] = {
 
 
 def seconds(call: Callable, *arguments: Any) -> float:
-    """Of one call."""
-    start = time.perf_counter()
+    """Of the processor, for one call."""
+    start = time.process_time()
     call(*arguments)
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 def measured(kinds: list[str], sizes: list[int], probes: list[str], turns: int) -> Iterator[dict[str, Any]]:
@@ -197,6 +212,32 @@ def measured(kinds: list[str], sizes: list[int], probes: list[str], turns: int) 
                 }
 
 
+def ratios(rows: list[dict[str, str]]) -> str:
+    """The ratios of a model and probe, a column a size."""
+    sizes = sorted({round(np.log10(int(row["weights"]))) for row in rows})
+    heads = " | ".join(f"10^{n}" for n in sizes)
+    lines = [
+        f"| model | probe | {heads} | by hand at 10^{sizes[0]}, 10^{sizes[-1]} |",
+        "|---|---|" + "---|" * (len(sizes) + 1),
+    ]
+    for model, probe in dict.fromkeys((row["model"], row["probe"]) for row in rows):
+        mine = [row for row in rows if (row["model"], row["probe"]) == (model, probe)]
+        at = {round(np.log10(int(row["weights"]))): row for row in mine}
+        shown = " | ".join(f"{float(at[n]['ratio']):.2f}" if n in at else "" for n in sizes)
+        ends = ", ".join(f"{float(at[n]['by_hand_ms']):,.0f} ms" for n in (sizes[0], sizes[-1]) if n in at)
+        lines.append(f"| {model} | `{probe}` | {shown} | {ends} |")
+    return "\n".join(lines)
+
+
+def write_page(numbers: Path) -> None:
+    """Put the table where the page has room for it."""
+    with numbers.open(newline="") as file:
+        text = ratios(list(csv.DictReader(file)))
+    page = Path(__file__).parent.parent / "docs/second-order.md"
+    before, rest = page.read_text().split(BEGIN)
+    page.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}")
+
+
 def main() -> None:
     """Measure and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -216,6 +257,8 @@ def main() -> None:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
+    if asked.out == Path(__file__).with_suffix(".csv"):
+        write_page(asked.out)
 
 
 if __name__ == "__main__":

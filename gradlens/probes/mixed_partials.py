@@ -96,5 +96,9 @@ def _entries(parameters: Parameters, weight: object) -> list[tuple[str, tuple[in
         return [(name, place) for place in np.ndindex(shape)]
     inside = len(index) == len(shape) and all(0 <= i < n for i, n in zip(index, shape, strict=False))
     if not inside:
-        raise ArgumentError(f"{label(name, index)} is outside of {name!r}, whose shape is {shape}")
+        pairs = " (complex: the last index is 0 for the real part, 1 for the imaginary)"
+        is_complex = parameters.dtypes[parameters.position[name]].startswith("complex")
+        raise ArgumentError(
+            f"{label(name, index)} is outside of {name!r}, whose shape is {shape}{pairs if is_complex else ''}"
+        )
     return [(name, index)]

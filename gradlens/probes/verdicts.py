@@ -119,8 +119,9 @@ class Survey(markup.Shown, PerWeight):
             sampled = f" (the most sensitive of {self.total:,} in the first batch)"
         why = " · ".join(f"{word} {n:,}" for word, n in self.reasons.items() if word != "constant")
         lines = [
-            f"survey of {len(self):,} weights{sampled} over {self.batches} batches{self._of_size()}, "
-            f"{self.training} mode, mean loss {self.loss:.6g}",
+            self._first(increase + decrease),
+            f"  survey of {len(self):,} weights{sampled} over {self.batches} batches{self._of_size()}, "
+            f"{self.training} mode, mean loss {self.loss:.6g}, df {self.batches - 1}",
             f"  increase {increase:,} · decrease {decrease:,} · undecided {undecided:,}{f' ({why})' if why else ''} · "
             f"coverage {self.coverage:.1%}",
         ]
@@ -131,7 +132,7 @@ class Survey(markup.Shown, PerWeight):
         if increase + decrease == 0 and self.reasons.keys() <= {"nonfinite", "always_zero"}:
             return "\n".join(lines)
         if increase + decrease == 0:
-            return "\n".join([*lines, f"  nothing is certain enough at q = {self.level:g}: take more or larger batches"])
+            return "\n".join([*lines, f"  nothing is certain enough at q = {self.level:g} ({self.method})"])
         best = self.table.sort_values("coverage", ascending=False, kind="stable").head(3)
         most = ", ".join(f"{name} {share:.0%}" for name, share in zip(best["parameter"], best["coverage"], strict=True))
         return "\n".join(
@@ -144,6 +145,19 @@ class Survey(markup.Shown, PerWeight):
                 *(f"  but {caveat}" for caveat in self.caveats),
             ]
         )
+
+    def _first(self, decided: int) -> str:
+        """What came of it and what to do next, in one sentence."""
+        if decided:
+            return (
+                f"a direction is known for {decided:,} of {len(self):,} weights ({self.coverage:.0%}); nudge(...) shows "
+                f"whether the loss follows them"
+            )
+        if self.spoiled and len(self.spoiled) == self.batches:
+            return "no direction is known: no batch gave finite partials; find the operation by trace_nonfinite"
+        if self.reasons.get("always_zero") == len(self):
+            return "no direction is known: every partial was 0 in every batch; the loss does not change with these weights"
+        return "no direction is known: these batches do not agree on any; take more or larger ones"
 
     @property
     def caveats(self) -> tuple[str, ...]:

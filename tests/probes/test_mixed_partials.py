@@ -145,3 +145,12 @@ def test_operators_without_a_second_derivative_are_named(loss, operator):
     with pytest.raises(ProbeError, match=f"{operator}.*has no second derivative.*check_partials"):
         mixed_partials(model, lambda m: loss(m(x)), "bias")
     assert trace(model) == before
+
+
+def test_a_complex_weight_is_named_by_its_part():
+    """An index without the part is an error that says which number stands for which."""
+    z = {"z": torch.tensor([1 + 2j, 3 - 1j])}
+    loss = lambda v: (v["z"].abs() ** 2).sum()  # noqa: E731
+    assert mixed_partials(z, loss, "z[1, 0]").to_numpy() == pytest.approx(2.0)
+    with pytest.raises(ArgumentError, match="0 for the real part, 1 for the imaginary"):
+        mixed_partials(z, loss, "z[1]")

@@ -425,11 +425,14 @@ def test_the_result_is_frozen_and_prints():
     with pytest.raises(AttributeError):
         found.level = 0.5
     text = str(found)
-    assert text.startswith("survey of 227 weights over 16 batches of 32, train mode, mean loss 1.")
+    assert text.startswith("a direction is known for ")
+    assert "  survey of 227 weights over 16 batches of 32, train mode, mean loss 1." in text
     assert re.search(r"increase \d+ · decrease \d+ · undecided \d+ \(weak", text)
     assert "at most 10% of the verdicts are expected to be wrong" in text
     assert all(caveat in text for caveat in found.caveats)
-    assert "nothing is certain enough" in str(survey(net(), loss, batches(8), 1e-9))
+    nothing = str(survey(net(), loss, batches(8), 1e-9))
+    assert nothing.startswith("no direction is known: these batches do not agree on any; take more or larger ones")
+    assert "nothing is certain enough" in nothing
 
 
 def test_a_loss_may_take_its_batch_apart():
