@@ -42,6 +42,7 @@ import gradlens
 from gradlens.analysis import confidence
 from gradlens.analysis.confidence import Counts
 from gradlens.analysis.diagnosis import level_of
+from gradlens.errors import GradlensWarning
 from gradlens.records import Finding, Severity
 
 __all__ = ["STUDIES", "Study", "base", "loops", "main", "mistakes", "ranks", "studied", "written"]
@@ -79,7 +80,11 @@ def watched(study: Study, steps: int, seed: int) -> tuple[gradlens.Lens, list[fl
     base._seed[0] = seed
     torch.manual_seed(seed)
     training = study.make()
-    with gradlens.watch(training.model, training.optimizers, **training.options) as lens:
+    with warnings.catch_warnings():
+        if study.rules:  # what watch() warns of is a finding, too
+            warnings.simplefilter("ignore", GradlensWarning)
+        lens = gradlens.watch(training.model, training.optimizers, **training.options)
+    with lens:
         base._watching[:] = [lens]
         losses = [float(training.step(k)) for k in range(steps)]
     base._watching.clear()

@@ -117,7 +117,7 @@ def test_a_probes_result_is_its_text_and_its_table():
     shown = verdicts._repr_html_()
     assert {"pre", "table"} <= _Tags(shown).seen
     assert "coverage" in shown
-    assert repr(verdicts).startswith("<Survey: survey of")
+    assert repr(verdicts).startswith("<Survey: a direction is known for ")
     assert "\n" not in repr(verdicts)
     check = gradlens.check_partials(case.model, lambda model: case.loss(model, case.batch(0)), k=4)
     assert "pre" in _Tags(check._repr_html_()).seen

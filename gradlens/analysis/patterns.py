@@ -222,9 +222,9 @@ def _unreduced(graph: Graph, chain: Chain) -> bool:
 
 
 def _divided(graph: Graph, at: int) -> bool:
-    """Whether what this operation gives is divided or multiplied before it is the loss: a sum over counted tokens, say."""
+    """Whether what this operation gives is divided, multiplied or averaged before it is the loss: a sum of tokens, say."""
     users = [user for user, op in enumerate(graph.operations) if at in op.inputs and user != at]
-    return any(graph.operations[user].name in ("Div", "Mul") or _divided(graph, user) for user in users)
+    return any(graph.operations[user].name in ("Div", "Mul", "Mean") or _divided(graph, user) for user in users)
 
 
 def _leaf_target(graph: Graph, chain: Chain) -> bool:

@@ -487,7 +487,8 @@ def _end(tensor: Tensor) -> int:
 
 
 def _local_part(tensor: Tensor) -> Tensor:
-    return tensor if type(tensor) in _PLAIN else local_part(tensor).detach()
+    local = tensor if type(tensor) in _PLAIN else local_part(tensor)
+    return tensor if local is tensor else local.detach()
 
 
 def _disjoint(columns: Sequence[Column], keep: OptionalTensors, work: _Work) -> bool:
