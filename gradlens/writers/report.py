@@ -372,14 +372,30 @@ def _updates(now: Snapshot, used: Snapshot) -> list[str]:
     if not math.isnan(share("flip_share")):
         lines.append(f"  {_percent(share('flip_share'))} of the weights' partials changed their sign since the step before")
     sampled = used.column("sampled")
+    if unknown := _unknown(used):
+        lines += _wrapped(unknown)
     if len(sampled) and np.nanmin(sampled) < 1:
         lines += _wrapped(
             f"updates and flips rest on a sample: {_percent(share('sampled'))} of all weights, at least "
             f"{_percent(float(np.nanmin(sampled)))} of each parameter (memory= allows more)"
         )
-    elif not math.isnan(share("alignment")):
+    elif not unknown and not math.isnan(share("alignment")):
         lines.append("  updates and flips rest on every weight")
     return lines if len(lines) > 1 else []
+
+
+def _unknown(used: Snapshot) -> str:
+    """What the totals of moves leave out: parameters that moved, and of which the gradient that moved them is not known."""
+    moved, told = np.isfinite(used.column("update_ratio")), np.isfinite(used.column("loss_change"))
+    missing = moved & ~told
+    if not missing.any() or not told.any():
+        return ""
+    sizes = used.column("numel")
+    return (
+        f"the moves against, the cosine and the loss change rest on {int(told.sum())} of {int((moved | told).sum())} parameters, "
+        f"{_percent(float(sizes[told].sum() / sizes[moved | told].sum()))} of the weights that moved: what moved the others "
+        "is not in their .grad any more, as the optimizer writes over it"
+    )
 
 
 def _ratios(used: Snapshot) -> list[str]:

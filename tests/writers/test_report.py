@@ -254,6 +254,22 @@ def test_what_the_steps_were_like():
     assert lines[4] == "  updates and flips rest on every weight"
 
 
+def test_totals_say_what_they_rest_on():
+    """Where an optimizer wrote over some gradients, their parameters are in no total: the page says how much is left."""
+    nan = float("nan")
+    more = {
+        "update_before_square_sum": [1.0, 1.0], "update_dot": [-1e-3, nan], "update_used_square_sum": [1.0, nan],
+        "update_against": 25, "update_loss_dot": [-2e-3, nan], "update_loss_exact": [1, nan],
+    }  # fmt: skip
+    page = report.text(history(used(**more)), []).replace("\n    ", " ")
+    assert (
+        "  the moves against, the cosine and the loss change rest on 1 of 2 parameters, 50 % of the weights that moved: what moved"
+        in page
+    )
+    assert "every weight" not in page
+    assert "to first order the step changes its batch's loss by -0.002" in page
+
+
 def test_a_sample_is_said_to_be_one():
     """Where memory allowed a sample only, the page says what share the numbers rest on."""
     more = {"update_dot": -1e-3, "update_used_square_sum": 1.0, "update_numel": [100, 10]}
