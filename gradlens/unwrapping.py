@@ -12,8 +12,13 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import Optimizer
 
-#: Path components that wrappers add to the names of parameters wherever they stand. DDP's `module` is told by its class.
-PREFIXES = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+#: Path components that wrappers add to the names of parameters wherever they stand.
+PREFIXES = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_forward_module")
+#: Those that a model may have of its own: the classes of the wrappers that add them (DDP's, opacus').
+OF_CLASSES = {
+    "module": {"DistributedDataParallel", "DataParallel"},
+    "_module": {"GradSampleModule", "AbstractGradSampleModule"},
+}
 
 
 def unwrap_optimizer(optimizer: Any) -> Any:
@@ -44,13 +49,18 @@ def unwrap_model(module: nn.Module) -> nn.Module:
             return module
 
 
+def is_wrapper(module: nn.Module, child: str) -> bool:
+    """Whether a module wraps this child, so that the child's name is not one that a user gave."""
+    wrappers = OF_CLASSES.get(child, set())
+    return child in PREFIXES or not wrappers.isdisjoint(each.__name__ for each in type(module).__mro__)
+
+
 def plain_name(module: nn.Module, name: str) -> str:
     """The name of a parameter of `module` without the prefixes of wrappers."""
     *path, leaf = name.split(".")
     words = []
     for child in path:
-        parallel = child == "module" and isinstance(module, DistributedDataParallel | DataParallel)
-        if not parallel and child not in PREFIXES:
+        if not is_wrapper(module, child):
             words.append(child)
         module = module._modules[child]  # type: ignore[assignment]
     return ".".join([*words, leaf])

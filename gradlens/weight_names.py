@@ -15,7 +15,7 @@ import numpy as np
 
 from gradlens.errors import ArgumentError, ArgumentTypeError, nearest
 
-WRAPPERS = ("module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+WRAPPERS = ("module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_forward_module", "_module")
 Index = tuple[int, ...]
 _WRITTEN = re.compile(r"(.*)\[([-\d,\s]*)\]\s*", re.DOTALL)
 _EXPECTED = "a weight is ('fc1.weight', (0, 3)), 'fc1.weight[0, 3]', or a name for all its entries"

@@ -19,14 +19,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from gradlens._torch import UninitializedTensorMixin
 from gradlens.capture import sharding
 from gradlens.errors import ArgumentError, ArgumentTypeError
 from gradlens.records import Parameters
 from gradlens.selection import Select, check, predicate
-from gradlens.unwrapping import PREFIXES
+from gradlens.unwrapping import is_wrapper
 
 Target = nn.Module | Mapping[str, nn.Module | Tensor]
 
@@ -162,10 +161,6 @@ def _foreign(hooks: Mapping[int, Callable]) -> bool:
     return not all(hasattr(hook, "gradlens") for hook in hooks.values())
 
 
-def _strips(owner: nn.Module, child: str) -> bool:
-    return child in PREFIXES or (child == "module" and isinstance(owner, DistributedDataParallel | DataParallel))
-
-
 def walk(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module, str, Tensor]]:
     """`(name, owner, leaf, tensor)` of every parameter, wrappers' prefixes stripped, in the order of `named_parameters`."""
     seen: set[int] = set()
@@ -179,7 +174,7 @@ def walk(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module, 
                 yield path + leaf, owner, leaf, tensor
         for child, inner in owner._modules.items():
             if inner is not None:
-                yield from visit(inner, path if _strips(owner, child) else f"{path}{child}.")
+                yield from visit(inner, path if is_wrapper(owner, child) else f"{path}{child}.")
 
     yield from visit(module, prefix)
 
@@ -228,7 +223,7 @@ class Anchor:
         self._within: list[Anchor] = []
         for child, inner in part._modules.items() if isinstance(part, nn.Module) else ():
             if inner is not None and id(inner) not in seen:
-                path = name if _strips(part, child) else f"{name}.{child}" if name else child  # type: ignore[arg-type]
+                path = name if is_wrapper(part, child) else f"{name}.{child}" if name else child  # type: ignore[arg-type]
                 self._within.append(Anchor(path, inner, seen))
 
     def alive(self) -> Iterator[tuple[str, nn.Module | Tensor]]:

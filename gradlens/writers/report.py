@@ -391,10 +391,11 @@ def _unknown(used: Snapshot) -> str:
     if not missing.any() or not told.any():
         return ""
     sizes = used.column("numel")
+    share = _percent(float(sizes[told].sum() / sizes[moved | told].sum()))
     return (
-        f"the moves against, the cosine and the loss change rest on {int(told.sum())} of {int((moved | told).sum())} parameters, "
-        f"{_percent(float(sizes[told].sum() / sizes[moved | told].sum()))} of the weights that moved: what moved the others "
-        "is not in their .grad any more, as the optimizer writes over it"
+        f"the moves against, the cosine and the loss change rest on {int(told.sum())} of {int((moved | told).sum())} "
+        f"parameters, {share} of the weights that moved: what moved the others is not in their .grad any more, as the "
+        "optimizer writes over it"
     )
 
 
