@@ -162,9 +162,22 @@ def counted():
     return collectives(wrap, ("backward", "used"), batches())
 
 
+def observed():
+    """What `observe` makes of a number that every rank has, and of one of which each has a part."""
+    mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
+    net = exact()
+    with gradlens.watch(net) as lens:
+        lens.observe(loss=DTensor.from_local(torch.tensor(2.0), mesh, [Replicate()]))
+        number = float(lens._watcher.step.scalars["loss"])
+        try:
+            lens.observe(loss=DTensor.from_local(torch.tensor(2.0), mesh, [Partial()]))
+        except ArgumentError as error:
+            return number, str(error)
+
+
 def two():
     """All scenarios but that of two meshes."""
-    calls = (parallel, placed, scattered, questions, summands, sequence, counted)
+    calls = (parallel, placed, scattered, questions, summands, sequence, counted, observed)
     return {call.__name__: call() for call in calls}
 
 
@@ -291,6 +304,15 @@ def test_sequence_parallel_norms_are_marked_and_stay_marked(launched, group, cou
     assert pooled.parameters.pieces[2:] == ("", "")
     np.testing.assert_array_equal(pooled.columns["square_sum"][:2], tables[0].columns["square_sum"][:2])
     assert pooled.column("numel").tolist() == [6, 6, 24, 4]
+
+
+def test_a_number_of_which_each_rank_has_a_part_is_refused(launched):
+    """`observe` takes what every rank has, and says what to give instead of a part: to add up takes all ranks."""
+    for result in launched(two):
+        number, error = result["observed"]
+        assert number == 2.0
+        assert "observe(loss=...) got a distributed tensor of which each rank has a part" in error
+        assert "loss.full_tensor()" in error
 
 
 @pytest.mark.situation("tensor parallel: no collective is ours", note="of 2 parameters and of 100")
