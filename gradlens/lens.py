@@ -346,6 +346,7 @@ class Lens:
             self._live.held,
             lambda: watcher.step.number if watcher.step.observed else None,
             self._failures,
+            self._watcher.guard,
         )
         recorder.attach(optimizers)
         return recorder

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradlens.capture.guards import Guard, guarded
 from gradlens.errors import ArgumentError, ArgumentTypeError, nearest
 from gradlens.records import Stage
 from gradlens.selection import predicate
@@ -82,8 +83,9 @@ class PartialRecorder:
         parameters: Callable[[], Sequence[LiveParameter]],
         step: Callable[[], int | None],
         failures: Failures,
+        guard: Guard,
     ) -> None:
-        self._store = PartialStore(run, key)
+        self._store, self.guard = PartialStore(run, key), guard
         self._names, self._parameters, self._step, self._failures = names, parameters, step, failures
         self._seen, self._due, self._next = 0, -1, 1
         self._last = -1
@@ -96,12 +98,8 @@ class PartialRecorder:
 
     def attach(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         """Look at what these optimizers use."""
-        for number, optimizer in enumerate(optimizers):
-
-            def before(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any, number: int = number) -> None:
-                self._before_step(optimizer, number)
-
-            self._handles.append(optimizer.register_step_pre_hook(before))
+        self._numbers = {id(optimizer): number for number, optimizer in enumerate(optimizers)}
+        self._handles = [optimizer.register_step_pre_hook(self.step_begins) for optimizer in optimizers]
 
     def close(self) -> None:
         """Let go of the optimizers, and write what waits."""
@@ -112,16 +110,15 @@ class PartialRecorder:
         self._thread.join(PARTING)
         self._report()
 
-    def _before_step(self, optimizer: torch.optim.Optimizer, number: int) -> None:
-        try:
-            step = self._step()
-            if step is None or not self._is_due(step) or self._failures.off(_WHERE) or capturing_cuda_graph():
-                return
-            self._report()
-            with isolated_compute():
-                self._take(optimizer, step, number)
-        except Exception as error:  # noqa: BLE001 - nothing of ours is raised in a training step
-            self._failures(_WHERE, error)
+    @guarded(_WHERE)
+    def step_begins(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        """An optimizer is about to use what is kept."""
+        step = self._step()
+        if step is None or not self._is_due(step) or self._failures.off(_WHERE) or capturing_cuda_graph():
+            return
+        self._report()
+        with isolated_compute():
+            self._take(optimizer, step, self._numbers[id(optimizer)])
 
     def _is_due(self, step: int) -> bool:
         if step != self._last:

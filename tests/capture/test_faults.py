@@ -82,12 +82,11 @@ def faults_allowed():
         yield
 
 
+#: What is guarded, and called in special trainings only.
+SPECIAL = ("a parameter's replacement", "a closure's return", "whole partials")
+
 #: What torch calls of ours and is guarded: each may fail as a whole.
-HOOKS = {
-    where: (entry, "call")
-    for where, entry in GUARDED.items()
-    if where not in ("a parameter's replacement", "a closure's return")
-}
+HOOKS = {where: (entry, "call") for where, entry in GUARDED.items() if where not in SPECIAL}
 
 #: What else may fail: functions of ours that something in a training step calls.
 WITHIN = {
@@ -162,6 +161,44 @@ def test_whatever_of_ours_fails_training_has_the_same_bits(monkeypatch, where, w
     if when == "once":
         unseen = where == "after the optimizer's step"  # nothing else says that the optimizer has stepped
         assert set(lens.table()["step"]) == {5 - unseen}
+
+
+def special(model, optimizer, steps):
+    """A closure in each step, and a parameter that is replaced before each."""
+    losses = []
+    for step in range(steps):
+        model[4].bias = nn.Parameter(model[4].bias.detach().clone())
+
+        def closure(step=step):
+            optimizer.zero_grad()
+            loss = model(data(step)).pow(2).sum()
+            loss.backward()
+            return loss
+
+        losses.append(float(optimizer.step(closure)))
+    return losses
+
+
+@pytest.mark.parametrize("where", SPECIAL)
+def test_what_few_trainings_call_may_fail_too(monkeypatch, where, tmp_path):
+    """A parameter's replacement, a closure's return, partials that are kept: the same bits, and a finding that names it."""
+    model, optimizer = training()
+    losses = special(model, optimizer, 3)
+    expected = bits(model, optimizer)
+    model, optimizer = training()
+    calls = []
+
+    def fails(*args):
+        calls.append(args)
+        raise RuntimeError("made to fail")
+
+    monkeypatch.setattr(GUARDED[where], "call", fails)
+    with faults_allowed(), gradlens.watch(model, optimizer, run=tmp_path, keep="0.weight") as lens:
+        assert special(model, optimizer, 3) == losses
+    same_bits(bits(model, optimizer), expected)
+    assert calls
+    (fault,) = [finding for finding in lens.findings() if finding.rule == "gradlens-fault"]
+    assert where in fault.seen
 
 
 def test_a_warning_that_is_made_an_error_does_not_reach_training(monkeypatch):
