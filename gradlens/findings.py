@@ -1,7 +1,6 @@
 """Every finding that no rule makes: what was asked for and cannot be had, and what went wrong on the way.
 
-`CATALOGUE` has each by its name, with what it says, for the docs. What capture and the lens find has its words here too;
-a store or a writer that finds something of its own takes the name from the catalogue.
+`CATALOGUE` has each by its name, with what it says, for the docs; the words of each are here too, whoever finds it.
 """
 
 from __future__ import annotations
@@ -52,6 +51,58 @@ def few(names: Sequence[str]) -> str:
 
 def _of(names: Sequence[str]) -> dict[str, object]:
     return {"parameter": names[0] if names else None, "parameters": tuple(names)}
+
+
+# --- what was asked for --------------------------------------------------------------------------------------------
+
+
+def evidence_unavailable(step: int, read: str) -> Finding:
+    """Evidence without the backwards that it rests on."""
+    return Finding(
+        rule="evidence-unavailable",
+        step=step,
+        severity=Severity.WARNING,
+        seen=f"`evidence` rests on each backward's own partials; the stages read are {read}",
+        causes=("stage= leaves them out, or there are several ranks, where `backward` is on request",),
+        remedy='add "backward" to stage=, or ask gradlens.survey()',
+    )
+
+
+def updates_unavailable(step: int, read: str) -> Finding:
+    """Updates without the rows that they stand on."""
+    return Finding(
+        rule="updates-unavailable",
+        step=step,
+        severity=Severity.INFO,
+        seen=f"`updates` stand on the rows of stage `used`; the stages read are {read}, so those columns are empty",
+        causes=("stage= leaves it out",),
+        remedy='add "used" to stage=',
+    )
+
+
+def no_memory(step: int, what: str, needed: int) -> Finding:
+    """An allowance without room."""
+    return Finding(
+        rule="memory",
+        step=step,
+        severity=Severity.WARNING,
+        seen=f"memory= has no room for even one weight of each parameter: the columns of {what} are empty",
+        causes=("memory= is 0, or very small",),
+        remedy=f"give memory= more, up to the {needed:,} bytes of every weight; or features=() to do without",
+    )
+
+
+def reduced_unavailable(step: int) -> Finding:
+    """One process has nothing to average over."""
+    return Finding(
+        rule="reduced-unavailable",
+        step=step,
+        severity=Severity.INFO,
+        seen="there is one process, and nothing to average over: `reduced` rows are this process's own `.grad`",
+        causes=("torch.distributed is not initialised, or was not when watch() was called",),
+        remedy="read `accumulated`, which is the same here, or call watch() after init_process_group()",
+        stage=Stage.REDUCED.value,
+    )
 
 
 # --- optimizers -----------------------------------------------------------------------------------------------------
@@ -371,4 +422,77 @@ def records_damaged(step: int, error: str) -> Finding:
         seen=f"a file of an earlier writer was left as it is: {error}",
         causes=("a faulty disk", "another program wrote to it"),
         remedy="move it away; the rest of the run reads then",
+    )
+
+
+# --- what is written -----------------------------------------------------------------------------------------------------
+
+
+def writer_failed(step: int, name: str, error: BaseException, *, durable: bool) -> Finding:
+    """A writer raised."""
+    what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    return Finding(
+        rule="writer-failed",
+        step=step,
+        severity=Severity.ERROR if durable else Severity.WARNING,
+        seen=f"{name} failed and is switched off: {what}"
+        + (f"; nothing is recorded on disk from about step {step} on" if durable else ""),
+        causes=("the disk is full, or the directory was removed or cannot be written",)
+        if isinstance(error, OSError)
+        else ("a fault in the writer, or in what it writes to",),
+        remedy="training and the other writers go on, and what is in memory can be asked; for records on disk, watch again "
+        "with a directory that can be written"
+        if durable
+        else "training and the other writers go on; mend the writer",
+    )
+
+
+def too_many(finding: Finding, kept: int) -> Finding:
+    """A rule found more than is kept."""
+    return Finding(
+        rule="findings-bounded",
+        step=finding.step,
+        severity=Severity.WARNING,
+        seen=f"{finding.rule} has found {kept:,} things; what it finds from here on is counted and not kept",
+        causes=("a rule that finds something new at nearly every step",),
+        remedy="make its threshold stricter, or have it ask that something lasts (gradlens.rules.lasting)",
+        value=float(kept),
+    )
+
+
+def left_out(step: int, rule: str, times: int, kept: int) -> Finding:
+    """What it found in all."""
+    return Finding(
+        rule="findings-left-out",
+        step=step,
+        severity=Severity.INFO,
+        seen=f"{rule} found {times:,} things in all, of which the first {kept:,} were kept",
+        value=float(times - kept),
+    )
+
+
+def recorder_stuck(step: int, within: str, seconds: float, what: str) -> Finding:
+    """Somebody's function keeps the recorder's thread."""
+    return Finding(
+        rule="recorder-stuck",
+        step=step,
+        severity=Severity.WARNING,
+        seen=f"{within} has not returned for {seconds:g} seconds: {what}",
+        causes=("it waits for something that does not come: a lock, a network, an answer of its own thread",),
+        remedy="give it a timeout; records on disk go on without it",
+    )
+
+
+def ranks_missing(step: int, ranks: Sequence[int], patience: float) -> Finding:
+    """Nothing came of these in time."""
+    some = ", ".join(map(str, ranks[:8])) + (", ..." if len(ranks) > 8 else "")
+    return Finding(
+        rule="ranks-missing",
+        step=step,
+        severity=Severity.WARNING,
+        seen=f"nothing of {len(ranks)} rank{'s' * (len(ranks) > 1)} ({some}) came within {patience:g} s: the dashboard goes "
+        "on without them, and has them again when they come",
+        causes=("a rank died or hangs", "it does not watch, or looks at other steps", "it has no run= directory"),
+        remedy="look at that rank's output; its own records are in its segment of the run directory",
+        value=float(len(ranks)),
     )

@@ -13,6 +13,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 
+from gradlens import findings
 from gradlens.analysis.history import History
 from gradlens.analysis.ruleset import RuleSet
 from gradlens.blocks import Block
@@ -98,7 +99,7 @@ class Delivery:
             return
         self._tell(finding, recorded=recorded)
         if times == FINDINGS:
-            self._tell(_too_many(finding))
+            self._tell(findings.too_many(finding, FINDINGS))
 
     def _tell(self, finding: Finding, *, recorded: bool = False) -> None:
         self.found.append(finding)
@@ -125,7 +126,7 @@ class Delivery:
     # --- writers that fail ------------------------------------------------------------------------------------------
 
     def _writer_failed(self, writer: Writer, error: BaseException) -> None:
-        self._broken.append(_failed(writer, error, self._step))
+        self._broken.append(findings.writer_failed(self._step, type(writer).__name__, error, durable=_durable(writer)))
 
     def tell_failures(self) -> None:
         """Say which writers have failed since it was last said: in memory, in those that work, and in the report."""
@@ -145,49 +146,10 @@ class Delivery:
 
     def left_out(self) -> list[Finding]:
         """What each rule found beyond what was handed on."""
-        return [_beyond(rule, times, self._step) for rule, times in self._times.items() if times > FINDINGS]
+        return [
+            findings.left_out(self._step, rule, times, FINDINGS) for rule, times in self._times.items() if times > FINDINGS
+        ]
 
 
 def _durable(writer: Writer) -> bool:
     return bool(getattr(writer, "durable", False))
-
-
-def _failed(writer: Writer, error: BaseException, step: int) -> Finding:
-    name, durable = type(writer).__name__, _durable(writer)
-    what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-    return Finding(
-        rule="writer-failed",
-        step=step,
-        severity=Severity.ERROR if durable else Severity.WARNING,
-        seen=f"{name} failed and is switched off: {what}"
-        + (f"; nothing is recorded on disk from about step {step} on" if durable else ""),
-        causes=("the disk is full, or the directory was removed or cannot be written",)
-        if isinstance(error, OSError)
-        else ("a fault in the writer, or in what it writes to",),
-        remedy="training and the other writers go on, and what is in memory can be asked; for records on disk, watch again "
-        "with a directory that can be written"
-        if durable
-        else "training and the other writers go on; mend the writer",
-    )
-
-
-def _too_many(finding: Finding) -> Finding:
-    return Finding(
-        rule="findings-bounded",
-        step=finding.step,
-        severity=Severity.WARNING,
-        seen=f"{finding.rule} has found {FINDINGS:,} things; what it finds from here on is counted and not kept",
-        causes=("a rule that finds something new at nearly every step",),
-        remedy="make its threshold stricter, or have it ask that something lasts (gradlens.rules.lasting)",
-        value=float(FINDINGS),
-    )
-
-
-def _beyond(rule: str, times: int, step: int) -> Finding:
-    return Finding(
-        rule="findings-left-out",
-        step=step,
-        severity=Severity.INFO,
-        seen=f"{rule} found {times:,} things in all, of which the first {FINDINGS:,} were kept",
-        value=float(times - FINDINGS),
-    )

@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from gradlens import findings
 from gradlens.analysis.diagnosis import Diagnosis, diagnose
 from gradlens.analysis.history import History
 from gradlens.analysis.ruleset import RuleSet
@@ -34,7 +35,7 @@ from gradlens.analysis.trend import trend
 from gradlens.blocks import Block
 from gradlens.errors import GradlensWarning
 from gradlens.facts import Fact
-from gradlens.records import Finding, Severity
+from gradlens.records import Finding
 from gradlens.statistics.table import Table, settle
 from gradlens.statistics.transfer import Transfer
 from gradlens.statistics.unpacking import Arrival, unpack
@@ -221,14 +222,7 @@ class Recorder:
         return True
 
     def _say_stuck(self, what: str) -> Finding:
-        finding = Finding(
-            rule="recorder-stuck",
-            step=self._failures.step(),
-            severity=Severity.WARNING,
-            seen=f"{self._within or 'the recorder'} has not returned for {PATIENCE:g} seconds: {what}",
-            causes=("it waits for something that does not come: a lock, a network, an answer of its own thread",),
-            remedy="give it a timeout; records on disk go on without it",
-        )
+        finding = findings.recorder_stuck(self._failures.step(), self._within or "the recorder", PATIENCE, what)
         if not any(finding.rule == each.rule and finding.seen == each.seen for each in self.found):
             self.found.append(finding)
             warnings.warn(GradlensWarning(finding.seen), stacklevel=3)

@@ -30,11 +30,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from gradlens import fields
+from gradlens import fields, findings
 from gradlens.errors import GradlensWarning
 from gradlens.noise import Gauge
 from gradlens.pooling import pool
-from gradlens.records import Finding, Parameters, Record, Severity, Snapshot, Stage, Status, Top
+from gradlens.records import Finding, Parameters, Record, Snapshot, Stage, Status, Top
 from gradlens.writers.base import Writer
 
 PATIENCE = 5.0  #: seconds that a table waits for those of the other ranks
@@ -439,7 +439,7 @@ class Pooled:
         """These ranks are not waited for until they come again."""
         if waiting and patience:
             if not self._alone:
-                yield _missing(own, [peer.rank for peer in waiting], patience)
+                yield findings.ranks_missing(own.step, [peer.rank for peer in waiting], patience)
             for peer in waiting:
                 peer.late = True
 
@@ -464,17 +464,3 @@ class Pooled:
 
 def _rows(parameters: Parameters) -> list[tuple[str, str]]:
     return [(name, parameters.piece(row)) for row, name in enumerate(parameters.names)]
-
-
-def _missing(own: Snapshot, ranks: Sequence[int], patience: float) -> Finding:
-    few = ", ".join(map(str, ranks[:8])) + (", ..." if len(ranks) > 8 else "")
-    return Finding(
-        rule="ranks-missing",
-        step=own.step,
-        severity=Severity.WARNING,
-        seen=f"nothing of {len(ranks)} rank{'s' * (len(ranks) > 1)} ({few}) came within {patience:g} s: the dashboard goes "
-        "on without them, and has them again when they come",
-        causes=("a rank died or hangs", "it does not watch, or looks at other steps", "it has no run= directory"),
-        remedy="look at that rank's output; its own records are in its segment of the run directory",
-        value=float(len(ranks)),
-    )
