@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gradlens import fields
+from gradlens.analysis.agreement import MEANING, Agreement
 from gradlens.dashboard.downsampling import kept, largest_of_squares
 from gradlens.dashboard.maps import Quantity
 from gradlens.errors import ArgumentError, NothingCapturedError
@@ -245,16 +246,28 @@ def histogram(run: Run, parameter: str, stage: str) -> Answer:
 
 
 def weights(run: Run, parameter: str, step: int | None) -> dict[str, Any]:
-    """The most sensitive weights of a parameter, of the last step that has them at or before that one."""
+    """The most sensitive weights of a parameter, of the last step that has them at or before that one, and how often the
+    partial of each had that sign at all steps that kept it."""
     at = None if step is None else _kept_step(run, parameter, step)
     frame = run.weights(parameter, step=at)
     frame = frame[frame["parameter"] == parameter]
     columns = [name for name in frame.columns if name not in ("parameter", "index")]
-    rows = [
-        {"index": None if index is None else list(index), **dict(zip(columns, values, strict=True))}
-        for index, values in zip(frame["index"], frame[columns].itertuples(index=False, name=None), strict=True)
-    ]
-    return {"step": frame.attrs.get("step"), "stage": frame.attrs.get("stage"), "columns": columns, "weights": rows}
+    stage, shape = frame.attrs.get("stage"), run.shapes().get(parameter, ())
+    signs = {} if stage is None else run.signs(parameter, stage=stage)
+    rows = []
+    for index, values in zip(frame["index"], frame[columns].itertuples(index=False, name=None), strict=True):
+        row = {"index": None if index is None else list(index), **dict(zip(columns, values, strict=True))}
+        known = signs.get((parameter, _flat(index, shape)), (0, 0)) if index is not None else (0, 0)
+        agreement = Agreement.of(known, row["partial"])
+        rows.append({**row, "verdict": agreement.verdict(row["direction"]), "agreement": str(agreement)})
+    told = {"step": frame.attrs.get("step"), "stage": stage, "meaning": MEANING}
+    return {**told, "columns": [*columns, "verdict", "agreement"], "weights": rows}
+
+
+def _flat(index: Sequence[int], shape: tuple[int, ...]) -> int:
+    """The place of a weight; a complex entry has two, on an axis of its own."""
+    whole = (*shape, 2) if len(index) > len(shape) else shape
+    return int(np.ravel_multi_index(tuple(index), whole)) if whole else 0
 
 
 def matrix(run: Run, parameter: str, step: int | None) -> Answer:

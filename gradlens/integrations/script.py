@@ -4,17 +4,17 @@ The script is the real `__main__` of its own process. Python imports `bootstrap/
 `begin` when torch was imported, in the script's process and in those that it starts: workers of torchrun, spawned ranks.
 From then on
 
-    backward() is asked for     ->  are there optimizers? Then the models whose parameters they hold are watched, and
+    a backward is about to run  ->  are there optimizers? Then the models whose parameters they hold are watched, and
                                     otherwise those that this loss depends on; then the backward begins
     an optimizer steps          ->  it is none of those watched, as where its backward was not seen: watched from here on
     a parameter is registered   ->  a model is being built: look again at the next backward
     an optimizer is made        ->  the same; what was watched without one goes on with it, in the same run
 
 Modules are known from the hook that torch calls when one registers a parameter or a child, those that were copied or loaded
-from the script's variables. Two attributes of torch are replaced, each by a descriptor that hands out the original, so that
-no frame of ours is in a traceback and no compiler meets a hook: `Tensor.backward`, until the first one is asked for, and
-`Optimizer._patch_step_function`, which is called as an optimizer is made. Names are those of the model; where there are
-several models, each has the name of the script's variable in front.
+from the script's variables. Three attributes of torch are replaced, each by what hands out the original, so that no frame of
+ours is in a traceback and no compiler meets a hook: `Tensor.backward` and `torch.autograd._engine_run_backward`, until the
+first backward, and `Optimizer._patch_step_function`, which is called as an optimizer is made. Names are those of the model;
+where there are several models, each has the name of the script's variable in front.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +45,8 @@ from torch.optim.optimizer import _global_optimizer_pre_hooks, register_optimize
 VARIABLE = "GRADLENS_RUN"  #: of the environment: what `gradlens run` was told, as JSON
 FRUITLESS = 64  #: looks that found nothing new, after which nothing is looked for any more
 NODES = 200_000  #: of a graph that are looked at
+_F = TypeVar("_F", bound=Callable[..., Any])
+_AUTOGRAD: Any = torch.autograd  # what `_engine_run_backward` is looked up in by `backward` and `grad`
 
 
 @dataclass(frozen=True)
@@ -109,17 +111,17 @@ def find(made: Made, known: set[int], extra: Optimizer | None = None) -> Found |
     return _holding(made, held, tuple(chosen)) if held else None
 
 
-def find_leaves(made: Made, known: set[int], root: Tensor) -> Found | None:
-    """What a loss depends on, where there is no optimizer: the modules that have its leaves, or else those tensors."""
-    held = {id(leaf): leaf for leaf in leaves(root) if id(leaf) not in known}
+def find_leaves(made: Made, known: set[int], *roots: Tensor) -> Found | None:
+    """What losses depend on, where there is no optimizer: the modules that have their leaves, or else those tensors."""
+    held = {id(leaf): leaf for leaf in leaves(*roots) if id(leaf) not in known}
     return _holding(made, held, ()) if held else None
 
 
-def leaves(root: Tensor) -> list[Tensor]:
-    """The tensors that this one was computed from and that get a gradient."""
+def leaves(*roots: Tensor) -> list[Tensor]:
+    """The tensors that these were computed from and that get a gradient."""
     seen: set[Any] = set()
     found: list[Tensor] = []
-    stack = [root.grad_fn]
+    stack = [root.grad_fn for root in roots]
     while stack and len(seen) < NODES:
         node = stack.pop()
         if node is None or node in seen:
@@ -262,6 +264,16 @@ def _locals(frame: FrameType) -> dict[str, Any]:
 # --- watching -------------------------------------------------------------------------------------------------------
 
 
+def uncompiled(function: _F) -> _F:
+    """Kept from torch.compile, with all that it calls: after a graph break that would read each function that is entered."""
+    with contextlib.suppress(ImportError, AttributeError, TypeError):  # torch's own names, here without the compiler
+        from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
+
+        skipped = _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP)
+        set_code_exec_strategy(function.__code__, skipped)  # type: ignore[attr-defined]
+    return function
+
+
 class AtOptimizer:
     """Stands in for `Optimizer._patch_step_function`, which torch calls as an optimizer is made: `note` hears of each."""
 
@@ -269,6 +281,7 @@ class AtOptimizer:
         self._note, self._original = note, Optimizer.__dict__["_patch_step_function"]
         Optimizer._patch_step_function = self  # type: ignore[assignment, method-assign]
 
+    @uncompiled
     def __get__(self, optimizer: Optimizer | None, kind: type) -> Any:
         if optimizer is not None:
             self._note(optimizer)
@@ -276,26 +289,66 @@ class AtOptimizer:
 
 
 class AtBackward:
-    """Stands in for `Tensor.backward` until it is asked for once: `call(tensor)` runs, and the original is handed out.
+    """Waits for a backward that begins outside of any other: `call(*losses)` runs once, before it.
 
-    It takes its own place back first, so what was called as `loss.backward()` is the original, and its frames are torch's.
+    `Tensor.backward` is watched where it is asked for, `torch.autograd.backward` where it is about to run the engine. All is
+    as it was before `call` runs, so what goes on is torch's own, and so are its frames.
     """
 
-    def __init__(self, call: Callable[[Tensor], None]) -> None:
+    def __init__(self, call: Callable[..., None]) -> None:
         self._call, self._original = call, Tensor.__dict__["backward"]
         Tensor.backward = self  # type: ignore[assignment, method-assign]
+        self._engine = AtEngine(self._begins)
 
+    @uncompiled
     def __get__(self, tensor: Tensor | None, kind: type) -> Any:
         if tensor is None or torch.compiler.is_compiling():
             return self._original.__get__(tensor, kind)
-        self.remove()
-        self._call(tensor)
+        self._begins((tensor,))
         return getattr(tensor, "backward")  # noqa: B009 - as it is now: the call may have put another one here
+
+    def _begins(self, losses: Sequence[Tensor]) -> None:
+        self.remove()
+        self._call(*losses)
 
     def remove(self) -> None:
         """Give way. May be called again."""
+        self._engine.remove()
         if Tensor.__dict__.get("backward") is self:
             Tensor.backward = self._original  # type: ignore[method-assign]
+
+
+class AtEngine:
+    """Stands in for `_engine_run_backward` in `torch.autograd`, which `backward` and `grad` call there: `call(losses)` runs
+    before a `backward`, and the original is handed out.
+
+    To call an object, Python asks its class for `__call__`, here a property: that has returned when the original is called.
+    """
+
+    def __init__(self, call: Callable[[Sequence[Tensor]], None]) -> None:
+        self._call, self._original, self._waits = call, _AUTOGRAD._engine_run_backward, True
+        _AUTOGRAD._engine_run_backward = self
+
+    @property
+    @uncompiled
+    def __call__(self) -> Any:
+        """The original."""
+        frame = inspect.currentframe()
+        caller = None if frame is None else frame.f_back
+        if self._waits and caller is not None and caller.f_code is torch.autograd.backward.__code__ and not _within():
+            self._call([each for each in _locals(caller)["tensors"] if isinstance(each, Tensor)])
+        return self._original
+
+    def remove(self) -> None:
+        """Give way, also where another has kept this one to call it. May be called again."""
+        self._waits = False
+        if _AUTOGRAD._engine_run_backward is self:
+            _AUTOGRAD._engine_run_backward = self._original
+
+
+def _within() -> bool:
+    """Whether a backward runs in this thread, or a compiler reads the code."""
+    return torch.compiler.is_compiling() or torch._C._current_graph_task_id() != -1
 
 
 class Session:
@@ -324,17 +377,21 @@ class Session:
 
     # Each hook returns None, so it changes nothing; none raises, and none works in a forked child.
 
+    @uncompiled
     def _registered(self, module: nn.Module, name: str, registered: Any) -> None:
         if not torch.compiler.is_compiling() and not self._busy.locked():
             self._safely(self._note_module, module)
 
+    @uncompiled
     def _optimizer_made(self, optimizer: Optimizer) -> None:
         self._safely(self._note_optimizer, optimizer)
 
+    @uncompiled
     def _stepped(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if not torch.compiler.is_compiling():
             self._safely(self._step, optimizer)
 
+    @uncompiled
     def _stepping(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._safely(self._step_now, optimizer, args, kwargs)
 
@@ -365,17 +422,17 @@ class Session:
         if self._waiting is None and self._fruitless < FRUITLESS:
             self._waiting = AtBackward(self._asked)
 
-    def _asked(self, loss: Tensor) -> None:
+    def _asked(self, *losses: Tensor) -> None:
         self._waiting = None
-        self._safely(self._look, loss)
+        self._safely(self._look, *losses)
 
-    def _look(self, loss: Tensor) -> None:
+    def _look(self, *losses: Tensor) -> None:
         """Before a backward."""
         known = {key for key, ref in self._known.items() if ref() is not None}
         found = find(self._made, known)
         if found is None:
             bare = {key for _, watched in self._bare for key, ref in watched.items() if ref() is not None}
-            found = find_leaves(self._made, known | bare, loss)
+            found = find_leaves(self._made, known | bare, *losses)
         self._begin(found)
 
     def _begin(self, found: Found | None) -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gradlens import fields
+from gradlens.analysis.agreement import MEANING, Agreement
 from gradlens.progress import tracked
 from gradlens.records import Finding, Parameters, Severity, Snapshot, Stage, Status, directions, total
 from gradlens.writers.report import named
@@ -94,6 +95,7 @@ def collect(summary: Summary) -> dict[str, Any]:
         "settings": {name: str(value) for name, value in run.settings.items() if name not in NO_SETTINGS},
         "table": rows(summary),
         "weights": _weights(summary),
+        "verdicts": MEANING,
     }
     return content | _over_time(summary)
 
@@ -161,34 +163,27 @@ def _weights(summary: Summary) -> list[dict[str, Any]]:
             if size[row, column] > 0:
                 candidates.append((float(size[row, column]), snapshot, row, column))
     candidates.sort(key=lambda each: -each[0])
-    signs = _signs([each for each in kept if each.stage == stage])
-    return [_weight(snapshot, row, column, signs) for _, snapshot, row, column in candidates[:WEIGHTS]]
+    chosen = candidates[:WEIGHTS]
+    signs = summary.run.signs({snapshot.names[row] for _, snapshot, row, _ in chosen}, stage=str(stage)) if chosen else {}
+    return [_weight(snapshot, row, column, signs) for _, snapshot, row, column in chosen]
 
 
-def _signs(kept: Sequence[Snapshot]) -> dict[tuple[str, int], list[float]]:
-    signs: dict[tuple[str, int], list[float]] = {}
-    for snapshot in kept:
-        assert snapshot.top is not None
-        for row, name in enumerate(snapshot.names):
-            for index, partial in zip(snapshot.top.index[row].tolist(), snapshot.top.partial[row].tolist(), strict=True):
-                if index >= 0 and partial:
-                    signs.setdefault((name, index), []).append(math.copysign(1, partial))
-    return signs
-
-
-def _weight(snapshot: Snapshot, row: int, column: int, signs: Mapping[tuple[str, int], Sequence[float]]) -> dict[str, Any]:
+def _weight(snapshot: Snapshot, row: int, column: int, signs: Mapping[tuple[str, int], tuple[int, int]]) -> dict[str, Any]:
     top, name = snapshot.top, snapshot.names[row]
     assert top is not None
     index, partial = int(top.index[row, column]), float(top.partial[row, column])
-    seen = signs.get((name, index), ())
+    agreement = Agreement.of(signs.get((name, index), (0, 0)), partial)
+    direction = str(directions(np.asarray(partial)))
     return {
         "weight": named(name, _place(snapshot.parameters, row, index)),
         "parameter": name,
         "value": finite(float(top.value[row, column])),
         "partial": finite(partial),
-        "direction": str(directions(np.asarray(partial))),
-        "agree": sum(sign == math.copysign(1, partial) for sign in seen),
-        "kept": len(seen),
+        "direction": direction,
+        "agree": agreement.same,
+        "kept": agreement.kept,
+        "agreement": str(agreement),
+        "verdict": agreement.verdict(direction),
         "step": snapshot.step,
         "stage": str(snapshot.stage),
     }

@@ -128,6 +128,28 @@ def weights(found: Found, top: int | None, by: str) -> pd.DataFrame:
     return result
 
 
+def signs(found: Found) -> dict[tuple[str, int], tuple[int, int]]:
+    """By name and flat index: at how many of the steps that kept a weight its partial was above 0, and below.
+
+    Of a step the last backward counts, of several ranks the lowest one. Steps whose partial was 0 or NaN are left out.
+    """
+    c = found.columns
+    names, name = found.names()
+    order = np.lexsort((c["rank"], -c["backward"].astype(np.int64), c["step"], c["index"], name))
+    weight = np.stack([name, c["index"]])[:, order]
+    moment = np.concatenate([weight, c["step"][order][None].astype(np.int64)])
+    once = np.append(True, (moment[:, 1:] != moment[:, :-1]).any(axis=0))[: len(order)]
+    weight, partial = weight[:, once], c["partial"][order][once]
+    starts = np.flatnonzero(np.append(True, (weight[:, 1:] != weight[:, :-1]).any(axis=0))[: len(partial)])
+    if not len(starts):
+        return {}
+    above, below = (
+        np.add.reduceat(each, starts).tolist() for each in ((partial > 0).astype(int), (partial < 0).astype(int))
+    )
+    keys = [(names[place], index) for place, index in weight[:, starts].T.tolist()]
+    return dict(zip(keys, zip(above, below, strict=True), strict=True))
+
+
 # --- scalars --------------------------------------------------------------------------------------------------------
 
 

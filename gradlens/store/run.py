@@ -149,6 +149,10 @@ class Run:
         wanted = self._last_step("weights") if step is None else step
         return answers.weights(self._find("weights", ["index", "partial", "value"], Filter(name, wanted)), top, by)
 
+    def signs(self, parameters: Names = None, *, stage: str) -> dict[tuple[str, int], tuple[int, int]]:
+        """By name and flat index: at how many of the steps that kept a weight its partial was above 0, and below."""
+        return answers.signs(self._find("weights", ["index", "partial"], Filter(parameters, stage=stage)))
+
     def partials(self, name: str, step: int | None = None, *, stage: str | None = None) -> Partials:
         """All partials and weights of a parameter that `watch(keep=)` named, at the last step that was kept, or the last at
         or before `step`. `kept()` says which there are."""

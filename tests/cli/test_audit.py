@@ -48,6 +48,17 @@ def test_a_sound_script_has_nothing(tmp_path):
     assert "nothing looks wrong" in done.stdout
 
 
+def test_the_function_backward_is_a_backward(tmp_path):
+    """`torch.autograd.backward` of several losses: the graph is that of all."""
+    path = tmp_path / "train.py"
+    path.write_text(
+        SCRIPT.format(softmax="").replace("loss.backward()", "torch.autograd.backward([loss, net[0].bias.sum()])")
+    )
+    done = call("audit", path)
+    assert "it reaches 4 of the model's 4 parameters" in done.stdout
+    assert "after" not in done.stdout + done.stderr
+
+
 def test_json_and_the_exit_code_are_for_ci(tmp_path):
     """--fail-on exits with 1; the output is JSON and nothing else."""
     done = call("audit", "--json", "--fail-on", "warning", _script(tmp_path, ", nn.Softmax(1)"), code=1)

@@ -241,6 +241,108 @@ def test_without_an_optimizer_each_backward_is_a_step(tmp_path):
     assert len(_names(run)) == 4
 
 
+FUNCTION = """
+    torch.manual_seed(0)
+    net, function, engine = Net(), torch.autograd.backward, torch.autograd._engine_run_backward
+    {optimizer}
+    for step in range(8):
+        x, y = batch(step)
+        net.zero_grad()
+        x.requires_grad_()
+        torch.autograd.grad(net(x).sum(), x)
+        function({losses})
+        {move}
+    print(state(net))
+"""
+
+
+def _function(losses, move="optimizer.step()", optimizer="optimizer = torch.optim.Adam(net.parameters(), 1e-2)"):
+    return textwrap.dedent(FUNCTION).format(losses=losses, move=move, optimizer=optimizer)
+
+
+@pytest.mark.parametrize(
+    "losses",
+    ["nn.functional.cross_entropy(net(x), y)", "[net(x).square().mean(), net.fc1.bias.sum()]", "(net(x),), (x[:, :4],)"],
+)
+def test_the_function_backward_is_watched_from_the_first_one(tmp_path, losses):
+    """A script that calls `torch.autograd.backward`, by a name that it took before, and never a tensor's: every step has its
+    gradients, and weights and random state are those of the script alone."""
+    path = _script(tmp_path, TRAIN + _function(losses))
+    done, run = _watched(path)
+    assert done.stdout == _unwatched(path).stdout
+    opened = open_run(run)
+    assert opened.steps("backward") == opened.steps("used") == list(range(8))
+    assert set(opened.table(0, stage="backward")["status"]) == {"ok"}
+    assert _names(run) == ["fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias"]
+
+
+def test_the_function_backward_without_an_optimizer_reaches_all_its_losses(tmp_path):
+    """What any of several losses depends on is watched, a model that only the second reaches too."""
+    move = "[p.data.sub_(p.grad, alpha=0.1) for p in [*net.parameters(), *last.parameters()]]; last.zero_grad()"
+    losses = "[net(x).square().mean(), last(x.detach()).square().mean()]"
+    path = _script(tmp_path, TRAIN + _function(losses, move, "last = nn.Linear(8, 1)"))
+    done, run = _watched(path)
+    assert done.stdout == _unwatched(path).stdout
+    assert open_run(run).steps("backward") == list(range(8))
+    assert {name.split(".")[0] for name in _names(run)} == {"net", "last"}
+
+
+def test_torch_is_as_it_was_after_the_first_backward(tmp_path):
+    """What stood in for `backward` is gone, for either way to call it; a backward within another starts nothing."""
+    body = """
+    import torch.utils.checkpoint
+    plain = torch.Tensor.backward, torch.autograd._engine_run_backward
+    net = Net()
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    first = torch.autograd._engine_run_backward, torch.Tensor.__dict__["backward"]
+
+    class Inner(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, g):
+            with torch.enable_grad():
+                torch.autograd.backward(torch.ones(2, requires_grad=True).sum())
+            return g
+
+    x = torch.ones(3, requires_grad=True)
+    torch.autograd.grad(Inner.apply(x).sum(), x)
+    still = torch.autograd._engine_run_backward is first[0]
+    torch.autograd.backward(net(batch(0)[0]).sum())
+    from torch.autograd import graph
+    now = torch.autograd._engine_run_backward, torch.Tensor.__dict__["backward"]
+    print(first[0] is graph._engine_run_backward, still, now[0] is graph._engine_run_backward, type(now[1]).__name__)
+    """
+    path = _script(tmp_path, _body(body))
+    done, run = _watched(path)
+    assert done.stdout.split() == ["False", "True", "True", "function"]
+    assert _unwatched(path).stdout.split() == ["True", "True", "True", "function"]
+    assert open_run(run).steps("backward") == [0]
+
+
+@pytest.mark.parametrize("losses", ["net(x)", "Fails.apply(net(x)).sum()", "7"])
+def test_the_traceback_of_the_function_backward_is_torchs_own(tmp_path, losses):
+    """A first backward that fails, before the engine or in it, fails with the same frames as alone."""
+    body = """
+    class Fails(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, g):
+            raise ValueError("mine")
+    """
+    path = _script(tmp_path, _body(body) + _function(losses))
+    alone = _unwatched(path)
+    done = call("run", "--run", "out", str(path), cwd=tmp_path, code=1)
+    theirs = alone.stderr[alone.stderr.index("Traceback") :]
+    assert theirs in done.stderr
+    assert "gradlens/integrations" not in done.stderr
+
+
 def test_two_models_are_named_after_the_scripts_variables(tmp_path):
     """A GAN: both are watched from the start, in one run."""
     body = """
@@ -379,6 +481,33 @@ def test_a_compiled_model_keeps_its_names(tmp_path):
     assert done.stdout == _unwatched(path).stdout
     assert _names(run) == ["fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias"]
     assert open_run(run).steps("used") == list(range(4))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("call_of", ["torch.autograd.backward(loss)", "loss.backward()"])
+def test_a_backward_within_a_compiled_step_trains_as_it_does_alone(tmp_path, call_of):
+    """The backward stands inside what `torch.compile` reads: the same bits and graph breaks, and every step is seen."""
+    body = """
+    torch.manual_seed(0)
+    net = Net()
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+
+    @torch.compile
+    def step(x, y):
+        loss = nn.functional.cross_entropy(net(x), y)
+        CALL
+
+    for number in range(4):
+        optimizer.zero_grad()
+        step(*batch(number))
+        optimizer.step()
+    from torch._dynamo.utils import counters
+    print(state(net), sorted(counters["graph_break"].values()))
+    """
+    path = _script(tmp_path, _body(body.replace("CALL", call_of)))
+    done, run = _watched(path)
+    assert done.stdout == _unwatched(path).stdout
+    assert open_run(run).steps("used") == open_run(run).steps("backward") == list(range(4))
 
 
 LIGHTNING = (

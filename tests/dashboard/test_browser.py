@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 import time
 import warnings
@@ -206,7 +207,7 @@ def test_ten_thousand_parameters_scroll(page):
 
 
 def test_the_parameters_page_has_its_charts_histogram_and_weights(page):
-    """Lines over steps, counts by size over time, the most sensitive weights with index, value, partial and direction."""
+    """Lines over steps, counts by size over time, the top weights with index, value, partial, direction, verdict."""
     page.open(run="healthy", view="parameter", parameter="2.weight")
     titles = page.js("[...document.querySelectorAll('.parameter-page .chart:not([hidden]) .title')].map(e => e.textContent)")
     assert len(titles) >= 6
@@ -214,6 +215,11 @@ def test_the_parameters_page_has_its_charts_histogram_and_weights(page):
     page.until("document.querySelectorAll('.weights tbody tr').length === 16")
     assert page.say(".weights tbody th").startswith("[")
     assert page.say(".weights .direction").split()[-1] in ("increase", "decrease")
+    assert "verdict" in page.all(".weights thead th")
+    verdicts = page.all(".weights td.verdict")
+    assert len(verdicts) == 16
+    assert all(re.fullmatch(r"(increase|decrease|not sure)same sign on \d+ of \d+ kept steps?", each) for each in verdicts)
+    assert "two-sided sign test" in page.js("document.querySelector('.weights .hint').title")
     page.hover("canvas.histogram", 0.5, 0.3)
     page.until("document.querySelector('.told').textContent.includes('weights with a partial of')")
 

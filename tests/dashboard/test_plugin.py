@@ -1,5 +1,6 @@
 """The routes, over real runs of real trainings and over hostile ones."""
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -12,9 +13,10 @@ import pytest
 
 import gradlens
 from gradlens import fields
+from gradlens.analysis.agreement import sign_test
 from gradlens.dashboard import plugin as module
 from gradlens.dashboard.views import CHARTS, TABLE
-from gradlens.records import Finding, Severity
+from gradlens.records import Finding, Severity, Top
 from tests.dashboard.helpers import Tab
 from tests.store import made
 
@@ -148,6 +150,48 @@ def test_the_top_weights_are_those_that_were_kept(tab, run):
     assert {each["direction"] for each in answer["weights"]} <= {"increase", "decrease"}
     assert answer["step"] == 39
     assert tab.ask("weights", run="healthy", parameter="0.weight", step=7)["step"] <= 7
+
+
+def test_each_top_weight_has_a_verdict_over_the_steps_that_kept_it(tab, run):
+    """What the route says is what the kept partials say, counted one by one; and how the verdict is made."""
+    answer = tab.ask("weights", run="healthy", parameter="0.weight")
+    signs = {}
+    for snapshot in run.snapshots(parameters="0.weight", stage=answer["stage"]):
+        for index, partial in zip(snapshot.top.index[0], snapshot.top.partial[0], strict=True) if snapshot.top else ():
+            signs.setdefault(tuple(np.unravel_index(index, run.shapes()["0.weight"])), []).append(np.sign(partial))
+    for each in answer["weights"]:
+        seen = signs[tuple(each["index"])]
+        same = seen.count(np.sign(each["partial"]))
+        assert each["agreement"] == f"same sign on {same} of {len(seen)} kept step{'s' * (len(seen) != 1)}"
+        sure = same >= 8 and same > len(seen) / 2 and sign_test(same, len(seen)) < 0.05
+        assert each["verdict"] == (each["direction"] if sure else "not sure")
+    assert answer["columns"][-2:] == ["verdict", "agreement"]
+    assert "two-sided sign test" in answer["meaning"]
+    assert "no independent sample" in answer["meaning"]
+
+
+def test_the_verdict_of_a_weight_that_always_agreed_is_its_direction(tmp_path):
+    """Twelve kept steps of one sign, a name that looks like a pattern beside one that it fits; a scalar; a complex entry."""
+    names, shapes, dtypes = ["w[ab]", "wa", "s", "z"], [(4, 4), (4, 4), (), (2, 3)], ["float32"] * 3 + ["complex64"]
+    of = made.parameters(names, shapes, dtypes)
+    records = []
+    for step in range(12):
+        record = made.snapshot(step, "used", of=of)
+        index, partial = np.full((4, fields.TOP), -1), np.full((4, fields.TOP), np.nan)
+        index[:, 0], partial[:, 0] = [15, 15, 0, 11], [-1.0, 1.0 if step % 2 else -1.0, 2.0, -3.0]
+        records.append(dataclasses.replace(record, top=Top(index, partial, np.ones_like(partial))))
+    made.write(tmp_path / "run", records)
+    tab = Tab(tmp_path)
+    told = []
+    for name in names:
+        (each,) = tab.ask("weights", run="run", parameter=name)["weights"]
+        told.append((each["index"], each["verdict"], each["agreement"]))
+    assert told == [
+        ([3, 3], "increase", "same sign on 12 of 12 kept steps"),
+        ([3, 3], "not sure", "same sign on 6 of 12 kept steps"),
+        ([], "decrease", "same sign on 12 of 12 kept steps"),
+        ([1, 2, 1], "increase", "same sign on 12 of 12 kept steps"),
+    ]
 
 
 def test_a_matrix_that_was_kept_is_served(tmp_path):

@@ -78,12 +78,21 @@ def test_no_peak_of_the_loss_is_lost():
 
 
 def test_weights_are_the_most_sensitive_ones(tmp_path):
-    """As `run.weights(top=)` says, with the share of the kept steps that had the same sign."""
+    """As `run.weights(top=)` says, with the steps that had the same sign of those that kept the weight, and a verdict."""
     content = _content(trained(tmp_path / "run", parameters=4, steps=12))
     frame = open_run(tmp_path / "run").weights(top=5)
     assert [each["partial"] for each in content["weights"][:5]] == pytest.approx(frame["partial"].tolist())
     assert all(each["direction"] == "increase" for each in content["weights"])
-    assert all(0 < each["agree"] == each["kept"] for each in content["weights"])
+    assert {(each["agree"], each["kept"], each["verdict"]) for each in content["weights"]} == {(12, 12, "increase")}
+    assert content["weights"][0]["agreement"] == "same sign on 12 of 12 kept steps"
+    assert "two-sided sign test" in content["verdicts"]
+    assert "no independent sample" in content["verdicts"]
+
+
+def test_seven_steps_are_too_few_for_a_verdict(tmp_path):
+    """Though all agree."""
+    content = _content(trained(tmp_path / "run", parameters=2, steps=7))
+    assert {(each["agree"], each["kept"], each["verdict"]) for each in content["weights"]} == {(7, 7, "not sure")}
 
 
 def test_findings_with_the_same_advice_are_one(tmp_path):

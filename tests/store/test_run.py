@@ -1,5 +1,6 @@
 """What is read is what was written; what is not asked for is not read."""
 
+import dataclasses
 import subprocess
 import sys
 import threading
@@ -15,6 +16,7 @@ import gradlens
 from gradlens import fields, frames
 from gradlens.errors import ArgumentError, NothingCapturedError, RunDirectoryError
 from gradlens.pooling import pool
+from gradlens.records import Top
 from gradlens.store import parts, rows, segment
 from gradlens.store.answers import STORED
 from gradlens.store.filters import Filter
@@ -377,6 +379,37 @@ def test_complex_weights_have_two_each(tmp_path):
     assert all(len(index) == 3 and index[2] in (0, 1) for index in weights["index"])
     expected = frames.weights("z", (2, 3, 2), *(getattr(record.top, name)[0, :12] for name in ("index", "value", "partial")))
     same(weights, expected)
+
+
+def _kept(step, pairs, stage="used", backward=0, rank=0):
+    """A snapshot of one parameter [4, 4] that kept these weights: flat index and partial."""
+    index, partial = np.full((1, fields.TOP), -1, np.int64), np.full((1, fields.TOP), np.nan)
+    index[0, : len(pairs)], partial[0, : len(pairs)] = zip(*pairs, strict=True)
+    record = made.snapshot(step, stage, backward, of=made.parameters(["w"], [(4, 4)]), rank=rank)
+    return dataclasses.replace(record, top=Top(index, partial, np.zeros_like(partial)))
+
+
+def test_signs_are_counted_over_the_steps_that_kept_a_weight(tmp_path):
+    """Above 0 and below, each weight apart; 0 and NaN are neither, a step counts once, by its last backward, other stages do
+    not."""
+    records = [
+        _kept(0, [(3, 1.0), (5, -1.0)], "backward"),
+        _kept(0, [(3, -2.0), (5, -1.0)], "backward", backward=1),
+        _kept(0, [(3, 9.0), (7, 9.0)]),
+        _kept(1, [(3, -0.5), (5, 0.0), (6, np.nan)], "backward", backward=2),
+        _kept(2, [(3, np.inf), (5, -1e-300)], "backward", backward=3),
+    ]
+    run = open_run(made.write(tmp_path, records))
+    assert run.signs("w", stage="backward") == {("w", 3): (1, 2), ("w", 5): (0, 2), ("w", 6): (0, 0)}
+    assert run.signs(stage="used") == {("w", 3): (1, 0), ("w", 7): (1, 0)}
+    assert run.signs("w", stage="reduced") == {}
+
+
+def test_signs_of_ranks_count_a_weight_once(tmp_path):
+    """The copies of a weight are one: a step of two ranks is one step."""
+    made.write(tmp_path, [_kept(step, [(3, -1.0)]) for step in range(3)])
+    made.write(tmp_path, [_kept(step, [(3, -1.0), (8, 1.0)], rank=1) for step in range(3)], rank=1)
+    assert open_run(tmp_path).signs("w", stage="used") == {("w", 3): (0, 3), ("w", 8): (3, 0)}
 
 
 def test_many_parameters_are_answered_together(tmp_path):

@@ -194,18 +194,19 @@ export class ParameterPage {
     this.weightsKey = key;
     say(this.weightsTitle, answer.step === null ? "most sensitive weights" : `most sensitive weights, step ${whole(answer.step)}, stage ${answer.stage}`);
     const rows = answer.weights;
-    const extra = answer.columns.filter((/** @type {string} */ name) => !["value", "partial", "direction", "sensitivity", "saliency"].includes(name));
+    const extra = answer.columns.filter((/** @type {string} */ name) => !["value", "partial", "direction", "sensitivity", "saliency", "verdict", "agreement"].includes(name));
     if (!rows.length) return fill(this.weights, h("p", { class: "note" }, "None were kept at this step."));
     const csv = () => saveCsv(`${state.parameter}-weights-step-${answer.step}.csv`, ["index", ...answer.columns], rows.map((/** @type {any} */ row) => [row.index ? row.index.join(" ") : "", ...answer.columns.map((/** @type {string} */ name) => row[name])]));
     fill(
       this.weights,
+      h("p", { class: "faint" }, "Verdict: which way over the recorded steps, by a sign test.", hint(answer.meaning)),
       menu("the weights", { CSV: csv }),
       h(
         "table",
         { class: "plain" },
-        h("thead", {}, h("tr", {}, ["index", "value", "partial", "to lower the loss", "saliency", ...extra].map((name) => h("th", { scope: "col" }, name)))),
+        h("thead", {}, h("tr", {}, ["index", "value", "partial", "to lower the loss", "verdict", "saliency", ...extra].map((name) => h("th", { scope: "col" }, name)))),
         h("tbody", {}, rows.map((/** @type {any} */ row) =>
-          h("tr", {}, h("th", { scope: "row" }, row.index ? `[${row.index.join(", ")}]` : "?"), h("td", { class: "number", title: exact(row.value) }, number(row.value)), h("td", { class: "number", title: exact(row.partial) }, number(row.partial)), h("td", {}, h("span", { class: `direction ${row.direction}` }, arrow(row.direction), " ", row.direction)), h("td", { class: "number", title: exact(row.saliency) }, number(row.saliency)), extra.map((/** @type {string} */ name) => h("td", {}, typeof row[name] === "number" ? number(row[name]) : String(row[name] ?? "–")))),
+          h("tr", {}, h("th", { scope: "row" }, row.index ? `[${row.index.join(", ")}]` : "?"), h("td", { class: "number", title: exact(row.value) }, number(row.value)), h("td", { class: "number", title: exact(row.partial) }, number(row.partial)), h("td", {}, h("span", { class: `direction ${row.direction}` }, arrow(row.direction), " ", row.direction)), h("td", { class: "verdict" }, row.verdict, h("br"), h("span", { class: "faint" }, row.agreement)), h("td", { class: "number", title: exact(row.saliency) }, number(row.saliency)), extra.map((/** @type {string} */ name) => h("td", {}, typeof row[name] === "number" ? number(row[name]) : String(row[name] ?? "–")))),
         )),
       ),
     );

@@ -270,15 +270,13 @@
   function fillWeights() {
     if (!data.weights.length) { $("top").hidden = true; return; }
     const first = data.weights[0];
-    $("top-note").textContent = `The loss answers most to these, by the ${first.stage} gradient of step ${first.step}. One batch's sign is no verdict: gradlens.survey() gives one. ` +
-      "How often a weight's partial had this sign before is said of the steps that kept it.";
+    $("top-note").textContent = `The loss answers most to these, by the ${first.stage} gradient of step ${first.step}. ${data.verdicts}`;
     const body = head($("top-table"), [["weight", true], ["value"], ["partial"], ["to lower the loss", true], ["verdict", true]]);
     for (const each of data.weights) {
       const row = make("tr");
       row.dataset.name = each.parameter;
-      const verdict = each.verdict || (each.kept > 1 ? `undecided; the same sign on ${each.agree} of ${each.kept} steps` : "undecided: one gradient");
       row.append(make("td", each.weight), make("td", num(each.value)), make("td", signed(each.partial)),
-        make("td", ARROWS[each.direction], `left ${each.direction}`), make("td", verdict, "left"));
+        make("td", ARROWS[each.direction], `left ${each.direction}`), make("td", `${each.verdict}: ${each.agreement}`, "left"));
       row.firstChild.title = each.weight;
       body.append(row);
     }
