@@ -216,7 +216,7 @@ def test_the_parameters_page_has_its_charts_histogram_and_weights(page):
     assert page.say(".weights tbody th").startswith("[")
     assert page.say(".weights .direction").split()[-1] in ("increase", "decrease")
     assert "verdict" in page.all(".weights thead th")
-    verdicts = page.all(".weights td.verdict")
+    verdicts = page.all(".weights td.sure")
     assert len(verdicts) == 16
     assert all(re.fullmatch(r"(increase|decrease|not sure)same sign on \d+ of \d+ kept steps?", each) for each in verdicts)
     assert "two-sided sign test" in page.js("document.querySelector('.weights .hint').title")

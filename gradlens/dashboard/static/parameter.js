@@ -206,7 +206,7 @@ export class ParameterPage {
         { class: "plain" },
         h("thead", {}, h("tr", {}, ["index", "value", "partial", "to lower the loss", "verdict", "saliency", ...extra].map((name) => h("th", { scope: "col" }, name)))),
         h("tbody", {}, rows.map((/** @type {any} */ row) =>
-          h("tr", {}, h("th", { scope: "row" }, row.index ? `[${row.index.join(", ")}]` : "?"), h("td", { class: "number", title: exact(row.value) }, number(row.value)), h("td", { class: "number", title: exact(row.partial) }, number(row.partial)), h("td", {}, h("span", { class: `direction ${row.direction}` }, arrow(row.direction), " ", row.direction)), h("td", { class: "verdict" }, row.verdict, h("br"), h("span", { class: "faint" }, row.agreement)), h("td", { class: "number", title: exact(row.saliency) }, number(row.saliency)), extra.map((/** @type {string} */ name) => h("td", {}, typeof row[name] === "number" ? number(row[name]) : String(row[name] ?? "–")))),
+          h("tr", {}, h("th", { scope: "row" }, row.index ? `[${row.index.join(", ")}]` : "?"), h("td", { class: "number", title: exact(row.value) }, number(row.value)), h("td", { class: "number", title: exact(row.partial) }, number(row.partial)), h("td", {}, h("span", { class: `direction ${row.direction}` }, arrow(row.direction), " ", row.direction)), h("td", { class: "sure" }, row.verdict, h("br"), h("span", { class: "faint" }, row.agreement)), h("td", { class: "number", title: exact(row.saliency) }, number(row.saliency)), extra.map((/** @type {string} */ name) => h("td", {}, typeof row[name] === "number" ? number(row[name]) : String(row[name] ?? "–")))),
         )),
       ),
     );
