@@ -45,6 +45,28 @@ class log_spaced:  # noqa: N801
         return any(round(10 ** (j / self.per_decade)) == step for j in (k - 1, k, k + 1))
 
 
+def next_grown(count: int, growth: float, least: int = 1) -> int:
+    """The count at which something is due again that was due at this one: when it has grown so much, and by `least`."""
+    return max(count + least, math.ceil(count * growth))
+
+
+class Growing:
+    """What is due each time at first, then whenever its count has grown by a share of itself."""
+
+    def __init__(self, growth: float = 1.1) -> None:
+        self.growth = growth
+        self.count = 0  #: how often it was asked
+        self.next = 1  #: the count at which it is due again
+
+    def due(self, always: bool = False) -> bool:
+        """Count one more: is it due? `always`: this one is, whatever the count."""
+        self.count += 1
+        if not always and self.count < self.next:
+            return False
+        self.next = next_grown(self.count, self.growth)
+        return True
+
+
 def as_schedule(given: int | Schedule) -> Schedule:
     """An int n means `every(n)`; a callable is itself."""
     if isinstance(given, int) and not isinstance(given, bool):

@@ -12,13 +12,7 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import Optimizer
 
-#: Path components that wrappers add to the names of parameters wherever they stand.
-PREFIXES = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_forward_module")
-#: Those that a model may have of its own: the classes of the wrappers that add them (DDP's, opacus').
-OF_CLASSES = {
-    "module": {"DistributedDataParallel", "DataParallel"},
-    "_module": {"GradSampleModule", "AbstractGradSampleModule"},
-}
+from gradlens.weight_names import OF_CLASSES, PREFIXES
 
 
 def unwrap_optimizer(optimizer: Any) -> Any:

@@ -15,7 +15,14 @@ import numpy as np
 
 from gradlens.errors import ArgumentError, ArgumentTypeError, nearest
 
-WRAPPERS = ("module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_forward_module", "_module")
+#: Path components that wrappers add to the names of parameters wherever they stand.
+PREFIXES = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_forward_module")
+#: Those that a model may have of its own: the classes of the wrappers that add them (DDP's, opacus').
+OF_CLASSES = {
+    "module": {"DistributedDataParallel", "DataParallel"},
+    "_module": {"GradSampleModule", "AbstractGradSampleModule"},
+}
+WRAPPERS = frozenset((*PREFIXES, *OF_CLASSES))
 Index = tuple[int, ...]
 _WRITTEN = re.compile(r"(.*)\[([-\d,\s]*)\]\s*", re.DOTALL)
 _EXPECTED = "a weight is ('fc1.weight', (0, 3)), 'fc1.weight[0, 3]', or a name for all its entries"

@@ -3,7 +3,7 @@
 import pytest
 
 from gradlens.errors import ArgumentError, ArgumentTypeError
-from gradlens.schedules import as_schedule, every, log_spaced
+from gradlens.schedules import Growing, as_schedule, every, log_spaced, next_grown
 
 
 def test_every_n():
@@ -18,6 +18,17 @@ def test_log_spaced_thins_out_evenly_on_a_log_scale():
     assert due[:4] == [0, 1, 2, 3]
     assert sum(100 < s <= 1000 for s in due) == sum(1000 < s <= 10_000 for s in due) == 10
     assert {10, 100, 1000, 10_000} <= set(due)
+
+
+def test_what_is_due_as_a_count_grows():
+    """Each of the first eleven, then when the count is a tenth more; what is asked for out of turn counts as due."""
+    growing = Growing()
+    due = [n for n in range(1, 30) if growing.due()]
+    assert due == [*range(1, 12), 13, 15, 17, 19, 21, 24, 27]
+    assert (growing.count, growing.next) == (29, 30)
+    growing = Growing(growth=2.0)
+    assert [growing.due(always=n == 5) for n in range(1, 11)] == [n in (1, 2, 4, 5, 10) for n in range(1, 11)]
+    assert [next_grown(n, 1.2, 10) for n in (0, 10, 100)] == [10, 20, 120]
 
 
 @pytest.mark.parametrize("make", [lambda: every(0), lambda: log_spaced(0)])

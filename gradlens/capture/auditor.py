@@ -20,6 +20,7 @@ from gradlens.capture.graph import walk as walk_graph
 from gradlens.capture.losses import loss_of
 from gradlens.capture.unregistered import Unregistered
 from gradlens.facts import Fact, Features, Graph, Group, Modes, Settings
+from gradlens.schedules import Growing
 
 GROWTH = 1.5  #: of the steps, from look to look
 EVERY = 4  #: the first so many steps are all looked at
@@ -47,7 +48,7 @@ class Auditor:
     ) -> None:
         self._attachment, self._optimizers, self._note, self._fault = attachment, optimizers, note, fault
         self._strangers = Unregistered()
-        self._steps, self._next, self._step, self._passes, self._looks = 0, 0, -1, 0, False
+        self._steps, self._step, self._passes, self._looks = Growing(GROWTH), -1, 0, False
         self._broken = 0  # looks that were taken because a loss was not finite
         self._modes: Modes | None = None
         self._settings: dict[int, tuple[Any, Settings]] = {}
@@ -92,15 +93,12 @@ class Auditor:
         """Whether this pass is looked at."""
         if step != self._step:
             self._step, self._passes = step, 0
-            self._steps += 1
-            self._looks = self._steps <= EVERY or self._steps >= self._next
-            if self._looks:
-                self._next = max(self._steps + 1, math.ceil(self._steps * GROWTH))
+            self._looks = self._steps.due(always=self._steps.count < EVERY)
         self._passes += 1
         return self._looks and self._passes <= PASSES
 
     def _will_look(self) -> bool:
-        return self._steps < EVERY or self._steps + 1 >= self._next
+        return self._steps.count < EVERY or self._steps.count + 1 >= self._steps.next
 
     # --- the graph --------------------------------------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ steps of a million. All stages and backwards of a step are alike.
 
 from __future__ import annotations
 
-GROWTH = 1.1
+from gradlens.schedules import Growing
 
 
 class DetailSteps:
@@ -14,7 +14,7 @@ class DetailSteps:
 
     def __init__(self) -> None:
         self._answers: dict[int, bool] = {}  # of the last steps: those of two may take turns
-        self._count, self._due = 0, 1.0
+        self._growing = Growing()
         self._requested = False
 
     def of(self, step: int) -> bool:
@@ -27,12 +27,8 @@ class DetailSteps:
         return answer
 
     def _decide(self) -> bool:
-        self._count += 1
-        if not (self._requested or self._count >= self._due):
-            return False
-        self._requested = False
-        self._due = max(self._count + 1.0, self._count * GROWTH)
-        return True
+        requested, self._requested = self._requested, False
+        return self._growing.due(always=requested)
 
     def request(self) -> None:
         """The next step that begins gets detail."""

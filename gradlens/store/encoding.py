@@ -6,7 +6,6 @@ the last that were, and at the end; the weights of moments around a step that we
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -14,6 +13,7 @@ import numpy as np
 from gradlens import blocks
 from gradlens.blocks import Block, block_of
 from gradlens.records import Parameters, Snapshot
+from gradlens.schedules import Growing
 from gradlens.store import segment
 from gradlens.store.flight import Flight
 from gradlens.store.tables import STAGES, STATUSES, TABLES
@@ -184,16 +184,14 @@ class _Kept:
     """Which steps' histograms and weights are kept: each at first, then when their count has grown; and the last."""
 
     def __init__(self) -> None:
-        self._count, self._next, self._step, self._due = 0, 1, -1, False
+        self._growing, self._step, self._due = Growing(GROWTH), -1, False
         self._last: list[tuple[int, Block | None, int, Snapshot | None]] = []
 
     def due(self, step: int, number: int, block: Block, at: int) -> bool:
         """Whether this moment's are to be kept."""
         if step != self._step:
-            self._step, self._count, self._last = step, self._count + 1, []
-            self._due = self._count >= self._next
-            if self._due:
-                self._next = max(self._count + 1, math.ceil(self._count * GROWTH))
+            self._step, self._last = step, []
+            self._due = self._growing.due()
         if not self._due:
             self._last.append((number, block, at, None))
             del self._last[:-8]

@@ -9,7 +9,6 @@ is left out; training does not wait.
 
 from __future__ import annotations
 
-import math
 import queue
 import threading
 from collections.abc import Callable, Iterable, Sequence
@@ -22,6 +21,7 @@ from torch import Tensor
 from gradlens.capture.guards import Guard, guarded
 from gradlens.errors import ArgumentError, ArgumentTypeError, nearest
 from gradlens.records import Stage
+from gradlens.schedules import Growing
 from gradlens.selection import predicate
 from gradlens.statistics.transfer import Transfer
 from gradlens.store.partials import ALLOWANCE, Kept, PartialStore, width
@@ -87,7 +87,7 @@ class PartialRecorder:
     ) -> None:
         self._store, self.guard = PartialStore(run, key), guard
         self._names, self._parameters, self._step, self._failures = names, parameters, step, failures
-        self._seen, self._due, self._next = 0, -1, 1
+        self._growing, self._due = Growing(), -1
         self._last = -1
         self._queue: queue.SimpleQueue[tuple[int, int, list[Entry], Transfer, int] | None] = queue.SimpleQueue()
         self._taken = self._written = 0  # bytes: each is counted by one thread
@@ -122,9 +122,9 @@ class PartialRecorder:
 
     def _is_due(self, step: int) -> bool:
         if step != self._last:
-            self._last, self._seen = step, self._seen + 1
-            if self._seen >= self._next:
-                self._due, self._next = step, max(self._seen + 1, math.ceil(self._seen * self._store.growth))
+            self._last, self._growing.growth = step, self._store.growth
+            if self._growing.due():
+                self._due = step
         return step == self._due
 
     def _take(self, optimizer: torch.optim.Optimizer, step: int, number: int) -> None:

@@ -17,6 +17,7 @@ from gradlens.analysis.history import History
 from gradlens.analysis.trend import Trend, trend
 from gradlens.facts import Features, Graph, Modes, Settings
 from gradlens.records import Finding, Snapshot, Stage
+from gradlens.schedules import next_grown
 
 GROWTH = 1.2
 #: A look is taken at most each so many steps.
@@ -32,7 +33,7 @@ class Occasional:
 
     def next_look(self, seen: int) -> int:
         """At how many steps it looks again, after it looked at so many."""
-        return max(seen + EVERY, math.ceil(seen * GROWTH))
+        return next_grown(seen, GROWTH, EVERY)
 
     def look(self, history: History) -> Iterator[Finding]:
         """What is found in the run so far."""
