@@ -9,13 +9,43 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from gradlens.errors import CorruptRunError
 from gradlens.store import parts, tables, tail
 from gradlens.store.segment import Segment
 from gradlens.store.tables import TABLES, Key, Part
+from gradlens.store.tail import Rows
 
 ROLL = 100_000  #: rows of a tail that make it a part: 35 MB that become 12
 FAN_IN = 8  #: parts of a size that become one
 LARGEST = 64_000_000  #: rows beyond which parts are left alone
+
+
+def read_checked(table: str, part: Part, known: Mapping[Key, Segment]) -> tuple[Rows, int]:
+    """The rows of a tail that a segment of these has left, and how many torn bytes were behind them.
+
+    Raises:
+        CorruptRunError: It is damaged, or its segment is not there or lacks what it refers to.
+        OSError: It cannot be read.
+    """
+    if part.key not in known:
+        raise CorruptRunError(f"{part.path} belongs to a segment of which there is no {part.key}.json")
+    rows, torn = tail.read(part.path, TABLES[table])
+    known[part.key].check(part.path, table, rows)
+    return rows, torn
+
+
+def to_part(table: str, part: Part, rows: Rows, owner: Segment) -> None:
+    """The rows of a tail become a Parquet part in its place."""
+    count = len(rows["step"])
+    if count:
+        to = tables.part(part.path.parent, part.key, part.first, part.first)
+        parts.write(to, table, part.key, names_of(owner, table), [rows], count)
+    part.path.unlink()
+
+
+def names_of(owner: Segment, table: str) -> list[str]:
+    """What the entries of a table's rows are called."""
+    return list(owner.scalars) if table == "scalars" else [name for name, *_ in owner.parameters]
 
 
 class Compactor:
@@ -28,15 +58,7 @@ class Compactor:
         """A full tail becomes a part."""
         rows, _ = tail.read(path, TABLES[table])
         (part,) = (p for p in tables.parts(path.parent) if p.path == path)
-        if len(rows["step"]):
-            names = self._names(table, part.key)
-            to = tables.part(path.parent, part.key, part.first, part.first)
-            parts.write(to, table, part.key, names, [rows], len(rows["step"]))
-        path.unlink()
-
-    def _names(self, table: str, key: Key) -> list[str]:
-        owner = self._segment if key == self._segment.key else self._older[key]
-        return list(owner.scalars) if table == "scalars" else [name for name, *_ in owner.parameters]
+        to_part(table, part, rows, self._segment if part.key == self._segment.key else self._older[part.key])
 
     def merge(self, table: str) -> None:
         """Eight parts of a size, the newest part left out, become one: the newest rows stay in a small file."""
@@ -47,7 +69,7 @@ class Compactor:
                 return
             output = tables.part(self._run / table, self._segment.key, run[0].first, run[-1].last)
             paths = [p.path for p in run]
-            names = self._names(table, self._segment.key)
+            names = names_of(self._segment, table)
             hidden = tables.hidden(output)  # a reader that globs sees the eight, then none, then the one
             if not parts.merge(paths, hidden, table, self._segment.key, names, self._go_on):
                 return

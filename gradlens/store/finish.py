@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gradlens.errors import CorruptRunError
-from gradlens.store import parts, segment, tables, tail
+from gradlens.store import segment, tables
+from gradlens.store.compaction import read_checked, to_part
 from gradlens.store.lock import Lock
 from gradlens.store.segment import Segment
 from gradlens.store.tables import TABLES, Key, Part
@@ -84,17 +85,8 @@ def _tails(run: Path) -> list[tuple[str, Part]]:
 
 def _roll(table: str, part: Part, known: dict[Key, Segment]) -> Finished:
     try:
-        if part.key not in known:
-            raise CorruptRunError(f"{part.path} belongs to a segment of which there is no {part.key}.json")
-        rows, torn = tail.read(part.path, TABLES[table])
-        owner = known[part.key]
-        owner.check(part.path, table, rows)
+        rows, torn = read_checked(table, part, known)
     except (CorruptRunError, OSError) as error:
         return Finished(damaged=(str(error),))
-    count = len(rows["step"])
-    if count:
-        names = list(owner.scalars) if table == "scalars" else [name for name, *_ in owner.parameters]
-        to = tables.part(part.path.parent, part.key, part.first, part.first)
-        parts.write(to, table, part.key, names, [rows], count)
-    part.path.unlink()
-    return Finished(rows=count, torn=torn)
+    to_part(table, part, rows, known[part.key])
+    return Finished(rows=len(rows["step"]), torn=torn)

@@ -28,8 +28,8 @@ from gradlens import findings
 from gradlens.blocks import Block, block_of
 from gradlens.errors import ArgumentError, CorruptRunError, RunDirectoryError
 from gradlens.records import Finding, Record
-from gradlens.store import segment, tables, tail
-from gradlens.store.compaction import ROLL, Compactor
+from gradlens.store import segment, tables
+from gradlens.store.compaction import ROLL, Compactor, read_checked
 from gradlens.store.encoding import RowEncoder
 from gradlens.store.lock import Lock
 from gradlens.store.tables import TABLES, Key, Part
@@ -142,10 +142,7 @@ class Store:
     def _recover_tail(self, table: str, part: Part) -> None:
         step = int(self._segment.settings.get("first_step", 0))
         try:
-            rows, torn = tail.read(part.path, TABLES[table])
-            if part.key not in self._older:
-                raise CorruptRunError(f"{part.path} belongs to a segment of which there is no {part.key}.json")
-            self._older[part.key].check(part.path, table, rows)
+            _, torn = read_checked(table, part, self._older)
         except (CorruptRunError, OSError) as error:
             self._lines.append(segment.finding_line(findings.records_damaged(step, str(error))))
             return
