@@ -15,17 +15,16 @@ import sys
 import weakref
 from collections import deque
 from collections.abc import Sequence
-from types import CodeType, FrameType
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import _engine_run_backward
+
+from gradlens import _torch
 
 #: The passes whose roots are remembered.
 REMEMBERED = 64
-
-_ENGINE: CodeType = _engine_run_backward.__code__
 
 
 def loss_of(roots: Sequence[Any], scale: float | Tensor = 1.0) -> float | Tensor | None:
@@ -54,7 +53,7 @@ def roots_elsewhere() -> Sequence[Any]:
 def _outermost(frame: FrameType | None) -> Sequence[Any] | None:
     roots = None
     while frame is not None:
-        if frame.f_code is _ENGINE:
+        if frame.f_code is _torch.ENGINE_RUN:
             roots = frame.f_locals.get("t_outputs", ())
         frame = frame.f_back
     return roots

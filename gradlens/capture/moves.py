@@ -174,7 +174,7 @@ class Moves:
         """A scaler that the lens was not given calls an optimizer's step."""
         if self._steps.scaling.scaler is None and scaler.is_enabled():
             self._steps.scaling = Scaling(scaler)
-            self._steps.scaling.look(anew=True)
+            self._steps.scaling.look(opens=True)
             scale = self._steps.scaling.scale()
             step.scale = scale
             self._sink(ScaleFound(step.number, scale))

@@ -50,7 +50,7 @@ class Passes:
                     self._steps.rescan()
                 # What was unfrozen or added since the last step may be reached later in this very pass.
                 entered.late.update(self._attachment.slots[i] for i in self._attachment.hook_all(self._hooks.of))
-            self._steps.scaling.look(anew=not step.open)
+            self._steps.scaling.look(opens=not step.open)
             entered.scale = self._steps.scaling.scale()
             step.begin()
             if entered.read:

@@ -28,10 +28,10 @@ class Scaling:
             return 1.0
         return float(tensor) if tensor.device.type == "cpu" else tensor.detach().clone()
 
-    def look(self, *, anew: bool) -> None:
-        """A backward pass starts; with `anew` it opens a step."""
+    def look(self, *, opens: bool) -> None:
+        """A backward pass starts, and may open a step."""
         if self.scaler is not None:
-            if anew:
+            if opens:
                 self._books = []
             if not self._books or self._books[-1] is not self.scaler._per_optimizer_states:
                 self._books.append(self.scaler._per_optimizer_states)

@@ -28,9 +28,10 @@ from torch.optim import Optimizer
 from gradlens.capture.arrivals import State
 from gradlens.capture.attachment import Attachment, Slot
 from gradlens.capture.engine import Engine, Pass, Run, running
-from gradlens.capture.events import LossSeen, Sink, SteadyReading, SteadyStart, SteadyUpdate
+from gradlens.capture.events import GradientFacts, LossSeen, Sink, SteadyReading, SteadyStart, SteadyUpdate
 from gradlens.capture.marks import Marks, versions
 from gradlens.capture.optimizers import WatchedOptimizer
+from gradlens.capture.provenance import may_copy
 from gradlens.capture.step import Phase, Step
 from gradlens.records import Stage, TableKey
 
@@ -179,7 +180,8 @@ class SteadyRoute:
         route, left = self.route, step.left
         if route is None or left is None or step.passes != 1 or step.phase is not Phase.OPEN or watched.wrapped:
             return False
-        if running() or self._engine.passes or not (step.fresh and step.own):
+        facts = GradientFacts(single=step.fresh, own=step.own, untouched=True)  # as `_as_left` makes sure
+        if running() or self._engine.passes or not may_copy(facts, step.scale):
             return False
         gradients = self._as_left(route, left)
         if gradients is None or not route.trained():

@@ -6,7 +6,6 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
-from torch.utils._python_dispatch import _disable_current_modes
 
 from gradlens import _torch
 
@@ -24,13 +23,13 @@ def isolated_compute() -> contextlib.AbstractContextManager[None]:
 
 @contextlib.contextmanager
 def _without_modes() -> Iterator[None]:
-    with torch.no_grad(), _disable_current_modes():
+    with torch.no_grad(), _torch.disable_current_modes():
         yield
 
 
 @contextlib.contextmanager
 def _isolated() -> Iterator[None]:
-    with torch.no_grad(), _disable_current_modes(), torch.autocast("cpu", enabled=False):
+    with torch.no_grad(), _torch.disable_current_modes(), torch.autocast("cpu", enabled=False):
         if torch.cuda.is_initialized():
             with torch.autocast("cuda", enabled=False):
                 yield

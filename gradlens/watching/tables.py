@@ -1,7 +1,6 @@
 """From what capture saw to tables, on the training thread: which kernel reads what, and which table it belongs to.
 
-A table is made by its first reading and filled by others. It leaves for the recorder when nothing more can come of it: a
-backward's when a later one has ended, a `used` one when the next backward begins, all of a step's when that is over.
+A table is made by its first reading and filled by others. When it leaves for the recorder is `open_tables`'.
 """
 
 from __future__ import annotations
