@@ -18,7 +18,7 @@ interleaved rounds of one process; figures are medians over rounds, ratios are t
     compare     what the optimizer did: gradient, weights before, weights after
     sample      sixteen entries of each
     light       rows without histograms, as on steps without detail: `+ flips` is then `light + flips`
-    prepared    `read` and `compare` of a prepared call, gradients asked anew: what a steady step costs
+    prepared    `read` and `compare` of a prepared call, gradients looked at again: what a steady step costs
 
 Figures are good for documents only from a quiet machine: no other process, and the `least` column near `reads`.
 

@@ -16,7 +16,7 @@ REFERENCE = re.compile(r"`([\w/]+\.py):([\w.]+)`")  #: `capture/watcher.py:Watch
 
 
 def text() -> str:
-    """The page, its two parts written anew."""
+    """The page, its two parts written again."""
     page = PAGE.read_text()
     for name, lines in (("tree", tree()), ("imports", imports())):
         start, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"

@@ -768,35 +768,28 @@ def zero_grad_missing_accumulated() -> Training:
     return Training(model, [optimizer], step)
 
 
-@ill("lost")
-def zero_grad_too_late() -> Training:
-    """Between backward() and step(): the optimizer has nothing to use."""
-    model = mlp(64, 128, 64, 10)
-    optimizer = sgd(model)
-
+def _zeroed_too_late(model: nn.Module, optimizer: torch.optim.Optimizer, **zeroing: bool) -> Training:
     def step(k: int) -> Tensor:
         loss = digit(model, k)
         told(loss).backward()
-        optimizer.zero_grad()
+        optimizer.zero_grad(**zeroing)
         optimizer.step()
         return loss.detach()
 
     return Training(model, [optimizer], step)
+
+
+@ill("lost")
+def zero_grad_too_late() -> Training:
+    """Between backward() and step(): the optimizer has nothing to use."""
+    model = mlp(64, 128, 64, 10)
+    return _zeroed_too_late(model, sgd(model))
 
 
 @ill("lost")
 def zero_grad_too_late_zeros() -> Training:
     model = mlp(64, 128, 64, 10)
-    optimizer = adam(model)
-
-    def step(k: int) -> Tensor:
-        loss = digit(model, k)
-        told(loss).backward()
-        optimizer.zero_grad(set_to_none=False)
-        optimizer.step()
-        return loss.detach()
-
-    return Training(model, [optimizer], step)
+    return _zeroed_too_late(model, adam(model), set_to_none=False)
 
 
 @ill("unstepped", within=0)

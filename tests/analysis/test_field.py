@@ -9,6 +9,7 @@ from torch import nn
 
 import gradlens
 from gradlens.records import Severity
+from tests.scaled import clipped
 
 
 def mlp(*sizes):
@@ -187,18 +188,7 @@ def test_clipping_beside_a_scaler_that_watch_was_not_given(given, right):
     """F6: the right order is silent, the wrong one is named, whether gradlens was told of the scaler or not."""
     model = mlp(8, 16, 3)
     x, y = torch.randn(64, 8), torch.randint(3, (64,))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**14)
-    lens = gradlens.watch(model, optimizer, **({"scaler": scaler} if given else {}))
-    for _ in range(20):
-        optimizer.zero_grad()
-        scaler.scale(nn.functional.cross_entropy(model(x), y)).backward()
-        if right:
-            scaler.unscale_(optimizer)
-        nn.utils.clip_grad_norm_(model.parameters(), 0.1)
-        scaler.step(optimizer)
-        scaler.update()
-    lens.close()
+    lens = clipped(model, x, y, steps=20, given=given, right=right)
     rules = {rule for rule, _ in loud(lens)}
     assert "loss_scaled" not in rules
     assert ("clipped_scaled" in rules) == (not right)

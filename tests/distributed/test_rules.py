@@ -6,27 +6,17 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import gradlens
+from tests.scaled import clipped
 
 pytestmark = pytest.mark.distributed
 
 
-def clipped(given, right):
+def over_ranks(given, right):
     """The loud rules of a loop with a GradScaler that clips in the right order, or before unscaling (minGPT-ddp's)."""
     torch.manual_seed(0)
     model = DistributedDataParallel(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3)))
     x, y = torch.randn(32, 8), torch.randint(3, (32,))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**14)
-    lens = gradlens.watch(model, optimizer, **({"scaler": scaler} if given else {}))
-    for _ in range(15):
-        optimizer.zero_grad()
-        scaler.scale(nn.functional.cross_entropy(model(x), y)).backward()
-        if right:
-            scaler.unscale_(optimizer)
-        nn.utils.clip_grad_norm_(model.parameters(), 0.1)
-        scaler.step(optimizer)
-        scaler.update()
-    lens.close()
+    lens = clipped(model, x, y, steps=15, given=given, right=right)
     return sorted({f.rule for f in lens.findings() if f.severity != "info"}), lens.diagnosis().verdict
 
 
@@ -51,7 +41,7 @@ def poisoned():
 def two():
     """All of it in one launch."""
     return {
-        **{(given, right): clipped(given, right) for given in (True, False) for right in (True, False)},
+        **{(given, right): over_ranks(given, right) for given in (True, False) for right in (True, False)},
         "poisoned": poisoned(),
     }
 
