@@ -50,6 +50,10 @@ class Left(NamedTuple):
     versions: list[int]
     weights: list[int]
 
+    def marks(self, slots: list[Slot]) -> Marks:
+        """The gradients of these slots, marked as they were."""
+        return Marks(listed=(slots, self.ids, self.versions))
+
 
 class Route:
     """What does not change from one step by the book to the next. It refers to the parameters: it goes with the model."""
@@ -160,7 +164,7 @@ class SteadyRoute:
             return False
         step.reached, step.averaged = route.reached.copy(), True
         step.left = Left(list(map(id, gradients)), versions(gradients), versions(route.weights))
-        step.ending = Marks(listed=(route.slots, step.left.ids, step.left.versions))
+        step.ending = step.left.marks(route.slots)
         key = TableKey(step.number, step.take_number(), Stage.BACKWARD)
         if entered.loss is not None:
             self._sink(LossSeen(key.step, key.backward, entered.loss))
@@ -187,7 +191,7 @@ class SteadyRoute:
         if gradients is None or not route.trained():
             return False
         watched.read = watched.untouched = watched.steady = True
-        watched.given = Marks(listed=(route.slots, left.ids, left.versions))
+        watched.given = left.marks(route.slots)
         kept = not self._updates or versions(route.weights) == left.weights
         self._sink(SteadyStart(route, step.used_key, gradients, self._updates, kept))
         self.parts += 1
@@ -214,7 +218,7 @@ class SteadyRoute:
         route, left = self.route, closed.left
         if route is None or left is None or not closed.by_the_book or self._attachment.slots is not route.slots:
             return None
-        return Marks(listed=(route.slots, left.ids, left.versions)) if route.hooked() else None
+        return left.marks(route.slots) if route.hooked() else None
 
     def follow(self, closed: Step, optimizers: Sequence[WatchedOptimizer], *, plain: bool, next_observed: bool) -> None:
         """A step is over: the route stays, is compiled, or is dropped."""
