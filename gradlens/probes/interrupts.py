@@ -41,23 +41,25 @@ def leaves_no_trace(probe: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(probe)
     def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
         before, modes = len(OPEN.blocks), torch._C._len_torch_function_stack()
+        asked = torch._C._get_torch_function_state()
         try:
             return probe(*args, **kwargs)
         except KeyboardInterrupt as interrupt:
             _end_suspended(interrupt)
             raise
         finally:
-            uninterrupted(functools.partial(_close, before, modes))
+            uninterrupted(functools.partial(_close, before, modes, asked))
 
     return guarded
 
 
-def _close(before: int, modes: int) -> None:
+def _close(before: int, modes: int, asked: Any) -> None:
     while len(OPEN.blocks) > before:
         OPEN.blocks[-1].close()
         del OPEN.blocks[-1:]
     while torch._C._len_torch_function_stack() > modes:
         torch._C._pop_torch_function_stack()
+    torch._C._set_torch_function_state(asked)
 
 
 def _end_suspended(error: BaseException | None) -> None:

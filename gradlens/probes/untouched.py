@@ -95,6 +95,7 @@ class ProcessState:
         self._dtype = torch.get_default_dtype()
         self._grad = torch.is_grad_enabled()
         self._modes = torch._C._len_torch_function_stack()
+        self._torch_function = torch._C._get_torch_function_state()
         self._attention = [read() for read, _ in _ATTENTION]
         self._stance = _stance()
         self._inference = torch.inference_mode(False) if torch.is_inference_mode_enabled() else None
@@ -119,9 +120,11 @@ class ProcessState:
             _set_state(generator, state)
 
     def leave_modes(self) -> None:
-        """Take off the function modes that were entered since; any number of times."""
+        """Take off the function modes that were entered since, and let torch ask them as it did; any number of times."""
         while torch._C._len_torch_function_stack() > self._modes:
             torch._C._pop_torch_function_stack()
+        # `with DisableTorchFunction()` stays on where an interrupt comes between its body and its end.
+        torch._C._set_torch_function_state(self._torch_function)
 
     def put_back(self) -> None:
         """As it was."""

@@ -123,6 +123,7 @@ def test_an_interrupt_at_any_moment_leaves_no_trace(probe, raised):
         assert torch.get_default_dtype() == torch.float32
         assert torch.is_grad_enabled()
         assert torch._C._len_torch_function_stack() == 0
+        assert torch._C._is_torch_function_enabled()
 
 
 def test_what_puts_things_back_is_run_to_its_end():
