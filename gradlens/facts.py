@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from gradlens.activations import Activations
+
 
 def words(text: str) -> frozenset[str]:
     """The words of a text, as names of operations."""
@@ -228,4 +230,4 @@ class Features:
 
 
 #: What crosses from the training thread to the rules, beside tables.
-Fact = Graph | Settings | Modes | Features
+Fact = Graph | Settings | Modes | Features | Activations

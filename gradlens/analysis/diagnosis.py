@@ -76,7 +76,7 @@ DOES = (
     "uncaptured",
 )
 #: What becomes of it.
-BECOMES = ("update_ratio", "spike", "nonfinite", "collapse", "dead", "shrunk")
+BECOMES = ("update_ratio", "spike", "nonfinite", "collapse", "dead", "dead_units", "saturated", "shrunk")
 
 _LARGE = frozenset(
     {"cut", "eps", "masked-row", "edge", "no-log", "summed-loss", "input_scale", "undivided", "stale", "loss_scaled"}
@@ -97,10 +97,12 @@ EXPLAINS: dict[str, frozenset[str]] = {
     "weight_decay": frozenset({"vanishing", "disagreement", "fading", "too_slow"}),
     "exploding": frozenset({"too_fast", "disagreement"}),
     "too_fast": frozenset({"disagreement"}),
-    "update_ratio": frozenset({"dead", "collapse", "spike", "nonfinite"}),
-    "spike": frozenset({"nonfinite", "dead", "collapse"}),
-    "nonfinite": frozenset({"dead"}),
+    "update_ratio": frozenset({"dead", "dead_units", "saturated", "collapse", "spike", "nonfinite"}),
+    "spike": frozenset({"nonfinite", "dead", "dead_units", "saturated", "collapse"}),
+    "nonfinite": frozenset({"dead", "dead_units"}),
     "dead": frozenset({"too_slow"}),
+    "dead_units": frozenset({"too_slow", "dead", "collapse", "vanishing"}),
+    "saturated": frozenset({"too_slow", "vanishing", "fading", "collapse"}),
     "vanishing": frozenset({"too_slow"}),
     "lr_gone": frozenset({"too_slow"}),
     "clipped_scaled": frozenset({"loss_scaled", "too_slow"}),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from gradlens.analysis.rules.absent import Absent, Frozen, Uncaptured
 from gradlens.analysis.rules.accumulation import LastOnly, Undivided
+from gradlens.analysis.rules.activations import DeadUnits, Saturated
 from gradlens.analysis.rules.base import Rule, judged, lasting
 from gradlens.analysis.rules.collapse import Collapse, DiscriminatorWon, EmptyLatent, RareClass
 from gradlens.analysis.rules.dead import Dead
@@ -61,6 +62,8 @@ DEFAULT: tuple[Rule, ...] = (
     EmptyLatent(),
     DiscriminatorWon(),
     RareClass(),
+    DeadUnits(),
+    Saturated(),
 )
 
 __all__ = [
@@ -112,6 +115,9 @@ __all__ = [
     "EmptyLatent",
     "DiscriminatorWon",
     "RareClass",
+    # what modules make of a batch, where that is seen
+    "DeadUnits",
+    "Saturated",
     # for rules of one's own
     "lasting",
     "judged",

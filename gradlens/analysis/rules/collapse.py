@@ -10,6 +10,7 @@ from typing import ClassVar
 import numpy as np
 
 from gradlens.analysis.history import History
+from gradlens.analysis.rules.activations import as_features, said_of, where_lost
 from gradlens.analysis.rules.base import check_number, check_steps, format_number
 from gradlens.analysis.rules.occasional import (
     Occasional,
@@ -52,7 +53,7 @@ class Collapse(Occasional):
         trend = loss_trend(history)
         if trend.state not in (State.FLAT, State.RISES, State.FALLS):
             return
-        for layer, facts in features(history).items():
+        for layer, facts in (features(history) or as_features(history)).items():
             if ":" in layer or len(facts) < 4 or facts[-1].backward or not self._collapsed(facts, trend):
                 continue
             now, first = facts[-1], facts[0]
@@ -65,7 +66,7 @@ class Collapse(Occasional):
                 severity=Severity.WARNING,
                 seen=f"the model says nearly the same for every example: the features that {layer or 'the last layer'!r} "
                 f"gets differ by {format_number(now.spread)} of their size over the batch (at the start by "
-                f"{format_number(first.spread)}){shrank}{dead}, and {_said(trend)}",
+                f"{format_number(first.spread)}){shrank}{dead}{where_lost(history, self.spread)}, and {_said(trend)}",
                 causes=_causes(first.spread, self.spread, now.dead),
                 remedy="a smaller learning rate; for embeddings a loss that is 0 only when they differ (semi-hard "
                 "triplets, a variance term); in a deep model normalisation or kaiming_normal_",
@@ -133,9 +134,8 @@ class EmptyLatent(Occasional):
                 step=newest_step(history),
                 severity=Severity.WARNING,
                 seen=f"the latent carries nothing: {name or 'mu'} differs between examples by {format_number(ratios[-1])} "
-                f"of the "
-                f"noise "
-                f"that is added (at the start by {format_number(ratios[0])}), so the decoder gets noise alone",
+                f"of the noise that is added (at the start by {format_number(ratios[0])}{said_of(history, name)}), so the "
+                "decoder gets noise alone",
                 causes=(
                     "posterior collapse: the KL term is too heavy beside the reconstruction (one summed, the other "
                     "averaged)",
