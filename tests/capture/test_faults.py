@@ -183,7 +183,7 @@ def special(model, optimizer, steps):
 
 @pytest.mark.parametrize("where", SPECIAL)
 def test_what_few_trainings_call_may_fail_too(monkeypatch, where, tmp_path):
-    """A parameter's replacement, a closure's return, partials that are kept, a module's output: the same bits, and a finding that names it."""
+    """A parameter's replacement, a closure's return, kept partials, a module's output: the same bits, and a finding."""
     model, optimizer = training()
     losses = special(model, optimizer, 3)
     expected = bits(model, optimizer)
