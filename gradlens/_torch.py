@@ -35,6 +35,7 @@ __all__ = [
     "OptState",
     "Private",
     "UninitializedTensorMixin",
+    "asks_torch_functions",
     "current_task",
     "disable_current_modes",
     "executes",
@@ -43,6 +44,7 @@ __all__ = [
     "leave_to_python",
     "local_part",
     "queue_callback",
+    "set_asks_torch_functions",
 ]
 
 
@@ -93,11 +95,17 @@ PRIVATES = (
     Private("torch._C:_is_tracing", "what torch.jit.trace runs is not read"),
     Private("torch._dynamo.eval_frame:OptimizedModule", "a compiled model, whose modules get no forward hooks"),
     Private("torch.nn:Module._compiled_call_impl", "the same of a model compiled in place"),
+    Private("torch._C:_get_torch_function_state", "whether torch functions are asked in this thread"),
+    Private("torch._C:_set_torch_function_state", "puts that back after an interrupt"),
     Private("torch.distributed.tensor:DTensor._local_tensor", "what is here of a distributed tensor, without an operation"),
 )
 
 current_task: Callable[[], int] = torch._C._current_graph_task_id
 disable_current_modes = _disable_current_modes
+
+#: Whether operations ask `__torch_function__` of subclasses and of modes, in this thread; and to set it back.
+asks_torch_functions: Callable[[], Any] = torch._C._get_torch_function_state  # type: ignore[attr-defined]
+set_asks_torch_functions: Callable[[Any], None] = torch._C._set_torch_function_state  # type: ignore[attr-defined]
 
 #: Code objects by which frames are recognised.
 ENGINE_RUN = _engine_run_backward.__code__
