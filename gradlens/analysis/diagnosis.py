@@ -158,8 +158,8 @@ def diagnose(found: Sequence[Finding], loss: Trend) -> Diagnosis:
         return Diagnosis(_quiet(loss), None, (), (), _sure(loss), loss)
     origin = min(loud, key=lambda finding: _order(finding, loud))
     rest = [finding for finding in found if finding.rule != origin.rule and finding.severity != Severity.INFO]
-    follows = tuple(sorted((f for f in rest if explains(origin.rule, f.rule)), key=lambda f: f.step))
-    beside = tuple(f for f in rest if not explains(origin.rule, f.rule))
+    follows = tuple(sorted((f for f in rest if _explained(f, origin)), key=lambda f: f.step))
+    beside = tuple(f for f in rest if not _explained(f, origin))
     sure = MEASURED.of_verdict(origin.rule, level_of(origin.rule), situations(origin, beside, loss))
     return Diagnosis(_verdict(origin, loss), origin, follows, beside, round(sure, 2), loss)
 
@@ -185,9 +185,24 @@ def explains(rule: str, other: str) -> bool:
     return _LEVEL.get(rule, 1) < _LEVEL.get(other, 1)
 
 
+def _after_collapse(finding: Finding, other: Finding) -> bool:
+    """Whether it came when the model had said the same for every example for a while: nothing passes back then."""
+    return other.rule == "collapse" and finding.rule in _AFTER and finding.step > other.step + LATER
+
+
+_AFTER = frozenset({"vanishing", "dead", "dead_units", "too_slow"})
+LATER = 50  #: steps
+
+
+def _explained(finding: Finding, other: Finding) -> bool:
+    if other.rule == finding.rule or _after_collapse(other, finding):
+        return False
+    return _after_collapse(finding, other) or explains(other.rule, finding.rule)
+
+
 def _order(finding: Finding, loud: Sequence[Finding]) -> tuple[object, ...]:
     """Sorting: what another one explains comes last; errors first, then by level, severity and onset."""
-    explained = sum(1 for other in loud if other.rule != finding.rule and explains(other.rule, finding.rule))
+    explained = sum(1 for other in loud if _explained(finding, other))
     place = _LEVEL.get(finding.rule, 1)
     return explained > 0, finding.severity != Severity.ERROR, place, -finding.severity.rank, finding.step
 

@@ -11,13 +11,14 @@ from gradlens.analysis.rules.absent import Absent, Frozen, Uncaptured
 from gradlens.analysis.rules.accumulation import LastOnly, Undivided
 from gradlens.analysis.rules.activations import DeadUnits, Saturated
 from gradlens.analysis.rules.base import Rule, judged, lasting
-from gradlens.analysis.rules.collapse import Collapse, DiscriminatorWon, EmptyLatent, RareClass
+from gradlens.analysis.rules.collapse import Collapse, DiscriminatorWon, EmptyLatent
 from gradlens.analysis.rules.dead import Dead
 from gradlens.analysis.rules.exploding import Exploding, Spike
 from gradlens.analysis.rules.graph import Cut, GraphAudit
 from gradlens.analysis.rules.learning import Disagreement, TooFast, TooSlow
 from gradlens.analysis.rules.lost import Lost, Unstepped
 from gradlens.analysis.rules.nonfinite import NonFinite
+from gradlens.analysis.rules.rare import RareClass
 from gradlens.analysis.rules.scaling import ClippedScaled, LossScaled, Skipped
 from gradlens.analysis.rules.settings import Epsilon, EvalMode, LearningRateGone, WeightDecay
 from gradlens.analysis.rules.stale import Stale
