@@ -21,7 +21,7 @@ from gradlens.analysis.rules.nonfinite import NonFinite
 from gradlens.analysis.rules.rare import RareClass
 from gradlens.analysis.rules.scaling import ClippedScaled, LossScaled, Skipped
 from gradlens.analysis.rules.settings import Epsilon, EvalMode, LearningRateGone, WeightDecay
-from gradlens.analysis.rules.stale import Stale
+from gradlens.analysis.rules.stale import LeftOver, Stale
 from gradlens.analysis.rules.structure import Fading, Identical, InputScale
 from gradlens.analysis.rules.updates import RoundedAway, Shrunk, Unmoved, UpdateRatio
 from gradlens.analysis.rules.vanishing import Vanishing
@@ -42,6 +42,7 @@ DEFAULT: tuple[Rule, ...] = (
     Shrunk(),
     Unmoved(),
     Stale(),
+    LeftOver(),
     LossScaled(),
     ClippedScaled(),
     Skipped(),
@@ -88,6 +89,7 @@ __all__ = [
     "Shrunk",
     "Unmoved",
     "Stale",
+    "LeftOver",
     # loss scaling
     "LossScaled",
     "ClippedScaled",
