@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from gradlens.activations import Activations
 from gradlens.analysis.course import _State
 from gradlens.analysis.history import History
 from gradlens.facts import Features, Graph, Group, Modes, Operation, Settings
@@ -38,6 +39,17 @@ def looks(spreads, outputs=None, layer="head", rms=1.0, dead=0.0):
         Features(10 * i, 0, layer, spread, rms, dead, made)
         for i, (spread, made) in enumerate(zip(spreads, outputs, strict=True))
     ]
+
+
+def passes(steps, **modules):
+    """Batches of 16 examples with 100 units: a module is `(type, spread, dead, saturated)`, or one for each step."""
+    found = []
+    for i, step in enumerate(steps):
+        rows = [each[i] if isinstance(each, list) else each for each in modules.values()]
+        sums = [[1600, 0, 1600, 1600 * spread**2, 100, 100 * dead, 1600 * at_end] for _, spread, dead, at_end in rows]
+        kinds = tuple(row[0] for row in rows)
+        found.append(Activations(step, 0, 0.0, tuple(modules), kinds, (1,) * len(rows), np.array(sums)))
+    return found
 
 
 def graph(*names, step=0, **more):
