@@ -42,10 +42,10 @@ from gradlens.statistics.transfer import Transfer
 from gradlens.statistics.unpacking import Arrival, unpack
 from gradlens.watching.delivery import Delivery
 from gradlens.watching.failures import Failures
-from gradlens.watching.inbox import Inbox
 from gradlens.watching.isolation import isolated_compute
 from gradlens.watching.stopwatch import ThreadClock
 from gradlens.writers.base import Writer
+from gradlens.writers.inbox import Inbox
 
 ROWS = 100_000  #: that are unpacked and handed on together: some 40 MB
 TOGETHER = 20_000  #: rows below which what was recorded is handed on with what comes next
