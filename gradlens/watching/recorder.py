@@ -271,8 +271,8 @@ class Recorder:
                 for finding in [item] if isinstance(item, Finding) else item.findings:
                     self._delivery.record_finding(finding)
                     self._recorded.append(finding)
-            for together in _portions([item for item in taken if isinstance(item, TableBatch)]):
-                for unpacked in self._unpacked(together):
+            for portion in _portions([item for item in taken if isinstance(item, TableBatch)]):
+                for unpacked in self._unpacked(portion):
                     if unpacked.moments or unpacked.facts:
                         self._delivery.record(unpacked.moments, unpacked.facts)
                     self._recorded.append(unpacked)
