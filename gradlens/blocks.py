@@ -115,7 +115,8 @@ class Block:
     def lighten(self, moment: int) -> None:
         """Let go of what is large of one moment."""
         self.details[moment] = None
-        self._views.pop(moment, None)
+        if self._views:
+            self._views.pop(moment, None)
         if moment in self._given:
             self._given[moment] = replace(self._given[moment], histogram=None, top=None)
 

@@ -69,7 +69,6 @@ class Source(enum.Enum):
     USED = "used"  #: the loss's own was used as it was
     KEPT = "kept"  #: a copy of the loss's own, which feature `flips` has kept
     RATIO = "ratio"  #: the used one, divided by what clipping multiplied all of it by, if that is one number
-    UNKNOWN = "unknown"  #: the optimizer wrote over it, and no copy was kept
 
 
 _BITS = {status.value: 1 << place for place, status in enumerate(Status)}

@@ -19,13 +19,13 @@ adds, any number read: what is read is a settled state and logs that only grow.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import numpy as np
 
 from gradlens.blocks import Block
+from gradlens.moments import Moments
 from gradlens.records import Stage, Status
 
 CAPACITY = 2048
@@ -33,18 +33,6 @@ PASSES = 4  #: backward passes of a step whose losses are told apart
 LEAST = 256  #: steps that are settled together
 
 _LOSSES = tuple(f"loss_{backward}" for backward in range(PASSES))
-
-
-class Placed(Protocol):
-    """A moment's number among all moments, and where it is."""
-
-    seq: int
-    at: int
-    step: int
-
-    @property
-    def block(self) -> Block:
-        """Its block."""
 
 
 class _Log:
@@ -102,17 +90,17 @@ class Course:
 
     # --- growth -----------------------------------------------------------------------------------------------------
 
-    def add(self, moments: Sequence[Placed]) -> None:
-        """Take moments that have just come, in order: all of each block."""
-        if not moments:
+    def add(self, moments: Moments, first: int) -> None:
+        """Take moments that have just come, in order, the first of them being number `first`: all of each block."""
+        if not len(moments):
             return
         state = self._state
-        seqs, steps = np.array([moment.seq for moment in moments]), np.array([moment.step for moment in moments])
+        seqs, steps = np.arange(first, first + len(moments)), moments.step
         before = np.maximum.accumulate(np.concatenate([[self._newest], steps[:-1]]))
         new = steps > before
         self._newest = max(self._newest, float(steps.max()))
         came: dict[str, list[np.ndarray]] = {}
-        for block, own in _by_block(moments):
+        for block, own in moments.by_block():
             for name, where, values in _numbers(block):
                 came.setdefault(name, []).append(np.stack([seqs[own][where], steps[own][where], values]))
         for name, parts in came.items():
@@ -216,15 +204,6 @@ class Course:
     def losses(self) -> dict[int, float]:
         """The loss by step."""
         return dict(zip(*(values.tolist() for values in self.series("loss")), strict=True))
-
-
-def _by_block(moments: Sequence[Placed]) -> Iterator[tuple[Block, np.ndarray]]:
-    """Each block, and where its moments are among these."""
-    places: dict[int, tuple[Block, list[int]]] = {}
-    for place, moment in enumerate(moments):
-        places.setdefault(id(moment.block), (moment.block, []))[1].append(place)
-    for block, own in places.values():
-        yield block, np.array(own, np.int64)
 
 
 def _numbers(block: Block) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:

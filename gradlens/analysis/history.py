@@ -30,6 +30,7 @@ from gradlens.analysis.course import Course
 from gradlens.blocks import Block, block_of
 from gradlens.errors import ArgumentError, NothingCapturedError, choice
 from gradlens.facts import Fact
+from gradlens.moments import as_moments
 from gradlens.records import Parameters, Snapshot, Stage, Status, Top
 
 Kind = TypeVar("Kind")
@@ -101,9 +102,9 @@ class Moment:
 
     __slots__ = ("at", "block", "ordinal", "rows", "seq", "step")
 
-    def __init__(self, block: Columns, at: int, seq: int, rows: int, ordinal: int) -> None:
+    def __init__(self, block: Columns, at: int, step: int, seq: int, rows: int, ordinal: int) -> None:
         self.block, self.at = block, at
-        self.step = int(block.step[at])
+        self.step = step
         self.seq = seq  #: of all moments ever
         self.rows = rows  #: of all moments so far
         self.ordinal = ordinal  #: of its step among those of its stage
@@ -156,19 +157,21 @@ class History:
         The moments of a block have to be all of it, in order; those of several blocks may alternate. A fact comes with the
         place of the first moment that knows it.
         """
+        moments = as_moments(moments)
         placed: dict[int, Columns] = {}
         with self._lock:
             seq = self._next()
             self._fresh += [(seq + place, fact) for place, fact in facts]
             rows = self._moments[-1].rows if self._moments else 0
-            for number, (block, at) in enumerate(moments, start=seq):
-                columns = placed.get(id(block))
+            rows_of = [len(block.parameters) for block in moments.blocks]
+            each = zip(moments.number.tolist(), moments.place.tolist(), moments.step.tolist(), strict=True)
+            for seq_, (number, at, step) in enumerate(each, start=seq):
+                columns = placed.get(number)
                 if columns is None:
-                    columns = placed[id(block)] = self._place(block)
-                rows += len(block.parameters)
-                self._add(columns, at, number, rows)
-            added = self._between(seq, seq + len(moments))
-        self._course.add(added)
+                    columns = placed[number] = self._place(moments.blocks[number])
+                rows += rows_of[number]
+                self._add(columns, at, step, seq_, rows)
+        self._course.add(moments, seq)
         return list(placed.values())
 
     def _place(self, block: Block) -> Columns:
@@ -180,12 +183,12 @@ class History:
         parts["_views"] = WeakValueDictionary()
         return Columns(**parts, first=first, history=self)
 
-    def _add(self, columns: Columns, at: int, seq: int, rows: int) -> None:
-        known = self._by_stage.setdefault(columns.stage, [])
-        ordinal = 0
-        if known:
-            ordinal = known[-1].ordinal + (known[-1].step != columns.step[at])
-        moment = Moment(columns, at, seq, rows, ordinal)
+    def _add(self, columns: Columns, at: int, step: int, seq: int, rows: int) -> None:
+        known = self._by_stage.get(columns.stage)
+        if known is None:
+            known = self._by_stage[columns.stage] = []
+        ordinal = known[-1].ordinal + (known[-1].step != step) if known else 0
+        moment = Moment(columns, at, step, seq, rows, ordinal)
         columns.moments.append(moment)
         known.append(moment)
         self._moments.append(moment)

@@ -11,7 +11,6 @@ unclipped:
 - `KEPT`: it was changed, and a copy of the loss's own was kept.
 - `RATIO`: it was changed, and there is no copy. If clipping multiplied all of it by one number, as samples tell on the
   recorder's thread, `g_used.dw` divided by that number; else nothing.
-- `UNKNOWN`: the optimizer wrote over what it was given, and there is no copy of that.
 """
 
 from __future__ import annotations
@@ -30,14 +29,11 @@ def may_copy(facts: GradientFacts, scale: object) -> bool:
     return facts.single and facts.own and facts.untouched and not is_scaled(scale)
 
 
-def loss_gradient(facts: GradientFacts, scale: object, *, kept: bool, overwritten: bool = False) -> Source:
+def loss_gradient(facts: GradientFacts, scale: object, *, kept: bool) -> Source:
     """Whose gradient stands for the loss's own; `USED` if the fixed samples agree too, else what there is without it.
 
     kept: A copy of the loss's own gradient, of the step's one backward, is at hand.
-    overwritten: The optimizer wrote over the gradient that it was given, and no copy of that was kept.
     """
-    if overwritten:
-        return Source.UNKNOWN
     if facts.own and facts.untouched and not is_scaled(scale):
         return Source.USED
     return Source.KEPT if kept and facts.single else Source.RATIO

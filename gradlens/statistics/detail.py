@@ -1,6 +1,6 @@
 """Which steps get detail: exact histograms of all entries, which cost as much as all other columns together.
 
-Each observed step at first, then one whenever their number has grown by a tenth, and the next one after a request: some 130
+Each observed step at first, then one whenever their number has grown by a tenth: some 130
 steps of a million. All stages and backwards of a step are alike.
 """
 
@@ -15,21 +15,12 @@ class DetailSteps:
     def __init__(self) -> None:
         self._answers: dict[int, bool] = {}  # of the last steps: those of two may take turns
         self._growing = Growing()
-        self._requested = False
 
     def of(self, step: int) -> bool:
         """Whether this step gets detail."""
         answer = self._answers.get(step)
         if answer is None:
-            answer = self._answers[step] = self._decide()
+            answer = self._answers[step] = self._growing.due()
             if len(self._answers) > 4:
                 del self._answers[next(iter(self._answers))]
         return answer
-
-    def _decide(self) -> bool:
-        requested, self._requested = self._requested, False
-        return self._growing.due(always=requested)
-
-    def request(self) -> None:
-        """The next step that begins gets detail."""
-        self._requested = True

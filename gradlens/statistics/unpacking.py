@@ -19,6 +19,7 @@ from torch import Tensor
 
 from gradlens import fields
 from gradlens.blocks import CODES, Block, Detail, block_of, concatenate, grouped
+from gradlens.moments import Moments
 from gradlens.records import Parameters, Snapshot, Status, Top
 from gradlens.statistics.table import UNTOUCHED, Piece, Table, numel_of, precision_of, whole_index
 from gradlens.statistics.transfer import known
@@ -103,7 +104,7 @@ def _like(table: Table, other: Table) -> bool:
         or len(table.updates) != len(other.updates)
         or table.divisor != 1.0
         or table.rank != other.rank
-        or table.notes != other.notes
+        or (table.notes is not other.notes and table.notes != other.notes)
         or not _like_piece(table.pieces[0], other.pieces[0])
         or isinstance(table.scale, Tensor)
     ):
@@ -125,24 +126,24 @@ def _like(table: Table, other: Table) -> bool:
 def _like_piece(piece: Piece | None, other: Piece | None) -> bool:
     if piece is None or other is None:
         return piece is other
-    return piece.skipped is False and piece.divisor is None and piece.rows == other.rows and piece.numbers.is_cpu
+    same = piece.rows is other.rows or piece.rows == other.rows
+    return same and piece.skipped is False and piece.divisor is None and piece.numbers.is_cpu
 
 
-def unpack(arrivals: Sequence[Arrival]) -> list[tuple[Block, int]]:
+def unpack(arrivals: Sequence[Arrival]) -> Moments:
     """The moments, in the order given: of each its block, and its place in it."""
     alike = _likenesses(arrivals)
     alone = _alone(arrivals, alike)
     kinds = [
-        (str(arrival.table.stage), alone[i].parameters if i in alone else _kept(arrival.table)[1])
+        (arrival.table.stage, alone[i].parameters if i in alone else _kept(arrival.table)[1])
         for i, arrival in enumerate(arrivals)
     ]
-    numbers = grouped(kinds)
+    numbers = np.array(grouped(kinds), np.int64)
     memory: dict[tuple[int, ...], _Summary] = {}
-    blocks, places = [], [0] * len(arrivals)
-    for number in range(max(numbers, default=-1) + 1):
-        members = [i for i, each in enumerate(numbers) if each == number]
-        for place, i in enumerate(members):
-            places[i] = place
+    blocks, places = [], np.zeros(len(arrivals), np.int64)
+    for number in range(int(numbers.max(initial=-1)) + 1):
+        own = np.flatnonzero(numbers == number)
+        places[own], members = np.arange(len(own)), own.tolist()
         parts: list[Block] = []
         for key, run in groupby(members, key=lambda i: alike[i]):
             if key is None:
@@ -150,7 +151,7 @@ def unpack(arrivals: Sequence[Arrival]) -> list[tuple[Block, int]]:
             else:
                 parts.append(_Run([arrivals[i] for i in run], key, memory).block())
         blocks.append(concatenate(parts))
-    return [(blocks[number], place) for number, place in zip(numbers, places, strict=True)]
+    return Moments(blocks, numbers, places)
 
 
 def _alone(arrivals: Sequence[Arrival], alike: Sequence[Likeness | None]) -> dict[int, Snapshot]:

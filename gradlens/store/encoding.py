@@ -13,6 +13,7 @@ import numpy as np
 from gradlens import blocks
 from gradlens.activations import SUMS, Activations
 from gradlens.blocks import Block, block_of
+from gradlens.moments import Moments, as_moments
 from gradlens.records import Parameters, Snapshot
 from gradlens.schedules import Growing
 from gradlens.store import segment
@@ -21,6 +22,7 @@ from gradlens.store.tables import STAGES, STATUSES, TABLES
 from gradlens.store.tail import Rows
 
 GROWTH = 1.1  #: of the run, between two steps whose histograms and weights are kept
+LAST = 8  #: moments of the last step, at most, that are kept at the end
 
 
 class RowEncoder:
@@ -42,21 +44,19 @@ class RowEncoder:
         if self._segment.first_step is None and moments:
             block, at = moments[0]
             self._segment.first_step, self.stale = int(block.step[at]), True
-        numbers: dict[int, tuple[Block, list[int]]] = {}
-        for number, (block, _) in enumerate(moments, start=self._snapshots):
-            numbers.setdefault(id(block), (block, []))[1].append(number)
-        for block, own in numbers.values():
-            self._put_block(block, np.array(own, np.int64))
+        moments = as_moments(moments)
+        wrong = np.zeros(len(moments), bool)
+        for block, own in moments.by_block():
+            self._put_block(block, self._snapshots + own)
+            wrong[own] = self._flight.wrong(block)
         self._put_scalars(moments)
-        wrong = {id(block): self._flight.wrong(block) for block, _ in numbers.values()}
-        steps = {key: block.step.tolist() for key, (block, _) in numbers.items()}
-        for number, (block, at) in enumerate(moments, start=self._snapshots):
-            due = self._kept.due(steps[id(block)][at], number, block, at)
-            if due:
-                self._put_detail(number, block.snapshot(at))
-            for earlier, snapshot in self._flight.take(number, block, at, wrong=wrong[id(block)][at], written=due):
-                self._put_detail(earlier, snapshot)
-                self._kept.forget(earlier)
+        due = self._kept.due(moments, self._snapshots)
+        for at in np.flatnonzero(due).tolist():
+            block, place = moments[at]
+            self._put_detail(self._snapshots + at, block.snapshot(place))
+        for earlier, snapshot in self._flight.take(moments, self._snapshots, wrong=wrong, written=due):
+            self._put_detail(earlier, snapshot)
+            self._kept.forget(earlier)
         self._kept.hold()
         if self._flight.steps and self._segment.settings.get("flight") != self._flight.steps:
             self._segment.settings = {**self._segment.settings, "flight": list(self._flight.steps)}
@@ -111,14 +111,15 @@ class RowEncoder:
         self._lately[id(parameters)] = parameters, rows
         return rows
 
-    def _put_scalars(self, moments: Sequence[tuple[Block, int]]) -> None:
+    def _put_scalars(self, moments: Moments) -> None:
         names = self._segment.scalars
         places = {name: i for i, name in enumerate(names)}
         of: list[int] = []  # which of the moments
         entry: list[int] = []
         values: list[float] = []
-        for at, (block, place) in enumerate(moments):
-            for name, value in block.scalars[place].items():
+        scalars = [block.scalars for block in moments.blocks]
+        for at, (number, place) in enumerate(zip(moments.number.tolist(), moments.place.tolist(), strict=True)):
+            for name, value in scalars[number][place].items():
                 if name not in places and len(names) < segment.MAX_SCALARS:
                     places[name] = len(names)
                     names.append(name)
@@ -128,9 +129,15 @@ class RowEncoder:
                     entry.append(places[name])
                     values.append(value)
         if of:
-            self._put(
-                "scalars", {**_keys_of(moments, of, self._snapshots), "entry": np.array(entry), "value": np.array(values)}
-            )
+            stages = np.array([STAGES.index(block.stage) for block in moments.blocks])
+            keys = {
+                "snapshot": self._snapshots + np.array(of),
+                "step": moments.step[of],
+                "backward": moments.backward[of],
+                "stage": stages[moments.number[of]],
+                "time": _microseconds(moments.time[of]),
+            }
+            self._put("scalars", {**keys, "entry": np.array(entry), "value": np.array(values)})
 
     def _put_detail(self, number: int, snapshot: Snapshot) -> None:
         keys = _keys(np.array([number]), block_of(snapshot))
@@ -182,18 +189,6 @@ def _keys(numbers: np.ndarray, block: Block) -> dict[str, np.ndarray]:
     }
 
 
-def _keys_of(moments: Sequence[tuple[Block, int]], of: Sequence[int], first: int) -> dict[str, np.ndarray]:
-    """The same of some moments of several blocks, the first of them all being number `first`."""
-    chosen = [moments[at] for at in of]
-    return {
-        "snapshot": first + np.array(of),
-        "step": np.array([block.step[at] for block, at in chosen]),
-        "backward": np.array([block.backward[at] for block, at in chosen]),
-        "stage": np.array([STAGES.index(block.stage) for block, _ in chosen]),
-        "time": _microseconds(np.array([block.time[at] for block, at in chosen])),
-    }
-
-
 def _microseconds(seconds: np.ndarray) -> np.ndarray:
     return np.nan_to_num(np.round(seconds * 1e6), nan=0.0, posinf=0.0, neginf=0.0).astype(np.int64)
 
@@ -209,15 +204,19 @@ class _Kept:
         self._growing, self._step, self._due = Growing(GROWTH), -1, False
         self._last: list[tuple[int, Block | None, int, Snapshot | None]] = []
 
-    def due(self, step: int, number: int, block: Block, at: int) -> bool:
-        """Whether this moment's are to be kept."""
-        if step != self._step:
-            self._step, self._last = step, []
-            self._due = self._growing.due()
+    def due(self, moments: Moments, first: int) -> np.ndarray:
+        """`[m]` whether each moment's are to be kept, the first of them being number `first`."""
+        steps = moments.step
+        begins = np.diff(steps, prepend=self._step) != 0  # a step
+        due = [self._due, *(self._growing.due() for _ in range(int(begins.sum())))]
+        result = np.array(due)[np.cumsum(begins)]
+        if begins.any():
+            self._step, self._last, self._due = int(steps[-1]), [], due[-1]
         if not self._due:
-            self._last.append((number, block, at, None))
-            del self._last[:-8]
-        return self._due
+            start = max(np.flatnonzero(begins)[-1] if begins.any() else 0, len(steps) - LAST)
+            self._last += [(first + at, *moments[at], None) for at in range(start, len(steps))]
+            del self._last[:-LAST]
+        return result
 
     def forget(self, number: int) -> None:
         """It was kept for another reason."""

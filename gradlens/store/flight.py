@@ -18,6 +18,7 @@ from dataclasses import replace
 import numpy as np
 
 from gradlens.blocks import Block, Detail
+from gradlens.moments import Moments
 from gradlens.records import Snapshot, Stage
 
 LAST, AFTER = 32, 4  #: moments: a step has two as a rule
@@ -48,8 +49,19 @@ class Flight:
             result = [bad or self._spikes(norm) for bad, norm in zip(result, norms, strict=True)]
         return result
 
-    def take(self, number: int, block: Block, at: int, *, wrong: bool, written: bool) -> Iterator[tuple[int, Snapshot]]:
-        """A moment, and whether it is written anyway; gives those that are to be written beside."""
+    def take(
+        self, moments: Moments, first: int, *, wrong: np.ndarray, written: np.ndarray
+    ) -> Iterator[tuple[int, Snapshot]]:
+        """Moments from number `first` on, and which are written anyway; gives those that are to be written beside."""
+        if self._after or wrong.any():
+            for at, (block, place) in enumerate(moments):
+                yield from self._take(first + at, block, place, wrong=bool(wrong[at]), written=bool(written[at]))
+        elif len(self.steps) < MOST:
+            for at in np.flatnonzero(~written)[-LAST:].tolist():  # those before would be held, and let go of again
+                block, place = moments[at]
+                self._hold((first + at, block, place, block.details[place]))
+
+    def _take(self, number: int, block: Block, at: int, *, wrong: bool, written: bool) -> Iterator[tuple[int, Snapshot]]:
         here: Held = (number, block, at, block.details[at])
         if wrong and self._after == 0 and len(self.steps) < MOST:
             self.steps.append(int(block.step[at]))

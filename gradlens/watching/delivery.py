@@ -17,9 +17,9 @@ from gradlens import findings
 from gradlens.activations import Activations
 from gradlens.analysis.history import History
 from gradlens.analysis.ruleset import RuleSet
-from gradlens.blocks import Block
 from gradlens.errors import FindingError, GradlensWarning
 from gradlens.facts import Fact
+from gradlens.moments import Moments
 from gradlens.records import Finding, Severity
 from gradlens.watching.failures import Failures
 from gradlens.writers.base import Writer
@@ -27,7 +27,6 @@ from gradlens.writers.fanout import Fanout
 
 FINDINGS = 2000  #: that one rule may make; what it finds after that is counted, and said at the end
 
-Moments = Sequence[tuple[Block, int]]
 Facts = Sequence[tuple[int, Fact]]
 
 
@@ -58,7 +57,7 @@ class Delivery:
 
     def record(self, moments: Moments, facts: Facts = ()) -> None:
         """To the durable writers, at once."""
-        if moments:
+        if len(moments):
             block, at = moments[-1]
             self._step = int(block.step[at])
         self.durable.write_moments(moments)

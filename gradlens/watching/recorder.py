@@ -16,6 +16,7 @@ from memory after `PATIENCE` seconds, and `close()` says who it was.
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 import time
@@ -34,21 +35,22 @@ from gradlens.analysis.diagnosis import Diagnosis, diagnose
 from gradlens.analysis.history import History
 from gradlens.analysis.ruleset import RuleSet
 from gradlens.analysis.trend import trend
-from gradlens.blocks import Block
 from gradlens.errors import GradlensWarning
 from gradlens.facts import Fact
+from gradlens.moments import Moments, together
 from gradlens.records import Finding
 from gradlens.statistics.table import Table, settle
 from gradlens.statistics.transfer import Transfer
 from gradlens.statistics.unpacking import Arrival, unpack
 from gradlens.watching.delivery import Delivery
 from gradlens.watching.failures import Failures
-from gradlens.watching.inbox import Inbox
 from gradlens.watching.isolation import isolated_compute
 from gradlens.watching.stopwatch import ThreadClock
 from gradlens.writers.base import Writer
+from gradlens.writers.inbox import Inbox
 
 ROWS = 100_000  #: that are unpacked and handed on together: some 40 MB
+TOGETHER = 20_000  #: rows below which what was recorded is handed on with what comes next
 REST = 50  #: times as long as it worked, that the recorder rests
 SHORTEST, LONGEST = 0.05, 5.0  #: seconds that it rests at least and at most
 RECORDED = 0.4  #: seconds after which what came is with the durable writers; those take up to half a second more
@@ -87,10 +89,14 @@ def _with_loss(scalars: dict[str, float], loss: float | Tensor | None) -> dict[s
 
 
 class Unpacked(NamedTuple):
-    """Moments, each a block and a place in it; and facts, each with the place of the first moment that knows it."""
+    """Moments; and facts, each with the place of the first moment that knows it."""
 
-    moments: list[tuple[Block, int]]
+    moments: Moments
     facts: list[tuple[int, Fact]]
+
+
+def _rows(unpacked: Unpacked) -> int:
+    return sum(block.rows for block in unpacked.moments.blocks)
 
 
 class Recorder:
@@ -265,8 +271,8 @@ class Recorder:
                 for finding in [item] if isinstance(item, Finding) else item.findings:
                     self._delivery.record_finding(finding)
                     self._recorded.append(finding)
-            for together in _portions([item for item in taken if isinstance(item, TableBatch)]):
-                for unpacked in self._unpacked(together):
+            for portion in _portions([item for item in taken if isinstance(item, TableBatch)]):
+                for unpacked in self._unpacked(portion):
                     if unpacked.moments or unpacked.facts:
                         self._delivery.record(unpacked.moments, unpacked.facts)
                     self._recorded.append(unpacked)
@@ -321,15 +327,30 @@ class Recorder:
     def _deliver(self) -> None:
         while self._recorded:
             each = self._recorded.popleft()
+            if isinstance(each, Unpacked):
+                each = self._with_the_next(each)
             if isinstance(each, Finding):
                 self._delivery.tell(each, recorded=True)
-            elif each.moments:
+            elif len(each.moments):
                 self._delivery.deliver(each.moments, each.facts)
             else:
                 for _, fact in each.facts:
                     self.history.note(fact)
         self._delivery.tell_failures()
         self._enter("")
+
+    def _with_the_next(self, first: Unpacked) -> Unpacked:
+        """What was recorded one after the other as if it had come at once: rules and writers cost the most a block."""
+        parts = [first]
+        while self._recorded and sum(map(_rows, parts)) < TOGETHER:
+            following = self._recorded[0]
+            if not isinstance(following, Unpacked):
+                break
+            parts.append(following)
+            self._recorded.popleft()
+        starts = itertools.accumulate([0, *(len(part.moments) for part in parts[:-1])])
+        facts = [(at + place, fact) for at, part in zip(starts, parts, strict=True) for place, fact in part.facts]
+        return Unpacked(together([part.moments for part in parts]), facts)
 
     def _close_durable(self) -> None:
         with self._recording:

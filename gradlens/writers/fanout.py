@@ -43,7 +43,7 @@ class Fanout:
 
     def write_moments(self, moments: Sequence[tuple[Block, int]]) -> None:
         """Each moment's snapshot to each writer; the blocks themselves to those that take them."""
-        if moments:
+        if len(moments):
             self._each(lambda writer: _write_moments(writer, moments))
 
     def write_activations(self, passes: Sequence[Activations]) -> None:

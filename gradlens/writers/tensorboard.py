@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -34,6 +34,7 @@ from gradlens.analysis.history import History
 from gradlens.analysis.rules.base import judged
 from gradlens.blocks import Block, block_of
 from gradlens.errors import ArgumentError, RunDirectoryError
+from gradlens.moments import Moment, Moments, as_moments
 from gradlens.noise import Gauge
 from gradlens.records import Finding, Severity, Snapshot, Stage
 from gradlens.writers import events, heatmap, markdown, numbers, tags
@@ -47,9 +48,6 @@ EACH = 200  #: observed steps, whose numbers are written each
 SHARE = 1 / 200  #: of the run's time that lies between two steps with numbers after these;
 SHORTEST, LONGEST = 0.02, 1.0  #: seconds, at least and at most
 DETAIL = 10  #: histograms tell apart what is within 2**DETAIL of the largest partial
-
-
-Moment = tuple[Block, int]  #: a block, and a place in it
 
 
 @dataclass
@@ -70,14 +68,17 @@ class GeometricSchedule:
 #: Which stage shows a whole step's gradient, of one backward and of several.
 _ONE = (Stage.REDUCED, Stage.ACCUMULATED, Stage.BACKWARD, Stage.USED)
 _SEVERAL = (Stage.REDUCED, Stage.ACCUMULATED, Stage.USED, Stage.BACKWARD)
+_NO_LOOKS = (False, False)
 
 
 class _Step:
     """What has come of one step: the last snapshot of each stage, or the last of each part of it."""
 
-    def __init__(self, step: int, *, due: bool) -> None:
+    def __init__(self, step: int, *, due: bool, looks: tuple[bool, bool] | None = None) -> None:
         self.step, self.time = step, 0.0
         self.due = due  # whether its numbers are written
+        self.looks = looks  # whether histograms and pictures are, once that is known
+        self.over = False  # nothing is left to do of it
         self.written: set[str] = set()  # tags
         self._last: dict[tuple[str, tuple[str, ...]], tuple[Block, int]] = {}
         self._backwards = 0
@@ -116,6 +117,28 @@ class _Step:
         """The whole step's gradient."""
         stage = self._stage()
         return None if stage is None else self.of(stage)
+
+
+def _steps(came: Moments, newest: int) -> Iterator[tuple[int, list[int], int]]:
+    """The steps from the newest on: number, places of their moments, and the place of the one that shows the gradient.
+
+    That is -1 where it takes a closer look: of several backwards, of parts, or of the last step, which may go on.
+    """
+    steps = came.step
+    kept = np.flatnonzero(steps == np.maximum.accumulate(np.concatenate([[newest], steps]))[1:])
+    if not len(kept):
+        return
+    starts = np.flatnonzero(np.diff(steps[kept], prepend=-2))
+    ranks = {stage: rank for rank, stage in enumerate(_ONE)}
+    rank = np.array([ranks.get(Stage(block.stage), len(_ONE)) for block in came.blocks])[came.number[kept]]
+    sizes = np.diff(starts, append=len(kept))
+    first = rank == np.repeat(np.minimum.reduceat(rank, starts), sizes)
+    plain = (np.add.reduceat(first.astype(int), starts) == 1) & (np.maximum.reduceat(came.backward[kept], starts) == 0)
+    shown = np.where(plain, np.maximum.reduceat(np.where(first, kept, -1), starts), -1)
+    shown[-1] = -1
+    places, stops = kept.tolist(), (starts + sizes).tolist()
+    for step, start, stop, at in zip(steps[kept][starts].tolist(), starts.tolist(), stops, shown.tolist(), strict=True):
+        yield step, places[start:stop], at
 
 
 @dataclass
@@ -196,17 +219,21 @@ class TensorBoard:
 
     def write_moments(self, moments: Sequence[tuple[Block, int]]) -> None:
         """Take moments, each a block and a place in it."""
-        blocks = {id(block): block for block, _ in moments}
-        keys = {i: (block.step.tolist(), block.time.tolist(), block.backward.tolist()) for i, block in blocks.items()}
-        for block, at in moments:
-            steps, times, backwards = keys[id(block)]
-            step = steps[at]
+        came = as_moments(moments)
+        times, backwards = came.time.tolist(), came.backward.tolist()
+        for step, of, shown in _steps(came, self._open.step):
             if step > self._open.step:
                 self._finish()
                 self._count += 1
-                self._open = _Step(step, due=self._due(times[at]))
-            if step == self._open.step:
-                self._open.take(block, at, times[at], backwards[at], self._gauge)
+                due = self._due(times[of[0]])
+                looks = self._looks(times[of[-1]]) if shown >= 0 else None
+                if looks == _NO_LOOKS and not (due or self._tells(times[of[-1]])):  # nothing is written of it
+                    self._unplotted.append(came[shown])
+                    self._open.step, self._open.over = step, True
+                    continue
+                self._open = _Step(step, due=due, looks=looks)
+            for at in of:
+                self._open.take(*came[at], times[at], backwards[at], self._gauge)
         self._plot()
         self._write(self._waiting)
 
@@ -257,17 +284,18 @@ class TensorBoard:
         self._found[key] = finding
         if len(self._found) > FOUND:
             del self._found[next(iter(self._found))]
-        self._news = True
+        self._news = self._open.due = True
 
     # --- one event a step -------------------------------------------------------------------------------------------
 
     def _finish(self, last: bool = False) -> None:
+        if self._open.over:
+            return
         noise, place = self._gauge.end(), self._open.gradient()
         if place is not None:
             self._unplotted.append(place)
-        histograms = self._histograms.due(self._count) or last
-        pictures = last or (self._rested(self._drawn_at) and self._pictures.due(self._count))
-        if not (self._open.due or self._news or histograms or pictures):
+        histograms, pictures = (True, True) if last else self._open.looks or self._looks(self._open.time)
+        if not (self._open.due or self._tells(self._open.time) or histograms or pictures):
             return
         waiting, gradient = self._waiting_for(self._event(), math.nan if noise is None else noise.noise_scale), place
         if gradient is not None:
@@ -285,13 +313,21 @@ class TensorBoard:
 
     def _waiting_for(self, event: Event, noise_scale: float = math.nan) -> _Waiting:
         """The open step's event, and what its numbers are of, where they are to be written."""
-        gradient = self._open.gradient() if self._open.due or self._news else None
+        gradient = self._open.gradient() if self._open.due else None
         used = None if gradient is None else self._open.of(Stage.USED)
         return _Waiting(event, self._open.written, gradient, used, noise_scale)
 
-    def _rested(self, since: float) -> bool:
+    def _looks(self, now: float) -> tuple[bool, bool]:
+        """Whether histograms and pictures of the open step are due; asked once a step."""
+        return self._histograms.due(self._count), self._rested(self._drawn_at, now) and self._pictures.due(self._count)
+
+    def _rested(self, since: float, now: float) -> bool:
         """Whether `interval` seconds have passed, or the clock was set back."""
-        return not 0 <= self._open.time - since < self._interval
+        return not 0 <= now - since < self._interval
+
+    def _tells(self, now: float) -> bool:
+        """Whether the page of findings is written again."""
+        return self._news and self._rested(self._told_at, now)
 
     def _event(self) -> Event:
         if self._open.step < 0:  # findings alone
@@ -378,7 +414,7 @@ class TensorBoard:
             events.add_image(event, tag, *heatmap.draw(chart, self._grid, marks), self._about(tag))
 
     def _add_page(self, event: Event, at_once: bool) -> None:
-        if self._news and (at_once or self._rested(self._told_at)):
+        if self._news and (at_once or self._tells(self._open.time)):
             self._news, self._told_at = False, self._open.time
             events.add_text(event, tags.FINDINGS, markdown.findings(self._found.values()))
 

@@ -32,4 +32,3 @@ def test_whose_gradient_the_change_of_the_loss_rests_on(facts, scale, kept):
         assert source is Source.USED
     else:
         assert source is (Source.KEPT if kept and facts.single else Source.RATIO)
-    assert loss_gradient(facts, scale, kept=kept, overwritten=True) is Source.UNKNOWN

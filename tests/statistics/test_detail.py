@@ -20,14 +20,3 @@ def test_a_step_keeps_its_answer():
     detail = DetailSteps()
     answers = {step: detail.of(step) for step in range(50)}
     assert [detail.of(step) for step in (48, 49, 48, 49)] == [answers[step] for step in (48, 49, 48, 49)]
-
-
-def test_a_request_is_for_the_next_step():
-    """And for no other."""
-    detail = DetailSteps()
-    for step in range(1000):
-        detail.of(step)
-    while detail.of(step):
-        step += 1
-    detail.request()
-    assert [detail.of(at) for at in (step, step + 1, step + 2)] == [False, True, False]

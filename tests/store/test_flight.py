@@ -6,6 +6,7 @@ import torch
 
 import gradlens
 from gradlens.blocks import block_of
+from gradlens.moments import as_moments
 from gradlens.store.flight import AFTER, LAST, MOST, ROWS, Flight
 from tests.analysis.made import snapshot
 
@@ -53,8 +54,32 @@ def asked(flight, moments, **columns):
     for number, wrong in enumerate(moments):
         block = block_of(snapshot(number, nan=[int(wrong), 0], **columns))
         assert flight.wrong(block) == [wrong]
-        result.append([n for n, _ in flight.take(number, block, 0, wrong=wrong, written=False)])
+        result.append(taken(flight, number, block, wrong))
     return result
+
+
+def taken(flight, number, block, wrong):
+    """The numbers that it wants written for one moment."""
+    answers = {"wrong": np.array([wrong]), "written": np.array([False])}
+    return [n for n, _ in flight.take(as_moments([(block, 0)]), number, **answers)]
+
+
+@pytest.mark.parametrize("size", [2, 33, 100])
+def test_it_does_not_matter_how_many_moments_come_at_once(size):
+    """What is written is the same as of one moment after the other."""
+    rng = np.random.default_rng(size)
+    wrong, written = rng.random(300) < 0.01, rng.random(300) < 0.1
+    moments = as_moments([(block_of(snapshot(number)), 0) for number in range(300)])
+
+    def wanted(size):
+        flight = Flight()
+        parts = [slice(at, at + size) for at in range(0, 300, size)]
+        return [
+            n for at in parts for n, _ in flight.take(moments[at], at.start, wrong=wrong[at], written=written[at])
+        ], flight.steps
+
+    assert wanted(size) == wanted(1)
+    assert len(wanted(1)[0]) > LAST
 
 
 def test_what_is_held_is_bounded():
@@ -79,9 +104,9 @@ def test_a_large_model_holds_fewer_moments():
     names = tuple(f"{i}.weight" for i in range(ROWS // 4))
     for number in range(10):
         block = block_of(snapshot(number, names))
-        assert not list(flight.take(number, block, 0, wrong=False, written=False))
+        assert not taken(flight, number, block, False)
     block = block_of(snapshot(10, names, nan=1))
-    assert [n for n, _ in flight.take(10, block, 0, wrong=True, written=False)] == [6, 7, 8, 9, 10]
+    assert taken(flight, 10, block, True) == [6, 7, 8, 9, 10]
 
 
 def test_a_known_loss_scale_excuses_what_is_not_finite():

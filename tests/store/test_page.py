@@ -72,7 +72,7 @@ def test_the_page_names_every_table_and_column():
 def test_the_numbers_of_the_page_are_those_of_the_code():
     """Bounds that the page states."""
     from gradlens.store import compaction, rows, store
-    from gradlens.watching import inbox
+    from gradlens.writers import inbox
 
     assert f"({compaction.ROLL:,} rows; all of them" in PAGE
     assert f"{compaction.ROLL:,} rows or {store.FRAMES:,} frames" in PAGE

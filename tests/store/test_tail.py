@@ -159,11 +159,13 @@ def test_a_failed_write_leaves_the_frames_before_it(tmp_path, monkeypatch):
     def write_until_full(fd, data):
         if not left[0]:
             raise OSError(28, "No space left on device")
+        data = b"".join(data) if isinstance(data, list) else data
         size = min(left[0], len(data))
         left[0] -= size
         return real(fd, data[:size])
 
     monkeypatch.setattr(os, "write", write_until_full)
+    monkeypatch.setattr(os, "writev", write_until_full)
     with pytest.raises(OSError, match="No space"):
         made.append([batch(5)])
     assert (tmp_path / "t").stat().st_size == whole

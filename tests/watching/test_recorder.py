@@ -15,7 +15,8 @@ import gradlens
 from gradlens import Finding, open_run
 from gradlens.errors import GradlensWarning
 from gradlens.testing import RecordingWriter, healthy
-from gradlens.watching import delivery, inbox, recorder
+from gradlens.watching import delivery, recorder
+from gradlens.writers import inbox
 
 QUIET = pytest.mark.filterwarnings("ignore::gradlens.errors.GradlensWarning")
 

@@ -13,7 +13,9 @@ from tensorboard.compat.proto.event_pb2 import SessionLog
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 
 from gradlens import fields
+from gradlens.blocks import block_of, concatenate
 from gradlens.errors import ArgumentError, RunDirectoryError
+from gradlens.moments import Moments
 from gradlens.records import Finding, Severity, Stage, Status
 from gradlens.writers import tags
 from gradlens.writers.base import Writer
@@ -564,3 +566,27 @@ def test_a_negative_number_of_weights_is_an_error(tmp_path):
     with pytest.raises(ArgumentError, match="chosen=-1"):
         TensorBoard(tmp_path, chosen=-1)
     assert not list(tmp_path.iterdir())
+
+
+def test_it_does_not_matter_how_many_moments_come_at_once(tmp_path):
+    """One after the other, some, or all together: the file says the same."""
+    stages = zip(*(step(n, time=n / 1000) for n in range(300)), strict=True)
+    blocks = [concatenate(list(map(block_of, snapshots))) for snapshots in stages]
+    moments = Moments(blocks, np.tile([0, 1], 300), np.repeat(np.arange(300), 2))
+    found = {242: finding(120), 520: finding(259, "dead")}  # behind so many moments
+
+    def written(size):
+        writer = TensorBoard(tmp_path / str(size))
+        ends = sorted({*range(size, 600, size), *found, 600})
+        for first, last in pairwise([0, *ends]):
+            writer.write_moments(moments[first:last])
+            if last in found:
+                writer.write(found[last])
+        writer.close()
+        return [(event.step, event.summary.SerializeToString()) for event in events(writer.path) if event.summary.value]
+
+    one = written(1)
+    assert written(7) == one
+    assert written(600) == one
+    assert {120, 259} <= {number for number, _ in one}
+    assert 200 < len(one) < 240

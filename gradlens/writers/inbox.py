@@ -1,10 +1,10 @@
-"""What the training thread leaves for the recorder: a list that it appends to, and nothing else.
+"""What one thread leaves for another: a list that it appends to, and nothing else.
 
     append    one call of a deque: no lock, no thread that wakes
     take      everything that has come, at once
 
 The list is bounded, in items and in bytes. When it is full, whole steps are left out until there is room, and a finding
-says which: memory does not grow, and training does not wait. Half full, it asks to be taken before its time.
+says which: memory does not grow, and whoever appends does not wait. Half full, it asks to be taken before its time.
 """
 
 from __future__ import annotations
@@ -20,10 +20,9 @@ ITEMS, BYTES = 8192, 256 << 20
 
 
 class Item(Protocol):
-    """What waits."""
+    """What waits. It may have `nbytes` too."""
 
     step: int
-    nbytes: int
 
 
 class Inbox:
@@ -41,8 +40,8 @@ class Inbox:
 
     def append(self, item: Item) -> None:
         """Leave an item; or, where there is no room, note its step as left out. Never waits."""
-        waiting, held = len(self._waiting), self._put_bytes - self._taken_bytes
-        full = waiting >= self.items or (held > 0 and held + item.nbytes > self.nbytes)
+        waiting, held, size = len(self._waiting), self._put_bytes - self._taken_bytes, getattr(item, "nbytes", 0)
+        full = waiting >= self.items or (held > 0 and held + size > self.nbytes)
         if self._gap:
             if full or item.step == self._gap[-1]:  # the rest of a step that has a hole is left out too
                 self._miss(item.step)
@@ -52,7 +51,7 @@ class Inbox:
         elif full:
             self._miss(item.step)
             return
-        self._put_bytes += item.nbytes
+        self._put_bytes += size
         self._waiting.append(item)
         if 2 * waiting > self.items or 2 * held > self.nbytes:
             self._hurry()
@@ -73,6 +72,14 @@ class Inbox:
         taken: list[Any] = []
         while self._waiting and ready(self._waiting[0]):
             item = self._waiting.popleft()
-            self._taken_bytes += getattr(item, "nbytes", 0)
+            self.release(item)
             taken.append(item)
         return taken
+
+    def first(self) -> Any:
+        """The oldest alone, whose bytes count as waiting until it is released."""
+        return self._waiting.popleft()
+
+    def release(self, item: Any) -> None:
+        """Its bytes wait no longer."""
+        self._taken_bytes += getattr(item, "nbytes", 0)
