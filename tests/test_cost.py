@@ -57,17 +57,37 @@ def added(layers, *, micro=1, hooks=False, **watch):
     return operations(layers, micro, hooks, **watch) - operations(layers, micro, hooks) - loss
 
 
+#: Operations that touch no entry: rooms of several steps are made at once, and cut apart.
+VIEWS = {"unbind", "select", "narrow", "slice", "as_strided"}
+
+
 @pytest.mark.parametrize("features", [(), ("flips",)])
 def test_operations_do_not_grow_with_the_model(features):
     """However many parameters: room for the rows and for samples is made, and the kernel reads."""
-    few, many = (added(layers, features=features) for layers in (5, 40))
-    assert few == many == {"empty": 2, "slice": 1, "as_strided": 1}
+    for layers in (5, 40):
+        seen = added(layers, features=features)
+        assert seen["empty"] <= 2
+        assert seen.keys() <= {"empty"} | VIEWS
+
+
+def test_rooms_are_made_for_several_steps_at_once():
+    """A small model's rooms are made once for all steps that are profiled here."""
+    lens, step = training(5)
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        for _ in range(8):
+            step()
+    lens.close()
+    made = Counter(event.name for event in seen.events())["aten::empty"]
+    bare = operations(5)["empty"]
+    assert made - 8 * bare <= 5
 
 
 def test_by_default_the_kernel_copies_the_weights():
     """`updates` needs each parameter as it was before the optimizer moved it: the pass that reads it copies it."""
-    few, many = (added(layers, schedule=1) for layers in (5, 40))
-    assert few == many == {"empty": 3, "slice": 1, "as_strided": 1}
+    for layers in (5, 40):
+        seen = added(layers, schedule=1)
+        assert seen["empty"] <= 3
+        assert seen.keys() <= {"empty"} | VIEWS
 
 
 def test_a_step_that_is_left_out_costs_no_operation():
@@ -131,7 +151,7 @@ def test_two_calls_a_parameter(features):
     few, many = (python_calls(layers, features=features) for layers in (5, 40))
     assert many - few == {"on_gradient": 70, "on_accumulated": 70}
     assert not few - many
-    assert sum(few.values()) - 20 < 305
+    assert sum(few.values()) - 20 < 225
 
 
 class Counting:
@@ -153,10 +173,17 @@ class Counting:
 def test_four_native_calls_a_step(monkeypatch):
     """Gradients and weights are read once, and the weights once more when they have moved; the rest looks at samples."""
     counts, kernel = Counter(), kernels._native()
+    asking = kernel.introspector
+
+    def stayed(*arguments):
+        counts["stayed"] += 1
+        return asking.stayed(*arguments)
+
     counting = replace(kernel, library=Counting(kernel.library, counts), holding=Counting(kernel.holding, counts))
+    counting = replace(counting, introspector=asking and asking._replace(stayed=stayed))
     monkeypatch.setattr(kernels, "_native", lambda: counting)
     lens, step = training(10)
     counts.clear()
     step()
     lens.close()
-    assert counts == {"read": 1, "unchanged": 2, "compare": 1}
+    assert counts == {"read": 1, "unchanged" if asking is None else "stayed": 2, "compare": 1}

@@ -127,16 +127,19 @@ class Steady(Protocol):
 
 
 class SteadyReading(NamedTuple):
-    """A backward by the book has ended: stands for a `Reading` of all parameters, and a `PassEnded`."""
+    """A backward by the book has ended: stands for a `LossSeen`, a `Reading` of all parameters, and a `PassEnded`."""
 
     route: Steady
     key: TableKey
     gradients: list[Tensor]
     updates: bool  #: the weights are wanted as they are before the optimizer moves them
+    loss: float | Tensor | None = None
 
     def general(self) -> Iterator[Event]:
         """The events that this stands for."""
         route = self.route
+        if self.loss is not None:
+            yield LossSeen(self.key.step, self.key.backward, self.loss)
         yield Reading(self.key, route.parameters, route.rows, self.gradients, route.weights)
         yield PassEnded(route.rows, self.gradients)
 
@@ -171,8 +174,7 @@ class SteadyUpdate(NamedTuple):
         yield Update(self.key, route.rows, self.gradients, route.weights, route.lr_positive, facts)
 
 
-@dataclass(frozen=True, slots=True)
-class StepClosed:
+class StepClosed(NamedTuple):
     """The step is over; `scalars` are what the user observed in it."""
 
     step: int

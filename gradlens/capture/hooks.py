@@ -53,6 +53,8 @@ class Hooks:
         if current is None:
             return
         arrivals = current.arrivals
+        if g is not None and current.route is not None and not (arrivals.noted or arrivals.states):
+            return  # it has just begun by the book, onto an empty `.grad`
         arrivals.settle()
         parameter = None if g is None else slot.tensor()
         if g is None or parameter is None:

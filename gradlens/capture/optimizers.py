@@ -15,8 +15,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
@@ -55,8 +54,7 @@ class WatchedOptimizer:
         return set() if optimizer is None else parameter_ids(optimizer)
 
 
-@dataclass(frozen=True)
-class CallStack:
+class CallStack(NamedTuple):
     """What the stack says about an optimizer's step that is under way."""
 
     calls: int  #: of this optimizer's step: a subclass that calls `super().step()` makes two

@@ -19,16 +19,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import repeat
-from operator import attrgetter, is_
+from operator import attrgetter, call, getitem, is_
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gradlens.capture.arrivals import State
-from gradlens.capture.attachment import Attachment, Slot
+from gradlens.capture.attachment import FACTS, Attachment, Slot
 from gradlens.capture.engine import Engine, Pass, Run, running
-from gradlens.capture.events import GradientFacts, LossSeen, Sink, SteadyReading, SteadyStart, SteadyUpdate
+from gradlens.capture.events import GradientFacts, Sink, SteadyReading, SteadyStart, SteadyUpdate
 from gradlens.capture.marks import Marks, versions
 from gradlens.capture.optimizers import WatchedOptimizer
 from gradlens.capture.provenance import may_copy
@@ -40,7 +40,12 @@ STAGES = frozenset({Stage.BACKWARD, Stage.USED})
 
 _GRAD, _REQUIRES = attrgetter("grad"), attrgetter("requires_grad")
 _OWN, _ACCUMULATED = attrgetter("_backward_hooks"), attrgetter("_post_accumulate_grad_hooks")
+_PARAMETERS = attrgetter("_parameters")
+_SHAPE, _TYPE, _DEVICE = FACTS
 _PLAIN = {Tensor, nn.Parameter}
+_NUMBERS = {float, int}
+_POSITIVE = (0.0).__lt__
+_UNTOUCHED = GradientFacts(single=True, own=True, untouched=True)
 
 
 class Left(NamedTuple):
@@ -60,6 +65,7 @@ class Route:
 
     def __init__(self, attachment: Attachment, weights: list[Tensor], optimized: list[Tensor]) -> None:
         self.slots, self.parameters, self.weights = attachment.slots, attachment.parameters, weights
+        self._attachment, self._columns, self._owners = attachment, attachment.columns, attachment.owners
         self.rows = list(range(len(weights)))
         self.optimized = optimized  #: what the optimizer moves, in its own order
         self.order = list(self.slots)  #: in which hooks were last called
@@ -67,6 +73,29 @@ class Route:
         self.lr_positive = [True] * len(weights)
         self.calls: Any = None  #: what the sink has prepared for these parameters; it goes with the route
         self._accumulated, self._own = list(map(id, map(_ACCUMULATED, weights))), list(map(id, map(_OWN, weights)))
+
+    def there(self) -> bool:
+        """Whether the parameters are where they were."""
+        attachment, owners = self._attachment, self._owners
+        if attachment.slots is not self.slots or attachment.parameters is not self.parameters or owners is None:
+            return False
+        try:
+            found = map(getitem, map(_PARAMETERS, map(call, owners[0])), owners[1])
+            return not attachment.lost and all(map(is_, found, self.weights))
+        except (AttributeError, KeyError):  # a module or a parameter is gone
+            return False
+
+    def same(self) -> bool:
+        """Whether they are what they were: as `Attachment.refresh` would say."""
+        weights: Any = self.weights
+        if self._attachment.columns is not self._columns or not self._columns:
+            return False
+        shapes, types, devices = self._columns
+        return (
+            list(map(_SHAPE, weights)) == shapes
+            and list(map(_TYPE, weights)) == types
+            and list(map(_DEVICE, weights)) == devices
+        )
 
     def hooked_alone(self) -> bool:
         """Whether our hooks, and no others, are on every parameter."""
@@ -108,11 +137,14 @@ class Route:
     def moved_by(self, optimizer: Optimizer) -> bool:
         """Whether the optimizer moves what it did, all of it at a rate above 0."""
         groups = optimizer.param_groups
-        given = [p for group in groups for p in group["params"]]
+        if len(groups) == 1:
+            given, rates = groups[0]["params"], [groups[0].get("lr", 1.0)]
+        else:
+            given = [p for group in groups for p in group["params"]]
+            rates = [group.get("lr", 1.0) for group in groups]
         if len(given) != len(self.optimized) or not all(map(is_, given, self.optimized)):
             return False
-        rates = [group.get("lr", 1.0) for group in groups]
-        return not any(isinstance(rate, Tensor) for rate in rates) and all(rate > 0 for rate in rates)
+        return set(map(type, rates)) <= _NUMBERS and all(map(_POSITIVE, rates))
 
 
 class SteadyRoute:
@@ -126,13 +158,6 @@ class SteadyRoute:
         self.route: Route | None = None
         self.parts = 0  #: of steps that went by the book
 
-    def _there(self, route: Route) -> bool:
-        """Whether the parameters are where and what they were."""
-        attachment = self._attachment
-        if attachment.slots is not route.slots or attachment.parameters is not route.parameters or attachment.lost:
-            return False
-        return all(map(is_, attachment.tensors(), route.weights))
-
     # --- parts of a step --------------------------------------------------------------------------------------------
 
     def pass_begins(self, run: Run, entered: Pass, step: Step) -> bool:
@@ -142,7 +167,7 @@ class SteadyRoute:
             return False
         if run.depth != 1 or run.nested or self._engine.passes or len(self._engine.threads) > 1:
             return False
-        if self._attachment.refresh() is not route.parameters or not self._there(route):
+        if not (route.there() and route.same()):
             self.route = None
             return False
         if not (route.empty() and route.hooked_alone()):
@@ -155,26 +180,26 @@ class SteadyRoute:
         route, arrivals = self.route, entered.arrivals
         if route is None or entered.route is not route or not route.noted(arrivals.noted):
             return False
-        if any(state is not State.WAITING for state in arrivals.states.values()) or len(self._engine.threads) > 1:
+        if len(self._engine.threads) > 1:
+            return False
+        if arrivals.states and any(state is not State.WAITING for state in arrivals.states.values()):
             return False
         if step.phase is not Phase.OPEN or step.passes or entered.nested or entered.compiled:
             return False
-        gradients = route.gradients() if self._there(route) else None
+        gradients = route.gradients() if route.there() else None
         if gradients is None:
             return False
         step.reached, step.averaged = route.reached.copy(), True
         step.left = Left(list(map(id, gradients)), versions(gradients), versions(route.weights))
         step.ending = step.left.marks(route.slots)
         key = TableKey(step.number, step.take_number(), Stage.BACKWARD)
-        if entered.loss is not None:
-            self._sink(LossSeen(key.step, key.backward, entered.loss))
-        self._sink(SteadyReading(route, key, gradients, self._updates))
+        self._sink(SteadyReading(route, key, gradients, self._updates, entered.loss))
         self.parts += 1
         return True
 
     def _as_left(self, route: Route, left: Left) -> list[Tensor] | None:
         """The gradients, if they are those that were left."""
-        gradients = route.gradients() if self._there(route) else None
+        gradients = route.gradients() if route.there() else None
         if gradients is None or list(map(id, gradients)) != left.ids or versions(gradients) != left.versions:
             return None
         return gradients
@@ -184,8 +209,9 @@ class SteadyRoute:
         route, left = self.route, step.left
         if route is None or left is None or step.passes != 1 or step.phase is not Phase.OPEN or watched.wrapped:
             return False
-        facts = GradientFacts(single=step.fresh, own=step.own, untouched=True)  # as `_as_left` makes sure
-        if running() or self._engine.passes or not may_copy(facts, step.scale):
+        if not (step.fresh and step.own and may_copy(_UNTOUCHED, step.scale)):  # untouched, as `_as_left` makes sure
+            return False
+        if self._engine.passes or running():
             return False
         gradients = self._as_left(route, left)
         if gradients is None or not route.trained():

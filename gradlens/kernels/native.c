@@ -1580,6 +1580,13 @@ EXPORT int gradlens_unchanged(const task *tasks, int64_t n, const double *sample
     return same[0] + 2 * same[1];
 }
 
+/* The same where each gradient and weight of two Python lists is where and what the tasks say; 0 where one is not. */
+EXPORT int gradlens_stayed(getter get, asker ask, void *gradients, void *weights, int64_t n, const task *tasks, const double *samples) {
+    if (!gradlens_same(get, ask, gradients, n, tasks, G) || !gradlens_same(get, ask, weights, n, tasks, W))
+        return 0;
+    return gradlens_unchanged(tasks, n, samples);
+}
+
 /* --- evidence -------------------------------------------------------------------------------------------------------------------- */
 
 /* What is known of n weights, one number a weight: see `statistics/evidence.py`. */

@@ -102,6 +102,7 @@ class Introspector(NamedTuple):
 
     fill: Callable[[Sequence[Any], array, int], bool]  #: writes an operand into tasks, if all are plain
     same: Callable[[Sequence[Any], array, int], bool]  #: whether all are where and what the tasks say
+    stayed: Callable[[list[Any], list[Any], array, Tensor], int]  #: the same of gradients and weights, then `unchanged`
 
 
 class _Exchange(ctypes.Structure):
@@ -147,6 +148,17 @@ def _introspector(path: Path) -> Introspector | None:
         except (RuntimeError, BufferError):
             return False
 
+    agree = ctypes.PyDLL(str(path)).gradlens_stayed
+    agree.argtypes = (*[ctypes.c_void_p] * 2, *[ctypes.py_object] * 2, ctypes.c_int64, *[ctypes.c_void_p] * 2)
+    agree.restype = ctypes.c_int
+
+    def stayed(gradients: list[Any], weights: list[Any], tasks: array, samples: Tensor) -> int:
+        try:
+            at = tasks.buffer_info()[0]
+            return int(agree(*functions, gradients, weights, len(gradients), at, samples.data_ptr()))
+        except (RuntimeError, BufferError):
+            return 0
+
     def asked(column: Sequence[Any], tasks: array, operand: int) -> bool:
         objects, kinds = list(column), set(map(type, column))
         tensors = [tensor for tensor in objects if tensor is not None] if type(None) in kinds else objects
@@ -162,7 +174,7 @@ def _introspector(path: Path) -> Introspector | None:
         except (RuntimeError, BufferError):  # no storage at all: sparse, opaque, or inside a transform
             return False
 
-    return Introspector(asked, same)
+    return Introspector(asked, same, stayed)
 
 
 def _columns() -> str:
@@ -218,6 +230,20 @@ class Native:
             return self.introspector.fill(column, tasks, operand)
         facts = _facts(list(column), straight=True)
         return facts is not None and _fits(facts, tasks, operand)
+
+    def unchanged(self, gradients: list[Tensor], weights: list[Tensor], tasks: array, samples: Tensor) -> int:
+        """1 for the gradients, if they are where and what the tasks say with these samples, plus 2 for the weights.
+
+        0 where any is not where and what the tasks say; lazy bits and the size of storages are not asked.
+        """
+        if not set(map(type, gradients)) <= _PLAIN:
+            return 0
+        if self.introspector is not None:
+            return self.introspector.stayed(gradients, weights, tasks, samples)
+        if not (self.is_same(gradients, tasks, 0, lazy=False) and self.is_same(weights, tasks, 1, lazy=False)):
+            return 0
+        calls = self.library if self.holding is None else self.holding
+        return int(calls.gradlens_unchanged(tasks.buffer_info()[0], len(gradients), samples.data_ptr()))
 
     def is_same(self, column: Sequence[Tensor], tasks: array, operand: int, *, lazy: bool = True) -> bool:
         """Whether these are plain tensors of the tasks' types, sizes and addresses.
@@ -299,9 +325,12 @@ def own_memory(rooms: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
     return len(mine) == sum(room.numel() > 0 for room in rooms) and mine.isdisjoint(_storages(others))
 
 
+_dispatching, _transforming = torch._C._len_torch_dispatch_stack, torch._C._functorch.peek_interpreter_stack
+
+
 def modes_are_active() -> bool:
     """Whether what is made here would be no ordinary tensor."""
-    return bool(torch._C._len_torch_dispatch_stack()) or torch._C._functorch.peek_interpreter_stack() is not None
+    return bool(_dispatching()) or _transforming() is not None
 
 
 class _Work:

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -34,22 +34,37 @@ if TYPE_CHECKING:
 _G, _W, _PREVIOUS, _KEEP, _COPY = range(5)  # operands of a reading
 _USED, _BEFORE, _AFTER = range(3)  # operands of a comparison
 
+#: Numbers that are made room for at once, and steps: 256 KiB at most where a step needs less.
+TOGETHER, MOST = 2**15, 64
+
 
 class Reading(NamedTuple):
     """What `read` gives: rows of `kernels.summarize`, and what `kernels.sample` gives of the gradients and the weights."""
 
     rows: Tensor
     samples: Tensor  #: of a gradient and of its weight, side by side
-
-    @property
-    def gradient_samples(self) -> Tensor:
-        """`[n, 16]`."""
-        return self.samples[:, : reference.SAMPLES]
+    gradient_samples: Tensor  #: `[n, 16]`
 
     @property
     def weight_samples(self) -> Tensor:
         """`[n, 16]`."""
         return self.samples[:, reference.SAMPLES :]
+
+
+class Rooms:
+    """Rooms for rows of one width, some made at once: to make a tensor takes 10 us where torch's code is not in a cache."""
+
+    def __init__(self, n: int, width: int, part: int) -> None:
+        self._shape, self._part = (max(min(TOGETHER // max(n * width, 1), MOST), 1), n, width), min(part, width)
+        self._left: list[tuple[Tensor, Tensor]] = []
+
+    def take(self) -> tuple[Tensor, Tensor]:
+        """Room for `[n, width]`, and the first `part` columns of it: ordinary tensors, in inference mode too."""
+        if not self._left:
+            with torch.inference_mode(False), torch.no_grad():
+                made = torch.empty(self._shape, dtype=torch.float64, device="cpu")
+                self._left = list(zip(made.unbind(0), made.narrow(2, 0, self._part).unbind(0), strict=True))
+        return self._left.pop()
 
 
 class Prepared(Protocol):
@@ -92,7 +107,8 @@ class GeneralPrepared:
         if copy and self._before:
             with reference.quiet():
                 torch._foreach_copy_(self._before, self._weights)
-        self._read = Reading(rows, torch.cat([self._backend.sample(gradients), self._backend.sample(self._weights)], 1))
+        samples = torch.cat([self._backend.sample(gradients), self._backend.sample(self._weights)], 1)
+        self._read = Reading(rows, samples, samples[:, : reference.SAMPLES])
         return self._read
 
     def unchanged(self, gradients: Sequence[Tensor]) -> tuple[bool, bool]:
@@ -116,14 +132,6 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a.view(torch.int64), b.view(torch.int64))
 
 
-def _room(n: int, width: int) -> Tensor:
-    """Room for rows: an ordinary tensor, in inference mode too."""
-    if torch.is_inference_mode_enabled():
-        with torch.inference_mode(False):
-            return torch.empty(n, width, dtype=torch.float64, device="cpu")
-    return torch.empty(n, width, dtype=torch.float64, device="cpu")
-
-
 class NativePrepared:
     """The native kernel's tasks, filled but for the gradients."""
 
@@ -133,6 +141,10 @@ class NativePrepared:
         self._kernel, self._weights = kernel, list(weights)
         self._tasks, self._moves = native.empty_tasks(len(weights)), native.empty_tasks(len(weights))
         self._samples: Tensor | None = None
+        widths = reference.width(True), reference.width(False), 2 * reference.SAMPLES, len(fields.UPDATES)
+        self._detailed, self._light, self._sampled, self._moved = (
+            Rooms(len(weights), width, reference.SAMPLES) for width in widths
+        )
         self._rooms: list[StableTensors] = []  # referred to: their addresses are in the tasks
         self._copies = self._no_copies = array("q", bytes(8 * len(weights)))
         self._has_previous = self._has_before = False
@@ -162,22 +174,20 @@ class NativePrepared:
             self._rooms.append(before)
         self._has_previous, self._has_before = previous is not None, before is not None
         self._copies = native.addresses(tasks, _COPY)
-        self._entries = native.total(tasks)
+        self._copying = True
+        self._kept_types = native.types(tasks, _KEEP)
+        entries = native.total(tasks)
+        holding = self._kernel.holding
+        self._calls = holding if holding is not None and entries < native.BRIEF else self._kernel.library
+        self._threaded = entries >= native.THREADED
         return native.own_memory([room for rooms in self._rooms for room in rooms], self._weights)
 
-    def _calls(self) -> Any:
-        holding = self._kernel.holding
-        return holding if holding is not None and self._entries < native.BRIEF else self._kernel.library
-
-    def _threads(self) -> int:
-        return torch.get_num_threads() if self._entries >= native.THREADED else 1
-
-    def _stayed(self, gradients: Sequence[Tensor]) -> bool:
-        """Whether these are the gradients that were read last, and these and the weights are as they were then."""
-        if self._samples is None or len(gradients) != len(self._weights) or native.modes_are_active():
-            return False
-        same = self._kernel.is_same
-        return same(gradients, self._tasks, _G, lazy=False) and same(self._weights, self._tasks, _W, lazy=False)
+    def _unchanged(self, gradients: Sequence[Tensor]) -> int:
+        """1 for these gradients, if they are those that were read last, plus 2 for the weights: as `gradlens_unchanged`."""
+        samples, tasks = self._samples, self._tasks
+        if samples is None or len(gradients) != len(self._weights) or native.modes_are_active():
+            return 0
+        return self._kernel.unchanged(list(gradients), self._weights, tasks, samples)
 
     def read(self, gradients: Sequence[Tensor], detail: bool = True, copy: bool = True) -> Reading | None:
         """As `Prepared.read`."""
@@ -187,35 +197,35 @@ class NativePrepared:
                 return None
             if not (self._kernel.is_same(self._weights, tasks, _W) and self._kernel.fill(gradients, tasks, _G)):
                 return None
-            if self._has_previous and native.types(tasks, _G) != native.types(tasks, _KEEP):
+            if self._has_previous and native.types(tasks, _G) != self._kept_types:
                 return None
-            native.set_addresses(tasks, _COPY, self._copies if copy else self._no_copies)
-            rows, samples = _room(n, reference.width(detail)), _room(n, 2 * reference.SAMPLES)
-            at, variant = tasks.buffer_info()[0], self._kernel.variant
-            self._calls().gradlens_read(at, n, rows.data_ptr(), samples.data_ptr(), self._threads(), variant, detail)
+            if copy is not self._copying:
+                native.set_addresses(tasks, _COPY, self._copies if copy else self._no_copies)
+                self._copying = copy
+            rows = self._detailed.take()[0] if detail else self._light.take()[0]
+            samples, gradient_samples = self._sampled.take()
+            at, threads, variant = tasks.buffer_info()[0], self._threads(), self._kernel.variant
+            self._calls.gradlens_read(at, n, rows.data_ptr(), samples.data_ptr(), threads, variant, detail)
             self._samples = samples
-            return Reading(rows, samples)
+            return Reading(rows, samples, gradient_samples)
 
     def unchanged(self, gradients: Sequence[Tensor]) -> tuple[bool, bool]:
         """As `Prepared.unchanged`."""
         with torch._C.DisableTorchFunction():
-            same = self._unchanged() if self._stayed(gradients) else 0
+            same = self._unchanged(gradients)
         return bool(same & 1), bool(same & 2)
-
-    def _unchanged(self) -> int:
-        assert self._samples is not None
-        at, samples = self._tasks.buffer_info()[0], self._samples.data_ptr()
-        same: int = self._calls().gradlens_unchanged(at, len(self._weights), samples)
-        return same
 
     def compare(self, gradients: Sequence[Tensor]) -> Tensor | None:
         """As `Prepared.compare`."""
         moves, n = self._moves, len(self._weights)
         with torch._C.DisableTorchFunction():
-            if not (self._has_before and self._stayed(gradients) and self._unchanged() & 1):
+            if not (self._has_before and self._unchanged(gradients) & 1):
                 return None
             native.copy_operand(self._tasks, _G, moves, _USED)
-            rows = _room(n, len(fields.UPDATES))
-            at, variant = moves.buffer_info()[0], self._kernel.variant
-            self._calls().gradlens_compare(at, n, native.NO_LAYOUTS, rows.data_ptr(), self._threads(), variant)
+            rows = self._moved.take()[0]
+            at, threads, variant = moves.buffer_info()[0], self._threads(), self._kernel.variant
+            self._calls.gradlens_compare(at, n, native.NO_LAYOUTS, rows.data_ptr(), threads, variant)
             return rows
+
+    def _threads(self) -> int:
+        return torch.get_num_threads() if self._threaded else 1

@@ -108,6 +108,8 @@ class SteadyTables:
 
     def _read(self, event: SteadyReading) -> bool:
         route, key = event.route, event.key
+        if event.loss is not None:
+            self._open.losses[key.step, key.backward] = event.loss
         last = self._last_of(Stage.BACKWARD, route.parameters)
         previous = None if last is None else last.rooms(route.rows, kept=True)
         before = self._meter.room(route.parameters, route.rows) if event.updates else None
