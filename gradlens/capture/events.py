@@ -161,17 +161,36 @@ class SteadyStart(NamedTuple):
         yield Reading(self.key, route.parameters, route.rows, self.gradients, route.weights, copies_backward=True)
 
 
+class SteadyUsed(NamedTuple):
+    """The same, where the gradients are not what one backward left: they were clipped, or accumulated."""
+
+    route: Steady
+    key: TableKey
+    gradients: list[Tensor]
+    updates: bool
+    kept: bool  #: by their versions, the weights are what they were when the first backward ended
+    facts: GradientFacts
+
+    def general(self) -> Iterator[Event]:
+        """The events that this stands for."""
+        route = self.route
+        if self.updates:
+            yield WeightsBefore(route.parameters, route.rows, route.weights)
+        yield Reading(self.key, route.parameters, route.rows, self.gradients, route.weights)
+
+
 class SteadyUpdate(NamedTuple):
     """The optimizer has moved every weight, and written to no gradient: stands for an `Update`."""
 
     route: Steady
     key: TableKey
     gradients: list[Tensor]
+    facts: GradientFacts
 
     def general(self) -> Iterator[Event]:
         """The events that this stands for."""
-        route, facts = self.route, GradientFacts(single=True, own=True, untouched=True)
-        yield Update(self.key, route.rows, self.gradients, route.weights, route.lr_positive, facts)
+        route = self.route
+        yield Update(self.key, route.rows, self.gradients, route.weights, route.lr_positive, self.facts)
 
 
 class StepClosed(NamedTuple):
@@ -193,6 +212,7 @@ Event = (
     | TableDone
     | SteadyReading
     | SteadyStart
+    | SteadyUsed
     | SteadyUpdate
     | StepClosed
     | Finding

@@ -45,6 +45,8 @@ class WatchedOptimizer:
         self.given = Marks()  # the gradients that were read
         self.untouched = False  # `.grad` was what the last backward left
         self.steady = False  # and all of it went by the book
+        self.left: Any = None  # what it was given then, and what was known of that
+        self.facts: Any = None
         self.closure_key: Any = None  # of what was read when its closure returned
         self.step: Any = None  # that its call, which is under way, belongs to
 

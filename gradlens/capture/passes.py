@@ -106,6 +106,7 @@ class Passes:
                 self._reader.read_pass(entered)
                 step.scale = entered.scale
                 step.passes += 1
+                step.began_fresh = step.fresh if step.passes == 1 else step.began_fresh
                 self._reader.mark_end(entered)
                 if step.full and self._optimizers.watched:
                     self._thin(entered)
@@ -124,7 +125,7 @@ class Passes:
                 self._roots.add(entered.root, step.number, entered.loss)
             entered.root = None
             step.scale = entered.scale
-            step.passes += 1
+            step.passes, step.began_fresh = step.passes + 1, True
         return True
 
     def pass_failed(self, entered: Pass) -> None:

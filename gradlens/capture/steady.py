@@ -28,10 +28,10 @@ from torch.optim import Optimizer
 from gradlens.capture.arrivals import State
 from gradlens.capture.attachment import FACTS, Attachment, Slot
 from gradlens.capture.engine import Engine, Pass, Run, running
-from gradlens.capture.events import GradientFacts, Sink, SteadyReading, SteadyStart, SteadyUpdate
+from gradlens.capture.events import GradientFacts, Sink, SteadyReading, SteadyStart, SteadyUpdate, SteadyUsed
 from gradlens.capture.marks import Marks, versions
 from gradlens.capture.optimizers import WatchedOptimizer
-from gradlens.capture.provenance import may_copy
+from gradlens.capture.provenance import is_scaled, may_copy
 from gradlens.capture.step import Phase, Step
 from gradlens.records import Stage, TableKey
 
@@ -197,43 +197,45 @@ class SteadyRoute:
         self.parts += 1
         return True
 
-    def _as_left(self, route: Route, left: Left) -> list[Tensor] | None:
-        """The gradients, if they are those that were left."""
-        gradients = route.gradients() if route.there() else None
-        if gradients is None or list(map(id, gradients)) != left.ids or versions(gradients) != left.versions:
-            return None
-        return gradients
-
     def step_begins(self, step: Step, watched: WatchedOptimizer) -> bool:
-        """Whether the optimizer is given what the backward left, and that is read."""
+        """Whether the optimizer is given a gradient of every parameter, all that its backwards reached, and that is read."""
         route, left = self.route, step.left
-        if route is None or left is None or step.passes != 1 or step.phase is not Phase.OPEN or watched.wrapped:
+        if route is None or left is None or step.phase is not Phase.OPEN or watched.wrapped or is_scaled(step.scale):
             return False
-        if not (step.fresh and step.own and may_copy(_UNTOUCHED, step.scale)):  # untouched, as `_as_left` makes sure
+        if len(step.reached) != len(route.slots) or self._engine.passes or running():
             return False
-        if self._engine.passes or running():
-            return False
-        gradients = self._as_left(route, left)
+        gradients = route.gradients() if route.there() else None
         if gradients is None or not route.trained():
             return False
-        watched.read = watched.untouched = watched.steady = True
-        watched.given = left.marks(route.slots)
-        kept = not self._updates or versions(route.weights) == left.weights
-        self._sink(SteadyStart(route, step.used_key, gradients, self._updates, kept))
+        given = Left(list(map(id, gradients)), versions(gradients), versions(route.weights))
+        if step.passes == 1:
+            untouched = given.ids == left.ids and given.versions == left.versions
+        else:
+            untouched = step.ending.all_same(route.slots, gradients)
+        facts = _UNTOUCHED
+        if not (untouched and step.passes == 1 and step.fresh and step.own):
+            facts = GradientFacts(single=step.passes == 1 and step.fresh, own=step.own, untouched=untouched)
+        watched.read = watched.steady = True
+        watched.untouched, watched.left, watched.facts, watched.given = untouched, given, facts, given.marks(route.slots)
+        kept = not self._updates or given.weights == left.weights
+        if may_copy(facts, step.scale):
+            self._sink(SteadyStart(route, step.used_key, gradients, self._updates, kept))
+        else:
+            self._sink(SteadyUsed(route, step.used_key, gradients, self._updates, kept, facts))
         self.parts += 1
         return True
 
     def step_ended(self, step: Step, watched: WatchedOptimizer, optimizer: Optimizer) -> bool:
         """Whether the optimizer left the gradients as they were, and its update is read."""
-        route, left = self.route, step.left
-        if route is None or left is None or step.passes != 1 or not (route.moved_by(optimizer) or not self._updates):
+        route, left = self.route, watched.left
+        if route is None or left is None or not (route.moved_by(optimizer) or not self._updates):
             return False
-        gradients = self._as_left(route, left)
-        if gradients is None:
+        gradients = route.gradients() if route.there() else None
+        if gradients is None or list(map(id, gradients)) != left.ids or versions(gradients) != left.versions:
             return False
         if self._updates:
-            self._sink(SteadyUpdate(route, step.used_key, gradients))
-        step.by_the_book = True
+            self._sink(SteadyUpdate(route, step.used_key, gradients, watched.facts))
+        step.given = left
         self.parts += 1
         return True
 
@@ -241,10 +243,10 @@ class SteadyRoute:
 
     def opening(self, closed: Step) -> Marks | None:
         """What is in `.grad` as the next step opens, and every hook in its place; None where that has to be looked at."""
-        route, left = self.route, closed.left
-        if route is None or left is None or not closed.by_the_book or self._attachment.slots is not route.slots:
+        route, given = self.route, closed.given
+        if route is None or given is None or self._attachment.slots is not route.slots:
             return None
-        return left.marks(route.slots) if route.hooked() else None
+        return given.marks(route.slots) if route.hooked() else None
 
     def follow(self, closed: Step, optimizers: Sequence[WatchedOptimizer], *, plain: bool, next_observed: bool) -> None:
         """A step is over: the route stays, is compiled, or is dropped."""
@@ -255,7 +257,7 @@ class SteadyRoute:
 
     def _compiled(self, step: Step, optimizers: Sequence[WatchedOptimizer]) -> Route | None:
         attachment, n = self._attachment, len(self._attachment.slots)
-        if step.passes != 1 or not (step.fresh and step.own) or len(step.reached) != n or len(self._engine.threads) > 1:
+        if not (step.began_fresh and step.own) or len(step.reached) != n or len(self._engine.threads) > 1:
             return None
         optimizer = optimizers[0].ref() if len(optimizers) == 1 and not optimizers[0].wrapped else None
         if optimizer is None or not attachment.plain or any(slot.read_in_hook for slot in attachment.slots):

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from gradlens.kernels import Backend
 
 _G, _W, _PREVIOUS, _KEEP, _COPY = range(5)  # operands of a reading
-_USED, _BEFORE, _AFTER = range(3)  # operands of a comparison
+_USED, _BEFORE, _AFTER, _LOSS = range(4)  # operands of a comparison
 
 #: Numbers that are made room for at once, and steps: 256 KiB at most where a step needs less.
 TOGETHER, MOST = 2**15, 64
@@ -94,9 +94,15 @@ class GeneralPrepared:
     apart = False
 
     def __init__(
-        self, backend: Backend, weights: Sequence[Tensor], previous: StableTensors | None, before: StableTensors | None
+        self,
+        backend: Backend,
+        weights: Sequence[Tensor],
+        previous: StableTensors | None,
+        before: StableTensors | None,
+        loss: StableTensors | None = None,
     ) -> None:
         self._backend, self._weights, self._previous, self._before = backend, list(weights), previous, before
+        self._loss = loss
         self._read: Reading | None = None
 
     def read(self, gradients: Sequence[Tensor], detail: bool = True, copy: bool = True) -> Reading | None:
@@ -125,7 +131,7 @@ class GeneralPrepared:
             return None
         if self._read is not None and self._read.rows.is_cpu and not self.unchanged(gradients)[0]:
             return None
-        return self._backend.compare(gradients, self._before, self._weights, None)
+        return self._backend.compare(gradients, self._before, self._weights, self._loss)
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
@@ -151,14 +157,19 @@ class NativePrepared:
 
     @classmethod
     def of(
-        cls, kernel: native.Native, weights: Sequence[Tensor], previous: StableTensors | None, before: StableTensors | None
+        cls,
+        kernel: native.Native,
+        weights: Sequence[Tensor],
+        previous: StableTensors | None,
+        before: StableTensors | None,
+        loss: StableTensors | None = None,
     ) -> NativePrepared | None:
         """None where a weight or a room is not plain and contiguous, or two of them share memory."""
         made = cls(kernel, weights)
         with torch._C.DisableTorchFunction():
-            return made if made._fill(previous, before) else None
+            return made if made._fill(previous, before, loss) else None
 
-    def _fill(self, previous: StableTensors | None, before: StableTensors | None) -> bool:
+    def _fill(self, previous: StableTensors | None, before: StableTensors | None, loss: StableTensors | None) -> bool:
         fill, tasks, moves = self._kernel.fill, self._tasks, self._moves
         if not (fill(self._weights, tasks, _W) and fill(self._weights, moves, _AFTER)):
             return False
@@ -172,6 +183,10 @@ class NativePrepared:
             if native.types(tasks, _COPY) != native.types(tasks, _W):
                 return False
             self._rooms.append(before)
+        if loss is not None:
+            if not fill(loss, moves, _LOSS):
+                return False
+            self._rooms.append(loss)
         self._has_previous, self._has_before = previous is not None, before is not None
         self._copies = native.addresses(tasks, _COPY)
         self._copying = True

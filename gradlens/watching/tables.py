@@ -20,6 +20,7 @@ from gradlens.capture.events import (
     SteadyReading,
     SteadyStart,
     SteadyUpdate,
+    SteadyUsed,
     StepClosed,
     TableDone,
     Update,
@@ -80,6 +81,7 @@ class TableBuilder:
             TableDone: lambda e: self._try("end of a backward's step", self.open.send_until, e.key),
             SteadyReading: self._on_steady,
             SteadyStart: self._on_steady,
+            SteadyUsed: self._on_steady,
             SteadyUpdate: self._on_steady,
             StepClosed: self._on_step_closed,
             Finding: self._on_finding,
@@ -96,7 +98,7 @@ class TableBuilder:
         if self.evidence is not None and reading.key.stage == Stage.BACKWARD:
             self._do("evidence", self._gather, self.evidence, reading)
 
-    def _on_steady(self, event: SteadyReading | SteadyStart | SteadyUpdate) -> None:
+    def _on_steady(self, event: SteadyReading | SteadyStart | SteadyUsed | SteadyUpdate) -> None:
         """A prepared call; or else what the event stands for, one by one."""
         answer, failures = self._steady_handlers.get(type(event)), self.failures
         fine = not failures.any or not (failures.lately(_PARTS) or failures.off(_PREPARED))

@@ -233,6 +233,28 @@ class Programs(RuleBasedStateMachine):
 
         self.all(call)
 
+    @rule(n=st.integers(1, 7), micro=st.integers(1, 3), clip=st.sampled_from([None, 0.01, 1e9]))
+    def regular(self, n, micro, clip):
+        """Steps that are alike: several backwards, and the gradient clipped, or both."""
+        before = self.worlds[0].parts
+
+        def call(world):
+            for _ in range(n):
+                world.zero()
+                for _ in range(micro):
+                    world.backward()
+                if clip is not None:
+                    nn.utils.clip_grad_norm_(world.model.parameters(), clip)
+                world.step()
+
+        self.all(call)
+        if self.single and not self.hindered and n > 4:
+            captured, prepared = (b - a for a, b in zip(before, self.worlds[0].parts, strict=True))
+            assert captured >= 3 * (n - 4)
+            if self.prepares and (micro > 1 or clip is not None):
+                assert prepared >= self.parts * (n - 4)
+        assert self.worlds[1].parts == (0, 0)
+
     @rule(n=st.integers(1, 3))
     def zeros_instead_of_none(self, n):
         def call(world):
