@@ -84,6 +84,7 @@ class Pass:
         self.last: Any = None  # over ranks: what was accumulated last
         self.read = True  # else it is only counted
         self.route: Any = None  # that it began by, where it began as the one before it
+        self.onto = False  # and it is added to what the passes before it left
         self.loss: float | Tensor | None = None  # its root, where that is one number, unscaled
         self.root: Any = None  # while the pass lasts
 

@@ -134,6 +134,7 @@ class SteadyReading(NamedTuple):
     gradients: list[Tensor]
     updates: bool  #: the weights are wanted as they are before the optimizer moves them
     loss: float | Tensor | None = None
+    ended: list[Tensor] | None = None  #: what is in `.grad` now, where that is not what was read
 
     def general(self) -> Iterator[Event]:
         """The events that this stands for."""
@@ -141,7 +142,7 @@ class SteadyReading(NamedTuple):
         if self.loss is not None:
             yield LossSeen(self.key.step, self.key.backward, self.loss)
         yield Reading(self.key, route.parameters, route.rows, self.gradients, route.weights)
-        yield PassEnded(route.rows, self.gradients)
+        yield PassEnded(route.rows, self.gradients if self.ended is None else self.ended)
 
 
 class SteadyStart(NamedTuple):

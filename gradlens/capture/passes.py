@@ -40,7 +40,7 @@ class Passes:
         if not self._steps.dirty and self._steady.pass_begins(run, entered, step):
             entered.step, step.phase = step, Phase.OPEN
             self._look_at_roots(run, entered)
-            self._hooks.plain.start(_torch.current_task(), entered.arrivals, set())
+            self._hooks.plain.start(_torch.current_task(), entered.arrivals, set(), onto=entered.onto)
             return
         with self._attachment.cache:
             if step.open and step.stepped and self._used:

@@ -1,16 +1,16 @@
 """The steady route: what is asked of a step that goes by the book, in place of looking at each parameter.
 
-Nearly every step is like the one before: one process and thread, one optimizer, one backward onto empty `.grad`s that
-reaches every parameter, nobody else's hooks, no scaler, no closure. After a step like that a `Route` is compiled: the
-parameters, their hooks, what the optimizer moves. The next step is held against it, part by part, by questions that are
-asked of all parameters in one call: identities, versions, `.grad`. A part for which all facts hold is one `Steady...` event;
-one for which any differs goes the general way, whose state the steady one leaves behind just as well: each is judged alone.
+Nearly every step is like the one before: one process and thread, a backward onto empty `.grad`s that reaches every
+parameter, nobody else's hooks, no scaler, no closure. After a step like that a `Route` is compiled: the parameters, their
+hooks, what the optimizer moves. The next step is held against it, part by part, by questions that are asked of all
+parameters in one call: identities, versions, `.grad`. A part for which all facts hold is one `Steady...` event; one for
+which any differs goes the general way, whose state the steady one leaves behind just as well: each is judged alone.
 
-    part                     facts
-    a backward begins        parameters, shapes, hooks as compiled; every `.grad` empty
-    it has ended             each hook has noted, once; every parameter is there, and has a gradient
-    the optimizer begins     gradients as that backward left them, by identity and version
-    it has ended             the same; the optimizer moves all parameters, at rates above 0
+    part                        facts
+    a backward begins           parameters, shapes, hooks as compiled; every `.grad` empty, or none in a later one
+    it has ended                each hook has noted, once; every parameter is there, and has a gradient
+    the only optimizer begins   every parameter has a gradient, as that backward left it or not: clipped, or accumulated
+    it has ended                the gradients are those, by identity and version; it moves all parameters, at rates above 0
 
 What lies in memory (addresses, types, fixed samples) is asked by whoever takes the events: see `watching.prepared`.
 """
@@ -25,14 +25,14 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gradlens.capture.arrivals import State
+from gradlens.capture.arrivals import HELD_BYTES, State
 from gradlens.capture.attachment import FACTS, Attachment, Slot
 from gradlens.capture.engine import Engine, Pass, Run, running
 from gradlens.capture.events import GradientFacts, Sink, SteadyReading, SteadyStart, SteadyUpdate, SteadyUsed
 from gradlens.capture.marks import Marks, versions
 from gradlens.capture.optimizers import WatchedOptimizer
 from gradlens.capture.provenance import is_scaled, may_copy
-from gradlens.capture.step import Phase, Step
+from gradlens.capture.step import READ_PASSES, Phase, Step
 from gradlens.records import Stage, TableKey
 
 #: The stages that are read in one process by default; with others the general way is taken.
@@ -63,14 +63,15 @@ class Left(NamedTuple):
 class Route:
     """What does not change from one step by the book to the next. It refers to the parameters: it goes with the model."""
 
-    def __init__(self, attachment: Attachment, weights: list[Tensor], optimized: list[Tensor]) -> None:
+    def __init__(self, attachment: Attachment, weights: list[Tensor], optimized: list[Tensor] | None) -> None:
         self.slots, self.parameters, self.weights = attachment.slots, attachment.parameters, weights
         self._attachment, self._columns, self._owners = attachment, attachment.columns, attachment.owners
         self.rows = list(range(len(weights)))
-        self.optimized = optimized  #: what the optimizer moves, in its own order
+        self.optimized = optimized  #: what the optimizer moves, in its own order; None where there are several
         self.order = list(self.slots)  #: in which hooks were last called
         self.reached = set(self.slots)
         self.lr_positive = [True] * len(weights)
+        self.nbytes = sum(w.numel() * w.element_size() for w in weights)
         self.calls: Any = None  #: what the sink has prepared for these parameters; it goes with the route
         self._accumulated, self._own = list(map(id, map(_ACCUMULATED, weights))), list(map(id, map(_OWN, weights)))
 
@@ -142,7 +143,7 @@ class Route:
         else:
             given = [p for group in groups for p in group["params"]]
             rates = [group.get("lr", 1.0) for group in groups]
-        if len(given) != len(self.optimized) or not all(map(is_, given, self.optimized)):
+        if self.optimized is None or len(given) != len(self.optimized) or not all(map(is_, given, self.optimized)):
             return False
         return set(map(type, rates)) <= _NUMBERS and all(map(_POSITIVE, rates))
 
@@ -163,16 +164,19 @@ class SteadyRoute:
     def pass_begins(self, run: Run, entered: Pass, step: Step) -> bool:
         """Whether a backward begins by the book."""
         route = self.route
-        if route is None or step.phase is not Phase.IDLE or not step.observed:
+        if route is None or not step.observed:
+            return False
+        onto = step.phase is Phase.OPEN and step.left is not None and not step.stepped and step.passes < READ_PASSES - 1
+        if not (step.phase is Phase.IDLE or (onto and route.nbytes <= HELD_BYTES)):
             return False
         if run.depth != 1 or run.nested or self._engine.passes or len(self._engine.threads) > 1:
             return False
         if not (route.there() and route.same()):
             self.route = None
             return False
-        if not (route.empty() and route.hooked_alone()):
+        if not ((route.gradients() is not None if onto else route.empty()) and route.hooked_alone()):
             return False
-        entered.route = route
+        entered.route, entered.onto = route, onto
         return True
 
     def pass_ended(self, entered: Pass, step: Step) -> bool:
@@ -184,16 +188,31 @@ class SteadyRoute:
             return False
         if arrivals.states and any(state is not State.WAITING for state in arrivals.states.values()):
             return False
-        if step.phase is not Phase.OPEN or step.passes or entered.nested or entered.compiled:
+        if step.phase is not Phase.OPEN or bool(step.passes) is not entered.onto or entered.nested or entered.compiled:
             return False
         gradients = route.gradients() if route.there() else None
         if gradients is None:
             return False
+        if entered.onto:
+            return self._added(route, entered, step, gradients)
         step.reached, step.averaged = route.reached.copy(), True
         step.left = Left(list(map(id, gradients)), versions(gradients), versions(route.weights))
         step.ending = step.left.marks(route.slots)
         key = TableKey(step.number, step.take_number(), Stage.BACKWARD)
-        self._sink(SteadyReading(route, key, gradients, self._updates, entered.loss))
+        kept = self._updates and route.optimized is not None  # else each optimizer's are kept as it begins
+        self._sink(SteadyReading(route, key, gradients, kept, entered.loss))
+        self.parts += 1
+        return True
+
+    def _added(self, route: Route, entered: Pass, step: Step, gradients: list[Tensor]) -> bool:
+        """A pass ended whose gradients were added to those of the passes before it."""
+        own = list(map(entered.arrivals.onto.get, route.slots))
+        if not set(map(type, own)) <= _PLAIN:
+            return False
+        step.fresh = False
+        step.ending = Left(list(map(id, gradients)), versions(gradients), []).marks(route.slots)
+        key = TableKey(step.number, step.take_number(), Stage.BACKWARD)
+        self._sink(SteadyReading(route, key, own, False, entered.loss, gradients))  # type: ignore[arg-type]
         self.parts += 1
         return True
 
@@ -202,7 +221,7 @@ class SteadyRoute:
         route, left = self.route, step.left
         if route is None or left is None or step.phase is not Phase.OPEN or watched.wrapped or is_scaled(step.scale):
             return False
-        if len(step.reached) != len(route.slots) or self._engine.passes or running():
+        if route.optimized is None or len(step.reached) != len(route.slots) or self._engine.passes or running():
             return False
         gradients = route.gradients() if route.there() else None
         if gradients is None or not route.trained():
@@ -259,12 +278,18 @@ class SteadyRoute:
         attachment, n = self._attachment, len(self._attachment.slots)
         if not (step.began_fresh and step.own) or len(step.reached) != n or len(self._engine.threads) > 1:
             return None
-        optimizer = optimizers[0].ref() if len(optimizers) == 1 and not optimizers[0].wrapped else None
-        if optimizer is None or not attachment.plain or any(slot.read_in_hook for slot in attachment.slots):
+        if not optimizers or any(watched.wrapped for watched in optimizers):
+            return None
+        if not attachment.plain or any(slot.read_in_hook for slot in attachment.slots):
             return None
         weights: list[Any] = attachment.tensors()
-        optimized = [p for group in optimizer.param_groups for p in group["params"]]
-        if not set(map(type, weights)) <= _PLAIN or not set(map(id, weights)) <= set(map(id, optimized)):
+        optimized: list[Tensor] | None = None
+        if len(optimizers) == 1:
+            optimizer = optimizers[0].ref()
+            optimized = [] if optimizer is None else [p for group in optimizer.param_groups for p in group["params"]]
+            if not set(map(id, weights)) <= set(map(id, optimized)):
+                return None
+        if not set(map(type, weights)) <= _PLAIN:
             return None
         if any(slot.hooked != id(w) for slot, w in zip(attachment.slots, weights, strict=True)):
             return None

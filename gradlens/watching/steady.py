@@ -39,11 +39,10 @@ class Calls:
     begun: object = None  #: that of the optimizer's step which was given what was read
     given: Prepared | None = None  #: what read the gradients that it was given
     source: Source = Source.USED  #: of the loss's gradient
+    added: Prepared | None = None  #: what reads the backwards after a step's first
     used: dict[tuple[int, bool], tuple[object, Prepared]] = field(default_factory=dict)
 
-    def of_used(
-        self, weights: Sequence[Tensor], previous: kernels.StableTensors | None, kept: bool
-    ) -> Prepared:
+    def of_used(self, weights: Sequence[Tensor], previous: kernels.StableTensors | None, kept: bool) -> Prepared:
         """The calls for gradients that differ from what a backward left; `kept`: the loss's own are at hand."""
         known = self.used.get((id(previous), kept))
         if known is None:
@@ -129,6 +128,8 @@ class SteadyTables:
             self._open.losses[key.step, key.backward] = event.loss
         last = self._last_of(Stage.BACKWARD, route.parameters)
         previous = None if last is None else last.rooms(route.rows, kept=True)
+        if event.ended is not None:
+            return self._read_added(event, previous, event.ended) if (previous is None) == (last is None) else False
         before = self._meter.room(route.parameters, route.rows) if event.updates else None
         if (previous is None) != (last is None) or (before is None) == event.updates:
             return False  # not kept whole, or not yet
@@ -136,6 +137,21 @@ class SteadyTables:
         if read is None:
             return False
         self._meter.read_steadily(Piece(route.rows, read.gradient_samples))
+        self._open.ended(self._open.whole(key, route.parameters, [Piece(route.rows, read.rows)]))
+        self.answered += 1
+        return True
+
+    def _read_added(self, event: SteadyReading, previous: kernels.StableTensors | None, ended: Sequence[Tensor]) -> bool:
+        """A backward that was added to others: its own gradients are read, those in `.grad` only sampled."""
+        route, key, calls = event.route, event.key, event.route.calls
+        if calls is None or calls.previous is not previous:
+            return False
+        if calls.added is None:
+            calls.added = kernels.prepare(route.weights, previous)
+        read = calls.added.read(event.gradients, self._detail(key.step), False) if calls.added.apart else None
+        if read is None:
+            return False
+        self._meter.pass_ended(route.rows, ended)
         self._open.ended(self._open.whole(key, route.parameters, [Piece(route.rows, read.rows)]))
         self.answered += 1
         return True
