@@ -78,6 +78,8 @@ class Prepared(Protocol):
     def unchanged(self, gradients: Sequence[Tensor]) -> tuple[bool, bool]:
         """Whether the samples of the gradients, and those of the weights, are what they were when `read` took them.
 
+        Of few weights that `read` copied, every one may be compared with its copy.
+
         False where nothing was read, and where the host would have to wait for a device.
         """
 
@@ -194,15 +196,15 @@ class NativePrepared:
         entries = native.total(tasks)
         holding = self._kernel.holding
         self._calls = holding if holding is not None and entries < native.BRIEF else self._kernel.library
-        self._threaded = entries >= native.THREADED
+        self._brief, self._threaded = entries < native.BRIEF, entries >= native.THREADED
         return native.own_memory([room for rooms in self._rooms for room in rooms], self._weights)
 
-    def _unchanged(self, gradients: Sequence[Tensor]) -> int:
+    def _unchanged(self, gradients: Sequence[Tensor], *, exact: bool = False) -> int:
         """1 for these gradients, if they are those that were read last, plus 2 for the weights: as `gradlens_unchanged`."""
         samples, tasks = self._samples, self._tasks
         if samples is None or len(gradients) != len(self._weights) or native.modes_are_active():
             return 0
-        return self._kernel.unchanged(list(gradients), self._weights, tasks, samples)
+        return self._kernel.unchanged(list(gradients), self._weights, tasks, samples, exact=exact)
 
     def read(self, gradients: Sequence[Tensor], detail: bool = True, copy: bool = True) -> Reading | None:
         """As `Prepared.read`."""
@@ -227,7 +229,7 @@ class NativePrepared:
     def unchanged(self, gradients: Sequence[Tensor]) -> tuple[bool, bool]:
         """As `Prepared.unchanged`."""
         with torch._C.DisableTorchFunction():
-            same = self._unchanged(gradients)
+            same = self._unchanged(gradients, exact=self._brief)
         return bool(same & 1), bool(same & 2)
 
     def compare(self, gradients: Sequence[Tensor]) -> Tensor | None:
