@@ -57,17 +57,37 @@ def added(layers, *, micro=1, hooks=False, **watch):
     return operations(layers, micro, hooks, **watch) - operations(layers, micro, hooks) - loss
 
 
+#: Operations that touch no entry: rooms of several steps are made at once, and cut apart.
+VIEWS = {"unbind", "select", "narrow", "slice", "as_strided"}
+
+
 @pytest.mark.parametrize("features", [(), ("flips",)])
 def test_operations_do_not_grow_with_the_model(features):
     """However many parameters: room for the rows and for samples is made, and the kernel reads."""
-    few, many = (added(layers, features=features) for layers in (5, 40))
-    assert few == many == {"empty": 2, "slice": 1, "as_strided": 1}
+    for layers in (5, 40):
+        seen = added(layers, features=features)
+        assert seen["empty"] <= 2
+        assert seen.keys() <= {"empty"} | VIEWS
+
+
+def test_rooms_are_made_for_several_steps_at_once():
+    """A small model's rooms are made once for all steps that are profiled here."""
+    lens, step = training(5)
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        for _ in range(8):
+            step()
+    lens.close()
+    made = Counter(event.name for event in seen.events())["aten::empty"]
+    bare = operations(5)["empty"]
+    assert made - 8 * bare <= 5
 
 
 def test_by_default_the_kernel_copies_the_weights():
     """`updates` needs each parameter as it was before the optimizer moved it: the pass that reads it copies it."""
-    few, many = (added(layers, schedule=1) for layers in (5, 40))
-    assert few == many == {"empty": 3, "slice": 1, "as_strided": 1}
+    for layers in (5, 40):
+        seen = added(layers, schedule=1)
+        assert seen["empty"] <= 3
+        assert seen.keys() <= {"empty"} | VIEWS
 
 
 def test_a_step_that_is_left_out_costs_no_operation():
@@ -75,11 +95,12 @@ def test_a_step_that_is_left_out_costs_no_operation():
     assert not added(20, schedule=lambda step: step == 0)
 
 
-def test_each_micro_batch_is_read_once():
-    """Accumulation: a micro-batch more is two outputs of the kernel more, its rows and a sample, whatever the model."""
-    few, many = (added(layers, micro=3, features=()) for layers in (5, 40))
-    assert few == many
-    assert added(5, micro=4, features=())["empty"] - few["empty"] == 2
+def test_micro_batches_cost_no_operation_that_reads():
+    """Accumulation: whatever the model, torch makes rooms, and the kernel reads."""
+    for layers in (5, 40):
+        seen = added(layers, micro=3, features=())
+        assert seen["empty"] <= 6
+        assert seen.keys() <= {"empty"} | VIEWS
 
 
 def test_reading_inside_hooks_is_one_reading_a_parameter():
@@ -91,7 +112,7 @@ def test_reading_inside_hooks_is_one_reading_a_parameter():
 # --- calls of Python and of the kernel ----------------------------------------------------------------------------------
 
 
-def training(layers, **watch):
+def training(layers, micro=1, clip=False, **watch):
     """A watched training that goes by the book: its lens, and one step of it."""
     torch.manual_seed(0)
     model, x = nn.Sequential(*(nn.Linear(8, 8) for _ in range(layers))), torch.randn(4, 8)
@@ -100,7 +121,10 @@ def training(layers, **watch):
 
     def step():
         optimizer.zero_grad()
-        model(x).square().mean().backward()
+        for _ in range(micro):
+            model(x).square().mean().backward()
+        if clip:
+            nn.utils.clip_grad_norm_(model.parameters(), 0.01)
         optimizer.step()
 
     for _ in range(23):  # the graph of the loss is looked at in the 22nd, and again in the 33rd; the model in each 16th
@@ -108,9 +132,9 @@ def training(layers, **watch):
     return lens, step
 
 
-def python_calls(layers, **watch):
+def python_calls(layers, micro=1, clip=False, **watch):
     """Calls of gradlens' functions in one step, on this thread; but for those that measure time, whose answers differ."""
-    lens, step = training(layers, **watch)
+    lens, step = training(layers, micro, clip, **watch)
     package, seen = str(Path(gradlens.__file__).parent), Counter()
 
     def profiled(frame, event, argument):
@@ -131,7 +155,16 @@ def test_two_calls_a_parameter(features):
     few, many = (python_calls(layers, features=features) for layers in (5, 40))
     assert many - few == {"on_gradient": 70, "on_accumulated": 70}
     assert not few - many
-    assert sum(few.values()) - 20 < 305
+    assert sum(few.values()) - 20 < 225
+
+
+@pytest.mark.parametrize("micro", [1, 3])
+@pytest.mark.parametrize("clip", [False, True])
+def test_two_calls_a_parameter_and_backward(micro, clip):
+    """The same where gradients are accumulated, and clipped."""
+    few, many = (python_calls(layers, micro, clip) for layers in (5, 40))
+    assert (many - few).keys() <= {"on_gradient", "on_accumulated"}
+    assert (many - few).total() <= 2 * micro * 70
 
 
 class Counting:
@@ -150,13 +183,37 @@ class Counting:
         return counted
 
 
-def test_four_native_calls_a_step(monkeypatch):
-    """Gradients and weights are read once, and the weights once more when they have moved; the rest looks at samples."""
+def native_calls(monkeypatch, micro=1, clip=False):
+    """Of one step, not among the first."""
     counts, kernel = Counter(), kernels._native()
+    asking = kernel.introspector
+
+    def stayed(*arguments):
+        counts["unchanged"] += 1
+        return asking.stayed(*arguments)
+
     counting = replace(kernel, library=Counting(kernel.library, counts), holding=Counting(kernel.holding, counts))
+    counting = replace(counting, introspector=asking and asking._replace(stayed=stayed))
     monkeypatch.setattr(kernels, "_native", lambda: counting)
-    lens, step = training(10)
+    lens, step = training(10, micro, clip)
     counts.clear()
     step()
     lens.close()
-    assert counts == {"read": 1, "unchanged": 2, "compare": 1}
+    return counts
+
+
+def test_four_native_calls_a_step(monkeypatch):
+    """Gradients and weights are read once, and the weights once more when they have moved; the rest looks at samples."""
+    assert native_calls(monkeypatch) == {"read": 1, "unchanged": 2, "compare": 1}
+
+
+def test_a_clipped_gradient_is_read_once_more(monkeypatch):
+    """As backward left it, and as the optimizer gets it."""
+    assert native_calls(monkeypatch, clip=True) == {"read": 2, "unchanged": 2, "compare": 1}
+
+
+@pytest.mark.parametrize("micro", [2, 5])
+def test_each_micro_batch_is_read_once(monkeypatch, micro):
+    """Each backward's own gradient, and at last what they add up to; what each left there is sampled."""
+    expected = {"read": micro + 1, "sample": micro - 1, "unchanged": 2, "compare": 1}
+    assert native_calls(monkeypatch, micro) == expected

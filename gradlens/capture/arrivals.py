@@ -23,7 +23,8 @@ where `(hold)` keeps g, `(+)` adds a copy of g to what was kept, and `READ!` say
 - `UNDEFINED`: its backward returned None.
 
 A pass in which every slot is waiting with an empty `.grad`, and nobody else listens, is *plain*: its hooks note that the
-gradient came and nothing else, in a list. `settle` turns that into states.
+gradient came and nothing else, in a list. In one that goes by the book onto the gradients of those before it they also hold
+g. `settle` turns that into states.
 """
 
 from __future__ import annotations
@@ -101,12 +102,16 @@ class Arrivals:
 
     def __init__(self) -> None:
         self.noted: list[Slot] = []  #: while the pass is plain: whose gradient came
+        self.onto: dict[Slot, Tensor] = {}  #: and what will be, or was, added to what was there
         self.states: dict[Slot, State] = {}
         self.tensors: dict[Slot, Tensor] = {}  #: of slots that are held, pending or summed
         self.bytes = 0  #: that are pending
 
     def settle(self) -> None:
         """Turn what a plain pass noted into states."""
+        for slot, g in self.onto.items():
+            self.arrive(slot, Arrival.ONTO, g)
+        self.onto.clear()
         if self.noted:
             for slot in self.noted:
                 self.arrive(slot, Arrival.ACCUMULATED)
@@ -164,17 +169,19 @@ class Arrivals:
 class PlainPass:
     """The engine run whose hooks only note: hooks hold this one object, so that they need not look anything up."""
 
-    __slots__ = ("noted", "special", "task")
+    __slots__ = ("noted", "onto", "special", "task")
 
     def __init__(self) -> None:
         self.task: int | None = None
         self.noted: list[Slot] = []
+        self.onto: dict[Slot, Tensor] | None = None
         self.special: set[Slot] = set()
 
-    def start(self, task: int, arrivals: Arrivals, special: set[Slot]) -> None:
-        """From here on the hooks of this run note, but for those of `special` slots."""
+    def start(self, task: int, arrivals: Arrivals, special: set[Slot], *, onto: bool = False) -> None:
+        """From here on the hooks of this run note, but for those of `special` slots; and hold g, if it goes onto others."""
         self.noted, self.special, self.task = arrivals.noted, special, task
+        self.onto = arrivals.onto if onto else None
 
     def stop(self) -> None:
         """No run is plain."""
-        self.noted, self.special, self.task = [], set(), None
+        self.noted, self.special, self.task, self.onto = [], set(), None, None

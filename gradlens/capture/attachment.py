@@ -246,7 +246,7 @@ class Anchor:
 
 #: Tensors without a placement or a shape to come.
 _PLAIN = {Tensor, nn.Parameter}
-_FACTS = (attrgetter("shape"), attrgetter("dtype"), attrgetter("device"))
+FACTS = (attrgetter("shape"), attrgetter("dtype"), attrgetter("device"))
 _Place = tuple[tuple[int, ...], str, torch.dtype, torch.device]
 
 
@@ -307,6 +307,18 @@ class Attachment:
         """What is at the slots now."""
         return list(self._seen().values()) if self.cache.depth else self._looked_up()
 
+    @property
+    def owners(self) -> tuple[list[Any], list[str]] | None:
+        """Weak references to the modules that own the slots, and the names there; None where something is elsewhere."""
+        if not self._direct:
+            return None
+        return [slot._owner for slot in self.slots], [slot._leaf for slot in self.slots]
+
+    @property
+    def columns(self) -> list[list[Any]]:
+        """`FACTS` of all tensors at the last `refresh`, of a model of plain ones: the same object until one changes."""
+        return self._columns
+
     def at(self, slots: Iterable[Slot]) -> list[Tensor | None]:
         """What is at these slots now."""
         return list(map(self._seen().get, slots)) if self.cache.depth else [slot.tensor() for slot in slots]
@@ -333,7 +345,7 @@ class Attachment:
         tensors: Any = self.tensors()
         columns = []
         if set(map(type, tensors)) <= _PLAIN and not self._cut:
-            columns = [list(map(attribute, tensors)) for attribute in _FACTS]
+            columns = [list(map(attribute, tensors)) for attribute in FACTS]
             if columns == self._columns and self.slots is self._listed:
                 return self.parameters
         self._columns = columns

@@ -14,8 +14,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -29,8 +28,7 @@ def running() -> bool:
     return _torch.current_task() != -1
 
 
-@dataclass(frozen=True)
-class Run:
+class Run(NamedTuple):
     """One engine run, as the stack of the thread that its hooks run on shows it."""
 
     depth: int  #: engine runs on this stack; 0 on a thread of the engine's own, such as a device's
@@ -86,6 +84,7 @@ class Pass:
         self.last: Any = None  # over ranks: what was accumulated last
         self.read = True  # else it is only counted
         self.route: Any = None  # that it began by, where it began as the one before it
+        self.onto = False  # and it is added to what the passes before it left
         self.loss: float | Tensor | None = None  # its root, where that is one number, unscaled
         self.root: Any = None  # while the pass lasts
 
@@ -151,8 +150,10 @@ class Engine:
         if accumulates is None:
             tensor = leaf()
             accumulates = tensor is not None and _torch.executes(tensor)
-        current = self._parent(run, task, thread)
-        self._leave_others(current, thread)
+        current = None
+        if self.passes:
+            current = self._parent(run, task, thread)
+            self._leave_others(current, thread)
         if not accumulates:
             self._forget_others()
             self.by_task[task] = None

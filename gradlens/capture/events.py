@@ -127,18 +127,22 @@ class Steady(Protocol):
 
 
 class SteadyReading(NamedTuple):
-    """A backward by the book has ended: stands for a `Reading` of all parameters, and a `PassEnded`."""
+    """A backward by the book has ended: stands for a `LossSeen`, a `Reading` of all parameters, and a `PassEnded`."""
 
     route: Steady
     key: TableKey
     gradients: list[Tensor]
     updates: bool  #: the weights are wanted as they are before the optimizer moves them
+    loss: float | Tensor | None = None
+    ended: list[Tensor] | None = None  #: what is in `.grad` now, where that is not what was read
 
     def general(self) -> Iterator[Event]:
         """The events that this stands for."""
         route = self.route
+        if self.loss is not None:
+            yield LossSeen(self.key.step, self.key.backward, self.loss)
         yield Reading(self.key, route.parameters, route.rows, self.gradients, route.weights)
-        yield PassEnded(route.rows, self.gradients)
+        yield PassEnded(route.rows, self.gradients if self.ended is None else self.ended)
 
 
 class SteadyStart(NamedTuple):
@@ -158,21 +162,39 @@ class SteadyStart(NamedTuple):
         yield Reading(self.key, route.parameters, route.rows, self.gradients, route.weights, copies_backward=True)
 
 
+class SteadyUsed(NamedTuple):
+    """The same, where the gradients are not what one backward left: they were clipped, or accumulated."""
+
+    route: Steady
+    key: TableKey
+    gradients: list[Tensor]
+    updates: bool
+    kept: bool  #: by their versions, the weights are what they were when the first backward ended
+    facts: GradientFacts
+
+    def general(self) -> Iterator[Event]:
+        """The events that this stands for."""
+        route = self.route
+        if self.updates:
+            yield WeightsBefore(route.parameters, route.rows, route.weights)
+        yield Reading(self.key, route.parameters, route.rows, self.gradients, route.weights)
+
+
 class SteadyUpdate(NamedTuple):
     """The optimizer has moved every weight, and written to no gradient: stands for an `Update`."""
 
     route: Steady
     key: TableKey
     gradients: list[Tensor]
+    facts: GradientFacts
 
     def general(self) -> Iterator[Event]:
         """The events that this stands for."""
-        route, facts = self.route, GradientFacts(single=True, own=True, untouched=True)
-        yield Update(self.key, route.rows, self.gradients, route.weights, route.lr_positive, facts)
+        route = self.route
+        yield Update(self.key, route.rows, self.gradients, route.weights, route.lr_positive, self.facts)
 
 
-@dataclass(frozen=True, slots=True)
-class StepClosed:
+class StepClosed(NamedTuple):
     """The step is over; `scalars` are what the user observed in it."""
 
     step: int
@@ -191,6 +213,7 @@ Event = (
     | TableDone
     | SteadyReading
     | SteadyStart
+    | SteadyUsed
     | SteadyUpdate
     | StepClosed
     | Finding

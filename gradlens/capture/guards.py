@@ -85,20 +85,27 @@ def guarded(where: str, *, eager: bool = True) -> Callable[[Callable[..., Any]],
 
         def bind(self: HasGuard) -> Callable[..., Any]:
             this, pid, timed, fault = weakref.ref(self), self.guard.pid, self.guard.timed, self.guard.fault
+            traced = _torch.traced
 
-            def call(*args: Any) -> Any:
-                tool = this()
-                if tool is None or os.getpid() != pid:
+            def call_of(hidden: Callable[..., Any] | None) -> Callable[..., Any]:
+                def call(*args: Any) -> Any:
+                    if hidden is not None and traced() is not None:
+                        return hidden(*args)
+                    tool = this()
+                    if tool is None or os.getpid() != pid:
+                        return None
+                    try:
+                        with timed:
+                            return entry.call(tool, *args)
+                    except Exception as error:  # noqa: BLE001 - nothing of ours is raised in a training step
+                        fault(where, error)
                     return None
-                try:
-                    with timed:
-                        return entry.call(tool, *args)
-                except Exception as error:  # noqa: BLE001 - nothing of ours is raised in a training step
-                    fault(where, error)
-                return None
 
-            untraced(call)
-            return eagerly(call) if eager else call
+                untraced(call)
+                return call
+
+            shown = call_of(None)
+            return call_of(torch.compiler.disable(shown)) if eager else shown  # as `eagerly`, a call less
 
         return functools.cached_property(bind)
 

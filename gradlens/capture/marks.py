@@ -89,7 +89,8 @@ class Marks:
         """Whether all of these are what was marked."""
         there = {slot: g for slot, g in zip(slots, gradients, strict=True) if g is not None}
         now = dict(zip(there, states(list(there.values())), strict=True))
-        return now == {slot: mark for slot in slots if (mark := self._seen.get(slot)) is not None}
+        seen = self._seen
+        return now == {slot: mark for slot in slots if (mark := seen.get(slot)) is not None}
 
 
 def zeroed(gradient: Tensor) -> bool:

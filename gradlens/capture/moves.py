@@ -38,10 +38,11 @@ class Moves:
         """A watched optimizer is about to step; returns a closure to call in place of its own, or None."""
         if not running():
             self._threads.note(self._steps.current.number)
-            if closure is None:
+            if closure is None and (self._engine.passes or self._steps.dirty):
                 self._steps.finish_passes()
-        self._steps.finish_due()
-        with self._engine.lock, self._attachment.cache:
+        if self._steps.due:
+            self._steps.finish_due()
+        with self._engine.lock:
             step = watched.step = self._step_of(watched)
             watched.read, watched.closure_key, watched.steady = False, None, False
             if closure is not None:
@@ -53,6 +54,7 @@ class Moves:
             self._auditor.optimizer_steps(self._optimizers.watched.index(watched), optimizer, step.number)
             if closure is None and self._begins_steadily(step, watched, optimizer):
                 return None
+        with self._engine.lock, self._attachment.cache:
             held = self._optimizers.held(watched)
             if self._step_reader.updates:
                 self._step_reader.keep(step, watched, held)
@@ -107,7 +109,7 @@ class Moves:
             if closure is not None and not running():
                 self._steps.finish_passes()
             if step.observed:
-                with self._engine.lock, self._attachment.cache:
+                with self._engine.lock:
                     self._read_after(step, watched, optimizer, stack)
         finally:  # the step is over, whatever of ours failed
             step.stepped[watched] = step.passes
@@ -133,16 +135,19 @@ class Moves:
 
     def _read_after(self, step: Step, watched: WatchedOptimizer, optimizer: Optimizer, stack: CallStack) -> None:
         skipped = found_inf(optimizer)
-        if not watched.read:
-            self._step_reader.read_used(step, watched, skipped=skipped, late=True)
         by_the_book = watched.steady and skipped is False and stack.within is None
-        if (by_the_book and self._steady.step_ended(step, watched, optimizer)) or not self._step_reader.updates:
+        if by_the_book and self._steady.step_ended(step, watched, optimizer):
             return
-        if stack.within is not None:
-            watched.wrapped = True
-            self._steps.due.append((step, watched, skipped))
-        else:
-            self._step_reader.read_update(step, watched, optimizer, skipped)
+        with self._attachment.cache:
+            if not watched.read:
+                self._step_reader.read_used(step, watched, skipped=skipped, late=True)
+            if not self._step_reader.updates:
+                return
+            if stack.within is not None:
+                watched.wrapped = True
+                self._steps.due.append((step, watched, skipped))
+            else:
+                self._step_reader.read_update(step, watched, optimizer, skipped)
 
     def foreign_step_ended(self, optimizer: Optimizer, moved: Sequence[Slot], *, reported: bool) -> None:
         """An optimizer that is none of the lens' has stepped."""

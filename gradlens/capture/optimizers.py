@@ -15,8 +15,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
@@ -46,6 +45,8 @@ class WatchedOptimizer:
         self.given = Marks()  # the gradients that were read
         self.untouched = False  # `.grad` was what the last backward left
         self.steady = False  # and all of it went by the book
+        self.left: Any = None  # what it was given then, and what was known of that
+        self.facts: Any = None
         self.closure_key: Any = None  # of what was read when its closure returned
         self.step: Any = None  # that its call, which is under way, belongs to
 
@@ -55,8 +56,7 @@ class WatchedOptimizer:
         return set() if optimizer is None else parameter_ids(optimizer)
 
 
-@dataclass(frozen=True)
-class CallStack:
+class CallStack(NamedTuple):
     """What the stack says about an optimizer's step that is under way."""
 
     calls: int  #: of this optimizer's step: a subclass that calls `super().step()` makes two

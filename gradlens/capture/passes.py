@@ -28,19 +28,21 @@ class Passes:
         """An outermost backward starts, and has so far reached its first hook."""
         if run.depth == 1 and not run.nested:
             self._threads.note(self._steps.current.number)
-        self._steps.finish_due()
-        self._steps.let_go()
-        self._steps.close_skipped()
+        if self._steps.due:
+            self._steps.finish_due()
+        if self._steps.lingering is not None:
+            self._steps.let_go()
+        if self._steps.current.phase is not Phase.IDLE:
+            self._steps.close_skipped()
         if not self._optimizers.watched and self._steps.current.open and not self._steps.explicit:
             self._steps.close()
         step = self._steps.current
+        if not self._steps.dirty and self._steady.pass_begins(run, entered, step):
+            entered.step, step.phase = step, Phase.OPEN
+            self._look_at_roots(run, entered)
+            self._hooks.plain.start(_torch.current_task(), entered.arrivals, set(), onto=entered.onto)
+            return
         with self._attachment.cache:
-            if not self._steps.dirty and self._steady.pass_begins(run, entered, step):
-                entered.step = step
-                step.begin()
-                self._look_at_roots(run, entered)
-                self._hooks.plain.start(_torch.current_task(), entered.arrivals, set())
-                return
             if step.open and step.stepped and self._used:
                 self._sink(TableDone(step.used_key))
             entered.step, entered.read = step, not step.full
@@ -105,6 +107,7 @@ class Passes:
                 self._reader.read_pass(entered)
                 step.scale = entered.scale
                 step.passes += 1
+                step.began_fresh = step.fresh if step.passes == 1 else step.began_fresh
                 self._reader.mark_end(entered)
                 if step.full and self._optimizers.watched:
                     self._thin(entered)
@@ -116,16 +119,15 @@ class Passes:
         step = self._steps.current
         if entered.step is not step or entered.number is not None:
             return False
-        with self._engine.lock, self._attachment.cache:
-            if not step.passes:
-                self._note_activations(step.number, 0)  # before its table is handed on
+        with self._engine.lock:
+            self._note_activations(step.number, step.passes)  # before its table is handed on
             if not self._steady.pass_ended(entered, step):
                 return False
             if entered.loss is not None:
                 self._roots.add(entered.root, step.number, entered.loss)
             entered.root = None
             step.scale = entered.scale
-            step.passes += 1
+            step.passes, step.began_fresh = step.passes + 1, True
         return True
 
     def _note_activations(self, step: int, backward: int) -> None:

@@ -58,7 +58,8 @@ class Step:
         self.stepped: dict[Hashable, int] = {}  #: optimizers that stepped, and after how many passes they did last
         self.kept: dict[Slot, TableKey] = {}  #: the table whose move began with the weights that are kept
         self.left: Any = None  #: what its first backward left, if that went by the book
-        self.by_the_book = False  #: all of it went so
+        self.given: Any = None  #: what its optimizer was given and left, if that went so too
+        self.began_fresh = False  #: its first pass wrote fresh gradients
         self._taken, self._free = 0, list[int]()
 
     @property

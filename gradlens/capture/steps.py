@@ -85,7 +85,8 @@ class Steps:
         self._safely("end of a step", self._read_rest, step)
         self.current = Step(step.number + 1, observed=self._ask(step.number + 1))
         self._safely("start of a step", self._prepare, step)
-        self.let_go()
+        if self.lingering is not None:
+            self.let_go()
         self.lingering = step
         if not self.awaited(step):
             self.let_go()
@@ -121,15 +122,18 @@ class Steps:
 
     def awaited(self, step: Step) -> bool:
         """Whether an optimizer that has not stepped may still belong to the step that was closed."""
-        if any(due is step for due, _, _ in self.due):
+        if self.due and any(due is step for due, _, _ in self.due):
             return True
-        return self._used and any(w not in step.stepped and w.ref() is not None for w in self._optimizers.watched)
+        if not self._used or len(step.stepped) >= len(self._optimizers.watched):
+            return False  # each of them has stepped
+        return any(w not in step.stepped and w.ref() is not None for w in self._optimizers.watched)
 
     def let_go(self) -> None:
         """Nothing more comes of the step that was closed last."""
         step, self.lingering = self.lingering, None
         if step is not None:
-            self._safely("end of a step", self._read_skipped, step)
+            if self.scaling.scaler is not None:
+                self._safely("end of a step", self._read_skipped, step)
             self._sink(StepClosed(step.number, step.scalars))
 
     def finish_due(self) -> None:

@@ -184,7 +184,10 @@ def sample(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def prepare(
-    weights: Sequence[Tensor], previous: StableTensors | None = None, before: StableTensors | None = None
+    weights: Sequence[Tensor],
+    previous: StableTensors | None = None,
+    before: StableTensors | None = None,
+    loss: StableTensors | None = None,
 ) -> Prepared:
     """The calls for parameters that are read step after step. See `prepared`.
 
@@ -192,15 +195,16 @@ def prepare(
         weights: The parameters themselves.
         previous: Gradlens' own copies of their last gradients: compared with, and overwritten.
         before: Gradlens' own room for the weights before the step: `read` copies the weights there.
+        loss: Gradlens' own copies of the loss's gradients, where `compare` is to rest on these too.
     """
     with torch._C.DisableTorchFunctionSubclass():
         on_cpu = all(weight.device.type == "cpu" for weight in weights)
     kernel = _native() if on_cpu else None
     if isinstance(kernel, native.Native):
-        fast = NativePrepared.of(kernel, weights, previous, before)
+        fast = NativePrepared.of(kernel, weights, previous, before, loss)
         if fast is not None:
             return fast
-    return GeneralPrepared(_backend(weights), weights, previous, before)
+    return GeneralPrepared(_backend(weights), weights, previous, before, loss)
 
 
 def add_moments(gradient: Tensor, kept: Sequence[Tensor], divisor: float | Tensor, share: float, weight: float) -> bool:

@@ -63,7 +63,7 @@ enum update {
 
 /* Python refuses a library whose text differs from what it makes of `fields.py`. The number is that of the calls' form. */
 EXPORT const char *gradlens_columns(void) {
-    return "3 | numel positive negative zero nan inf sum abs_sum square_sum min max abs_max abs_min_nonzero "
+    return "4 | numel positive negative zero nan inf sum abs_sum square_sum min max abs_max abs_min_nonzero "
            "weight_square_sum weight_abs_max dot weight_nonfinite "
            "flip_compared flip_moving flip_count flip_dot flip_square_sum flip_previous_square_sum "
            "quantiles 0.05 0.25 0.5 0.75 0.95 of 65536 1024 16 top 16 histogram -96 31 | "
@@ -1562,14 +1562,20 @@ EXPORT int gradlens_sample(const task *tasks, int64_t n, const int64_t *layouts,
     return 1;
 }
 
-/* Whether the samples are bit for bit what `gradlens_read` took: 1 where those of all G are, plus 2 where those of all W are. */
-EXPORT int gradlens_unchanged(const task *tasks, int64_t n, const double *samples) {
+/* Whether the samples are bit for bit what `gradlens_read` took: 1 where those of all G are, plus 2 where those of all W are.
+ * With `exact`, every entry of a W is held against its copy, where it has one. */
+EXPORT int gradlens_unchanged(const task *tasks, int64_t n, const double *samples, int exact) {
     int same[2] = {1, 1};
     mode was = keep_subnormals();
     for (int64_t i = 0; i < n; i++, samples += 2 * SAMPLES)
         for (int operand = G; operand <= W; operand++) {
             int type = (int)tasks[i].type[operand];
             const char *base = (const char *)(intptr_t)tasks[i].pointer[operand];
+            if (operand == W && exact && tasks[i].pointer[COPY]) {
+                const char *copy = (const char *)(intptr_t)tasks[i].pointer[COPY];
+                same[W] = same[W] && memcmp(base, copy, (size_t)(tasks[i].count * SIZE[type])) == 0;
+                continue;
+            }
             for (int k = 0; same[operand] && k < SAMPLES && k < tasks[i].count; k++) {
                 float between;
                 double value, now = *wide(base + sample_place(tasks[i].count, k) * SIZE[type], type, 1, &between, &value);
@@ -1578,6 +1584,14 @@ EXPORT int gradlens_unchanged(const task *tasks, int64_t n, const double *sample
         }
     restore(was);
     return same[0] + 2 * same[1];
+}
+
+/* The same where each gradient and weight of two Python lists is where and what the tasks say; 0 where one is not. */
+EXPORT int gradlens_stayed(getter get, asker ask, void *gradients, void *weights, int64_t n, const task *tasks,
+                           const double *samples, int exact) {
+    if (!gradlens_same(get, ask, gradients, n, tasks, G) || !gradlens_same(get, ask, weights, n, tasks, W))
+        return 0;
+    return gradlens_unchanged(tasks, n, samples, exact);
 }
 
 /* --- evidence -------------------------------------------------------------------------------------------------------------------- */

@@ -38,7 +38,7 @@ THREADED = 2**18
 #: Entries below which a call keeps Python's lock: it takes less than 0.2 ms, a thread that waits for the lock 5.
 BRIEF = 2**17
 
-_FORM = 3  # of the calls: the library has the same number
+_FORM = 4  # of the calls: the library has the same number
 _PLAIN = {Tensor, torch.nn.Parameter}
 _CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _BYTES = {torch.float32: 4, torch.float64: 8, torch.bfloat16: 2, torch.float16: 2}
@@ -94,7 +94,7 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
         call = getattr(library, f"gradlens_{name}")
         call.argtypes, call.restype = (pointer, whole, integer, integer), None
     library.gradlens_output.argtypes, library.gradlens_output.restype = (pointer, integer, integer), None
-    library.gradlens_unchanged.argtypes, library.gradlens_unchanged.restype = (pointer, whole, pointer), integer
+    library.gradlens_unchanged.argtypes, library.gradlens_unchanged.restype = (pointer, whole, pointer, integer), integer
     return library
 
 
@@ -103,6 +103,7 @@ class Introspector(NamedTuple):
 
     fill: Callable[[Sequence[Any], array, int], bool]  #: writes an operand into tasks, if all are plain
     same: Callable[[Sequence[Any], array, int], bool]  #: whether all are where and what the tasks say
+    stayed: Callable[[list[Any], list[Any], array, Tensor, bool], int]  #: gradients, weights: then `unchanged`
 
 
 class _Exchange(ctypes.Structure):
@@ -148,6 +149,17 @@ def _introspector(path: Path) -> Introspector | None:
         except (RuntimeError, BufferError):
             return False
 
+    agree = ctypes.PyDLL(str(path)).gradlens_stayed
+    agree.argtypes = (*[ctypes.c_void_p] * 2, *[ctypes.py_object] * 2, ctypes.c_int64, *[ctypes.c_void_p] * 2, ctypes.c_int)
+    agree.restype = ctypes.c_int
+
+    def stayed(gradients: list[Any], weights: list[Any], tasks: array, samples: Tensor, exact: bool) -> int:
+        try:
+            at = tasks.buffer_info()[0]
+            return int(agree(*functions, gradients, weights, len(gradients), at, samples.data_ptr(), exact))
+        except (RuntimeError, BufferError):
+            return 0
+
     def asked(column: Sequence[Any], tasks: array, operand: int) -> bool:
         objects, kinds = list(column), set(map(type, column))
         tensors = [tensor for tensor in objects if tensor is not None] if type(None) in kinds else objects
@@ -163,7 +175,7 @@ def _introspector(path: Path) -> Introspector | None:
         except (RuntimeError, BufferError):  # no storage at all: sparse, opaque, or inside a transform
             return False
 
-    return Introspector(asked, same)
+    return Introspector(asked, same, stayed)
 
 
 def _columns() -> str:
@@ -219,6 +231,23 @@ class Native:
             return self.introspector.fill(column, tasks, operand)
         facts = _facts(list(column), straight=True)
         return facts is not None and _fits(facts, tasks, operand)
+
+    def unchanged(
+        self, gradients: list[Tensor], weights: list[Tensor], tasks: array, samples: Tensor, *, exact: bool
+    ) -> int:
+        """1 for the gradients, if they are where and what the tasks say with these samples, plus 2 for the weights.
+
+        0 where any is not where and what the tasks say; lazy bits and the size of storages are not asked. `exact`: where
+        weights were copied, all of them are compared with the copy.
+        """
+        if not set(map(type, gradients)) <= _PLAIN:
+            return 0
+        if self.introspector is not None:
+            return self.introspector.stayed(gradients, weights, tasks, samples, exact)
+        if not (self.is_same(gradients, tasks, 0, lazy=False) and self.is_same(weights, tasks, 1, lazy=False)):
+            return 0
+        calls = self.library if self.holding is None else self.holding
+        return int(calls.gradlens_unchanged(tasks.buffer_info()[0], len(gradients), samples.data_ptr(), exact))
 
     def is_same(self, column: Sequence[Tensor], tasks: array, operand: int, *, lazy: bool = True) -> bool:
         """Whether these are plain tensors of the tasks' types, sizes and addresses.
@@ -300,9 +329,12 @@ def own_memory(rooms: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
     return len(mine) == sum(room.numel() > 0 for room in rooms) and mine.isdisjoint(_storages(others))
 
 
+_dispatching, _transforming = torch._C._len_torch_dispatch_stack, torch._C._functorch.peek_interpreter_stack
+
+
 def modes_are_active() -> bool:
     """Whether what is made here would be no ordinary tensor."""
-    return bool(torch._C._len_torch_dispatch_stack()) or torch._C._functorch.peek_interpreter_stack() is not None
+    return bool(_dispatching()) or _transforming() is not None
 
 
 class _Work:

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -32,7 +32,10 @@ if TYPE_CHECKING:
     from gradlens.kernels import Backend
 
 _G, _W, _PREVIOUS, _KEEP, _COPY = range(5)  # operands of a reading
-_USED, _BEFORE, _AFTER = range(3)  # operands of a comparison
+_USED, _BEFORE, _AFTER, _LOSS = range(4)  # operands of a comparison
+
+#: Numbers that are made room for at once, and steps: 256 KiB at most where a step needs less.
+TOGETHER, MOST = 2**15, 64
 
 
 class Reading(NamedTuple):
@@ -40,16 +43,28 @@ class Reading(NamedTuple):
 
     rows: Tensor
     samples: Tensor  #: of a gradient and of its weight, side by side
-
-    @property
-    def gradient_samples(self) -> Tensor:
-        """`[n, 16]`."""
-        return self.samples[:, : reference.SAMPLES]
+    gradient_samples: Tensor  #: `[n, 16]`
 
     @property
     def weight_samples(self) -> Tensor:
         """`[n, 16]`."""
         return self.samples[:, reference.SAMPLES :]
+
+
+class Rooms:
+    """Rooms for rows of one width, some made at once: to make a tensor takes 10 us where torch's code is not in a cache."""
+
+    def __init__(self, n: int, width: int, part: int) -> None:
+        self._shape, self._part = (max(min(TOGETHER // max(n * width, 1), MOST), 1), n, width), min(part, width)
+        self._left: list[tuple[Tensor, Tensor]] = []
+
+    def take(self) -> tuple[Tensor, Tensor]:
+        """Room for `[n, width]`, and the first `part` columns of it: ordinary tensors, in inference mode too."""
+        if not self._left:
+            with torch.inference_mode(False), torch.no_grad():
+                made = torch.empty(self._shape, dtype=torch.float64, device="cpu")
+                self._left = list(zip(made.unbind(0), made.narrow(2, 0, self._part).unbind(0), strict=True))
+        return self._left.pop()
 
 
 class Prepared(Protocol):
@@ -62,6 +77,8 @@ class Prepared(Protocol):
 
     def unchanged(self, gradients: Sequence[Tensor]) -> tuple[bool, bool]:
         """Whether the samples of the gradients, and those of the weights, are what they were when `read` took them.
+
+        Of few weights that `read` copied, every one may be compared with its copy.
 
         False where nothing was read, and where the host would have to wait for a device.
         """
@@ -79,9 +96,15 @@ class GeneralPrepared:
     apart = False
 
     def __init__(
-        self, backend: Backend, weights: Sequence[Tensor], previous: StableTensors | None, before: StableTensors | None
+        self,
+        backend: Backend,
+        weights: Sequence[Tensor],
+        previous: StableTensors | None,
+        before: StableTensors | None,
+        loss: StableTensors | None = None,
     ) -> None:
         self._backend, self._weights, self._previous, self._before = backend, list(weights), previous, before
+        self._loss = loss
         self._read: Reading | None = None
 
     def read(self, gradients: Sequence[Tensor], detail: bool = True, copy: bool = True) -> Reading | None:
@@ -92,7 +115,8 @@ class GeneralPrepared:
         if copy and self._before:
             with reference.quiet():
                 torch._foreach_copy_(self._before, self._weights)
-        self._read = Reading(rows, torch.cat([self._backend.sample(gradients), self._backend.sample(self._weights)], 1))
+        samples = torch.cat([self._backend.sample(gradients), self._backend.sample(self._weights)], 1)
+        self._read = Reading(rows, samples, samples[:, : reference.SAMPLES])
         return self._read
 
     def unchanged(self, gradients: Sequence[Tensor]) -> tuple[bool, bool]:
@@ -109,19 +133,11 @@ class GeneralPrepared:
             return None
         if self._read is not None and self._read.rows.is_cpu and not self.unchanged(gradients)[0]:
             return None
-        return self._backend.compare(gradients, self._before, self._weights, None)
+        return self._backend.compare(gradients, self._before, self._weights, self._loss)
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a.view(torch.int64), b.view(torch.int64))
-
-
-def _room(n: int, width: int) -> Tensor:
-    """Room for rows: an ordinary tensor, in inference mode too."""
-    if torch.is_inference_mode_enabled():
-        with torch.inference_mode(False):
-            return torch.empty(n, width, dtype=torch.float64, device="cpu")
-    return torch.empty(n, width, dtype=torch.float64, device="cpu")
 
 
 class NativePrepared:
@@ -133,20 +149,29 @@ class NativePrepared:
         self._kernel, self._weights = kernel, list(weights)
         self._tasks, self._moves = native.empty_tasks(len(weights)), native.empty_tasks(len(weights))
         self._samples: Tensor | None = None
+        widths = reference.width(True), reference.width(False), 2 * reference.SAMPLES, len(fields.UPDATES)
+        self._detailed, self._light, self._sampled, self._moved = (
+            Rooms(len(weights), width, reference.SAMPLES) for width in widths
+        )
         self._rooms: list[StableTensors] = []  # referred to: their addresses are in the tasks
         self._copies = self._no_copies = array("q", bytes(8 * len(weights)))
         self._has_previous = self._has_before = False
 
     @classmethod
     def of(
-        cls, kernel: native.Native, weights: Sequence[Tensor], previous: StableTensors | None, before: StableTensors | None
+        cls,
+        kernel: native.Native,
+        weights: Sequence[Tensor],
+        previous: StableTensors | None,
+        before: StableTensors | None,
+        loss: StableTensors | None = None,
     ) -> NativePrepared | None:
         """None where a weight or a room is not plain and contiguous, or two of them share memory."""
         made = cls(kernel, weights)
         with torch._C.DisableTorchFunction():
-            return made if made._fill(previous, before) else None
+            return made if made._fill(previous, before, loss) else None
 
-    def _fill(self, previous: StableTensors | None, before: StableTensors | None) -> bool:
+    def _fill(self, previous: StableTensors | None, before: StableTensors | None, loss: StableTensors | None) -> bool:
         fill, tasks, moves = self._kernel.fill, self._tasks, self._moves
         if not (fill(self._weights, tasks, _W) and fill(self._weights, moves, _AFTER)):
             return False
@@ -160,24 +185,26 @@ class NativePrepared:
             if native.types(tasks, _COPY) != native.types(tasks, _W):
                 return False
             self._rooms.append(before)
+        if loss is not None:
+            if not fill(loss, moves, _LOSS):
+                return False
+            self._rooms.append(loss)
         self._has_previous, self._has_before = previous is not None, before is not None
         self._copies = native.addresses(tasks, _COPY)
-        self._entries = native.total(tasks)
+        self._copying = True
+        self._kept_types = native.types(tasks, _KEEP)
+        entries = native.total(tasks)
+        holding = self._kernel.holding
+        self._calls = holding if holding is not None and entries < native.BRIEF else self._kernel.library
+        self._brief, self._threaded = entries < native.BRIEF, entries >= native.THREADED
         return native.own_memory([room for rooms in self._rooms for room in rooms], self._weights)
 
-    def _calls(self) -> Any:
-        holding = self._kernel.holding
-        return holding if holding is not None and self._entries < native.BRIEF else self._kernel.library
-
-    def _threads(self) -> int:
-        return torch.get_num_threads() if self._entries >= native.THREADED else 1
-
-    def _stayed(self, gradients: Sequence[Tensor]) -> bool:
-        """Whether these are the gradients that were read last, and these and the weights are as they were then."""
-        if self._samples is None or len(gradients) != len(self._weights) or native.modes_are_active():
-            return False
-        same = self._kernel.is_same
-        return same(gradients, self._tasks, _G, lazy=False) and same(self._weights, self._tasks, _W, lazy=False)
+    def _unchanged(self, gradients: Sequence[Tensor], *, exact: bool = False) -> int:
+        """1 for these gradients, if they are those that were read last, plus 2 for the weights: as `gradlens_unchanged`."""
+        samples, tasks = self._samples, self._tasks
+        if samples is None or len(gradients) != len(self._weights) or native.modes_are_active():
+            return 0
+        return self._kernel.unchanged(list(gradients), self._weights, tasks, samples, exact=exact)
 
     def read(self, gradients: Sequence[Tensor], detail: bool = True, copy: bool = True) -> Reading | None:
         """As `Prepared.read`."""
@@ -187,35 +214,35 @@ class NativePrepared:
                 return None
             if not (self._kernel.is_same(self._weights, tasks, _W) and self._kernel.fill(gradients, tasks, _G)):
                 return None
-            if self._has_previous and native.types(tasks, _G) != native.types(tasks, _KEEP):
+            if self._has_previous and native.types(tasks, _G) != self._kept_types:
                 return None
-            native.set_addresses(tasks, _COPY, self._copies if copy else self._no_copies)
-            rows, samples = _room(n, reference.width(detail)), _room(n, 2 * reference.SAMPLES)
-            at, variant = tasks.buffer_info()[0], self._kernel.variant
-            self._calls().gradlens_read(at, n, rows.data_ptr(), samples.data_ptr(), self._threads(), variant, detail)
+            if copy is not self._copying:
+                native.set_addresses(tasks, _COPY, self._copies if copy else self._no_copies)
+                self._copying = copy
+            rows = self._detailed.take()[0] if detail else self._light.take()[0]
+            samples, gradient_samples = self._sampled.take()
+            at, threads, variant = tasks.buffer_info()[0], self._threads(), self._kernel.variant
+            self._calls.gradlens_read(at, n, rows.data_ptr(), samples.data_ptr(), threads, variant, detail)
             self._samples = samples
-            return Reading(rows, samples)
+            return Reading(rows, samples, gradient_samples)
 
     def unchanged(self, gradients: Sequence[Tensor]) -> tuple[bool, bool]:
         """As `Prepared.unchanged`."""
         with torch._C.DisableTorchFunction():
-            same = self._unchanged() if self._stayed(gradients) else 0
+            same = self._unchanged(gradients, exact=self._brief)
         return bool(same & 1), bool(same & 2)
-
-    def _unchanged(self) -> int:
-        assert self._samples is not None
-        at, samples = self._tasks.buffer_info()[0], self._samples.data_ptr()
-        same: int = self._calls().gradlens_unchanged(at, len(self._weights), samples)
-        return same
 
     def compare(self, gradients: Sequence[Tensor]) -> Tensor | None:
         """As `Prepared.compare`."""
         moves, n = self._moves, len(self._weights)
         with torch._C.DisableTorchFunction():
-            if not (self._has_before and self._stayed(gradients) and self._unchanged() & 1):
+            if not (self._has_before and self._unchanged(gradients) & 1):
                 return None
             native.copy_operand(self._tasks, _G, moves, _USED)
-            rows = _room(n, len(fields.UPDATES))
-            at, variant = moves.buffer_info()[0], self._kernel.variant
-            self._calls().gradlens_compare(at, n, native.NO_LAYOUTS, rows.data_ptr(), self._threads(), variant)
+            rows = self._moved.take()[0]
+            at, threads, variant = moves.buffer_info()[0], self._threads(), self._kernel.variant
+            self._calls.gradlens_compare(at, n, native.NO_LAYOUTS, rows.data_ptr(), threads, variant)
             return rows
+
+    def _threads(self) -> int:
+        return torch.get_num_threads() if self._threaded else 1

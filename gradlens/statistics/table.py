@@ -64,6 +64,7 @@ class Table:
     complete: bool = False
     rank: int = 0
     summands: set[int] = field(default_factory=set)  # rows of which this rank has one summand
+    host: bool = False  # known to be on the host, all of it
 
     # --- packing ----------------------------------------------------------------------------------------------------
 
@@ -86,6 +87,8 @@ class Table:
 
     def on_host(self) -> bool:
         """Whether every number of it is on the host already."""
+        if self.host:
+            return True
         if isinstance(self.scale, Tensor) or isinstance(self.divisor, Tensor):
             return False
         for piece in (*self.pieces, *self.flips):

@@ -37,6 +37,11 @@ class Failures:
             with contextlib.suppress(Exception):  # warnings may be turned into errors; not in a training step
                 warnings.warn(GradlensWarning(f"gradlens failed in {text}; training goes on"), stacklevel=2)
 
+    @property
+    def any(self) -> bool:
+        """Whether anything failed and has not worked since, or is left out."""
+        return bool(self._in_a_row or self._left_out)
+
     def lately(self, parts: frozenset[str]) -> bool:
         """Whether one of these failed, and has not worked since."""
         return not self._in_a_row.keys().isdisjoint(parts)

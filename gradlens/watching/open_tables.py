@@ -34,11 +34,12 @@ class OpenTables:
         table = self.tables.get(key)
         if table is None:
             table = self._made(Table(*key, parameters, time.time(), notes=[Note.ELSEWHERE] * len(parameters)))
+        table.host = False  # what is added may be a device's
         return table
 
     def whole(self, key: TableKey, parameters: Parameters, pieces: list[Piece]) -> Table:
-        """A table that is complete at once, in place of any other."""
-        return self._made(Table(*key, parameters, time.time(), pieces=pieces, complete=True))
+        """A table of the host's numbers that is complete at once, in place of any other."""
+        return self._made(Table(*key, parameters, time.time(), pieces=pieces, complete=True, host=True))
 
     def _made(self, table: Table) -> Table:
         table.rank = process_group.rank()
@@ -48,8 +49,10 @@ class OpenTables:
 
     def ended(self, table: Table) -> None:
         """This backward has ended: those before it leave, so that memory stays bounded."""
-        older = [t for t in self.tables.values() if t.complete and (t.step, t.backward) < (table.step, table.backward)]
-        self.send([t for t in older if t.stage != Stage.USED], {})
+        older: list[Table] = []
+        if len(self.tables) > 1:
+            older = [t for t in self.tables.values() if t.complete and (t.step, t.backward) < (table.step, table.backward)]
+        self.send([t for t in older if t.stage != Stage.USED] if older else older, {})
         self.last = table
 
     def send_until(self, key: TableKey) -> None:
@@ -62,8 +65,10 @@ class OpenTables:
 
     def forget(self, step: int) -> None:
         """Nothing more comes of this step, whatever could not be sent."""
-        self.tables = {key: table for key, table in self.tables.items() if key.step > step}
-        self.losses = {key: loss for key, loss in self.losses.items() if key[0] > step}
+        if self.tables:
+            self.tables = {key: table for key, table in self.tables.items() if key.step > step}
+        if self.losses:
+            self.losses = {key: loss for key, loss in self.losses.items() if key[0] > step}
         self.last, self.copied = None, False
 
     def answered(self) -> list[Table]:

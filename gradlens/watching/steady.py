@@ -8,16 +8,17 @@ has been done, and the general events stand in.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
 from gradlens import kernels
-from gradlens.capture.events import Steady, SteadyReading, SteadyStart, SteadyUpdate
+from gradlens.capture.events import Steady, SteadyReading, SteadyStart, SteadyUpdate, SteadyUsed
+from gradlens.capture.provenance import loss_gradient
 from gradlens.kernels.prepared import Prepared
 from gradlens.kernels.prepared import Reading as Rows
-from gradlens.records import Parameters, Stage
+from gradlens.records import Parameters, Source, Stage, TableKey
 from gradlens.statistics.buffers import Buffer
 from gradlens.statistics.table import Piece
 from gradlens.watching.open_tables import OpenTables
@@ -36,6 +37,20 @@ class Calls:
     before: kernels.StableTensors | None
     read: object = None  #: the table of the reading that its samples are of
     begun: object = None  #: that of the optimizer's step which was given what was read
+    given: Prepared | None = None  #: what read the gradients that it was given
+    source: Source = Source.USED  #: of the loss's gradient
+    added: Prepared | None = None  #: what reads the backwards after a step's first
+    used: dict[tuple[int, bool], tuple[object, Prepared]] = field(default_factory=dict)
+
+    def of_used(self, weights: Sequence[Tensor], previous: kernels.StableTensors | None, kept: bool) -> Prepared:
+        """The calls for gradients that differ from what a backward left; `kept`: the loss's own are at hand."""
+        known = self.used.get((id(previous), kept))
+        if known is None:
+            if len(self.used) > 2:
+                self.used.clear()  # their rooms have moved
+            loss = self.previous if kept else None
+            known = self.used[id(previous), kept] = (previous, kernels.prepare(weights, previous, self.before, loss))
+        return known[1]
 
 
 class PreparedCalls:
@@ -103,13 +118,18 @@ class SteadyTables:
         self.handlers: dict[type, Callable[[Any], bool]] = {
             SteadyReading: self._read,
             SteadyStart: self._start,
+            SteadyUsed: self._used,
             SteadyUpdate: self._update,
         }
 
     def _read(self, event: SteadyReading) -> bool:
         route, key = event.route, event.key
+        if event.loss is not None:
+            self._open.losses[key.step, key.backward] = event.loss
         last = self._last_of(Stage.BACKWARD, route.parameters)
         previous = None if last is None else last.rooms(route.rows, kept=True)
+        if event.ended is not None:
+            return self._read_added(event, previous, event.ended) if (previous is None) == (last is None) else False
         before = self._meter.room(route.parameters, route.rows) if event.updates else None
         if (previous is None) != (last is None) or (before is None) == event.updates:
             return False  # not kept whole, or not yet
@@ -117,6 +137,21 @@ class SteadyTables:
         if read is None:
             return False
         self._meter.read_steadily(Piece(route.rows, read.gradient_samples))
+        self._open.ended(self._open.whole(key, route.parameters, [Piece(route.rows, read.rows)]))
+        self.answered += 1
+        return True
+
+    def _read_added(self, event: SteadyReading, previous: kernels.StableTensors | None, ended: Sequence[Tensor]) -> bool:
+        """A backward that was added to others: its own gradients are read, those in `.grad` only sampled."""
+        route, key, calls = event.route, event.key, event.route.calls
+        if calls is None or calls.previous is not previous:
+            return False
+        if calls.added is None:
+            calls.added = kernels.prepare(route.weights, previous)
+        read = calls.added.read(event.gradients, self._detail(key.step), False) if calls.added.apart else None
+        if read is None:
+            return False
+        self._meter.pass_ended(route.rows, ended)
         self._open.ended(self._open.whole(key, route.parameters, [Piece(route.rows, read.rows)]))
         self.answered += 1
         return True
@@ -131,18 +166,40 @@ class SteadyTables:
             return False
         self._meter.given_steadily(route.parameters, calls.before if event.updates else None)
         self._open.whole(event.key, route.parameters, list(last.pieces))
-        self._open.copied, calls.begun = True, event.key
+        self._open.copied, calls.begun, calls.given, calls.source = True, event.key, calls.prepared, Source.USED
+        self.answered += 1
+        return True
+
+    def _used(self, event: SteadyUsed) -> bool:
+        route, calls = event.route, event.route.calls
+        if calls is None or not isinstance(calls.read, TableKey) or calls.read.step != event.key.step:
+            return False
+        if event.updates and not (event.kept and calls.prepared.unchanged(event.gradients)[1]):
+            return False
+        last = self._last_of(Stage.USED, route.parameters)
+        previous = None if last is None else last.rooms(route.rows, kept=True)
+        if (previous is None) != (last is None):
+            return False  # not kept whole, or not yet
+        source = loss_gradient(event.facts, 1.0, kept=calls.previous is not None)
+        given = calls.of_used(route.weights, previous, source is Source.KEPT)
+        read = given.read(event.gradients, self._detail(event.key.step), False) if given.apart else None
+        if read is None:
+            return False
+        samples = Piece(route.rows, read.gradient_samples)
+        self._meter.given_steadily(route.parameters, calls.before if event.updates else None, samples)
+        self._open.whole(event.key, route.parameters, [Piece(route.rows, read.rows)])
+        self._open.copied, calls.begun, calls.given, calls.source = False, event.key, given, source
         self.answered += 1
         return True
 
     def _update(self, event: SteadyUpdate) -> bool:
         route, calls, table = event.route, event.route.calls, self._open.tables.get(event.key)
-        if calls is None or table is None or calls.begun != event.key:
+        if calls is None or table is None or calls.begun != event.key or calls.given is None:
             return False
-        numbers = calls.prepared.compare(event.gradients)
+        numbers = calls.given.compare(event.gradients)
         if numbers is None:
             return False
-        table.updates.append(self._meter.measured_steadily(route.rows, numbers, route.lr_positive))
+        table.updates.append(self._meter.measured_steadily(route.rows, numbers, route.lr_positive, calls.source))
         self.answered += 1
         return True
 

@@ -20,6 +20,7 @@ from gradlens.capture.events import (
     SteadyReading,
     SteadyStart,
     SteadyUpdate,
+    SteadyUsed,
     StepClosed,
     TableDone,
     Update,
@@ -80,6 +81,7 @@ class TableBuilder:
             TableDone: lambda e: self._try("end of a backward's step", self.open.send_until, e.key),
             SteadyReading: self._on_steady,
             SteadyStart: self._on_steady,
+            SteadyUsed: self._on_steady,
             SteadyUpdate: self._on_steady,
             StepClosed: self._on_step_closed,
             Finding: self._on_finding,
@@ -96,14 +98,14 @@ class TableBuilder:
         if self.evidence is not None and reading.key.stage == Stage.BACKWARD:
             self._do("evidence", self._gather, self.evidence, reading)
 
-    def _on_steady(self, event: SteadyReading | SteadyStart | SteadyUpdate) -> None:
+    def _on_steady(self, event: SteadyReading | SteadyStart | SteadyUsed | SteadyUpdate) -> None:
         """A prepared call; or else what the event stands for, one by one."""
-        answer = self._steady_handlers.get(type(event))
-        general = self.failures.lately(_PARTS) or capturing_cuda_graph()
-        if answer is not None and not general and not self.failures.off(_PREPARED):
+        answer, failures = self._steady_handlers.get(type(event)), self.failures
+        fine = not failures.any or not (failures.lately(_PARTS) or failures.off(_PREPARED))
+        if answer is not None and fine and not capturing_cuda_graph():
             try:
                 if answer(event):
-                    self.failures.worked(_PREPARED)
+                    failures.worked(_PREPARED)
                     return
             except Exception as error:  # noqa: BLE001 - nothing of ours is raised in a training step
                 event.route.calls = None
@@ -121,6 +123,7 @@ class TableBuilder:
         for key, table in self.open.tables.items():
             if key.step == event.step and key.stage != Stage.USED:
                 table.divisor = table.scale = event.scale
+                table.host = False
 
     def _on_loss(self, event: LossSeen) -> None:
         self.open.losses[event.step, event.backward] = event.value
@@ -270,11 +273,15 @@ class TableBuilder:
     def _last_of(self, stage: Stage, parameters: Parameters) -> Buffer | None:
         if "flips" not in self._features:
             return None
-        return self._flips.setdefault(stage, Buffer(self._plan)).use(parameters)
+        buffer = self._flips.get(stage)
+        if buffer is None:
+            buffer = self._flips[stage] = Buffer(self._plan)
+        return buffer.use(parameters)
 
     def _update(self, update: Update) -> None:
         table = self.open.tables.get(update.key)
         if table is not None:
+            table.host = False
             backward = self._flips.get(Stage.BACKWARD)
             given = backward if self.open.copied else self._flips.get(Stage.USED)
             table.updates += self._meter.measure(update, given, backward)

@@ -91,16 +91,18 @@ class UpdateMeter:
         """A backward ended by the book, with these samples."""
         self._ended, self._reading = {_CPU: samples}, kernels.StableTensors()
 
-    def given_steadily(self, parameters: Parameters, room: kernels.StableTensors | None) -> None:
-        """The optimizer is given what the backward left, and the weights before its step are in this room."""
-        self._consumed.update(self._ended)
+    def given_steadily(
+        self, parameters: Parameters, room: kernels.StableTensors | None, samples: Piece | None = None
+    ) -> None:
+        """The optimizer is given what the backward left, or these samples are of; the weights before are in this room."""
+        self._consumed.update(self._ended if samples is None else {_CPU: samples})
         if room is not None:
             self._before.use(parameters).fill(room)
 
-    def measured_steadily(self, rows: list[int], numbers: Tensor, moved: Sequence[bool]) -> UpdatePiece:
-        """The piece of a step's move, whose gradient nobody wrote to."""
-        ended, used = self._ended[_CPU], self._consumed[_CPU]
-        return UpdatePiece(Piece(rows, numbers), moved, False, False, ended, used, True)
+    def measured_steadily(self, rows: list[int], numbers: Tensor, moved: Sequence[bool], source: Source) -> UpdatePiece:
+        """The piece of a step's move, whose loss has its gradient from there."""
+        ended, used = self._ended.get(_CPU), self._consumed[_CPU]
+        return UpdatePiece(Piece(rows, numbers), moved, False, source is Source.KEPT, ended, used, source is Source.USED)
 
     # --- weights ----------------------------------------------------------------------------------------------------
 

@@ -81,7 +81,7 @@ class RecordingSink:
         for each in event.general():
             self(each)
 
-    on_SteadyStart = on_SteadyUpdate = on_SteadyReading  # noqa: N815
+    on_SteadyStart = on_SteadyUsed = on_SteadyUpdate = on_SteadyReading  # noqa: N815
 
     def on_StepClosed(self, event):
         self.closed.append((event.step, dict(event.scalars)))

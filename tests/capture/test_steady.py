@@ -92,9 +92,13 @@ class World:
             self.step()
 
     def swap(self, i):
-        """Another tensor behind the same parameter, whose hooks are then of no use."""
+        """Another tensor behind the same parameter, whose hooks are then of no use.
+
+        Gradients live on, so that no new one gets the id of one that was seen: then it would not be seen to be new.
+        """
         p = self.parameter(i)
         if p.requires_grad and self.hook is None:
+            self.alive = self.gradients()
             self.zero()
             torch.utils.swap_tensors(p, nn.Parameter(p.detach().clone() + 0.25))
 
@@ -147,6 +151,11 @@ class Middle:
         """One that no sample has: every second of 35 is sampled."""
         with torch.no_grad():
             self.world.parameter(i).view(-1)[1] += 0.125
+
+    def move_one_unseen(self, i):
+        """The same, past the version counter."""
+        p = self.world.parameter(i)
+        p.data.view(-1)[min(1, p.numel() - 1)] += 0.125
 
     def move_data(self, i):
         self.world.parameter(i).data.add_(0.125)
@@ -232,6 +241,30 @@ class Programs(RuleBasedStateMachine):
                 world.step()
 
         self.all(call)
+
+    @rule(n=st.integers(1, 7), micro=st.integers(1, 3), clip=st.sampled_from([None, 0.01, 1e9]))
+    def regular(self, n, micro, clip):
+        """Steps that are alike: several backwards, and the gradient clipped, or both."""
+        before = self.worlds[0].parts
+
+        def call(world):
+            for _ in range(n):
+                world.zero()
+                for _ in range(micro):
+                    world.backward()
+                if clip is not None:
+                    nn.utils.clip_grad_norm_(world.model.parameters(), clip)
+                world.step()
+
+        self.all(call)
+        if not self.single and not self.hindered and n > 4:
+            assert self.worlds[0].parts[0] - before[0] >= n - 4  # each first backward
+        if self.single and not self.hindered and n > 4:
+            captured, prepared = (b - a for a, b in zip(before, self.worlds[0].parts, strict=True))
+            assert captured >= (2 + micro) * (n - 4)
+            if self.prepares and (micro > 1 or clip is not None):
+                assert prepared >= (self.parts + micro - 1) * (n - 4)
+        assert self.worlds[1].parts == (0, 0)
 
     @rule(n=st.integers(1, 3))
     def zeros_instead_of_none(self, n):
