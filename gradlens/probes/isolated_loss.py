@@ -67,7 +67,7 @@ class IsolatedLoss:
     ) -> None:
         check_arguments(loss_fn, batched)
         self._loss = Loss(target, loss_fn)
-        self._named = self._loss.named()
+        self._named = self._loss.named
         trainable = {name: tensor for name, tensor, _ in self._named if varies(name, tensor)}
         if not trainable:
             raise ArgumentError("nothing to differentiate by: no parameter of the model requires a gradient")
@@ -79,6 +79,7 @@ class IsolatedLoss:
         self.weights: list[Tensor] = []
         self._hold_cuts = hold_cuts
         self._mode = float64.Float64(hold_cuts) if wide or hold_cuts else None
+        self._in_place: float64.InPlace | None = None  # instead of the mode
         self._wide = wide
         self._generators: list[Any] = []
         self._differentiates: bool | None = None  # whether the loss itself needs gradients; None: not tried
@@ -116,7 +117,7 @@ class IsolatedLoss:
             self._put_back()
             self._process.put_back()
             self.weights = []
-            self._mode = self._mode and self._mode.closed()
+            self._mode, self._in_place = self._mode and self._mode.closed(), None
             self._stand_ins = StandIns.none()
             self._closed = True
         if self in OPEN.blocks:
@@ -137,7 +138,9 @@ class IsolatedLoss:
         self._inside = True
         try:
             self._stand_ins.swap_in(weights)
-            if self._mode is not None:
+            if self._in_place is not None:
+                self._in_place.swap_in()
+            elif self._mode is not None:
                 self._mode.__enter__()  # and left by `_put_back`, which an interrupt cannot skip
             loss = self._loss(self._stand_ins.plain(), batch)
             if self._mode is not None:
@@ -153,13 +156,14 @@ class IsolatedLoss:
 
     def _refuse_ignored(self, batch: tuple) -> None:
         """See whether the loss function uses its argument, with the copies in place, since it may write into them."""
+        before = ProcessState(self._loss.reach.generators.values()) if batch else self._process  # nothing was drawn yet
         self._inside = True
         try:
             self._stand_ins.swap_in(self.weights)
             if self._mode is not None:
                 self._mode.__enter__()
                 self._mode.backward_begins()  # nothing is cut off yet
-            self._loss.refuse_ignored(batch)
+            self._loss.refuse_ignored(batch, before)
         finally:
             self._put_back()
         self._check_written(whole=False)
@@ -173,15 +177,40 @@ class IsolatedLoss:
 
     def loss_again(self, first: float, *batch: Any) -> float:
         """The loss a second time, with the random numbers that `gradient` gave it `first` with; found without gradients
-        where that gives the same, as nearly always, and then all later ones are."""
-        self.rewind()
+        and without a mode where that gives the same, as nearly always, and then all later ones are."""
+
+        def without_gradients() -> float:
+            with torch.no_grad():
+                return self.evaluate(_number, *batch)
+
         if not self._hold_cuts:
-            with suppress(RuntimeError), torch.no_grad():
-                if self.evaluate(_number, *batch) == first:
+            with suppress(RuntimeError):
+                if self.again(without_gradients, lambda found: found == first) == first:
                     self._differentiates = False
                     return first
         self.rewind()
         return self.loss(*batch)
+
+    def again(self, compute: Callable[[], T], same: Callable[[T], bool]) -> T:
+        """`compute()` from the random numbers of the start: without the float64 mode if what it gives is the `same`, bit for
+        bit, and so all later ones are."""
+        held = self._loss.reach.tensors.values()
+        inputs = self._mode.inputs(held) if self._mode is not None and self._in_place is None else None
+        if inputs is not None:
+            self._in_place = float64.InPlace(inputs)
+            self.rewind()
+            with suppress(RuntimeError, TypeError):  # what is wrong in earnest is raised just below
+                found = compute()
+                if same(found):
+                    return found
+            self.watch_operations()
+        self.rewind()
+        return compute()
+
+    def watch_operations(self) -> bool:
+        """From now on with the float64 mode at each operation; whether that makes a difference."""
+        differs, self._in_place = self._in_place is not None, None
+        return differs
 
     def gradient(self, *batch: Any, sparse: bool = False) -> tuple[Tensor, list[Tensor | None]]:
         """The loss and its partials by each of `weights`; None where it does not depend on a parameter.
@@ -297,6 +326,8 @@ class IsolatedLoss:
         """After an evaluation: the modules, and the modes that the evaluation may have been stopped in."""
         if self._inside:
             self._process.leave_modes()
+            if self._in_place is not None:
+                self._in_place.swap_out()
             self._stand_ins.swap_out()
             self._state.put_back()
             self._inside = False

@@ -188,11 +188,16 @@ Listed = tuple[str, np.ndarray | None, np.ndarray, np.ndarray]
 
 def _of_survey(isolated: IsolatedLoss, survey: Survey) -> Iterator[Listed]:
     sign = np.array([SIGN[word] for word in VERDICTS], np.float32)
-    known = survey.parameters
+    known, verdict = survey.parameters, survey.results.verdict
     for name, shape, index, bounds in zip(known.names, known.shapes, survey.index, survey.bounds, strict=True):
         _check(isolated, name, shape)
         entries = slice(*bounds)
-        yield name, index, sign[survey.results.verdict[entries]], survey.results.mean[entries]
+        decided = np.flatnonzero(verdict[entries])
+        if 8 * len(decided) < len(verdict[entries]):  # in tables most are not
+            flat, chosen = decided if index is None else index[decided], bounds[0] + decided
+            yield name, flat, sign[verdict[chosen]], survey.results.mean[chosen]
+        else:
+            yield name, index, sign[verdict[entries]], survey.results.mean[entries]
 
 
 def _of_frame(isolated: IsolatedLoss, frame: pd.DataFrame) -> Iterator[Listed]:

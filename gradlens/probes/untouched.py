@@ -38,6 +38,7 @@ class ModuleState:
         # Views, which stay up to date: to compare all contents is then one pass at C speed, made after each evaluation.
         self._views = [c.values() if isinstance(c, dict) else c for c in holding], dicts, holding
         self._held = [list(chain.from_iterable(views)) for views in self._views[:2]]
+        self._named = all(type(key) is str for key in self._held[1])  # then keys may be compared as such
         self._sizes = list(map(len, holding))
 
     def _note(self, value: Any) -> None:
@@ -70,8 +71,11 @@ class ModuleState:
         return (
             list(map(len, holding)) == self._sizes
             and all(map(is_, chain.from_iterable(values), self._held[0]))
-            and all(map(is_, chain.from_iterable(dicts), self._held[1]))
+            and self._same_keys(list(chain.from_iterable(dicts)))
         )
+
+    def _same_keys(self, keys: list[Any]) -> bool:
+        return keys == self._held[1] if self._named else all(map(is_, keys, self._held[1]))
 
     def mutable(self) -> list[Any]:
         """The containers that were not empty."""
@@ -95,7 +99,7 @@ class ProcessState:
         self._dtype = torch.get_default_dtype()
         self._grad = torch.is_grad_enabled()
         self._modes = torch._C._len_torch_function_stack()
-        self._torch_function = torch._C._get_torch_function_state()
+        self._torch_function = torch._C._get_torch_function_state()  # type: ignore[attr-defined]
         self._attention = [read() for read, _ in _ATTENTION]
         self._stance = _stance()
         self._inference = torch.inference_mode(False) if torch.is_inference_mode_enabled() else None
@@ -124,7 +128,7 @@ class ProcessState:
         while torch._C._len_torch_function_stack() > self._modes:
             torch._C._pop_torch_function_stack()
         # `with DisableTorchFunction()` stays on where an interrupt comes between its body and its end.
-        torch._C._set_torch_function_state(self._torch_function)
+        torch._C._set_torch_function_state(self._torch_function)  # type: ignore[attr-defined]
 
     def put_back(self) -> None:
         """As it was."""
