@@ -403,6 +403,10 @@ _EXPLAINED = {
     "it was used (x += y, relu(inplace=True), an assignment to x[...]); compute into a new tensor there",
     "a leaf Variable that requires grad is being used in an in-place operation": "the forward changes a weight in place "
     "while it is differentiated; write into a copy, or under torch.no_grad()",
+    "backward through the graph a second time": "loss_fn differentiates its loss itself, as by loss.backward(); return the loss "
+    "before that, without backward() and step()",
+    "Inference tensors cannot be saved": "an input was made in torch.inference_mode(), and cannot take part in a gradient; give "
+    "x.clone() in its place",
     "not implemented for 'Double'": "an operation of this model does not exist in float64, where this probe computes",
 }
 

@@ -183,7 +183,9 @@ def _described(loss: Any) -> str:
     if isinstance(loss, tuple | list):
         at = next((i for i, item in enumerate(loss) if isinstance(item, Tensor) and item.numel() == 1), 0)
         return f"{kind} of {len(loss)}, not a tensor; return the loss alone, as in lambda ...: loss_fn(...)[{at}]"
-    if isinstance(getattr(loss, "loss", None), Tensor) or (isinstance(loss, Mapping) and "loss" in loss):
+    if isinstance(loss, Mapping) and "loss" in loss and not hasattr(loss, "loss"):
+        return f'{kind}, not a tensor; return its entry "loss"'
+    if isinstance(getattr(loss, "loss", None), Tensor):
         return f"{kind}, not a tensor; return its loss, as in model(**batch).loss"
     if isinstance(loss, float | int | np.ndarray | np.generic):
         return f"{kind}, not a tensor; return the loss itself, without .item(), float() or .numpy()"

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from gradlens.errors import ArgumentError, GradlensWarning, ProbeError
-from gradlens.probes.batches import Sizes, check_batches, counted, generators
+from gradlens.probes.batches import Sizes, check_batches, counted, generators, noted_if_one_batch
 from gradlens.probes.interrupts import leaves_no_trace
 from gradlens.probes.isolated_loss import IsolatedLoss
 from gradlens.probes.loss import Target
@@ -85,7 +85,7 @@ def survey(
     surveyed = chosen or sum(n if at is None else len(at) for n, at in zip(numel, index, strict=True))
     _state_memory(surveyed, isolated, progress)
     isolated.keep(generators(batches))
-    with isolated:
+    with isolated, noted_if_one_batch(batches):
         given = enumerate(counted(batches, "surveying", progress, sizes))
         if chosen:
             index = _most_sensitive(isolated, chosen, given)

@@ -160,8 +160,8 @@ def check_symmetry(
     (`detach()`, `no_grad()`) at its value, so that a straight-through estimator is judged as it is meant; patterns
     (`allow="encoder.*"`) leave parameters out. `select` restricts the test to the Hessian block of some parameters.
     """
-    if k < 1:
-        raise ArgumentError(f"k is half the number of directions, at least 1, not {k}")
+    if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:
+        raise ArgumentError(f"k is half the number of directions, at least 1, not {k!r}")
     allowed = parse_allowed(allow)
     with IsolatedLoss(model, loss_fn, select=allowed.left_out(select), wide=True, hold_cuts=allowed.cuts) as isolated:
         allowed.check(isolated.all_names)
