@@ -9,8 +9,8 @@ and operations refuse to mix. So a `TorchFunctionMode` widens what each operatio
 - An operation that does not exist in float64 is computed in the precision that it has, and named in `coarse`.
 - What else gives back less than float64 is named in `narrow`: there the loss is less exact than it looks.
 
-Where the first evaluation met nothing but inputs to widen, and no operation of these kinds, `inputs()` gives them: while they
-hold float64 in their own places (`InPlace`), an evaluation needs no mode, which costs some microseconds an operation.
+Where the first evaluation met nothing but inputs to widen, and no operation of these kinds, `inputs()` gives them. While
+they hold float64 in their own places (`InPlace`), an evaluation needs no mode, which costs some microseconds an operation.
 
 With `hold_cuts` the values that the first evaluation cuts off from its gradient (`detach()`, `.data`, `no_grad()`) are kept,
 and given again in the evaluations that follow: what is differentiated then is the function that the author meant.

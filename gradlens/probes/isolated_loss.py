@@ -170,9 +170,9 @@ class IsolatedLoss:
 
     def loss(self, *batch: Any, at: Sequence[Tensor] | None = None) -> float:
         """The loss at the current weights, or `at` others."""
-        if self._differentiates is None:
-            self._differentiates = self._needs_gradients(batch)
-        with torch.set_grad_enabled(self._differentiates):
+        if self._differentiates is None and at is None:
+            return self._first_loss(batch)
+        with torch.set_grad_enabled(self._differentiates is not False):
             return self.evaluate(_number, *batch, at=at)
 
     def loss_again(self, first: float, *batch: Any) -> float:
@@ -343,10 +343,12 @@ class IsolatedLoss:
                 stacklevel=5,
             )
 
-    def _needs_gradients(self, batch: tuple) -> bool:
-        """Whether the loss is another, or fails, without gradients: it differentiates within (a penalty, an inner loop)."""
+    def _first_loss(self, batch: tuple) -> float:
+        """The loss, and whether it is another, or fails, without gradients: it differentiates within (a penalty, an inner
+        loop)."""
+        self._differentiates = True
         if self._hold_cuts:
-            return True
+            return self.loss(*batch)
         before = ProcessState(self._loss.reach.generators.values())
         with torch.enable_grad():
             value = self.evaluate(_number, *batch)
@@ -356,10 +358,10 @@ class IsolatedLoss:
                 other = self.evaluate(_number, *batch)
         except RuntimeError:
             self._check_written()
-            return True
-        finally:
             before.rewind()
-        return not (other == value or (other != other and value != value))
+            return self.loss(*batch)
+        self._differentiates = not (other == value or (other != other and value != value))
+        return value
 
     def _cast(self, tensor: Tensor) -> Tensor:
         return float64.widen(tensor) if self._wide else tensor
@@ -403,10 +405,10 @@ _EXPLAINED = {
     "it was used (x += y, relu(inplace=True), an assignment to x[...]); compute into a new tensor there",
     "a leaf Variable that requires grad is being used in an in-place operation": "the forward changes a weight in place "
     "while it is differentiated; write into a copy, or under torch.no_grad()",
-    "backward through the graph a second time": "loss_fn differentiates its loss itself, as by loss.backward(); return the loss "
-    "before that, without backward() and step()",
-    "Inference tensors cannot be saved": "an input was made in torch.inference_mode(), and cannot take part in a gradient; give "
-    "x.clone() in its place",
+    "backward through the graph a second time": "loss_fn differentiates its loss itself, as by loss.backward(); return the "
+    "loss before that, without backward() and step()",
+    "Inference tensors cannot be saved": "an input was made in torch.inference_mode(), and cannot take part in a gradient; "
+    "give x.clone() in its place",
     "not implemented for 'Double'": "an operation of this model does not exist in float64, where this probe computes",
 }
 

@@ -196,7 +196,7 @@ def moments():
     return Moments()
 
 
-#: Moments of the fourteen tests together, beside the edges; `GRADLENS_INTERRUPTS=2044 pytest tests/probes/test_interrupts.py`
+#: Moments of the fourteen tests together, beside the edges. GRADLENS_INTERRUPTS=2044 pytest tests/probes/test_interrupts.py
 #: tries as many.
 COUNT = int(os.environ.get("GRADLENS_INTERRUPTS", "420"))
 

@@ -201,7 +201,7 @@ def test_operations_without_float64_are_computed_in_less():
     [
         (lambda m: (m(X).mean(), m(X)), r"tuple of 2, not a tensor; return the loss alone.*\[0\]"),
         (lambda m: print(m(X).sum(), end=""), "None, not a tensor; end it with return"),
-        (lambda m: {"loss": m(X).mean()}, "return its loss"),
+        (lambda m: {"loss": m(X).mean()}, 'return its entry "loss"'),
         (lambda m: m(X).mean().item(), r"without \.item\(\)"),
         (lambda m: m(X).mean().detach().numpy(), "numpy"),
         (lambda m: "text" if m(X) is not None else "", "one real number as a tensor"),
