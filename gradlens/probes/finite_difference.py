@@ -131,7 +131,16 @@ class PartialsCheck(markup.Shown):
                 "  a straight-through estimator or a gradient stopped on purpose is meant to differ: check_partials(..., "
                 "allow='detach') holds what is cut off, allow='encoder.*' leaves parameters out"
             )
+        lines.append(
+            f"  {len(self.frame)} weights drawn by seed {self.seed}, moved by {self.step:g} max(1, |w|); rounding moves the "
+            f"loss by {self.noise:.1g}"
+        )
         return "\n".join([*lines, *self._caveats()])
+
+    @property
+    def step(self) -> float:
+        """How far a weight w was moved, in units of max(1, |w|); in doubt also further, and less far."""
+        return (COARSE if self.coarse else FINE).steps[0]
 
     def _first(self, counts: Any) -> str:
         beside = "".join(f", {counts[word]} {said}" for word, said in _BESIDE.items() if counts.get(word))
@@ -143,7 +152,7 @@ class PartialsCheck(markup.Shown):
             )
         return (
             f"partials are right: {counts.get('right', 0)} {drawn} agree with central differences{beside} "
-            f"({self.weights:,} weights in all)"
+            f"({self.weights:,} weights in all){'' if self._caveats() else '; nothing to do'}"
         )
 
     def _caveats(self) -> list[str]:
@@ -274,11 +283,6 @@ def _shaken(isolated: IsolatedLoss, random: torch.Generator, unit: float) -> flo
                 part.copy_(kept)
 
 
-def _set(w: Tensor, value: float) -> None:
-    with torch.no_grad():
-        w.fill_(value)
-
-
 def _draw(
     largest: Sequence[tuple[int, float]], rows: Sequence[Rows], skipped: Sequence[range], k: int, seed: int
 ) -> list[tuple[int, int]]:
@@ -342,7 +346,7 @@ class _Check:
         rows = []
         for step in self._precision.steps:
             h = step * max(1.0, abs(value))
-            above, below = (_moved(self._isolated, weight, value, value + move) for move in (h, -h))
+            below, above = _around(self._isolated, weight, value, h)
             floor = self._precision.of_largest * self._largest[position] + ROUNDING * self._noise / h
             rows.append(_compared(place, value, partial, (below, self._loss, above), h, floor, self._precision.relative))
             if rows[-1].result == "right":
@@ -350,13 +354,15 @@ class _Check:
         return next((row for row in rows if row.result == "kink"), rows[0])
 
 
-def _moved(isolated: IsolatedLoss, weight: Tensor, value: float, target: float) -> float:
-    """The loss with one weight moved and all others as they are."""
-    _set(weight, target)
+def _around(isolated: IsolatedLoss, weight: Tensor, value: float, h: float) -> tuple[float, float]:
+    """The loss with one weight lowered and raised by h, and all others as they are."""
     try:
-        return _evaluate(isolated)
+        weight.fill_(value - h)
+        below = _evaluate(isolated)
+        weight.fill_(value + h)
+        return below, _evaluate(isolated)
     finally:
-        _set(weight, value)
+        weight.fill_(value)
 
 
 def _compared(

@@ -93,7 +93,7 @@ class Nudge(markup.Shown):
         if self.share < 0:
             return "the loss changed the OTHER way: the verdicts do not hold on these batches, or the size is too large"
         if self.share > 0.5:
-            return "the loss changed as the partials predict"
+            return "the loss changed as the partials predict: the verdicts hold on these batches"
         return (
             "the loss changed by less than predicted: other batches than were surveyed, or curvature (take a smaller size)"
         )

@@ -99,8 +99,8 @@ class Symmetry(markup.Shown):
         lines = [self._first()]
         if not self.ok:
             lines.append(
-                "  look at custom autograd.Functions, detach(), .data, no_grad() and in-place writes; check_partials "
-                "names the weights whose partials are wrong; what is meant is left out by allow='detach' or "
+                "  look at custom autograd.Functions, detach(), .data, no_grad() and in-place writes, and at what writes "
+                "into its own weights in forward (spectral_norm, max_norm); what is meant is left out by allow='detach' or "
                 "allow='encoder.*'"
             )
         pairs, directions = len(self.pairs["scale"]), len(self.directions["scale"])
@@ -126,12 +126,13 @@ class Symmetry(markup.Shown):
             share = f"{min(self.asymmetry, 9.99):.0%}" if self.asymmetry > 0.005 else f"{self.asymmetry:.1e}"
             return (
                 f"mixed partials are NOT equal (asymmetry {share}): this gradient is the gradient of no function, so some "
-                f"backward is wrong, or something is cut off on purpose"
+                f"backward is wrong, or something is cut off on purpose; check_partials names the weights"
             )
         if not self.slopes_right:
             return (
                 f"mixed partials are equal, but the gradient is NOT that of this loss (slopes are off by "
-                f"{self.slopes['error'].max():.0%}): a backward that is wrong by a factor, or a value cut off"
+                f"{self.slopes['error'].max():.0%}): a backward that is wrong by a factor, or a value cut off; "
+                f"check_partials names the weights"
             )
         if self.flat:
             return (
