@@ -35,6 +35,7 @@ __all__ = [
     "OptState",
     "Private",
     "UninitializedTensorMixin",
+    "asks_torch_functions",
     "current_task",
     "disable_current_modes",
     "executes",
@@ -42,6 +43,7 @@ __all__ = [
     "leave_to_python",
     "local_part",
     "queue_callback",
+    "set_asks_torch_functions",
 ]
 
 
@@ -88,11 +90,17 @@ PRIVATES = (
     Private("torch.utils._python_dispatch:_disable_current_modes", "a user's modes do not see our computing"),
     Private("torch._C:_len_torch_dispatch_stack", "whether there are such modes"),
     Private("torch._ops:_len_torch_dispatch_stack_pre_dispatch", "the same, of modes that come before autograd"),
+    Private("torch._C:_get_torch_function_state", "whether torch functions are asked in this thread"),
+    Private("torch._C:_set_torch_function_state", "puts that back after an interrupt"),
     Private("torch.distributed.tensor:DTensor._local_tensor", "what is here of a distributed tensor, without an operation"),
 )
 
 current_task: Callable[[], int] = torch._C._current_graph_task_id
 disable_current_modes = _disable_current_modes
+
+#: Whether operations ask `__torch_function__` of subclasses and of modes, in this thread; and to set it back.
+asks_torch_functions: Callable[[], Any] = torch._C._get_torch_function_state  # type: ignore[attr-defined]
+set_asks_torch_functions: Callable[[Any], None] = torch._C._set_torch_function_state  # type: ignore[attr-defined]
 
 #: Code objects by which frames are recognised.
 ENGINE_RUN = _engine_run_backward.__code__

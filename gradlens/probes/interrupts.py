@@ -16,6 +16,8 @@ from typing import Any, ParamSpec, Protocol, TypeVar
 
 import torch
 
+from gradlens._torch import asks_torch_functions, set_asks_torch_functions
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -41,7 +43,7 @@ def leaves_no_trace(probe: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(probe)
     def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
         before, modes = len(OPEN.blocks), torch._C._len_torch_function_stack()
-        asked = torch._C._get_torch_function_state()  # type: ignore[attr-defined]
+        asked = asks_torch_functions()
         try:
             return probe(*args, **kwargs)
         except KeyboardInterrupt as interrupt:
@@ -59,7 +61,7 @@ def _close(before: int, modes: int, asked: Any) -> None:
         del OPEN.blocks[-1:]
     while torch._C._len_torch_function_stack() > modes:
         torch._C._pop_torch_function_stack()
-    torch._C._set_torch_function_state(asked)  # type: ignore[attr-defined]
+    set_asks_torch_functions(asked)
 
 
 def _end_suspended(error: BaseException | None) -> None:

@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from gradlens._torch import asks_torch_functions, set_asks_torch_functions
+
 CONTAINERS = (dict, OrderedDict, defaultdict, list, deque, set)
 
 
@@ -99,7 +101,7 @@ class ProcessState:
         self._dtype = torch.get_default_dtype()
         self._grad = torch.is_grad_enabled()
         self._modes = torch._C._len_torch_function_stack()
-        self._torch_function = torch._C._get_torch_function_state()  # type: ignore[attr-defined]
+        self._torch_function = asks_torch_functions()
         self._attention = [read() for read, _ in _ATTENTION]
         self._stance = _stance()
         self._inference = torch.inference_mode(False) if torch.is_inference_mode_enabled() else None
@@ -128,7 +130,7 @@ class ProcessState:
         while torch._C._len_torch_function_stack() > self._modes:
             torch._C._pop_torch_function_stack()
         # `with DisableTorchFunction()` stays on where an interrupt comes between its body and its end.
-        torch._C._set_torch_function_state(self._torch_function)  # type: ignore[attr-defined]
+        set_asks_torch_functions(self._torch_function)
 
     def put_back(self) -> None:
         """As it was."""
