@@ -415,8 +415,19 @@ class NoiseScale:
         if math.isnan(self.value):
             return f"noise scale: hidden by noise ({over}): larger than all of a step's micro-batches together"
         return (
-            f"noise scale: {self.value:.3g} {self.unit} ({over}): well below it a batch twice as large saves almost half of "
-            f"the steps, well above it hardly any"
+            f"noise scale: {self.value:.3g} {self.unit} ({over}): {self._advice(last)}; well below it a batch twice as large "
+            f"saves almost half of the steps, well above it hardly any"
+        )
+
+    def _advice(self, last: Row) -> str:
+        """Whether a step's batch is large or small beside it."""
+        size = last.backwards * (last.batch_size if self.unit == "examples" else 1)
+        if size < self.value / 2:
+            return f"a step of {size:g} is well below it, a larger batch pays"
+        return (
+            f"a step of {size:g} is well above it, a smaller batch would do"
+            if size > 2 * self.value
+            else (f"a step of {size:g} is of that size, nothing to do")
         )
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from gradlens.errors import ArgumentError, ArgumentTypeError
+from gradlens.errors import ArgumentError, ArgumentTypeError, GradlensError
 from gradlens.progress import tracked
 
 Sizes = Callable[[Any], float] | Sequence[float] | None  #: how many examples a batch has: asked of it, or listed
@@ -88,6 +89,21 @@ def _is_one(parts: Sequence[Any]) -> bool:
     if not 2 <= len(parts) <= 4 or not all(isinstance(part, Tensor | np.ndarray) for part in parts):
         return False
     return len({str(part.dtype) for part in parts}) > 1 or len({tuple(part.shape[1:]) for part in parts}) > 1
+
+
+@contextmanager
+def noted_if_one_batch(batches: Iterable[Any]) -> Iterator[None]:
+    """Where the loss fails on a few tensors, its error gets a note: they may be the parts of one batch."""
+    try:
+        yield
+    except Exception as error:
+        few = isinstance(batches, tuple | list) and 2 <= len(batches) <= 4
+        if few and not isinstance(error, GradlensError) and all(isinstance(x, Tensor | np.ndarray) for x in batches):
+            error.add_note(
+                "gradlens: batches is a sequence of tensors, and each of them was given to loss_fn as a batch; if they are "
+                "the parts of one batch, (x, y), give [(x, y)], or a list of such pairs"
+            )
+        raise
 
 
 def batch_size(batch: Any) -> int | None:

@@ -196,10 +196,16 @@ class Curvature(markup.Shown, PerWeight):
             momentum = "plain gradient descent is UNSTABLE along the sharpest direction"
             limit = f"2 / lr = {self.limit:.4g} at lr = {self.lr:g}"
             return f"{size}: {momentum}: {self.top:.4g} > {limit}; take lr below {2 / self.top:.2g}"
+        if not self.agreement.ok and not self.agreement.reason:
+            return (
+                f"{size}: autograd's own second derivative is WRONG here, so differences of the gradient are used; whether the "
+                f"gradient itself is right, check_symmetry says"
+            )
         if not self.converged:
             end = "smallest" if self.spectrum.top.converged else "largest"
             return f"{size}: the {end} eigenvalue has NOT CONVERGED; raise iterations= before you rely on it"
-        shape = "a saddle: the loss falls to both sides along some direction" if self._saddle else "no direction bends down"
+        saddle = "a saddle, as nearly always while a network trains: along some direction the loss bends down"
+        shape = saddle if self._saddle else "no direction bends down"
         against = ""
         if self.limit is not None:
             side = "below: stable" if self.stable else "too close to tell"

@@ -131,7 +131,16 @@ class PartialsCheck(markup.Shown):
                 "  a straight-through estimator or a gradient stopped on purpose is meant to differ: check_partials(..., "
                 "allow='detach') holds what is cut off, allow='encoder.*' leaves parameters out"
             )
+        lines.append(
+            f"  {len(self.frame)} weights drawn by seed {self.seed}, moved by {self.step:g} max(1, |w|); rounding moves the "
+            f"loss by {self.noise:.1g}"
+        )
         return "\n".join([*lines, *self._caveats()])
+
+    @property
+    def step(self) -> float:
+        """How far a weight w was moved, in units of max(1, |w|); in doubt also further, and less far."""
+        return (COARSE if self.coarse else FINE).steps[0]
 
     def _first(self, counts: Any) -> str:
         beside = "".join(f", {counts[word]} {said}" for word, said in _BESIDE.items() if counts.get(word))
@@ -143,7 +152,7 @@ class PartialsCheck(markup.Shown):
             )
         return (
             f"partials are right: {counts.get('right', 0)} {drawn} agree with central differences{beside} "
-            f"({self.weights:,} weights in all)"
+            f"({self.weights:,} weights in all){'' if self._caveats() else '; nothing to do'}"
         )
 
     def _caveats(self) -> list[str]:
@@ -217,9 +226,12 @@ def check_partials(
         precision = COARSE if isolated.coarse else FINE
         noise = _noise(isolated, loss.item(), seed, precision)
         skipped = [kept_at_zero(owner, w) for owner, w in zip(isolated.owners(), isolated.weights, strict=True)]
-        places = _draw(gradient, rows, skipped, k, seed)
-        check = _Check(isolated, gradient, rows, loss.item(), noise, precision)
+        largest = [(0, 0.0) if g is None else _largest(g) for g in gradient]
+        places = _draw(largest, rows, skipped, k, seed)
+        check = _Check(isolated, gradient, [size for _, size in largest], rows, loss.item(), noise, precision)
         found = [check.row(place) for place in tracked(places, "checking partials", len(places), progress)]
+        if any(row.result == "wrong" for row in found) and isolated.watch_operations():
+            found = [check.row(at) if row.result == "wrong" else row for at, row in zip(places, found, strict=True)]
         return _result(isolated, found, allowed, noise, seed)
 
 
@@ -271,13 +283,8 @@ def _shaken(isolated: IsolatedLoss, random: torch.Generator, unit: float) -> flo
                 part.copy_(kept)
 
 
-def _set(w: Tensor, value: Tensor | float) -> None:
-    with torch.no_grad():
-        w.copy_(value) if isinstance(value, Tensor) else w.fill_(value)
-
-
 def _draw(
-    gradient: Sequence[Tensor | None], rows: Sequence[Rows], skipped: Sequence[range], k: int, seed: int
+    largest: Sequence[tuple[int, float]], rows: Sequence[Rows], skipped: Sequence[range], k: int, seed: int
 ) -> list[tuple[int, int]]:
     """(parameter, flat index) of the weights to check: parameters in turn, of each the most sensitive weight first.
 
@@ -285,15 +292,15 @@ def _draw(
     """
     random = np.random.default_rng(seed)
     queues = []
-    for position in random.permutation(len(gradient)):
-        g, away, numel = gradient[position], skipped[position], rows[position].shape.numel()
+    for position in random.permutation(len(rows)):
+        away, numel = skipped[position], rows[position].shape.numel()
         if numel:
             others = random.choice(numel, size=min(k + len(away), numel), replace=False)
             reached = rows[position].flat()
             if reached is not None and len(reached):
                 among = random.choice(reached, size=min(k, len(reached)), replace=False)
                 others = np.array([i for pair in zip_longest(among, others) for i in pair if i is not None])
-            first = 0 if g is None or not g.numel() else int(_sizes(g).argmax())
+            first = largest[position][0]
             first = first if reached is None or not len(reached) else int(reached[first])
             drawn = dict.fromkeys([first, *others.tolist()])
             queues.append([(int(position), int(i)) for i in drawn if i not in away])
@@ -301,10 +308,16 @@ def _draw(
     return sorted(chosen[:k])
 
 
-def _sizes(gradient: Tensor) -> Tensor:
-    """|partial|, where NaN is the largest."""
-    size = gradient.detach().reshape(-1).abs()
-    return size if np.isfinite(size.max().item()) else size.nan_to_num(nan=torch.inf)
+def _largest(gradient: Tensor) -> tuple[int, float]:
+    """The flat index of the largest |partial|, where NaN is the largest, and the largest finite |partial|."""
+    flat = gradient.detach().reshape(-1)
+    if not flat.numel():
+        return 0, 0.0
+    low, high = (end.item() for end in torch.aminmax(flat))
+    if np.isfinite(low) and np.isfinite(high):
+        return int(flat.argmin() if -low > high else flat.argmax()), max(-low, high)
+    size = flat.abs()
+    return int(size.nan_to_num(nan=torch.inf).argmax()), size.where(size.isfinite(), 0).max().item()
 
 
 class _Check:
@@ -314,15 +327,14 @@ class _Check:
         self,
         isolated: IsolatedLoss,
         gradient: Sequence[Tensor | None],
+        largest: Sequence[float],
         rows: Sequence[Rows],
         loss: float,
         noise: float,
         precision: Precision,
     ) -> None:
         self._isolated, self._gradient, self._loss, self._noise = isolated, gradient, loss, noise
-        self._rows = rows
-        self._precision = precision
-        self._largest: dict[int, float] = {}
+        self._largest, self._rows, self._precision = largest, rows, precision
 
     def row(self, place: tuple[int, int]) -> Row:
         """Right at one of the steps, else at a kink, else wrong."""
@@ -334,29 +346,23 @@ class _Check:
         rows = []
         for step in self._precision.steps:
             h = step * max(1.0, abs(value))
-            above, below = (_moved(self._isolated, weight, value, value + move) for move in (h, -h))
-            floor = self._precision.of_largest * self._of_largest(position) + ROUNDING * self._noise / h
+            below, above = _around(self._isolated, weight, value, h)
+            floor = self._precision.of_largest * self._largest[position] + ROUNDING * self._noise / h
             rows.append(_compared(place, value, partial, (below, self._loss, above), h, floor, self._precision.relative))
             if rows[-1].result == "right":
                 return rows[-1]
         return next((row for row in rows if row.result == "kink"), rows[0])
 
-    def _of_largest(self, position: int) -> float:
-        if position not in self._largest:
-            g = self._gradient[position]
-            size = torch.zeros(1) if g is None or not g.numel() else _sizes(g)
-            largest = size.max().item()
-            self._largest[position] = largest if np.isfinite(largest) else size.where(size.isfinite(), 0).max().item()
-        return self._largest[position]
 
-
-def _moved(isolated: IsolatedLoss, weight: Tensor, value: float, target: float) -> float:
-    """The loss with one weight moved and all others as they are."""
-    _set(weight, target)
+def _around(isolated: IsolatedLoss, weight: Tensor, value: float, h: float) -> tuple[float, float]:
+    """The loss with one weight lowered and raised by h, and all others as they are."""
     try:
-        return _evaluate(isolated)
+        weight.fill_(value - h)
+        below = _evaluate(isolated)
+        weight.fill_(value + h)
+        return below, _evaluate(isolated)
     finally:
-        _set(weight, value)
+        weight.fill_(value)
 
 
 def _compared(

@@ -9,13 +9,16 @@ and operations refuse to mix. So a `TorchFunctionMode` widens what each operatio
 - An operation that does not exist in float64 is computed in the precision that it has, and named in `coarse`.
 - What else gives back less than float64 is named in `narrow`: there the loss is less exact than it looks.
 
+Where the first evaluation met nothing but inputs to widen, and no operation of these kinds, `inputs()` gives them. While
+they hold float64 in their own places (`InPlace`), an evaluation needs no mode, which costs some microseconds an operation.
+
 With `hold_cuts` the values that the first evaluation cuts off from its gradient (`detach()`, `.data`, `no_grad()`) are kept,
 and given again in the evaluations that follow: what is differentiated then is the function that the author meant.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, Self
 
@@ -80,6 +83,7 @@ class Float64(TorchFunctionMode):
         self._bytes = 0
         self._forward = True
         self._closed = False
+        self._only_inputs = True  # nothing was met so far but inputs to widen
 
     def __enter__(self) -> Self:
         self._written.clear()
@@ -91,6 +95,16 @@ class Float64(TorchFunctionMode):
     def backward_begins(self) -> None:
         """The loss is there: what runs without gradients from now on is the backward, and cuts nothing off."""
         self._forward = False
+
+    def inputs(self, held: Iterable[Tensor]) -> list[tuple[Tensor, Tensor]] | None:
+        """The narrow tensors that were met, each with its like in float64, if to exchange these is all that is needed.
+
+        All must be among those that the loss function holds: others live for one evaluation.
+        """
+        known = [(x, wide) for x, _, wide in self._constants.values()]
+        simple = self._only_inputs and not self.narrow and self._cuts is None and not self._closed
+        lasting = {id(x) for x in held if _exchangeable(x)}
+        return known if simple and all(id(x) in lasting for x, _ in known) else None
 
     def closed(self) -> Self:
         """Let go of all tensors; the names stay. From now on it changes nothing, should it still be on the stack."""
@@ -140,6 +154,7 @@ class Float64(TorchFunctionMode):
     def _any(self, func: Callable, args: Sequence[Any], kwargs: Any) -> Any:
         name = getattr(func, "__name__", "")
         if func in _CASTS:
+            self._only_inputs = False
             result = _CASTS[func](self._given(args[0]))
         elif name == "__get__":  # x.dtype, x.shape, x.T: nothing is computed, so nothing need be copied
             given = (self._stands_for(args[0]), *args[1:]) if self._written and args else args
@@ -194,6 +209,7 @@ class Float64(TorchFunctionMode):
         if isinstance(value, _PLAIN):
             return value
         if isinstance(value, torch.dtype):
+            self._only_inputs = self._only_inputs and value not in _WIDE
             return _WIDE.get(value, value)
         return tree_map_only((Tensor, torch.dtype), self._wide, value)
 
@@ -206,6 +222,7 @@ class Float64(TorchFunctionMode):
             if isinstance(x.grad_fn, torch.autograd.function.BackwardCFunction):
                 # The result of a custom autograd.Function: applying one does not pass through the mode.
                 self.narrow.add(type(x.grad_fn).__name__)
+            self._only_inputs = False
             return x.to(_WIDE[x.dtype])
         return self._constant(x)
 
@@ -217,9 +234,12 @@ class Float64(TorchFunctionMode):
             return known[2]
         wide = x.to(_WIDE[x.dtype])
         size = wide.numel() * wide.element_size()
-        if len(self._constants) < CONSTANTS and self._bytes + size < CONSTANT_BYTES and x.layout == torch.strided:
+        fits = len(self._constants) < CONSTANTS and self._bytes + size < CONSTANT_BYTES
+        if fits and x.layout == torch.strided and not _transformed(x) and not _transformed(wide):
             self._constants[id(x)] = x, version, wide
             self._bytes += size
+        else:
+            self._only_inputs = False
         return wide
 
     def _stands_for(self, x: Any) -> Any:
@@ -235,12 +255,44 @@ class Float64(TorchFunctionMode):
         """What an operation writes into in place of a narrow tensor."""
         if not is_narrow(x) or x.layout != torch.strided or x.grad_fn is not None or x.requires_grad:
             return self._wide(x) if not isinstance(x, Tensor) else x
+        self._only_inputs = False
         storage = x.untyped_storage()._cdata
         if storage not in self._written:
             n = x.untyped_storage().nbytes() // x.element_size()
             whole = torch.empty(0, dtype=x.dtype, device=x.device).set_(x.untyped_storage(), 0, (n,), (1,))
             self._written[storage] = x, whole.to(_WIDE[x.dtype])
         return self._stands_for(x)
+
+
+#: Whether a tensor stands for another within torch.func, and dies with the call of the transform.
+_transformed = torch._C._functorch.is_functorch_wrapped_tensor
+
+
+def _exchangeable(x: Tensor) -> bool:
+    """Whether it can hold other values for a while: a plain tensor that no graph, transform or mode has a hand in."""
+    if type(x) is not Tensor or x.layout != torch.strided or x.is_inference() or x.requires_grad:
+        return False
+    return not _transformed(x) and not x.is_conj() and not x.is_neg() and x.grad_fn is None and x.grad is None
+
+
+class InPlace:
+    """Inputs that hold their values in float64 for the time of an evaluation, by `x.data`; then what they held before.
+
+    Identity, version and storage of a tensor are as before afterwards. Both ways may run any number of times.
+    """
+
+    def __init__(self, inputs: Sequence[tuple[Tensor, Tensor]]) -> None:
+        self._inputs = [(x, x.data, wide) for x, wide in inputs]
+
+    def swap_in(self) -> None:
+        """The wide values."""
+        for x, _, wide in self._inputs:
+            x.data = wide
+
+    def swap_out(self) -> None:
+        """The tensors' own."""
+        for x, own, _ in self._inputs:
+            x.data = own
 
 
 def _is_ordinary(func: Callable) -> bool:

@@ -67,7 +67,7 @@ class IsolatedLoss:
     ) -> None:
         check_arguments(loss_fn, batched)
         self._loss = Loss(target, loss_fn)
-        self._named = self._loss.named()
+        self._named = self._loss.named
         trainable = {name: tensor for name, tensor, _ in self._named if varies(name, tensor)}
         if not trainable:
             raise ArgumentError("nothing to differentiate by: no parameter of the model requires a gradient")
@@ -79,6 +79,7 @@ class IsolatedLoss:
         self.weights: list[Tensor] = []
         self._hold_cuts = hold_cuts
         self._mode = float64.Float64(hold_cuts) if wide or hold_cuts else None
+        self._in_place: float64.InPlace | None = None  # instead of the mode
         self._wide = wide
         self._generators: list[Any] = []
         self._differentiates: bool | None = None  # whether the loss itself needs gradients; None: not tried
@@ -116,7 +117,7 @@ class IsolatedLoss:
             self._put_back()
             self._process.put_back()
             self.weights = []
-            self._mode = self._mode and self._mode.closed()
+            self._mode, self._in_place = self._mode and self._mode.closed(), None
             self._stand_ins = StandIns.none()
             self._closed = True
         if self in OPEN.blocks:
@@ -137,7 +138,9 @@ class IsolatedLoss:
         self._inside = True
         try:
             self._stand_ins.swap_in(weights)
-            if self._mode is not None:
+            if self._in_place is not None:
+                self._in_place.swap_in()
+            elif self._mode is not None:
                 self._mode.__enter__()  # and left by `_put_back`, which an interrupt cannot skip
             loss = self._loss(self._stand_ins.plain(), batch)
             if self._mode is not None:
@@ -153,35 +156,61 @@ class IsolatedLoss:
 
     def _refuse_ignored(self, batch: tuple) -> None:
         """See whether the loss function uses its argument, with the copies in place, since it may write into them."""
+        before = ProcessState(self._loss.reach.generators.values()) if batch else self._process  # nothing was drawn yet
         self._inside = True
         try:
             self._stand_ins.swap_in(self.weights)
             if self._mode is not None:
                 self._mode.__enter__()
                 self._mode.backward_begins()  # nothing is cut off yet
-            self._loss.refuse_ignored(batch)
+            self._loss.refuse_ignored(batch, before)
         finally:
             self._put_back()
         self._check_written(whole=False)
 
     def loss(self, *batch: Any, at: Sequence[Tensor] | None = None) -> float:
         """The loss at the current weights, or `at` others."""
-        if self._differentiates is None:
-            self._differentiates = self._needs_gradients(batch)
-        with torch.set_grad_enabled(self._differentiates):
+        if self._differentiates is None and at is None:
+            return self._first_loss(batch)
+        with torch.set_grad_enabled(self._differentiates is not False):
             return self.evaluate(_number, *batch, at=at)
 
     def loss_again(self, first: float, *batch: Any) -> float:
         """The loss a second time, with the random numbers that `gradient` gave it `first` with; found without gradients
-        where that gives the same, as nearly always, and then all later ones are."""
-        self.rewind()
+        and without a mode where that gives the same, as nearly always, and then all later ones are."""
+
+        def without_gradients() -> float:
+            with torch.no_grad():
+                return self.evaluate(_number, *batch)
+
         if not self._hold_cuts:
-            with suppress(RuntimeError), torch.no_grad():
-                if self.evaluate(_number, *batch) == first:
+            with suppress(RuntimeError):
+                if self.again(without_gradients, lambda found: found == first) == first:
                     self._differentiates = False
                     return first
         self.rewind()
         return self.loss(*batch)
+
+    def again(self, compute: Callable[[], T], same: Callable[[T], bool]) -> T:
+        """`compute()` from the random numbers of the start: without the float64 mode if what it gives is the `same`, bit for
+        bit, and so all later ones are."""
+        held = self._loss.reach.tensors.values()
+        inputs = self._mode.inputs(held) if self._mode is not None and self._in_place is None else None
+        if inputs is not None:
+            self._in_place = float64.InPlace(inputs)
+            self.rewind()
+            with suppress(RuntimeError, TypeError):  # what is wrong in earnest is raised just below
+                found = compute()
+                if same(found):
+                    return found
+            self.watch_operations()
+        self.rewind()
+        return compute()
+
+    def watch_operations(self) -> bool:
+        """From now on with the float64 mode at each operation; whether that makes a difference."""
+        differs, self._in_place = self._in_place is not None, None
+        return differs
 
     def gradient(self, *batch: Any, sparse: bool = False) -> tuple[Tensor, list[Tensor | None]]:
         """The loss and its partials by each of `weights`; None where it does not depend on a parameter.
@@ -297,6 +326,8 @@ class IsolatedLoss:
         """After an evaluation: the modules, and the modes that the evaluation may have been stopped in."""
         if self._inside:
             self._process.leave_modes()
+            if self._in_place is not None:
+                self._in_place.swap_out()
             self._stand_ins.swap_out()
             self._state.put_back()
             self._inside = False
@@ -312,10 +343,12 @@ class IsolatedLoss:
                 stacklevel=5,
             )
 
-    def _needs_gradients(self, batch: tuple) -> bool:
-        """Whether the loss is another, or fails, without gradients: it differentiates within (a penalty, an inner loop)."""
+    def _first_loss(self, batch: tuple) -> float:
+        """The loss, and whether it is another, or fails, without gradients: it differentiates within (a penalty, an inner
+        loop)."""
+        self._differentiates = True
         if self._hold_cuts:
-            return True
+            return self.loss(*batch)
         before = ProcessState(self._loss.reach.generators.values())
         with torch.enable_grad():
             value = self.evaluate(_number, *batch)
@@ -325,10 +358,10 @@ class IsolatedLoss:
                 other = self.evaluate(_number, *batch)
         except RuntimeError:
             self._check_written()
-            return True
-        finally:
             before.rewind()
-        return not (other == value or (other != other and value != value))
+            return self.loss(*batch)
+        self._differentiates = not (other == value or (other != other and value != value))
+        return value
 
     def _cast(self, tensor: Tensor) -> Tensor:
         return float64.widen(tensor) if self._wide else tensor
@@ -372,6 +405,10 @@ _EXPLAINED = {
     "it was used (x += y, relu(inplace=True), an assignment to x[...]); compute into a new tensor there",
     "a leaf Variable that requires grad is being used in an in-place operation": "the forward changes a weight in place "
     "while it is differentiated; write into a copy, or under torch.no_grad()",
+    "backward through the graph a second time": "loss_fn differentiates its loss itself, as by loss.backward(); return the "
+    "loss before that, without backward() and step()",
+    "Inference tensors cannot be saved": "an input was made in torch.inference_mode(), and cannot take part in a gradient; "
+    "give x.clone() in its place",
     "not implemented for 'Double'": "an operation of this model does not exist in float64, where this probe computes",
 }
 

@@ -37,7 +37,8 @@ class Loss:
         self.reach = reach(loss_fn)  # beside what it is given
         self.known_to_use = self.known_to_be_whole = False
         self._refuse_jit()
-        self._live = {id(tensor): name for name, tensor, _ in self.named()}
+        self.named = self._named()
+        self._live = {id(tensor): name for name, tensor, _ in self.named}
 
     def __call__(self, plain: Mapping[str, Tensor], batch: tuple) -> Tensor:
         argument = self.places[""] if self.single else {**self.places, **plain}
@@ -45,8 +46,9 @@ class Loss:
         with torch._C.DisableTorchFunction():  # a mode need not see what is asked of the result
             loss = _scalar(loss)
         if not self.known_to_be_whole and loss.requires_grad:
-            _refuse_reentrant(loss)
-            self._refuse_live(loss)
+            run = graph(loss)
+            _refuse_reentrant(run)
+            self._refuse_live(run)
             self.known_to_be_whole = True
         return loss
 
@@ -55,7 +57,7 @@ class Loss:
         found = {id(module): module for place in self.places.values() for module in place.modules()}
         return list(found.values())
 
-    def named(self) -> list[tuple[str, Tensor, nn.Module | None]]:
+    def _named(self) -> list[tuple[str, Tensor, nn.Module | None]]:
         """Each parameter once: its name without wrappers' prefixes, the live tensor, and the module that owns it."""
         found: dict[int, tuple[str, Tensor, nn.Module | None]] = {}
         for key, place in self.places.items():
@@ -65,9 +67,8 @@ class Loss:
                 found.setdefault(id(tensor), (f"{key}.{name}" if key else name, tensor, owner))
         return [*found.values(), *((name, tensor, None) for name, tensor in self.plain.items())]
 
-    def refuse_ignored(self, batch: tuple) -> None:
+    def refuse_ignored(self, batch: tuple, before: ProcessState) -> None:
         """Call the loss function with something that cannot be used: one that does not notice ignores its argument."""
-        before = ProcessState(self.reach.generators.values())
         try:
             self.function(_Unusable(), *map(_fresh, batch))
         except Exception:  # noqa: BLE001 - whatever it raised, it needed its argument, or fails in earnest just below
@@ -80,9 +81,9 @@ class Loss:
                 "that, as in lambda model: criterion(model(x), y)"
             )
 
-    def _refuse_live(self, loss: Tensor) -> None:
+    def _refuse_live(self, run: set[Node]) -> None:
         """A weight that the loss takes from elsewhere stays put when a probe moves it: its partial would be wrong."""
-        leaves = {id(getattr(node, "variable", None)) for node in graph(loss)}
+        leaves = {id(getattr(node, "variable", None)) for node in run}
         reached = [name for known, name in self._live.items() if known in leaves]
         if reached:
             raise ProbeError(
@@ -182,16 +183,18 @@ def _described(loss: Any) -> str:
     if isinstance(loss, tuple | list):
         at = next((i for i, item in enumerate(loss) if isinstance(item, Tensor) and item.numel() == 1), 0)
         return f"{kind} of {len(loss)}, not a tensor; return the loss alone, as in lambda ...: loss_fn(...)[{at}]"
-    if isinstance(getattr(loss, "loss", None), Tensor) or (isinstance(loss, Mapping) and "loss" in loss):
+    if isinstance(loss, Mapping) and "loss" in loss and not hasattr(loss, "loss"):
+        return f'{kind}, not a tensor; return its entry "loss"'
+    if isinstance(getattr(loss, "loss", None), Tensor):
         return f"{kind}, not a tensor; return its loss, as in model(**batch).loss"
     if isinstance(loss, float | int | np.ndarray | np.generic):
         return f"{kind}, not a tensor; return the loss itself, without .item(), float() or .numpy()"
     return f"{kind}, not a tensor; return the loss, one real number as a tensor"
 
 
-def _refuse_reentrant(loss: Tensor) -> None:
+def _refuse_reentrant(run: set[Node]) -> None:
     """A reentrant checkpoint hides the weights within it from `autograd.grad`: they would seem to have no gradient."""
-    if "CheckpointFunctionBackward" in nodes(loss):
+    if any(node.name() == "CheckpointFunctionBackward" for node in run):
         raise ProbeError(
             "the model uses reentrant activation checkpointing, whose backward reaches only live parameters; use "
             "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"

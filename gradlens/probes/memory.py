@@ -2,8 +2,9 @@
 
     needs = sum over the parameters of (copies in the probe's precision) + arrays for each weight
 
-Not counted is what one forward and backward of the loss take by themselves (activations), since a probe cannot know it. What
-is stated is an upper bound: tests measure the peak of each probe against it.
+Not counted is what one forward and backward of the loss take by themselves (activations), since a probe cannot know it, nor
+freed blocks that the C library keeps (a third more was seen). What is stated is an upper bound of what is in use at once:
+tests measure the peak of each probe against it.
 """
 
 from __future__ import annotations

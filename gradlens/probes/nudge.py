@@ -20,12 +20,12 @@ from torch import Tensor, nn
 
 from gradlens import markup
 from gradlens.errors import ArgumentError, ArgumentTypeError, nearest
-from gradlens.probes.batches import Sizes, check_batches, counted, generators
+from gradlens.probes.batches import Sizes, check_batches, counted, generators, noted_if_one_batch
 from gradlens.probes.interrupts import leaves_no_trace
 from gradlens.probes.isolated_loss import IsolatedLoss
 from gradlens.probes.loss import Target
 from gradlens.probes.memory import Need, state_memory, stored
-from gradlens.probes.verdicts import MOVE, Survey
+from gradlens.probes.verdicts import MOVE, Survey, numbered
 from gradlens.statistics.evidence import VERDICTS
 from gradlens.weight_names import known_name
 
@@ -58,9 +58,15 @@ class Nudge(markup.Shown):
 
     @property
     def actual(self) -> float:
-        """The change of the mean loss."""
+        """The change of the mean loss; NaN where a loss is not finite."""
         size, before, after = self.losses.T
-        return float(np.average(after - before, weights=size))
+        with np.errstate(invalid="ignore"):
+            return float(np.average(after - before, weights=size))
+
+    @property
+    def spoiled(self) -> tuple[int, ...]:
+        """The batches, from 0, whose loss was not finite before or after."""
+        return tuple(np.flatnonzero(~np.isfinite(self.losses[:, 1:]).all(axis=1)).tolist())
 
     @property
     def share(self) -> float:
@@ -69,6 +75,12 @@ class Nudge(markup.Shown):
 
     def _first(self) -> str:
         """What came of it, in one sentence."""
+        if self.spoiled:
+            was = "were" if len(self.spoiled) > 1 else "was"
+            return (
+                f"nothing can be said: the loss of {numbered(self.spoiled)} {was} not finite; leave it out, or find the "
+                f"operation by trace_nonfinite"
+            )
         if not self.predicted:
             return "nothing was predicted: no verdict says which way a weight should move"
         if abs(self.predicted) < self.noise and abs(self.actual) < 2 * self.noise:
@@ -81,7 +93,7 @@ class Nudge(markup.Shown):
         if self.share < 0:
             return "the loss changed the OTHER way: the verdicts do not hold on these batches, or the size is too large"
         if self.share > 0.5:
-            return "the loss changed as the partials predict"
+            return "the loss changed as the partials predict: the verdicts hold on these batches"
         return (
             "the loss changed by less than predicted: other batches than were surveyed, or curvature (take a smaller size)"
         )
@@ -124,7 +136,7 @@ def nudge(
     isolated = IsolatedLoss(model, loss_fn, batched=True)
     isolated.keep(generators(batches))
     _state_memory(isolated, progress)
-    with isolated:
+    with isolated, noted_if_one_batch(batches):
         moved, predicted, counts = _moved(isolated, verdicts, float(size))
         rows: list[tuple[float | None, float, float]] = []
         for batch, n in counted(batches, "nudging", progress, sizes):
@@ -188,11 +200,16 @@ Listed = tuple[str, np.ndarray | None, np.ndarray, np.ndarray]
 
 def _of_survey(isolated: IsolatedLoss, survey: Survey) -> Iterator[Listed]:
     sign = np.array([SIGN[word] for word in VERDICTS], np.float32)
-    known = survey.parameters
+    known, verdict = survey.parameters, survey.results.verdict
     for name, shape, index, bounds in zip(known.names, known.shapes, survey.index, survey.bounds, strict=True):
         _check(isolated, name, shape)
         entries = slice(*bounds)
-        yield name, index, sign[survey.results.verdict[entries]], survey.results.mean[entries]
+        decided = np.flatnonzero(verdict[entries])
+        if 8 * len(decided) < len(verdict[entries]):  # in tables most are not
+            flat, chosen = decided if index is None else index[decided], bounds[0] + decided
+            yield name, flat, sign[verdict[chosen]], survey.results.mean[chosen]
+        else:
+            yield name, index, sign[verdict[entries]], survey.results.mean[entries]
 
 
 def _of_frame(isolated: IsolatedLoss, frame: pd.DataFrame) -> Iterator[Listed]:
@@ -230,8 +247,10 @@ def _result(
 ) -> Nudge:
     losses = np.array([(n or 1, before, after) for n, before, after in rows], np.float64)
     size, before, after = losses.T
-    change, share, k = after - before, size / size.sum(), len(rows)
-    spread = float(share @ (change - share @ change) ** 2 / (k - 1)) if k > 1 else float("nan")
+    share, k = size / size.sum(), len(rows)
+    with np.errstate(invalid="ignore"):
+        change = after - before
+        spread = float(share @ (change - share @ change) ** 2 / (k - 1)) if k > 1 else float("nan")
     rounding = float(precision * np.abs(losses[:, 1:]).max() / k**0.5)
     noise = float(np.sqrt(spread + rounding**2))
     return Nudge(losses, predicted, noise, rounding, moved, rounded_away, nudged)

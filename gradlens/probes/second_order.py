@@ -162,8 +162,9 @@ class Differences:
 
     def _refuse_chance(self) -> None:
         """Raise where the loss or its gradient is another one at the same weights."""
-        self.isolated.rewind()
-        loss, gradient = self.isolated.gradient(sparse=True)
+        loss, gradient = self.isolated.again(
+            lambda: self.isolated.gradient(sparse=True), lambda found: found[0].item() == self.loss
+        )
         again = self._compact(gradient)
         apart = norm([a - b for a, b in zip(again, self.gradient, strict=True)]).item()
         allowed = 1e-4 if self.isolated.coarse else 1e-9
@@ -220,7 +221,7 @@ class Differences:
         return float(np.sqrt(sum((s * x.norm().item()) ** 2 for x, s in zip(vectors, self.scales, strict=True))))
 
 
-VECTORS = 18  #: float64 vectors, as long as the gradient, that differences hold at once beside the copy of the weights
+VECTORS = 12  #: float64 vectors, as long as the gradient, that differences hold at once beside the copy of the weights
 
 
 def state_need(probe: str, isolated: IsolatedLoss, more: int = 0, progress: bool | None = None) -> None:
@@ -352,17 +353,21 @@ def self_test(model: Target, loss_fn: Callable[[Any], Tensor], select: Select, s
             twice = differentiated(isolated, lambda loss, gradient: product(isolated, gradient, direction))
         except NoSecondDerivativeError as error:
             return Agreement(float("nan"), 0.0, f"{error.operator} has no second derivative in torch")
-        longer, shorter = (differences.product(direction, step)[0] for step in differences.steps)
-        size = max(differences.scaled_norm(longer), differences.scaled_norm(twice))
-        # what rounding alone makes of a product that is 0
-        floor = 100 * 2.0 ** (-23 if isolated.coarse else -52) * differences.scaled_norm(differences.gradient)
-        unsure = 3 * differences.scaled_norm([a - b for a, b in zip(longer, shorter, strict=True)])
-        apart = min(
-            differences.scaled_norm([a - b for a, b in zip(found, twice, strict=True)]) for found in (longer, shorter)
-        )
-        if size == 0:
-            return Agreement(0.0, AGREE)
-        return Agreement(apart / size, AGREE + min((unsure + floor / differences.steps[1]) / size, 0.5))
+        found = _apart(differences, direction, twice)
+        return found if found.ok or not isolated.watch_operations() else _apart(differences, direction, twice)
+
+
+def _apart(differences: Differences, direction: Vectors, twice: Vectors) -> Agreement:
+    """How far a product by autograd is from differences of the gradient."""
+    longer, shorter = (differences.product(direction, step)[0] for step in differences.steps)
+    size = max(differences.scaled_norm(longer), differences.scaled_norm(twice))
+    # what rounding alone makes of a product that is 0
+    floor = 100 * 2.0 ** (-23 if differences.isolated.coarse else -52) * differences.scaled_norm(differences.gradient)
+    unsure = 3 * differences.scaled_norm([a - b for a, b in zip(longer, shorter, strict=True)])
+    apart = min(differences.scaled_norm([a - b for a, b in zip(found, twice, strict=True)]) for found in (longer, shorter))
+    if size == 0:
+        return Agreement(0.0, AGREE)
+    return Agreement(apart / size, AGREE + min((unsure + floor / differences.steps[1]) / size, 0.5))
 
 
 def flatten(vectors: Sequence[Tensor]) -> Tensor:

@@ -53,6 +53,8 @@ class StandIns:
                 self._visit(container, id(container) in parameters)
         for tensor in plain.values():
             self._copy(tensor)
+        self._in_dicts = [place for place in self._places if isinstance(place[0], dict)]
+        self._in_lists = [place for place in self._places if not isinstance(place[0], dict)]
         self._of_weights = [(c, key, weights[id(t)]) for c, key, t in self._places if id(t) in weights]
         self._complex = {i for i, tensor in enumerate(live) if tensor.is_complex()}
         self._of_copies = [(c, key, self._copies[id(t)][1]) for c, key, t in self._places if id(t) not in weights]
@@ -146,8 +148,10 @@ class StandIns:
 
     def swap_out(self) -> None:
         """Put the live tensors back; any number of times."""
-        for container, key, tensor in self._places:
-            if isinstance(container, dict) or key < len(container):
+        for container, key, tensor in self._in_dicts:
+            container[key] = tensor
+        for container, key, tensor in self._in_lists:
+            if key < len(container):
                 container[key] = tensor
         for container, key, value, _ in self._tuples:
             if isinstance(container, dict) or key < len(container):
@@ -161,7 +165,7 @@ class StandIns:
         `whole` says that it was an evaluation: what the first one writes into past the counters is looked for.
         """
         for key, (tensor, copy) in self._copies.items():
-            if self._first and key not in self._always and not _same(copy, self._cast(tensor.detach())):
+            if whole and self._first and key not in self._always and not _same_entries(copy, tensor.detach()):
                 if copy._version == self._versions.get(key):
                     self._always.add(key)
             elif key not in self._always and copy._version == self._versions.get(key, copy._version):
@@ -169,18 +173,18 @@ class StandIns:
             with torch.no_grad():
                 copy.detach().copy_(tensor.detach())
             copy.grad = None
-        self._renew_weights(weights)
+        self._renew_weights(weights, whole)
         self._first, self._backup = self._first and not whole, {}
         return self._outside.lost()
 
-    def _renew_weights(self, weights: Sequence[Tensor]) -> None:
+    def _renew_weights(self, weights: Sequence[Tensor], whole: bool) -> None:
         for i, w in enumerate(weights):
             w.grad = None
             written = w._version != self._weight_versions[i]
             if i in self._restored:
                 with torch.no_grad():
                     w.copy_(self._backup[i])
-            elif self._first and (written or not _same_entries(w, self._backup.get(i, self._as_real(i)))):
+            elif self._first and (written or (whole and not _same_entries(w, self._backup.get(i, self._as_real(i))))):
                 self._restored.add(i)
                 with torch.no_grad():
                     w.copy_(self._backup.get(i, self._as_real(i)))
@@ -197,8 +201,8 @@ class StandIns:
 
 def _same_entries(copy: Tensor, live: Tensor) -> bool:
     """Whether a copy, which may be wider, still holds the live entries; no whole one is made of them."""
-    if copy.dtype == live.dtype:
-        return _same(copy, live)
+    if copy.dtype == live.dtype or copy.numel() <= CHUNK:
+        return _same(copy, live.to(copy.dtype))
     wide, narrow = copy.detach().reshape(-1), live.reshape(-1)
     return all(_same(a, b.to(a.dtype)) for a, b in zip(wide.split(CHUNK), narrow.split(CHUNK), strict=True))
 

@@ -26,6 +26,9 @@ def strongest(gradient: Sequence[Tensor | None], like: Sequence[Tensor], k: int)
     """Sorted flat indices of those weights, an array a parameter. None in `gradient` stands for zeros; NaN counts as 0."""
     kept = _Kept(k)
     for i, (g, w) in enumerate(zip(gradient, like, strict=True)):
+        if g is not None and g.is_sparse and g.sparse_dim() == 1:
+            kept.take_rows(i, g.coalesce())
+            continue
         flat = reals(w.new_zeros(()).expand_as(w) if g is None else g)
         for part in chunks(flat):
             kept.take(i, part.start, flat[part].detach().abs().nan_to_num(nan=0.0, posinf=torch.inf))
@@ -41,10 +44,20 @@ class _Kept:
         self._parameter: np.ndarray = np.empty(0, np.int32)
         self._index: np.ndarray = np.empty(0, np.int64)
 
-    def take(self, parameter: int, start: int, size: Tensor) -> None:
+    def take_rows(self, parameter: int, gradient: Tensor) -> None:
+        """Of a table: the rows that it has entries in; those in others are 0, and no candidates."""
+        rows, values = gradient.indices()[0], reals(gradient.values()).view(gradient.indices().shape[1], -1)
+        width = values.shape[1]
+        flat = rows.unsqueeze(1) * width + torch.arange(width, device=rows.device)
+        size = values.detach().abs().nan_to_num(nan=0.0, posinf=torch.inf)
+        self.take(parameter, flat.reshape(-1), size.reshape(-1))
+
+    def take(self, parameter: int, places: int | Tensor, size: Tensor) -> None:
+        """Entries that follow each other from a place on, or that have a place each."""
         at = (size > self._floor).nonzero().squeeze(1)
+        index = places[at] if isinstance(places, Tensor) else places + at
         self._size = np.concatenate([self._size, size[at].double().cpu().numpy()])
-        self._index = np.concatenate([self._index, start + at.cpu().numpy()])
+        self._index = np.concatenate([self._index, index.cpu().numpy()])
         self._parameter = np.concatenate([self._parameter, np.full(len(at), parameter, np.int32)])
         if len(self._size) > 2 * self._k:
             self._cut()

@@ -23,13 +23,14 @@ import torch
 from torch import Tensor
 
 from gradlens.errors import ArgumentError, GradlensWarning, ProbeError
-from gradlens.probes.batches import Sizes, check_batches, counted, generators
+from gradlens.probes.batches import Sizes, check_batches, counted, generators, noted_if_one_batch
 from gradlens.probes.interrupts import leaves_no_trace
 from gradlens.probes.isolated_loss import IsolatedLoss
 from gradlens.probes.loss import Target
 from gradlens.probes.memory import Need, state_memory, stored
 from gradlens.probes.per_weight import sampled
 from gradlens.probes.strongest import check_top, strongest
+from gradlens.probes.table_moments import TableMoments, is_table
 from gradlens.probes.verdicts import Survey, numbered
 from gradlens.selection import Select
 from gradlens.statistics.evidence import CHUNK, Moments, check_level, flat, reals, test_means
@@ -65,9 +66,10 @@ def survey(
 
     `sample`: survey only so many weights (an int), or such a share of them (a float), spread evenly, by a fixed seed.
     `top`: survey only so many of the most sensitive weights: those of the largest partial in the first batch, which serves
-    for that alone, so that the choice does not bear on the tests. Memory is 132 bytes a weight surveyed, besides two copies
-    of the weights and one gradient. `select` restricts it to some parameters, as in watch(). `method="by"` holds under any
-    dependence among the weights and keeps fewer.
+    for that alone, so that the choice does not bear on the tests. Memory is 132 bytes a weight surveyed, besides a copy of
+    the weights and two gradients, those of sparse tables left out: of these a batch costs the rows that it looks up.
+    `select` restricts it to some parameters, as in watch(). `method="by"` holds under any dependence among the weights and
+    keeps fewer.
 
     Raises `ArgumentError` for fewer than two batches, identical batches, and what does not fit in memory.
 
@@ -83,7 +85,7 @@ def survey(
     surveyed = chosen or sum(n if at is None else len(at) for n, at in zip(numel, index, strict=True))
     _state_memory(surveyed, isolated, progress)
     isolated.keep(generators(batches))
-    with isolated:
+    with isolated, noted_if_one_batch(batches):
         given = enumerate(counted(batches, "surveying", progress, sizes))
         if chosen:
             index = _most_sensitive(isolated, chosen, given)
@@ -119,22 +121,23 @@ class _Measured:
 def _most_sensitive(isolated: IsolatedLoss, k: int, batches: Given) -> list[np.ndarray | None]:
     """The weights of the largest partials in the first batch, which is taken off."""
     for _, (batch, _) in batches:
-        return [*strongest(isolated.gradient(batch)[1], isolated.weights, k)]
+        return [*strongest(isolated.gradient(batch, sparse=True)[1], isolated.weights, k)]
     return [np.empty(0, np.int64) for _ in isolated.weights]
 
 
 def _measure(isolated: IsolatedLoss, index: Sequence[np.ndarray | None], batches: Given, besides: str) -> _Measured:
     """The moments of all gradients, and the losses and sizes of their batches."""
     at = [None if i is None else torch.from_numpy(i).to(w.device) for i, w in zip(index, isolated.weights, strict=True)]
-    moments = Moments(isolated.weights, at)
+    tables = TableMoments(Moments(isolated.weights, at), isolated.weights)
     losses, sizes, spoiled = [], [], []
     prints = _Fingerprint()
     reached, seen, repeated = False, dict[tuple[float, ...], int](), list[tuple[int, int]]()
     for k, (batch, size) in batches:
-        loss, gradient = isolated.gradient(batch)
+        loss, gradient = isolated.gradient(batch, sparse=True)
         losses.append(loss.item())
         sizes += [] if size is None else [size]
-        moments.update(gradient, size or 1.0)
+        gradient = [g if g is None or not g.is_sparse or is_table(g) else g.to_dense() for g in gradient]
+        tables.update(gradient, size or 1.0)
         reached = reached or any(g is not None for g in gradient)
         marks = prints.of(losses[-1], gradient)
         if not np.isfinite(marks).all():
@@ -149,6 +152,7 @@ def _measure(isolated: IsolatedLoss, index: Sequence[np.ndarray | None], batches
         )
     if not reached:
         raise ProbeError("the loss depends on none of the surveyed parameters: detach(), .item() or no_grad() cuts the way")
+    moments = tables.settle()
     _refuse_identical(moments)
     _warn_repeated(repeated)
     _warn_spoiled(spoiled)
@@ -168,13 +172,19 @@ class _Fingerprint:
         marks = [self._weighed(g) for g in gradient if g is not None and g.numel()]
         read = torch.stack(marks).tolist() if len({mark.device for mark in marks}) == 1 else [m.item() for m in marks]
         for i, g in enumerate(g for g in gradient if g is not None and g.numel()):
-            if not np.isfinite(read[i]) and all(bool(part.isfinite().all()) for part in reals(g).split(CHUNK)):
-                read[i] = float(reals(g).double().abs().max())  # finite, and too large for a sum in float32
+            entries = g.coalesce().values() if g.is_sparse else g
+            if not np.isfinite(read[i]) and all(bool(part.isfinite().all()) for part in reals(entries).split(CHUNK)):
+                read[i] = float(reals(entries).double().abs().max())  # finite, and too large for a sum in float32
         return loss, *read
 
     def _weighed(self, gradient: Tensor) -> Tensor:
+        place, number = self._weights(gradient.device)
+        if gradient.is_sparse:
+            gradient = gradient.coalesce()
+            rows, values = gradient.indices()[0], gradient.values().reshape(gradient.indices().shape[1], -1)
+            by_row = values.to(place.dtype).split(CHUNK, dim=1)
+            return sum(part @ place[: part.shape[1]] for part in by_row) @ number[rows % CHUNK]
         flat = reals(gradient)
-        place, number = self._weights(flat.device)
         if len(flat) <= CHUNK:
             return flat.to(place.dtype) @ place[: len(flat)]
         parts = [part.to(place.dtype) @ place[: len(part)] for part in flat.split(CHUNK)]
@@ -235,10 +245,15 @@ def _warn_few(k: int, q: float) -> None:
 
 def _state_memory(surveyed: int, isolated: IsolatedLoss, progress: bool | None) -> None:
     """Say what a survey needs before it starts: where a bar is shown too."""
+    pairs = zip(isolated.tensors(), isolated.owners(), strict=True)
+    dense = [tensor for tensor, owner in pairs if not getattr(owner, "sparse", False)]
     state_memory(
         f"survey of {surveyed:,} weights",
         [Need(surveyed * BYTES, "statistics")],
-        [Need(2 * stored(isolated.tensors()) + stored(isolated.copied()), "two copies of the weights and a gradient")],
+        [
+            Need(stored(isolated.copied()), "a copy of the weights"),
+            Need(2 * stored(dense), "two gradients, those of sparse tables left out"),
+        ],
         isolated.tensors(),
         "survey a sample (sample=1_000_000, or sample=0.01), the most sensitive (top=1_000_000), or some parameters "
         "(select=)",

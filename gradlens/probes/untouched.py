@@ -40,6 +40,7 @@ class ModuleState:
         # Views, which stay up to date: to compare all contents is then one pass at C speed, made after each evaluation.
         self._views = [c.values() if isinstance(c, dict) else c for c in holding], dicts, holding
         self._held = [list(chain.from_iterable(views)) for views in self._views[:2]]
+        self._named = all(type(key) is str for key in self._held[1])  # then keys may be compared as such
         self._sizes = list(map(len, holding))
 
     def _note(self, value: Any) -> None:
@@ -72,8 +73,11 @@ class ModuleState:
         return (
             list(map(len, holding)) == self._sizes
             and all(map(is_, chain.from_iterable(values), self._held[0]))
-            and all(map(is_, chain.from_iterable(dicts), self._held[1]))
+            and self._same_keys(list(chain.from_iterable(dicts)))
         )
+
+    def _same_keys(self, keys: list[Any]) -> bool:
+        return keys == self._held[1] if self._named else all(map(is_, keys, self._held[1]))
 
     def mutable(self) -> list[Any]:
         """The containers that were not empty."""

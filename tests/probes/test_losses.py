@@ -201,7 +201,7 @@ def test_operations_without_float64_are_computed_in_less():
     [
         (lambda m: (m(X).mean(), m(X)), r"tuple of 2, not a tensor; return the loss alone.*\[0\]"),
         (lambda m: print(m(X).sum(), end=""), "None, not a tensor; end it with return"),
-        (lambda m: {"loss": m(X).mean()}, "return its loss"),
+        (lambda m: {"loss": m(X).mean()}, 'return its entry "loss"'),
         (lambda m: m(X).mean().item(), r"without \.item\(\)"),
         (lambda m: m(X).mean().detach().numpy(), "numpy"),
         (lambda m: "text" if m(X) is not None else "", "one real number as a tensor"),
@@ -233,3 +233,33 @@ def test_modules_that_are_registered_twice_are_one():
     assert check_partials(model, lambda m: (m["actor"](X) * m["critic"](X)).square().mean(), k=40).ok
     assert trace(model) == before
     assert model["actor"][0] is model["critic"][0] is trunk
+
+
+def _backward(m):
+    loss = m(X).square().mean()
+    loss.backward()
+    return loss
+
+
+with torch.inference_mode():
+    MADE_IN_INFERENCE = torch.ones(4, 2)
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (_backward, r"without backward\(\) and step\(\)"),
+        (lambda m: m(MADE_IN_INFERENCE).square().mean(), r"x\.clone\(\)"),
+        (lambda m: {"loss": m(X).mean()}, 'its entry "loss"'),
+    ],
+    ids=["backward", "inference", "dict"],
+)
+def test_what_a_loss_may_not_do_is_said_with_what_to_do(loss, message):
+    """Instead of torch's words there is a sentence, and no trace."""
+    model = net()
+    before = trace(model)
+    with pytest.raises(ProbeError, match=message):
+        curvature(model, loss, samples=2)
+    with pytest.raises(ProbeError, match=message):
+        survey(model, lambda m, b: loss(m), [torch.ones(2)] * 8)
+    assert trace(model) == before

@@ -161,3 +161,23 @@ def test_the_first_line_says_whether_it_came_true():
     assert "nothing was predicted" in told(frame.assign(verdict="undecided"))
     wrapped = frame.assign(parameter="module.w")
     assert "as the partials predict" in told(wrapped)
+
+
+def test_a_batch_whose_loss_is_not_finite_is_named():
+    """The first line says that nothing can be said, and of which batch."""
+    weights = {"w": torch.zeros(6, dtype=torch.float64, requires_grad=True)}
+    found = survey(weights, linear, made())
+    result = nudge(weights, linear, found, [*made(), torch.full((6,), torch.inf)], size=0.5)
+    assert result.spoiled == (12,)
+    assert str(result).startswith("nothing can be said: the loss of batch 12 was not finite")
+    assert nudge(weights, linear, found, made()).spoiled == ()
+
+
+def test_parts_of_one_batch_get_a_note_where_the_loss_fails():
+    """`(x, y)` of one shape may be two batches; if the loss cannot take them, its error says what to give."""
+    given = (torch.ones(8, 3), torch.ones(8, 3))
+    found = survey(net(), loss, batches(8))
+    for probe in (lambda b: survey(net(), loss, b), lambda b: nudge(net(), loss, found, b)):
+        with pytest.raises(ValueError, match="unpack") as caught:
+            probe(given)
+        assert any("(x, y)" in note for note in caught.value.__notes__)

@@ -19,8 +19,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from gradlens.errors import ArgumentError, ArgumentTypeError, GradlensWarning, ProbeError
 from gradlens.probes.strongest import strongest
 from gradlens.probes.survey import BYTES, survey
+from gradlens.probes.table_moments import TableMoments
 from gradlens.probes.verdicts import RARE
-from gradlens.statistics.evidence import Moments
 
 from .helpers import trace
 
@@ -281,15 +281,15 @@ def test_what_does_not_fit_in_memory_is_refused_before_it_starts(monkeypatch):
     with pytest.raises(ArgumentError, match=r"sample=0\.01"):
         survey(net(), lambda m, b: pytest.fail("was run"), batches(2))
     assert survey(net(), loss, batches(8), sample=70).total * BYTES > 4 * 4096
-    with pytest.raises(ArgumentError, match="two copies of the weights"):  # a sample does not make those any smaller
+    with pytest.raises(ArgumentError, match="a copy of the weights"):  # a sample does not make those any smaller
         survey(nn.Linear(1000, 2), lambda m, b: pytest.fail("was run"), batches(2), sample=1)
 
 
 def test_one_gradient_lives_at_a_time(monkeypatch):
     """When the next batch is evaluated, the gradient of the last one is gone: memory is what the docstring says."""
-    update, last = Moments.update, []
+    update, last = TableMoments.update, []
 
-    def noted(self, gradients, weight=1.0):
+    def noted(self, gradients, weight):
         last[:] = map(weakref.ref, gradients)
         update(self, gradients, weight)
 
@@ -297,10 +297,29 @@ def test_one_gradient_lives_at_a_time(monkeypatch):
         assert all(ref() is None for ref in last)
         return (v["w"] * x).sum()
 
-    monkeypatch.setattr(Moments, "update", noted)
+    monkeypatch.setattr(TableMoments, "update", noted)
     given = [torch.randn(3, generator=torch.Generator().manual_seed(i)) for i in range(9)]
     assert survey({"w": torch.zeros(3, requires_grad=True)}, alone, given).batches == 9
     assert last
+
+
+@pytest.mark.parametrize("how", [{}, {"sample": 40}, {"top": 60}], ids=str)
+def test_a_sparse_table_is_surveyed_as_a_dense_one(how):
+    """With `sparse=True` verdicts, means, t and q are those of the same table without, and nothing as large is made."""
+
+    def lookup(sparse):
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Embedding(50, 3, sparse=sparse), nn.Flatten(), nn.Linear(12, 5))
+
+    def of(m, b):
+        return F.cross_entropy(m(b[0]), b[1])
+
+    rows = torch.randint(30, (12, 16, 4), generator=torch.Generator().manual_seed(1))
+    given = [(x, x[:, 0] % 5) for x in rows]
+    sparse, dense = (survey(lookup(s), of, given, **how) for s in (True, False))
+    assert len(sparse) == len(dense)
+    pd.testing.assert_frame_equal(sparse.frame, dense.frame, rtol=1e-6)
+    assert (sparse.frame["t"].notna() & (sparse.frame["parameter"] == "0.weight")).any()
 
 
 def test_only_selected_parameters_are_surveyed():
@@ -497,7 +516,7 @@ def test_progress_states_the_memory(capsys):
     said, bar = capsys.readouterr().err.split("\n", 1)
     assert said == (
         "gradlens: survey of 227 weights needs 0.0 MiB for statistics, "
-        "and 0.0 MiB for two copies of the weights and a gradient"
+        "and 0.0 MiB for a copy of the weights, and 0.0 MiB for two gradients, those of sparse tables left out"
     )
     assert "surveying" in bar
 

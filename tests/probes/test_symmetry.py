@@ -223,3 +223,10 @@ def test_no_directions_are_refused():
     """k = 0 would pass anything."""
     with pytest.raises(ArgumentError, match="at least 1"):
         check_symmetry(nn.Linear(1, 1), lambda m: m, k=0)
+
+
+@pytest.mark.parametrize("k", [0, -1, 1.5, True, "4"])
+def test_a_number_of_directions_that_is_none_is_refused(k):
+    """With a sentence, whatever its type."""
+    with pytest.raises(ArgumentError, match="half the number of directions"):
+        check_symmetry(nn.Linear(2, 1), lambda m: m(torch.ones(1, 2)).sum(), k=k)
