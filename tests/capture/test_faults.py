@@ -27,15 +27,12 @@ from gradlens.watching.open_tables import OpenTables
 from gradlens.watching.overhead import Meter
 from gradlens.watching.tables import TableBuilder
 from gradlens.watching.updates import UpdateMeter
+from tests.capture.helpers import data
 
 
 def net():
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.2), nn.Tanh(), nn.Linear(8, 3))
-
-
-def data(step):
-    return torch.randn(6, 4, generator=torch.Generator().manual_seed(step))
 
 
 def iterate(model, optimizer, steps, *, first=0, accumulate=2):

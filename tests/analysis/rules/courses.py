@@ -71,3 +71,8 @@ def modes(training, evaluated=("drop",), step=0):
 def rules_of(rule, history):
     """What a rule says, as pairs of rule and severity."""
     return [(finding.rule, str(finding.severity)) for finding in rule(history)]
+
+
+def in_order(steps):
+    """What several steps hold, one after the other."""
+    return [one for several in steps for one in several]
