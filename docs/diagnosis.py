@@ -20,7 +20,10 @@ def text() -> str:
     page = (ROOT / "docs" / "diagnosis.md").read_text()
     with (ROOT / "benchmarks" / "trainings.csv").open() as file:
         rows = list(csv.DictReader(file))
-    for name, table in (("kinds", _kinds(rows)), ("healthy", _healthy(rows)), ("reliability", _reliability(rows))):
+    with (ROOT / "benchmarks" / "seeds.csv").open() as file:
+        several = list(csv.DictReader(file))
+    tables = {"kinds": _kinds(rows), "healthy": _healthy(rows), "reliability": _reliability(rows), "seeds": _seeds(several)}
+    for name, table in tables.items():
         page = re.sub(rf"(<!-- {name} -->\n).*?(<!-- end -->)", lambda m, t=table: m[1] + t + m[2], page, flags=re.S)
     return page
 
@@ -61,6 +64,25 @@ def _healthy(rows: list[dict[str, str]]) -> str:
         seconds = sorted(float(row["seconds"]) for row in rows if row["half"] == half)
         said = f"{len(alarms)}: {', '.join(alarms)}" if alarms else "0"
         lines.append(f"| {half} | {len(some)} | {said} | {seconds[len(seconds) // 2]:.1f} |")
+    return _lines(*lines)
+
+
+def _seeds(rows: list[dict[str, str]]) -> str:
+    """By kind and half: how many of the trainings came out right with each seed."""
+    seeds = sorted({row["seed"] for row in rows}, key=int)
+    lines = [
+        f"| | half | trainings | {' | '.join(f'seed {seed}' for seed in seeds)} |",
+        f"|---|---|---|{'---|' * len(seeds)}",
+    ]
+    ill = sorted({row["kind"] for row in rows if row["result"] in RESULTS})
+    for kind in [*ill, "healthy, silent"]:
+        for half in ("unseen", "tuned"):
+            here = [row for row in rows if row["half"] == half]
+            some = [row for row in here if (row["kind"] == kind if kind in ill else row["result"] in ("well", "alarm"))]
+            right = Counter(row["seed"] for row in some if row["result"] in ("named", "well"))
+            lines.append(
+                f"| {kind} | {half} | {len(some) // len(seeds)} | {' | '.join(str(right[seed]) for seed in seeds)} |"
+            )
     return _lines(*lines)
 
 

@@ -396,7 +396,7 @@ def thawed_after_the_optimizer(p: Parts) -> None:
 # --- the loop -------------------------------------------------------------------------------------------------------
 
 
-@mistake("zero_grad missing", "stale", "digits_tanh characters_lstm wine_mlp waves_tanh patches_resnet_plain")
+@mistake("zero_grad missing", "stale left_over", "digits_tanh characters_lstm wine_mlp waves_tanh patches_resnet_plain")
 def never_zeroed(p: Parts) -> None:
     p.order = ("backward", "step")
 

@@ -46,6 +46,7 @@ MADE = (
     "clipped_scaled",
     "last_only",
     "stale",
+    "left_over",
     "lost",
     "unstepped",
     "eval_mode",
@@ -79,7 +80,19 @@ DOES = (
 BECOMES = ("update_ratio", "spike", "nonfinite", "collapse", "dead", "dead_units", "saturated", "shrunk")
 
 _LARGE = frozenset(
-    {"cut", "eps", "masked-row", "edge", "no-log", "summed-loss", "input_scale", "undivided", "stale", "loss_scaled"}
+    {
+        "cut",
+        "eps",
+        "masked-row",
+        "edge",
+        "no-log",
+        "summed-loss",
+        "input_scale",
+        "undivided",
+        "stale",
+        "left_over",
+        "loss_scaled",
+    }
     | {"exploding", "too_fast", "update_ratio", "spike", "weight_decay"}
 )
 #: What these alone explain, whatever the levels say: tiny steps make no NaN.
@@ -90,9 +103,9 @@ _LEVEL = {rule: level for level, rules in enumerate((MADE, DOES, BECOMES)) for r
 #: Beside the order of levels: a finding that explains another one of its own level, or of one above.
 EXPLAINS: dict[str, frozenset[str]] = {
     "cut": frozenset({"absent", "unmoved", "foreign-parameters"}),
-    "foreign-parameters": frozenset({"stale", "unmoved", "disagreement"}),
+    "foreign-parameters": frozenset({"stale", "left_over", "unmoved", "disagreement"}),
     "eps": frozenset({"nonfinite"}),
-    "unmoved": frozenset({"stale"}),
+    "unmoved": frozenset({"stale", "left_over"}),
     "fading": frozenset({"disagreement", "vanishing", "too_slow"}),
     "weight_decay": frozenset({"vanishing", "disagreement", "fading", "too_slow"}),
     "exploding": frozenset({"too_fast", "disagreement"}),

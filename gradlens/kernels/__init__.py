@@ -217,10 +217,8 @@ def fold_decayed(gradient: Tensor, kept: Sequence[Tensor], share: float) -> bool
     return accumulate.fold_decayed(_kernel_for(kept[0]), gradient, kept, share)
 
 
-def output_sums(made: Tensor, axis: int = 0, low: float = -math.inf, high: float = math.inf) -> Tensor | list[float] | None:
-    """As `outputs.sums_of`; None of what has no such numbers."""
-    if not outputs.readable(made):
-        return None
+def output_sums(made: Tensor, axis: int = 0, low: float = -math.inf, high: float = math.inf) -> list[float] | None:
+    """As `outputs.sums_of`: runs no operation of torch. None where there is no kernel that reads it."""
     return outputs.sums_of(_kernel_for(made), made, axis, low, high)
 
 

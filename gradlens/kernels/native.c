@@ -1760,57 +1760,96 @@ typedef struct {
 
 enum { OUTPUT_NONFINITE, OUTPUT_SQUARE_SUM, OUTPUT_DEVIATION, OUTPUT_DEAD, OUTPUT_SATURATED, OUTPUT };
 
+typedef struct {
+    double first[BLOCK], sum[BLOCK], squares[BLOCK], sizes[BLOCK];
+    int32_t alive[BLOCK];
+    int64_t nonfinite, saturated;
+} columns;
+
+/* One example's part of a block, entry by entry: what is not finite counts as 0. */
+INLINE void add_example(columns *c, const double *x, int n, double low, double high) {
+    for (int i = 0; i < n; i++) {
+        int fine = (int)is_finite(x[i]);
+        double value = fine ? x[i] : 0, d = value - c->first[i];
+        c->nonfinite += !fine;
+        c->saturated += fine && (x[i] <= low || x[i] >= high);
+        c->alive[i] |= x[i] != 0;
+        c->sum[i] += d, c->squares[i] += d * d, c->sizes[i] += value * value;
+    }
+}
+
+/* The same of four examples of floats, without a branch; returns 0 and adds nothing where something is not finite. */
+INLINE int add_four(columns *c, const float *restrict const x[4], int n, float low, float high) {
+    double *restrict first = c->first, *restrict sum = c->sum, *restrict squares = c->squares, *restrict sizes = c->sizes;
+    int32_t *restrict alive = c->alive;
+    const float *restrict p = x[0], *restrict q = x[1], *restrict r = x[2], *restrict s = x[3];
+    int32_t bad = 0, outside = 0;
+    for (int i = 0; i < n; i++) {
+        bad |= !(fabsf(p[i]) <= FLT_MAX) | !(fabsf(q[i]) <= FLT_MAX) | !(fabsf(r[i]) <= FLT_MAX) | !(fabsf(s[i]) <= FLT_MAX);
+        outside += ((p[i] <= low) | (p[i] >= high)) + ((q[i] <= low) | (q[i] >= high)) + ((r[i] <= low) | (r[i] >= high)) +
+                   ((s[i] <= low) | (s[i] >= high));
+        alive[i] |= (p[i] != 0) | (q[i] != 0) | (r[i] != 0) | (s[i] != 0);
+    }
+    if (bad)
+        return 0;
+    c->saturated += outside;
+    for (int i = 0; i < n; i++) {
+        double a = p[i], b = q[i], d = r[i], e = s[i], f = first[i];
+        sizes[i] += (a * a + b * b) + (d * d + e * e);
+        a -= f, b -= f, d -= f, e -= f;
+        sum[i] += (a + b) + (d + e);
+        squares[i] += (a * a + b * b) + (d * d + e * e);
+    }
+    return 1;
+}
+
 /* Columns [start, stop). Deviations are from the first example, so that what examples share does not cancel what differs. */
 INLINE void read_columns(const void *argument, int64_t start, int64_t stop) {
     const output *o = argument;
     const int type = (int)o->type;
-    const double low = o->low, high = o->high;
-    float between[BLOCK];
-    double room[BLOCK], first[BLOCK], sum[BLOCK], squares[BLOCK], sizes[BLOCK];
-    int32_t alive[BLOCK];
-    int64_t nonfinite = 0, dead = 0, saturated = 0;
+    const char *made = o->made;
+    /* of floats: the nearest floats that let through the same entries */
+    float low = (float)o->low, high = (float)o->high;
+    low = low > o->low ? nextafterf(low, -INFINITY) : low, high = high < o->high ? nextafterf(high, INFINITY) : high;
+    float between[4][BLOCK];
+    double room[BLOCK];
+    columns c;
+    c.nonfinite = c.saturated = 0;
+    int64_t dead = 0;
     double square_sum = 0, deviation = 0;
     for (int64_t at = start; at < stop; at += BLOCK) {
         const int n = (int)(stop - at < BLOCK ? stop - at : BLOCK);
-        const size_t bytes = (size_t)n * sizeof *sum;
-        memset(sum, 0, bytes), memset(squares, 0, bytes), memset(sizes, 0, bytes), memset(alive, 0, (size_t)n * sizeof *alive);
-        for (int64_t row = 0; row < o->rows; row++) {
-            const char *line = (const char *)o->made + (row * o->columns + at) * SIZE[type];
-            const double *x = wide(line, type, n, between, room);
-            int32_t outside = 0, bad = 0;
-            for (int i = 0; i < n; i++) {
-                alive[i] |= x[i] != 0;
-                bad += !is_finite(x[i]);
-                outside += (x[i] <= low) | (x[i] >= high);
+        const size_t bytes = (size_t)n * sizeof *c.sum;
+        memset(c.sum, 0, bytes), memset(c.squares, 0, bytes), memset(c.sizes, 0, bytes);
+        memset(c.alive, 0, (size_t)n * sizeof *c.alive);
+        const double *begin = wide(made + at * SIZE[type], type, n, between[0], room);
+        for (int i = 0; i < n; i++)
+            c.first[i] = is_finite(begin[i]) ? begin[i] : 0;
+        int64_t row = 0;
+        while (row < o->rows) {
+            if (type != FLOAT64 && row + 4 <= o->rows) {
+                const float *lines[4];
+                for (int k = 0; k < 4; k++)
+                    lines[k] = narrow(made + ((row + k) * o->columns + at) * SIZE[type], type, n, between[k]);
+                if (add_four(&c, lines, n, low, high)) {
+                    row += 4;
+                    continue;
+                }
             }
-            if (bad) { /* these count as 0 below */
-                nonfinite += bad;
-                for (int i = 0; i < n; i++)
-                    outside -= !is_finite(x[i]) && (x[i] <= low || x[i] >= high);
-                for (int i = 0; i < n; i++)
-                    room[i] = is_finite(x[i]) ? x[i] : 0;
-                x = room;
-            }
-            saturated += outside;
-            if (row == 0)
-                memcpy(first, x, bytes);
-            for (int i = 0; i < n; i++) {
-                double d = x[i] - first[i];
-                sum[i] += d;
-                squares[i] += d * d;
-                sizes[i] += x[i] * x[i];
-            }
+            int64_t end = type != FLOAT64 && row + 4 <= o->rows ? row + 4 : row + 1;
+            for (; row < end; row++)
+                add_example(&c, wide(made + (row * o->columns + at) * SIZE[type], type, n, between[0], room), n, o->low, o->high);
         }
         for (int i = 0; i < n; i++) {
-            double rest = squares[i] - sum[i] * sum[i] / (double)o->rows;
+            double rest = c.squares[i] - c.sum[i] * c.sum[i] / (double)o->rows;
             deviation += rest > 0 ? rest : 0;
-            square_sum += sizes[i];
-            dead += !alive[i];
+            square_sum += c.sizes[i];
+            dead += !c.alive[i];
         }
     }
     double *sums = o->sums;
-    sums[OUTPUT_NONFINITE] = (double)nonfinite, sums[OUTPUT_SQUARE_SUM] = square_sum, sums[OUTPUT_DEVIATION] = deviation;
-    sums[OUTPUT_DEAD] = (double)dead, sums[OUTPUT_SATURATED] = (double)saturated;
+    sums[OUTPUT_NONFINITE] = (double)c.nonfinite, sums[OUTPUT_SQUARE_SUM] = square_sum, sums[OUTPUT_DEVIATION] = deviation;
+    sums[OUTPUT_DEAD] = (double)dead, sums[OUTPUT_SATURATED] = (double)c.saturated;
 }
 
 #define COLUMNS(name, attributes)                                                                                                 \

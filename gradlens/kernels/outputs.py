@@ -48,22 +48,20 @@ def readable(made: Tensor) -> bool:
 
 def sums_of(
     kernel: native.Native | None, made: Tensor, axis: int = 0, low: float = -math.inf, high: float = math.inf
-) -> Tensor | list[float]:
-    """The sums, in the order of `SUMS`: numbers where the native kernel read them, else float64 `[7]` on the device.
+) -> list[float] | None:
+    """The sums, in the order of `activations.SUMS`, by the native kernel; None of a tensor that it does not read.
 
     Args:
         made: What `readable` says yes to.
         axis: Which one is the batch.
         low, high: The ends of the module's range, where it has one.
     """
-    made = local_part(made)
-    sums = None if kernel is None else _by_library(kernel, made, axis, low, high)
-    return sums_by_torch(made, axis, low, high) if sums is None else sums
+    return None if kernel is None else _by_library(kernel, local_part(made), axis, low, high)
 
 
 def sums_by_torch(made: Tensor, axis: int = 0, low: float = -math.inf, high: float = math.inf) -> Tensor:
     """The definition. Waits for no device."""
-    x = made.detach().movedim(axis, 0)
+    x = local_part(made).detach().movedim(axis, 0)
     x = x.reshape(len(x), -1).double()
     finite = torch.isfinite(x)
     kept = torch.where(finite, x, 0.0)

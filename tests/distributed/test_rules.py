@@ -87,7 +87,7 @@ def test_the_rank_whose_data_were_nan_says_so(launched):
 
 
 def test_gradients_that_nobody_empties_are_named_over_ranks(launched):
-    """F21's kind: `stale` on each rank, though the local gradients are not read; None, zeros and no_sync() are silent."""
+    """F21's kind: on each rank, though the local gradients are not read; None, zeros and no_sync() are silent."""
     for result in launched(two):
-        assert "zero_grad() is missing" in dict(result["never"])["stale"]
+        assert "zero_grad() is missing" in dict(result["never"])["left_over"]
         assert result["none"] == result["zeros"] == result["accumulated"] == []

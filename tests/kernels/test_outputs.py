@@ -74,7 +74,7 @@ def test_what_is_not_finite_is_counted_and_left_out(bad):
 )
 def test_examples_in_any_order_of_memory(made, axis):
     """The order within an example is of no account, as long as there are no gaps."""
-    torch.testing.assert_close(by_library(made, axis), sums_by_torch(made, axis), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(by_library(made, axis), sums_by_torch(made, axis), rtol=1e-12, atol=1e-12, equal_nan=True)
 
 
 @pytest.mark.parametrize(
@@ -82,9 +82,8 @@ def test_examples_in_any_order_of_memory(made, axis):
 )
 def test_gaps_and_shared_memory_go_to_torch(made, axis):
     """The library reads examples that lie behind each other, and nothing else."""
-    found = sums_of(KERNEL, made, axis)
-    assert isinstance(found, torch.Tensor)
-    torch.testing.assert_close(found, sums_by_torch(made.contiguous(), axis))
+    assert sums_of(KERNEL, made, axis) is None
+    torch.testing.assert_close(sums_by_torch(made, axis), sums_by_torch(made.contiguous(), axis), equal_nan=True)
 
 
 def test_one_example_has_no_deviation():

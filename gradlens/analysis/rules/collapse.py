@@ -62,10 +62,11 @@ class Collapse(Occasional):
                 continue
             if not (self._collapsed(facts, trend) or (self._shrinks(facts) and compares_itself(history))):
                 continue
-            now, first = facts[-1], facts[0]
+            now, first, alone = facts[-1], facts[0], compares_itself(history)
+            causes = _causes(first.spread, self.spread, now.dead)
             dead = f"; {now.dead:.0%} of the features are 0 for every example" if now.dead > 0.5 else ""
             made = max((fact.output_spread for fact in facts), default=math.nan)
-            shrank = f", its output by {now.output_spread / made:.2%} of what it did" if made > 0 else ""
+            shrank = f", its output by {now.output_spread / made:.2%} of what it did at most" if made > 0 else ""
             yield Finding(
                 rule=self.name,
                 step=newest_step(history),
@@ -73,9 +74,10 @@ class Collapse(Occasional):
                 seen=f"the model says nearly the same for every example: the features that {layer or 'the last layer'!r} "
                 f"gets differ by {format_number(now.spread)} of their size over the batch (at the start by "
                 f"{format_number(first.spread)}){shrank}{dead}{where_lost(history, self.spread)}, and {_said(trend)}",
-                causes=_causes(first.spread, self.spread, now.dead),
-                remedy="a smaller learning rate; for embeddings a loss that is 0 only when they differ (semi-hard "
-                "triplets, a variance term); in a deep model normalisation or kaiming_normal_",
+                causes=(_ALONE, *causes) if alone else causes,
+                remedy=f"{_APART}; a smaller learning rate"
+                if alone
+                else f"a smaller learning rate; {_APART}; in a deep model normalisation or kaiming_normal_",
                 value=now.spread,
             )
 
@@ -151,6 +153,12 @@ def _above(graph: Graph, at: int) -> set[int]:
 NEAR = 40
 #: A loss that fell at first and stands since this share of the run.
 STANDS = 0.7
+
+
+_ALONE = (
+    "the loss compares the model's answers with each other, and a constant answer is the cheapest: nothing keeps them apart"
+)
+_APART = "for embeddings a loss that is 0 only when they differ (negatives, semi-hard triplets, a variance term)"
 
 
 def _said(trend: Trend) -> str:

@@ -125,7 +125,7 @@ class LeftOver(Occasional):
     share: float = 0.9
     looks: int = 3
 
-    name: ClassVar[str] = "stale"
+    name: ClassVar[str] = "left_over"
 
     def __post_init__(self) -> None:
         check_number(self, "share", most=1.0)

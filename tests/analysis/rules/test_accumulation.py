@@ -129,7 +129,7 @@ def over_ranks(*facts, stage=Stage.REDUCED):
 )
 def test_gradients_that_are_there_as_a_step_begins(facts, found):
     """At three looks in a row, over ranks, at the first backward of a step."""
-    assert rules_of(rules.LeftOver(), over_ranks(*facts)) == [("stale", "warning")] * found
+    assert rules_of(rules.LeftOver(), over_ranks(*facts)) == [("left_over", "warning")] * found
 
 
 def test_one_process_is_asked_by_another_rule():
