@@ -38,7 +38,7 @@ class Moves:
         """A watched optimizer is about to step; returns a closure to call in place of its own, or None."""
         if not running():
             self._threads.note(self._steps.current.number)
-            if closure is None and (self._engine.passes or self._steps.dirty):
+            if closure is None:
                 self._steps.finish_passes()
         if self._steps.due:
             self._steps.finish_due()

@@ -120,7 +120,7 @@ class Passes:
         if entered.step is not step or entered.number is not None:
             return False
         with self._engine.lock:
-            self._note_activations(step.number, step.passes)  # before its table is handed on
+            self._note_activations(step.number, step.next_number)  # before its table is handed on
             if not self._steady.pass_ended(entered, step):
                 return False
             if entered.loss is not None:

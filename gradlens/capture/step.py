@@ -82,6 +82,11 @@ class Step:
         if self.phase is not Phase.DUE:
             self.phase = Phase.MOVING
 
+    @property
+    def next_number(self) -> int:
+        """What `take_number` gives next."""
+        return min(self._free) if self._free else self._taken
+
     def take_number(self) -> int:
         """The next backward pass's number: the lowest that none has."""
         if self._free:
