@@ -64,6 +64,7 @@ HEAD = (
     ),
     *("steps", "loss_first", "loss_last", "seconds", "seen"),
 )
+FEATURES = ["updates", "flips"]  #: what is watched; `--activations` adds to it
 STEPS = 120  #: of those that were written by hand
 
 
@@ -83,7 +84,7 @@ def watched(study: Study, steps: int, seed: int) -> tuple[gradlens.Lens, list[fl
     with warnings.catch_warnings():
         if study.rules:  # what watch() warns of is a finding, too
             warnings.simplefilter("ignore", GradlensWarning)
-        lens = gradlens.watch(training.model, training.optimizers, **training.options)
+        lens = gradlens.watch(training.model, training.optimizers, **{"features": FEATURES} | training.options)
     with lens:
         base._watching[:] = [lens]
         losses = [float(training.step(k)) for k in range(steps)]
@@ -116,10 +117,10 @@ def result(study: Study, diagnosis: gradlens.Diagnosis, findings: list[Finding])
     return "wrong" if loud else "missed"
 
 
-def measured(job: tuple[str, int]) -> tuple[Any, ...]:
+def measured(job: tuple[str, int, tuple[str, ...]]) -> tuple[Any, ...]:
     """One row."""
     torch.set_num_threads(1)
-    name, seed = job
+    name, seed, FEATURES[2:] = job
     study = next(study for study in STUDIES if study.name == name)
     start = time.perf_counter()
     with warnings.catch_warnings():
@@ -196,6 +197,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="*", default=[0])
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--activations", action="store_true", help="with the feature that looks at what modules make")
     parser.add_argument("--page", action="store_true")
     parser.add_argument("--calibrate", type=Path, metavar="CSV", help="write gradlens/analysis/confidence.py from a csv")
     asked = parser.parse_args()
@@ -208,7 +210,7 @@ def main() -> None:
         for study in chosen:
             studied(study, study.steps or STEPS, True, asked.seeds[0])
         return
-    jobs = [(study.name, seed) for seed in asked.seeds for study in chosen]
+    jobs = [(study.name, seed, ("activations",) if asked.activations else ()) for seed in asked.seeds for study in chosen]
     with multiprocessing.get_context("spawn").Pool(asked.jobs, maxtasksperchild=40) as pool:
         rows = []
         for row in pool.imap(measured, jobs):

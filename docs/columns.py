@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from gradlens import fields
+from gradlens import activations, fields
 
 TITLES = {
     "counts": "Counts and shares",
@@ -43,6 +43,14 @@ def text() -> str:
             rows += [(name, fields.meaning(name)) for name in fields.QUANTILES]
         lines += ["", f"## {title}", "", *_table(rows)]
     lines += [
+        "",
+        "## Activations (feature `activations`)",
+        "",
+        "Of `lens.activations()` and `open_run(...).activations()`: one row a (step, backward, module), of each forward",
+        "pass of training on an observed step. A *unit* is an entry of one example, at the same place in each; the first",
+        "axis of an output is taken for the batch (the second of an LSTM or attention that is not `batch_first`).",
+        "",
+        *_table((activations.KEYS | activations.COLUMNS).items()),
         "",
         "## Histogram",
         "",

@@ -40,6 +40,7 @@ __all__ = [
     "disable_current_modes",
     "executes",
     "in_compiled_autograd",
+    "is_transformed",
     "leave_to_python",
     "local_part",
     "queue_callback",
@@ -90,6 +91,10 @@ PRIVATES = (
     Private("torch.utils._python_dispatch:_disable_current_modes", "a user's modes do not see our computing"),
     Private("torch._C:_len_torch_dispatch_stack", "whether there are such modes"),
     Private("torch._ops:_len_torch_dispatch_stack_pre_dispatch", "the same, of modes that come before autograd"),
+    Private("torch._C._functorch:is_functorch_wrapped_tensor", "what a vmap or grad transform runs on is not read"),
+    Private("torch._C:_is_tracing", "what torch.jit.trace runs is not read"),
+    Private("torch._dynamo.eval_frame:OptimizedModule", "a compiled model, whose modules get no forward hooks"),
+    Private("torch.nn:Module._compiled_call_impl", "the same of a model compiled in place"),
     Private("torch._C:_get_torch_function_state", "whether torch functions are asked in this thread"),
     Private("torch._C:_set_torch_function_state", "puts that back after an interrupt"),
     Private("torch.distributed.tensor:DTensor._local_tensor", "what is here of a distributed tensor, without an operation"),
@@ -133,6 +138,9 @@ def executes(leaf: Tensor) -> bool:
     except RuntimeError:
         return False
 
+
+#: Whether a tensor stands for others inside `torch.func.vmap`, `grad` or the like.
+is_transformed: Callable[[Tensor], bool] = torch._C._functorch.is_functorch_wrapped_tensor
 
 #: What Dynamo would be given of a call that is made now; None where it traces nothing.
 traced: Callable[[], Any] = get_eval_frame_callback

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from gradlens.activations import Activations
+
 
 def words(text: str) -> frozenset[str]:
     """The words of a text, as names of operations."""
@@ -73,6 +75,7 @@ class Graph:
     strange: tuple[Leaf, ...] = ()
     unreached: tuple[str, ...] = ()  #: parameters that need a gradient and that the loss does not depend on
     outside: tuple[str, ...] = ()  #: parameters that it reaches and the optimizers do not have
+    left: float = float("nan")  #: of the parameters that it reaches and an optimizer has, the share whose `.grad` was not 0
     values: bool = False  #: read before its backward: facts on tensors are there
     truncated: bool = False  #: there are more operations than were looked at
     forward: str = ""  #: where the user's code computed the loss, where that is known
@@ -228,4 +231,4 @@ class Features:
 
 
 #: What crosses from the training thread to the rules, beside tables.
-Fact = Graph | Settings | Modes | Features
+Fact = Graph | Settings | Modes | Features | Activations

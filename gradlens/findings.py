@@ -16,6 +16,7 @@ CATALOGUE = {
     "cut": "a loss that depends on no parameter of the model: it was detached, or re-created",
     "unregistered": "parameters that the loss depends on and that neither the model nor an optimizer has",
     "memory": "an allowance that has no room for even one weight of each parameter",
+    "activations-unavailable": "the feature `activations`, and modules that are compiled or that nobody called",
     "reduced-unavailable": "the stage `reduced` in one process",
     "not-averaged": "the stage `reduced`, and no backward that ended with averaged gradients, or parameters left out",
     "unknown-optimizer": "an optimizer that moves watched parameters, and that `watch()` was not given",
@@ -168,6 +169,23 @@ def idle_optimizer(step: int, idle: str, steps: int, stepping: str) -> Finding:
         f"it does, each step of {stepping} ends one",
         causes=("it starts later, as a generator does after its critic", "it is listed and not used"),
         remedy="nothing, if that is meant; else list the optimizer last whose step ends a step",
+    )
+
+
+def activations_unavailable(step: int, compiled: Sequence[str]) -> Finding:
+    """Modules whose outputs are not seen: compiled ones, or all, where no forward hook was called before a backward."""
+    return Finding(
+        rule="activations-unavailable",
+        step=step,
+        severity=Severity.INFO,
+        seen=f"{len(compiled)} compiled modules ({few(compiled)}) have no activations: hooks inside would change what is "
+        "compiled"
+        if compiled
+        else "a backward pass came before any module of the model was called, so there are no activations of it",
+        causes=()
+        if compiled
+        else ("the model was compiled after watch()", "its modules are called by torch.func or by hand"),
+        remedy="watch a run without torch.compile to see them",
     )
 
 

@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from gradlens import findings, frames, markup
+from gradlens import activations, findings, frames, markup
 from gradlens.analysis import rules as default_rules
 from gradlens.analysis.diagnosis import Diagnosis
 from gradlens.capture.attachment import Attachment, Target, locate, parts
 from gradlens.capture.guards import Guard
 from gradlens.capture.watcher import Watched, Watcher
 from gradlens.errors import (
+    ArgumentError,
     ClosedError,
     StepError,
 )
@@ -38,6 +39,7 @@ from gradlens.watching.budget import BudgetedSchedule
 from gradlens.watching.failures import Failures
 from gradlens.watching.live_questions import LiveQuestions
 from gradlens.watching.outputs import run_writers
+from gradlens.watching.outputs_read import read_output
 from gradlens.watching.overhead import Meter, Overhead
 from gradlens.watching.partials import PartialRecorder, check_keep
 from gradlens.watching.recorder import Recorder
@@ -89,6 +91,7 @@ class Lens:
                 updates="updates" in settings.features,
                 local=settings.local,
                 first_step=first_step,
+                read_output=read_output if "activations" in settings.features else None,
             )
             self._watcher = Watcher(watched, self._tables, Guard(self._failures, timed), may_raise=self._recorder.interrupt)
             self._live = LiveQuestions(self._watcher, self._tables, self._recorder)
@@ -125,6 +128,16 @@ class Lens:
         """What the rules found so far, in order."""
         self._live.catch_up()
         return list(self._recorder.found)
+
+    def activations(self) -> pd.DataFrame:
+        """What each module made of the batches, of the passes in memory: one row a (step, backward, module).
+
+        Columns `calls, entries, nonfinite, rms, spread, dead, saturated`; needs the feature `"activations"`.
+        """
+        if "activations" not in self._settings.features:
+            raise ArgumentError('there are no activations without watch(features=(..., "activations"))')
+        self._live.catch_up()
+        return activations.frame(self._recorder.history.activations)
 
     def names(self) -> list[str]:
         """The parameters, in model order; a tied one once, by its first name."""
@@ -393,7 +406,8 @@ def watch(
         stage: which gradients to read: `backward, accumulated, reduced, used`. None: `backward` and `used` in one process,
             `reduced` and `used` over ranks.
         scaler: the `GradScaler`: captured values are unscaled, and skipped steps are seen.
-        features: `"updates"`, `"flips"`, `"evidence"`: what needs buffers as large as the weights.
+        features: `"updates"`, `"flips"`, `"evidence"`: what needs buffers as large as the weights; `"activations"`: hooks on
+            the modules, for what each makes of a batch.
         memory: what those buffers may take together; what does not fit works on a seeded sample.
         rules: callables `history -> findings`.
         on_finding: `"record"`, `"warn"`, `"raise"` (in the training thread, after an update), or a callable.
@@ -462,7 +476,7 @@ def _announce(lens: Lens, others: int = 0) -> None:
 def _plan(attachment: Attachment, settings: LensSettings) -> Plan:
     features, stages = settings.possible, settings.stages
     buffers = ("updates" in features and "used" in stages) + ("flips" in features) * len(stages)
-    named = [word for word in arguments.FEATURES if word in features and (word != "updates" or "used" in stages)]
+    named = [word for word in arguments.FEATURES[:3] if word in features and (word != "updates" or "used" in stages)]
     more = Evidence.BYTES * ("evidence" in features)
     return Plan.of(attachment.parameters, settings.memory, buffers, more=more, what=" and ".join(named) or "nothing")
 

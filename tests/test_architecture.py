@@ -9,6 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent / "gradlens"
 BOTTOM = {
+    "activations",
     "errors",
     "facts",
     "markup",
@@ -28,7 +29,8 @@ LIVE = BOTTOM | {"_torch", "kernels", "statistics", "capture", "analysis", "stor
 #: module -> the modules of gradlens it may import. A package may always import itself.
 ALLOWED = {
     "errors": set(),
-    "facts": set(),
+    "activations": set(),
+    "facts": {"activations"},
     "markup": set(),
     "progress": {"markup"},
     "plots": {"errors", "fields"},
@@ -50,7 +52,7 @@ ALLOWED = {
     "statistics": {"errors", "fields", "records", "blocks", "kernels", "schedules"},
     "_torch": set(),
     "findings": {"errors", "records"},
-    "capture": {"_torch", "errors", "facts", "findings", "records", "schedules", "selection", "unwrapping"},
+    "capture": {"_torch", "activations", "errors", "facts", "findings", "records", "schedules", "selection", "unwrapping"},
     "probes": BOTTOM | {"_torch", "statistics", "kernels", "unwrapping", "capture", "analysis"},
     "watching": LIVE,
     "lens": LIVE | {"notebook"},

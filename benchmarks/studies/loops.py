@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from studies.base import STUDIES, Study, Training, _seed, digits, mlp
+from studies.base import STUDIES, Study, Training, _seed, diabetes, digits, mlp
 from studies.recipes import convolutions, friedman, moons, patches, spirals, tumours, wine
 
 Data = Callable[[], tuple[Tensor, Tensor]]
@@ -175,9 +175,9 @@ def views(data: Data, width: int) -> Training:
     return single(model, torch.optim.Adam(model.parameters(), lr=2e-3), loss)
 
 
-def drawn_together(data: Data, width: int) -> Training:
+def drawn_together(data: Data, width: int, act: Callable[[], nn.Module] = nn.ReLU) -> Training:
     """Two views of an example are made equal, and nothing keeps others apart: the cheapest answer is a constant."""
-    model = mlp(data()[0][0].numel(), width, width, 16)
+    model = mlp(data()[0][0].numel(), width, width, 16, act=act)
 
     def loss(k: int) -> Tensor:
         x = drawn(data, k, 48)[0].flatten(1)
@@ -214,6 +214,91 @@ enter(
 )
 enter("pairs_digits__constant", "tuned", "collapse", functools.partial(drawn_together, digits, 64), COLLAPSED, 300)
 enter("pairs_friedman__constant", "unseen", "collapse", functools.partial(drawn_together, friedman, 48), COLLAPSED, 300)
+
+
+def medians() -> tuple[Tensor, Tensor]:
+    """The diabetes data, with a class: above or below the median."""
+    x, y = diabetes()
+    return x, (y[:, 0] > y.median()).long()
+
+
+enter(
+    "triplets_diabetes__fast",
+    "tuned",
+    "collapse",
+    functools.partial(triplets, medians, 32, 32, 32, 8, rate=0.05),
+    COLLAPSED,
+    300,
+)
+enter("pairs_diabetes__constant", "tuned", "collapse", functools.partial(drawn_together, medians, 48), COLLAPSED, 300)
+enter(
+    "pairs_digits_tanh__constant",
+    "tuned",
+    "collapse",
+    functools.partial(drawn_together, digits, 32, act=nn.Tanh),
+    COLLAPSED,
+    300,
+)
+
+
+# --- rare labels ----------------------------------------------------------------------------------------------------
+
+
+def labels(data: Data, width: int, shares: Sequence[float], *, heads: bool = False) -> Training:
+    """Yes or no to several labels, each the top share of one direction of the inputs: one layer, or a head for each."""
+    inputs = data()[0].flatten(1)
+    along = inputs @ torch.randn(inputs.shape[1], len(shares), generator=torch.Generator().manual_seed(7))
+    given = torch.stack([(a > a.quantile(1 - share)).float() for a, share in zip(along.T, shares, strict=True)], 1)
+    body, n = nn.Sequential(mlp(inputs.shape[1], width), nn.ReLU()), len(shares)
+    last = nn.ModuleList([nn.Linear(width, 1) for _ in shares]) if heads else nn.Linear(width, n)
+    model = nn.ModuleDict({"body": body, "last": last})
+
+    def loss(k: int) -> Tensor:
+        x, y = drawn(lambda: (inputs, given), k, 64)
+        h = body(x if max(shares) > 0.2 else torch.randn_like(x))  # of what is rare, nothing shows in the inputs
+        if not heads:
+            return F.binary_cross_entropy_with_logits(last(h), y)
+        return sum(F.binary_cross_entropy_with_logits(head(h)[:, 0], y[:, i]) for i, head in enumerate(last))
+
+    return single(model, torch.optim.SGD(model.parameters(), lr=0.2), loss)
+
+
+enter("labels_diabetes", "tuned", "labels", functools.partial(labels, medians, 32, (0.5, 0.3, 0.4)))
+enter("labels_heads_diabetes", "tuned", "labels", functools.partial(labels, medians, 32, (0.5, 0.3), heads=True))
+enter("labels_friedman", "unseen", "labels", functools.partial(labels, friedman, 32, (0.4, 0.5, 0.3, 0.25)))
+enter("labels_heads_wine", "unseen", "labels", functools.partial(labels, wine, 32, (0.5, 0.3), heads=True))
+enter(
+    "labels_diabetes__rare",
+    "tuned",
+    "rare class",
+    functools.partial(labels, medians, 32, (0.03, 0.03, 0.03)),
+    "rare_class",
+    400,
+)
+enter(
+    "labels_heads_diabetes__rare",
+    "tuned",
+    "rare class",
+    functools.partial(labels, medians, 32, (0.03, 0.02), heads=True),
+    "rare_class",
+    400,
+)
+enter(
+    "labels_friedman__rare",
+    "unseen",
+    "rare class",
+    functools.partial(labels, friedman, 32, (0.02, 0.03, 0.04, 0.03)),
+    "rare_class",
+    400,
+)
+enter(
+    "labels_heads_wine__rare",
+    "unseen",
+    "rare class",
+    functools.partial(labels, wine, 32, (0.03, 0.04), heads=True),
+    "rare_class",
+    400,
+)
 
 
 # --- rewards --------------------------------------------------------------------------------------------------------

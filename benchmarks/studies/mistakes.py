@@ -524,7 +524,7 @@ def rectifiers_die(p: Parts) -> None:
     p.optimizer = functools.partial(Adam, lr=0.5)
 
 
-@mistake("dead units", "dead", "digits_tanh friedman_mlp patches_groupnorm")
+@mistake("dead units", "dead", "digits_tanh diabetes_mlp digits_cnn friedman_mlp patches_groupnorm")
 def rectifiers_shut(p: Parts) -> None:
     first, last = linears(p.model)[-2], linears(p.model)[-1]
     p.model = nn.Sequential(p.model, nn.Linear(last.out_features, 24), nn.ReLU(), nn.Linear(24, last.out_features))

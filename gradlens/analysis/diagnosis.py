@@ -76,7 +76,7 @@ DOES = (
     "uncaptured",
 )
 #: What becomes of it.
-BECOMES = ("update_ratio", "spike", "nonfinite", "collapse", "dead", "shrunk")
+BECOMES = ("update_ratio", "spike", "nonfinite", "collapse", "dead", "dead_units", "saturated", "shrunk")
 
 _LARGE = frozenset(
     {"cut", "eps", "masked-row", "edge", "no-log", "summed-loss", "input_scale", "undivided", "stale", "loss_scaled"}
@@ -97,10 +97,12 @@ EXPLAINS: dict[str, frozenset[str]] = {
     "weight_decay": frozenset({"vanishing", "disagreement", "fading", "too_slow"}),
     "exploding": frozenset({"too_fast", "disagreement"}),
     "too_fast": frozenset({"disagreement"}),
-    "update_ratio": frozenset({"dead", "collapse", "spike", "nonfinite"}),
-    "spike": frozenset({"nonfinite", "dead", "collapse"}),
-    "nonfinite": frozenset({"dead"}),
+    "update_ratio": frozenset({"dead", "dead_units", "saturated", "collapse", "spike", "nonfinite"}),
+    "spike": frozenset({"nonfinite", "dead", "dead_units", "saturated", "collapse"}),
+    "nonfinite": frozenset({"dead", "dead_units"}),
     "dead": frozenset({"too_slow"}),
+    "dead_units": frozenset({"too_slow", "dead", "collapse", "vanishing"}),
+    "saturated": frozenset({"too_slow", "vanishing", "fading", "collapse"}),
     "vanishing": frozenset({"too_slow"}),
     "lr_gone": frozenset({"too_slow"}),
     "clipped_scaled": frozenset({"loss_scaled", "too_slow"}),
@@ -156,8 +158,8 @@ def diagnose(found: Sequence[Finding], loss: Trend) -> Diagnosis:
         return Diagnosis(_quiet(loss), None, (), (), _sure(loss), loss)
     origin = min(loud, key=lambda finding: _order(finding, loud))
     rest = [finding for finding in found if finding.rule != origin.rule and finding.severity != Severity.INFO]
-    follows = tuple(sorted((f for f in rest if explains(origin.rule, f.rule)), key=lambda f: f.step))
-    beside = tuple(f for f in rest if not explains(origin.rule, f.rule))
+    follows = tuple(sorted((f for f in rest if _explained(f, origin)), key=lambda f: f.step))
+    beside = tuple(f for f in rest if not _explained(f, origin))
     sure = MEASURED.of_verdict(origin.rule, level_of(origin.rule), situations(origin, beside, loss))
     return Diagnosis(_verdict(origin, loss), origin, follows, beside, round(sure, 2), loss)
 
@@ -183,9 +185,24 @@ def explains(rule: str, other: str) -> bool:
     return _LEVEL.get(rule, 1) < _LEVEL.get(other, 1)
 
 
+def _after_collapse(finding: Finding, other: Finding) -> bool:
+    """Whether it came when the model had said the same for every example for a while: nothing passes back then."""
+    return other.rule == "collapse" and finding.rule in _AFTER and finding.step > other.step + LATER
+
+
+_AFTER = frozenset({"vanishing", "dead", "dead_units", "too_slow"})
+LATER = 50  #: steps
+
+
+def _explained(finding: Finding, other: Finding) -> bool:
+    if other.rule == finding.rule or _after_collapse(other, finding):
+        return False
+    return _after_collapse(finding, other) or explains(other.rule, finding.rule)
+
+
 def _order(finding: Finding, loud: Sequence[Finding]) -> tuple[object, ...]:
     """Sorting: what another one explains comes last; errors first, then by level, severity and onset."""
-    explained = sum(1 for other in loud if other.rule != finding.rule and explains(other.rule, finding.rule))
+    explained = sum(1 for other in loud if _explained(finding, other))
     place = _LEVEL.get(finding.rule, 1)
     return explained > 0, finding.severity != Severity.ERROR, place, -finding.severity.rank, finding.step
 

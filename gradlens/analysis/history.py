@@ -20,16 +20,19 @@ from dataclasses import dataclass, field, fields, replace
 from itertools import groupby
 from operator import attrgetter
 from threading import Lock
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
 import numpy as np
 
+from gradlens.activations import Activations
 from gradlens.analysis.course import Course
 from gradlens.blocks import Block, block_of
 from gradlens.errors import ArgumentError, NothingCapturedError, choice
 from gradlens.facts import Fact
 from gradlens.records import Parameters, Snapshot, Stage, Status, Top
+
+Kind = TypeVar("Kind")
 
 #: 500,000 rows of 37 columns are about 160 MB: 1,000 moments of 500 parameters.
 MAX_ROWS = 500_000
@@ -129,6 +132,7 @@ class History:
         self._lock = Lock()
         self._course = Course()
         self._facts: list[Fact] = []  # of which nobody asks any more when they came
+        self._activations: list[Activations] = []  # the same of these, of which there are many
         self._fresh: list[tuple[int, Fact]] = []  # and the first moment that knows each
         self._memory: dict[tuple[object, ...], Any] = {}
 
@@ -207,7 +211,9 @@ class History:
             self._heavy = max(light, self._heavy)
             settled = [fact for seq, fact in self._fresh if seq <= first]
             if settled:
-                self._facts = _thinned(self._facts, settled)
+                others, activations = _told_apart(settled)
+                self._facts = _thinned(self._facts, others)
+                self._activations = _thinned(self._activations, activations)
                 self._fresh = self._fresh[len(settled) :]
         self._course.settle(first)
 
@@ -318,12 +324,18 @@ class History:
     @property
     def facts(self) -> list[Fact]:
         """What is known beside gradients, oldest first: all of what is first and last, fewer and fewer between."""
-        return self._facts_until(math.inf)
+        return self._facts_until(math.inf)[0]
 
-    def _facts_until(self, seq: float) -> list[Fact]:
+    @property
+    def activations(self) -> list[Activations]:
+        """What modules made of the batches, thinned as `facts` are."""
+        return self._facts_until(math.inf)[1]
+
+    def _facts_until(self, seq: float) -> tuple[list[Fact], list[Activations]]:
         with self._lock:
-            settled, fresh = self._facts, [fact for known, fact in self._fresh if known <= seq]
-        return _thinned(settled, fresh)
+            settled, made = self._facts, self._activations
+            others, activations = _told_apart([fact for known, fact in self._fresh if known <= seq])
+        return _thinned(settled, others), _thinned(made, activations)
 
     def remembered(self, name: str, of: Callable[[History], Any]) -> Any:
         """What a question gives, asked once for each newest moment."""
@@ -393,14 +405,25 @@ class _Until(History):
 
     @property
     def facts(self) -> list[Fact]:
-        return self._facts_until(self._end().seq)
+        return self._facts_until(self._end().seq)[0]
+
+    @property
+    def activations(self) -> list[Activations]:
+        return self._facts_until(self._end().seq)[1]
 
     def extend(self, moments: Sequence[tuple[Block, int]], facts: Sequence[tuple[int, Fact]] = ()) -> list[Columns]:
         """Refused: this is the past."""
         raise TypeError("a history that a rule is given is there to read; it takes no snapshot")
 
 
-def _thinned(facts: list[Fact], more: Sequence[Fact]) -> list[Fact]:
+def _told_apart(facts: Sequence[Fact]) -> tuple[list[Fact], list[Activations]]:
+    """Activations come with each backward, anything else now and then."""
+    activations = [fact for fact in facts if isinstance(fact, Activations)]
+    others: list[Fact] = [fact for fact in facts if not isinstance(fact, Activations)]
+    return others, activations
+
+
+def _thinned(facts: list[Kind], more: Sequence[Kind]) -> list[Kind]:
     """The facts and those that came then, thinned as each came: the same however many come at once."""
     result = [*facts, *more[: max(2 * MAX_FACTS - len(facts), 0)]]
     for fact in more[max(2 * MAX_FACTS - len(facts), 0) :]:

@@ -7,13 +7,15 @@ compared at each observed step, and noted when they changed by a tenth. What it 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from gradlens._torch import local_part
 from gradlens.capture import features
 from gradlens.capture.attachment import Attachment, parts, walk
 from gradlens.capture.graph import walk as walk_graph
@@ -131,6 +133,7 @@ class Auditor:
                 loss=loss if isinstance(loss, float) else None,
                 strange=strange,
                 outside=outside,
+                left=_left(leaves, owned) if not backward else math.nan,
             )
         )
         self._look_at_features(root, graph, names, step, backward)
@@ -218,6 +221,28 @@ class Auditor:
         decoupled = any(group.get("decoupled_weight_decay") for group in optimizer.param_groups) or kind in _DECOUPLED
         return Settings(step, kind, index, tuple(groups), decoupled)
 
+
+def _left(leaves: Mapping[int, Tensor], owned: set[int]) -> float:
+    """The share of these leaves whose `.grad` has something in it as a pass begins, by a few entries of a few of them.
+
+    A tensor, on its way from a device; NaN of none.
+    """
+    there = [leaf for leaf in leaves.values() if id(leaf) in owned]
+    some = there[:: -(-len(there) // SAMPLED)] if there else []
+    found: list[Tensor] = []
+    for leaf in some:
+        gradient = None if leaf.grad is None else local_part(leaf.grad.detach())
+        if gradient is not None and gradient.layout == torch.strided and gradient.numel() and not gradient.is_meta:
+            with torch.no_grad():
+                found.append((gradient.reshape(-1)[:: max(gradient.numel() // SAMPLED, 1)] != 0).any())
+    if not some:
+        return math.nan
+    if not found or len({each.device for each in found}) > 1:
+        return 0.0
+    return torch.stack(found).sum() / len(some)  # type: ignore[return-value]
+
+
+SAMPLED = 16  #: parameters, and entries of each
 
 _DECOUPLED = frozenset({"AdamW", "SGDW", "Lion", "Adafactor", "Muon", "LAMB", "RAdamW"})
 

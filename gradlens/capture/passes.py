@@ -5,7 +5,7 @@ from __future__ import annotations
 from gradlens import _torch, findings
 from gradlens.capture.arrivals import State
 from gradlens.capture.engine import Pass, Run
-from gradlens.capture.events import LossSeen, PassFailed, TableDone
+from gradlens.capture.events import LossSeen, Noted, PassFailed, TableDone
 from gradlens.capture.losses import loss_of, roots_elsewhere
 from gradlens.capture.marks import Marks
 from gradlens.capture.step import READ_PASSES, Phase, Step
@@ -22,7 +22,7 @@ class Passes:
         self._hooks, self._reader, self._step_reader = workings.hooks, workings.reader, workings.step_reader
         self._steady, self._auditor, self._roots = workings.steady, workings.auditor, workings.roots
         self._threads, self._sink, self._tell, self._used = workings.threads, workings.sink, workings.tell, workings.used
-        self._steps = steps
+        self._steps, self._activations, self._guard = steps, workings.activations, workings.guard
 
     def pass_begins(self, run: Run, entered: Pass) -> None:
         """An outermost backward starts, and has so far reached its first hook."""
@@ -97,6 +97,7 @@ class Passes:
         with self._engine.lock, self._attachment.cache:
             if entered.read:
                 key = self._reader.key(Stage.BACKWARD, entered)  # the pass has its number, whatever is read of it
+                self._note_activations(key.step, key.backward)
                 if entered.loss is not None:
                     self._roots.add(entered.root, key.step, entered.loss)
                     self._sink(LossSeen(key.step, key.backward, entered.loss))
@@ -116,6 +117,8 @@ class Passes:
         if entered.step is not step or entered.number is not None:
             return False
         with self._engine.lock, self._attachment.cache:
+            if not step.passes:
+                self._note_activations(step.number, 0)  # before its table is handed on
             if not self._steady.pass_ended(entered, step):
                 return False
             if entered.loss is not None:
@@ -124,6 +127,16 @@ class Passes:
             step.scale = entered.scale
             step.passes += 1
         return True
+
+    def _note_activations(self, step: int, backward: int) -> None:
+        """What the modules made; a fault there costs these rows alone."""
+        try:
+            fact = self._activations.pass_ended(step, backward)
+        except Exception as error:  # noqa: BLE001 - nothing of ours is raised in a training step
+            self._guard.fault("a pass's activations", error)
+            return
+        if fact is not None:
+            self._sink(Noted(fact))
 
     def pass_failed(self, entered: Pass) -> None:
         """What was read of the pass counts for nothing."""

@@ -30,6 +30,7 @@ class Steps:
     def __init__(self, workings: Workings, schedule: Callable[[int], bool], scaler: Any, first: int) -> None:
         self._attachment, self._engine, self._optimizers = workings.attachment, workings.engine, workings.optimizers
         self._hooks, self._step_reader, self._steady = workings.hooks, workings.step_reader, workings.steady
+        self._activations = workings.activations
         self._sink, self._guard, self._tell, self._schedule = workings.sink, workings.guard, workings.tell, schedule
         self._stages, self._used, self._local = workings.stages, workings.used, workings.local
         self.scaling = Scaling(scaler)
@@ -61,6 +62,8 @@ class Steps:
     def rescan(self) -> None:
         """Scan the model, if it may have changed."""
         if self.dirty or self._attachment.lost or self.current.number % SCAN_EVERY == 0:
+            if self.dirty:
+                self._activations.look_again()
             self.dirty = False
             if self._attachment.rescan():
                 self._attachment.refresh()

@@ -22,6 +22,7 @@ from torch.nn.modules.module import (
 from torch.optim import Optimizer
 
 from gradlens import _torch
+from gradlens.capture.activations import ForwardWatch, Read
 from gradlens.capture.attachment import Attachment, Slot
 from gradlens.capture.auditor import Auditor
 from gradlens.capture.engine import Engine, TrainingThreads, running
@@ -55,6 +56,7 @@ class Watched:
     updates: bool  #: whether the weights' moves are measured
     local: bool  #: gradients are mixed with other ranks' before a pass ends
     first_step: int = 0
+    read_output: Read | None = None  #: takes sums of what modules make; None: they are not looked at
 
 
 class Watcher:
@@ -67,6 +69,7 @@ class Watcher:
         self._told = set[str]()
         self.threads, self.roots = TrainingThreads(), Roots()
         self.auditor = Auditor(attachment, self._alive, lambda fact: sink(Noted(fact)), guard.fault)
+        self.activations = ForwardWatch(attachment, guard, watched.read_output, self._reads, self._tell)
         self.engine = engine = Engine(guard)
         self.optimizers = optimizers = Optimizers(watched.optimizers, watched.wrapped, attachment, guard)
         self._reader = PassReader(attachment, engine, sink, stages, local=local)
@@ -74,7 +77,7 @@ class Watcher:
         step_reader = StepReader(attachment, engine, optimizers, sink, self._tell, used=used, updates=updates, local=local)
         self.steady = SteadyRoute(attachment, engine, sink, stages, updates=updates, local=local)
         workings = Workings(
-            *(attachment, stages, local, sink, guard, self._tell, self.threads, self.roots, self.auditor),
+            *(attachment, stages, local, sink, guard, self._tell, self.threads, self.roots, self.auditor, self.activations),
             *(engine, optimizers, self._reader, self._hooks, step_reader, self.steady),
         )
         self._steps = Steps(workings, watched.schedule, watched.scaler, watched.first_step)
@@ -111,6 +114,7 @@ class Watcher:
         ]
         self._steps.follow_schedule()
         self._steps.open_marks()
+        self.activations.attach()
 
     def detach(self) -> None:
         """Leave the model as it was."""
@@ -118,6 +122,7 @@ class Watcher:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        self.activations.detach()
         self.steady.route = None
         self.attachment.unhook_all()
 
@@ -131,6 +136,10 @@ class Watcher:
         if isinstance(registered, Tensor) and self._steps.watches:
             with self.engine.lock:
                 self.attachment.registered(module, name, registered, self._hooks.of)
+
+    def _reads(self) -> bool:
+        """Whether what comes now is of an observed step."""
+        return self.step.observed and not self.step.full
 
     def _alive(self) -> list[Optimizer]:
         return [optimizer for watched in self.optimizers.watched if (optimizer := watched.ref()) is not None]

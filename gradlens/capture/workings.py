@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from gradlens.capture.activations import ForwardWatch
 from gradlens.capture.attachment import Attachment
 from gradlens.capture.auditor import Auditor
 from gradlens.capture.engine import Engine, TrainingThreads
@@ -32,6 +33,7 @@ class Workings:
     threads: TrainingThreads
     roots: Roots
     auditor: Auditor
+    activations: ForwardWatch
     engine: Engine
     optimizers: Optimizers
     reader: PassReader

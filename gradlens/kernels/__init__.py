@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import warnings
 from collections.abc import Sequence
 from typing import Protocol
@@ -19,11 +20,21 @@ import torch
 from torch import Tensor
 
 from gradlens.errors import ArgumentError, GradlensWarning
-from gradlens.kernels import accumulate, batched, native
+from gradlens.kernels import accumulate, batched, native, outputs
 from gradlens.kernels.native import StableTensors
 from gradlens.kernels.prepared import GeneralPrepared, NativePrepared, Prepared
 
-__all__ = ["summarize", "compare", "sample", "prepare", "add_moments", "fold_decayed", "Prepared", "StableTensors"]
+__all__ = [
+    "summarize",
+    "compare",
+    "sample",
+    "prepare",
+    "add_moments",
+    "fold_decayed",
+    "output_sums",
+    "Prepared",
+    "StableTensors",
+]
 
 OptionalTensors = Sequence[Tensor | None]  #: one entry a tensor, None where there is none
 
@@ -200,6 +211,13 @@ def add_moments(gradient: Tensor, kept: Sequence[Tensor], divisor: float | Tenso
 def fold_decayed(gradient: Tensor, kept: Sequence[Tensor], share: float) -> bool:
     """As `accumulate.fold_decayed`: whether there is a kernel that did it."""
     return accumulate.fold_decayed(_kernel_for(kept[0]), gradient, kept, share)
+
+
+def output_sums(made: Tensor, axis: int = 0, low: float = -math.inf, high: float = math.inf) -> Tensor | list[float] | None:
+    """As `outputs.sums_of`; None of what has no such numbers."""
+    if not outputs.readable(made):
+        return None
+    return outputs.sums_of(_kernel_for(made), made, axis, low, high)
 
 
 def _kernel_for(tensor: Tensor) -> native.Native | None:

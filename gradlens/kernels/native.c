@@ -1692,13 +1692,7 @@ static void *work_exactly(void *argument) {
     return NULL;
 }
 
-static void for_all(part_of work, const void *argument, int64_t n, int threads) {
-    share_of shares[THREADS];
-    threads = threads < 1 ? 1 : threads > THREADS ? THREADS : threads;
-    for (int k = 0; k < threads; k++) {
-        int64_t start = n / threads * k / BLOCK * BLOCK, stop = k + 1 < threads ? n / threads * (k + 1) / BLOCK * BLOCK : n;
-        shares[k] = (share_of){work, argument, start, stop};
-    }
+static void run_shares(share_of *shares, int threads) {
 #ifdef HAVE_THREADS
     pthread_t handles[THREADS];
     int started[THREADS] = {0};
@@ -1716,10 +1710,119 @@ static void for_all(part_of work, const void *argument, int64_t n, int threads) 
 #endif
 }
 
+/* The k-th of so many even parts of n entries, in whole blocks. */
+static share_of part(part_of work, const void *argument, int64_t n, int k, int threads) {
+    int64_t start = n / threads * k / BLOCK * BLOCK, stop = k + 1 < threads ? n / threads * (k + 1) / BLOCK * BLOCK : n;
+    return (share_of){work, argument, start, stop};
+}
+
+static int as_many(int threads) { return threads < 1 ? 1 : threads > THREADS ? THREADS : threads; }
+
+static void for_all(part_of work, const void *argument, int64_t n, int threads) {
+    share_of shares[THREADS];
+    threads = as_many(threads);
+    for (int k = 0; k < threads; k++)
+        shares[k] = part(work, argument, n, k, threads);
+    run_shares(shares, threads);
+}
+
 EXPORT void gradlens_add_moments(const moments *m, int64_t n, int threads, int variant) {
     for_all(variant ? add_moments_avx2 : add_moments_plain, m, n, threads);
 }
 
 EXPORT void gradlens_fold_decayed(const decayed *d, int64_t n, int threads, int variant) {
     for_all(variant ? fold_avx2 : fold_plain, d, n, threads);
+}
+
+/* --- activations ----------------------------------------------------------------------------------------------------------------- */
+
+/* What a module made of a batch, `rows` examples of `columns` entries each, one behind the other: see `activations.py`. */
+typedef struct {
+    const void *made;
+    int64_t type, rows, columns;
+    double low, high;
+    double *sums; /* OUTPUT of them */
+} output;
+
+enum { OUTPUT_NONFINITE, OUTPUT_SQUARE_SUM, OUTPUT_DEVIATION, OUTPUT_DEAD, OUTPUT_SATURATED, OUTPUT };
+
+/* Columns [start, stop). Deviations are from the first example, so that what examples share does not cancel what differs. */
+INLINE void read_columns(const void *argument, int64_t start, int64_t stop) {
+    const output *o = argument;
+    const int type = (int)o->type;
+    const double low = o->low, high = o->high;
+    float between[BLOCK];
+    double room[BLOCK], first[BLOCK], sum[BLOCK], squares[BLOCK], sizes[BLOCK];
+    int32_t alive[BLOCK];
+    int64_t nonfinite = 0, dead = 0, saturated = 0;
+    double square_sum = 0, deviation = 0;
+    for (int64_t at = start; at < stop; at += BLOCK) {
+        const int n = (int)(stop - at < BLOCK ? stop - at : BLOCK);
+        const size_t bytes = (size_t)n * sizeof *sum;
+        memset(sum, 0, bytes), memset(squares, 0, bytes), memset(sizes, 0, bytes), memset(alive, 0, (size_t)n * sizeof *alive);
+        for (int64_t row = 0; row < o->rows; row++) {
+            const char *line = (const char *)o->made + (row * o->columns + at) * SIZE[type];
+            const double *x = wide(line, type, n, between, room);
+            int32_t outside = 0, bad = 0;
+            for (int i = 0; i < n; i++) {
+                alive[i] |= x[i] != 0;
+                bad += !is_finite(x[i]);
+                outside += (x[i] <= low) | (x[i] >= high);
+            }
+            if (bad) { /* these count as 0 below */
+                nonfinite += bad;
+                for (int i = 0; i < n; i++)
+                    outside -= !is_finite(x[i]) && (x[i] <= low || x[i] >= high);
+                for (int i = 0; i < n; i++)
+                    room[i] = is_finite(x[i]) ? x[i] : 0;
+                x = room;
+            }
+            saturated += outside;
+            if (row == 0)
+                memcpy(first, x, bytes);
+            for (int i = 0; i < n; i++) {
+                double d = x[i] - first[i];
+                sum[i] += d;
+                squares[i] += d * d;
+                sizes[i] += x[i] * x[i];
+            }
+        }
+        for (int i = 0; i < n; i++) {
+            double rest = squares[i] - sum[i] * sum[i] / (double)o->rows;
+            deviation += rest > 0 ? rest : 0;
+            square_sum += sizes[i];
+            dead += !alive[i];
+        }
+    }
+    double *sums = o->sums;
+    sums[OUTPUT_NONFINITE] = (double)nonfinite, sums[OUTPUT_SQUARE_SUM] = square_sum, sums[OUTPUT_DEVIATION] = deviation;
+    sums[OUTPUT_DEAD] = (double)dead, sums[OUTPUT_SATURATED] = (double)saturated;
+}
+
+#define COLUMNS(name, attributes)                                                                                                 \
+    attributes static void read_columns_##name(const void *o, int64_t a, int64_t b) { read_columns(o, a, b); }
+
+COLUMNS(plain, )
+#ifdef HAVE_VARIANTS
+COLUMNS(avx2, __attribute__((target("avx2,bmi,bmi2"))))
+#else
+#define read_columns_avx2 read_columns_plain
+#endif
+
+EXPORT void gradlens_output(const output *whole, int threads, int variant) {
+    output parts[THREADS];
+    double sums[THREADS][OUTPUT] = {{0}};
+    share_of shares[THREADS];
+    threads = as_many(threads);
+    for (int k = 0; k < threads; k++) {
+        parts[k] = *whole;
+        parts[k].sums = sums[k];
+        shares[k] = part(variant ? read_columns_avx2 : read_columns_plain, &parts[k], whole->columns, k, threads);
+    }
+    run_shares(shares, threads);
+    for (int i = 0; i < OUTPUT; i++) {
+        whole->sums[i] = 0;
+        for (int k = 0; k < threads; k++)
+            whole->sums[i] += sums[k][i];
+    }
 }

@@ -93,6 +93,7 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     for name in ("add_moments", "fold_decayed"):
         call = getattr(library, f"gradlens_{name}")
         call.argtypes, call.restype = (pointer, whole, integer, integer), None
+    library.gradlens_output.argtypes, library.gradlens_output.restype = (pointer, integer, integer), None
     library.gradlens_unchanged.argtypes, library.gradlens_unchanged.restype = (pointer, whole, pointer), integer
     return library
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import functools
 from collections.abc import Iterable, Sequence
 from itertools import groupby, pairwise
@@ -11,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from gradlens import fields, frames
+from gradlens.activations import SUMS, frame_of, measured
 from gradlens.errors import ArgumentError, CorruptRunError, nearest
 from gradlens.records import COMPLEX, Parameters, Snapshot, Top
 from gradlens.store.rows import Found
@@ -148,6 +150,32 @@ def signs(found: Found) -> dict[tuple[str, int], tuple[int, int]]:
     )
     keys = [(names[place], index) for place, index in weight[:, starts].T.tolist()]
     return dict(zip(keys, zip(above, below, strict=True), strict=True))
+
+
+# --- activations ----------------------------------------------------------------------------------------------------
+
+
+def modules(found: Found, patterns: Sequence[str] | None) -> pd.DataFrame:
+    """One row a (step, backward, module), in the order in which they were recorded; of several ranks the sums of all."""
+    c = found.columns
+    starts = np.cumsum([0, *(len(each.modules) for each in found.segments)])
+    everyone = [module for each in found.segments for module in each.modules]
+    known: dict[tuple[str, str], int] = {}
+    place = np.array([known.setdefault(module, len(known)) for module in everyone], np.int64)
+    module = place[starts[c["owner"]] + c["entry"]] if len(found) else np.empty(0, np.int64)
+    if patterns is not None:
+        wanted = [any(fnmatch.fnmatchcase(name, pattern) or name == pattern for pattern in patterns) for name, _ in known]
+        kept = np.array(wanted, bool)[module] if known else np.zeros(len(module), bool)
+        c, module = {name: values[kept] for name, values in c.items()}, module[kept]
+    rows = np.stack([c["step"].astype(np.int64), c["backward"].astype(np.int64), module])
+    (step, backward, module), at = np.unique(rows, axis=1, return_inverse=True)
+    sums = {name: np.zeros(len(step)) for name in ("calls", *SUMS)}
+    for name, total in sums.items():
+        np.add.at(total, at.reshape(-1), c[name])
+    words = list(known)
+    keys = {"step": step, "backward": backward}
+    keys |= {name: [words[i][j] for i in module.tolist()] for j, name in enumerate(("module", "type"))}
+    return frame_of(keys, measured(sums.pop("calls").astype(np.int64), sums))
 
 
 # --- scalars --------------------------------------------------------------------------------------------------------

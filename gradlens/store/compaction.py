@@ -39,13 +39,8 @@ def to_part(table: str, part: Part, rows: Rows, owner: Segment) -> None:
     count = len(rows["step"])
     if count:
         to = tables.part(part.path.parent, part.key, part.first, part.first)
-        parts.write(to, table, part.key, names_of(owner, table), [rows], count)
+        parts.write(to, table, part.key, list(owner.names(table)), [rows], count)
     part.path.unlink()
-
-
-def names_of(owner: Segment, table: str) -> list[str]:
-    """What the entries of a table's rows are called."""
-    return list(owner.scalars) if table == "scalars" else [name for name, *_ in owner.parameters]
 
 
 class Compactor:
@@ -69,7 +64,7 @@ class Compactor:
                 return
             output = tables.part(self._run / table, self._segment.key, run[0].first, run[-1].last)
             paths = [p.path for p in run]
-            names = names_of(self._segment, table)
+            names = list(self._segment.names(table))
             hidden = tables.hidden(output)  # a reader that globs sees the eight, then none, then the one
             if not parts.merge(paths, hidden, table, self._segment.key, names, self._go_on):
                 return

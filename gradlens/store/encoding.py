@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from gradlens import blocks
+from gradlens.activations import SUMS, Activations
 from gradlens.blocks import Block, block_of
 from gradlens.records import Parameters, Snapshot
 from gradlens.schedules import Growing
@@ -32,6 +33,7 @@ class RowEncoder:
         self.stale = False  #: whether the segment's file lacks something
         self._snapshots = 0
         self._entries: dict[segment.Entry, int] = {}
+        self._modules: dict[tuple[str, str], int] = {}
         self._lately: dict[int, tuple[Parameters, np.ndarray]] = {}  # rows' entries, by the identity of their parameters
         self._kept, self._flight = _Kept(), Flight()
 
@@ -60,6 +62,26 @@ class RowEncoder:
             self._segment.settings = {**self._segment.settings, "flight": list(self._flight.steps)}
             self.stale = True
         self._snapshots += len(moments)
+
+    def take_activations(self, passes: Sequence[Activations]) -> None:
+        """What modules made in forward passes."""
+        for each in passes:
+            entries = [self._module(module) for module in zip(each.modules, each.types, strict=True)]
+            rows = [i for i, entry in enumerate(entries) if entry is not None]
+            keys = {"snapshot": self._snapshots, "step": each.step, "backward": each.backward}
+            keys["time"] = int(_microseconds(np.array([each.time]))[0])
+            columns = {name: np.full(len(rows), value) for name, value in keys.items()}
+            columns["entry"] = np.array([entries[i] for i in rows], np.int32)
+            columns["calls"] = np.array(each.calls)[rows]
+            self._put("activations", columns | dict(zip(SUMS, each.sums[rows].T, strict=True)))
+
+    def _module(self, module: tuple[str, str]) -> int | None:
+        """The entry of an output; None of one too many."""
+        if module not in self._modules and len(self._modules) < segment.MAX_MODULES:
+            self._modules[module] = len(self._segment.modules)
+            self._segment.modules.append(module)
+            self.stale = True
+        return self._modules.get(module)
 
     def _put_block(self, block: Block, numbers: np.ndarray) -> None:
         entries = self._entries_of(block.parameters)

@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gradlens.errors import CorruptRunError
-from gradlens.store.tables import STAGES, STATUSES, TABLES, Key
+from gradlens.store.tables import NAMED, STAGES, STATUSES, TABLES, Key
 from gradlens.store.tail import Rows
 
 #: Rows of a group. One is read whole for one parameter, so small parts have smaller ones: 64 of them, if that leaves 4,096.
@@ -35,7 +35,7 @@ MAX_GROUP, MAX_ROWS = 1 << 18, 1 << 28  #: what is larger was not written by gra
 
 _WORDS = {"stage": STAGES, "status": STATUSES}
 #: Columns by whose bounds one looks for rows; bounds of all would make a file take half as long again to open.
-_BOUNDED = {"segment", "rank", "snapshot", "step", "backward", "stage", "time", "entry", "parameter", "name"}
+_BOUNDED = {"segment", "rank", "snapshot", "step", "backward", "stage", "time", "entry", "parameter", *NAMED.values()}
 
 
 def write(path: Path, table: str, key: Key, names: Sequence[str], chunks: Iterable[Rows], count: int) -> None:
@@ -110,7 +110,7 @@ def _schema(table: str) -> pa.Schema:
         if name in _WORDS:
             columns.append((name, pa.dictionary(pa.int32(), pa.string())))
         elif name == "entry":
-            named = "name" if table == "scalars" else "parameter"
+            named = NAMED.get(table, "parameter")
             columns += [("entry", pa.int32()), (named, pa.dictionary(pa.int32(), pa.string()))]
         elif name == "time":
             columns.append(("time", pa.timestamp("us", tz="UTC")))
@@ -140,7 +140,7 @@ def _arrow(rows: Rows, key: Key, names: Sequence[str], schema: pa.Schema) -> pa.
     for field in schema:
         if field.name in ("segment", "rank"):
             columns.append(pa.array(np.full(count, getattr(key, field.name), np.int32)))
-        elif field.name in ("parameter", "name"):
+        elif field.name in ("parameter", *NAMED.values()):
             columns.append(_words(rows["entry"], names))
         elif field.name in _WORDS:
             columns.append(_words(rows[field.name], _WORDS[field.name]))

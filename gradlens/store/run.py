@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from gradlens import fields, markup, noise
+from gradlens.activations import SUMS
 from gradlens.analysis.diagnosis import Diagnosis, diagnose
 from gradlens.analysis.trend import State, Trend, judged
 from gradlens.errors import (
@@ -195,6 +196,18 @@ class Run:
         """What is wrong with this training, as far as that can be said: the origin, and what follows from it."""
         steps, values = self.scalar("loss")
         return diagnose(self.findings(), judged(steps, values) if len(values) else Trend(State.UNKNOWN))
+
+    def activations(
+        self, *, modules: Names = None, steps: Steps = None, rank: int | None = None, superseded: bool = False
+    ) -> pd.DataFrame:
+        """What each module made of the batches: one row a (step, backward, module), where the feature was asked for.
+
+        Columns of `gradlens.activations.COLUMNS`. `modules` are names or glob patterns. Ranks have batches of their own:
+        their sums are added.
+        """
+        patterns = None if modules is None else [modules] if isinstance(modules, str) else list(modules)
+        found = self._find("activations", ["calls", *SUMS], Filter(None, steps, None, rank, superseded))
+        return answers.modules(found, patterns)
 
     def scalars(self, *, steps: Steps = None) -> pd.DataFrame:
         """Observed numbers: one row a step, one column a name (`loss`, ...)."""

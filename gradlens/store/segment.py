@@ -25,6 +25,7 @@ from gradlens.store.tables import FORMAT, SCHEMA, STAGES, STATUSES, Key, files
 
 MAX_BYTES = 32 << 20  #: 10,000 parameters take 1 MB
 MAX_SCALARS = 1000  #: names of observed scalars that a segment keeps apart
+MAX_MODULES = 100_000  #: outputs of modules
 
 #: name, shape, dtype, piece of a parameter
 Entry = tuple[str, tuple[int, ...], str, str]
@@ -44,12 +45,19 @@ class Segment:
     first_step: int | None = None  #: of what was recorded; None: nothing yet
     parameters: list[Entry] = field(default_factory=list)
     scalars: list[str] = field(default_factory=list)
+    modules: list[tuple[str, str]] = field(default_factory=list)  #: outputs: name, and the module's class
 
     @property
     def ranks(self) -> int | None:
         """How many ranks there were, where that is known."""
         ranks = self.settings.get("ranks")
         return ranks if type(ranks) is int and ranks > 0 else None
+
+    def names(self, table: str) -> list[str]:
+        """What the entries of a table's rows are called."""
+        if table == "scalars":
+            return self.scalars
+        return [name for name, *_ in (self.modules if table == "activations" else self.parameters)]
 
     def check(self, path: Path, table: str, rows: Mapping[str, np.ndarray]) -> None:
         """What rows refer to has to be there.
@@ -58,7 +66,7 @@ class Segment:
             CorruptRunError: It is not.
         """
         limits = {
-            "entry": len(self.scalars if table == "scalars" else self.parameters),
+            "entry": len(self.names(table)),
             "stage": len(STAGES),
             "status": len(STATUSES),
             "bucket": 2 * fields.BUCKETS,
@@ -77,7 +85,7 @@ class Segment:
         replace(folder / f"{self.key}.json", {**content, "checksum": _checksum(content)})
 
 
-_CONTENT = ("settings", "versions", "started", "first_step", "parameters", "scalars")
+_CONTENT = ("settings", "versions", "started", "first_step", "parameters", "scalars", "modules")
 _FILE = re.compile(r"(\d{4,9})-rank(\d{1,9})\.json")
 
 
@@ -175,10 +183,11 @@ def _segment(path: Path, key: Key, version: tuple[int, int, int]) -> Segment:
         parameters = [checked_entry(*entry) for entry in content["parameters"]]
         first = content["first_step"]
         settings, versions = content["settings"], content["versions"]
+        modules = [(_text(name), _text(kind)) for name, kind in content.get("modules", [])]
         scalars = [_text(name) for name in content["scalars"]]
         if not (isinstance(settings, dict) and isinstance(versions, dict) and (first is None or type(first) is int)):
             raise ValueError("settings, versions or first_step are not what they should be")
-        return Segment(key, settings, versions, float(content["started"]), first, parameters, scalars)
+        return Segment(key, settings, versions, float(content["started"]), first, parameters, scalars, modules)
     except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise CorruptRunError(f"{path} does not describe a segment: {type(error).__name__}: {error}") from None
 

@@ -25,6 +25,7 @@ import numpy as np
 import pyarrow as pa
 
 from gradlens import findings
+from gradlens.activations import Activations
 from gradlens.blocks import Block, block_of
 from gradlens.errors import ArgumentError, CorruptRunError, RunDirectoryError
 from gradlens.records import Finding, Record
@@ -168,6 +169,13 @@ class Store:
         with self._guard:
             self._check()
             self._rows.take(moments)
+        self._make_room()
+
+    def write_activations(self, passes: Sequence[Activations]) -> None:
+        """Take what modules made in forward passes."""
+        with self._guard:
+            self._check()
+            self._rows.take_activations(passes)
         self._make_room()
 
     def _make_room(self) -> None:

@@ -6,6 +6,7 @@
     history/_0000-rank0-000008.tail              the newest rows, in frames with a checksum
     history/_0000-rank0-000000-000007.merged     a part of several, whole, while those that it is made of are removed
     histograms/, weights/, scalars/              the same
+    activations/                                 the same, where the feature was asked for
     findings/0000-rank0.jsonl                    one finding a line
 
 A *segment* is what one lens wrote on one rank; resuming begins the next. Within it snapshots are numbered, and their steps
@@ -23,7 +24,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from gradlens import fields
+from gradlens import activations, fields
 from gradlens.records import Stage, Status
 
 FORMAT, SCHEMA = "gradlens-run", 1
@@ -45,7 +46,16 @@ TABLES: dict[str, dict[str, str]] = {
     "histograms": {**_ROW, "bucket": "int16", "count": "int64"},
     "weights": {**_ROW, "index": "int64", "partial": "float64", "value": "float64"},
     "scalars": {**_KEYS, "entry": "int32", "value": "float64"},  # entry: into the segment's names of scalars
+    "activations": {  # entry: into the segment's modules
+        **{name: dtype for name, dtype in _KEYS.items() if name != "stage"},
+        "entry": "int32",
+        "calls": "int32",
+        **dict.fromkeys(activations.SUMS, "float64"),
+    },
 }
+
+#: What the entries of a table number, where they are not the parameters; and what its files call those names.
+NAMED = {"scalars": "name", "activations": "module"}
 
 _NAME = re.compile(r"_?(\d{4,9})-rank(\d{1,9})-(\d{6,12})(?:-(\d{6,12}))?\.(parquet|merged|tail)")
 

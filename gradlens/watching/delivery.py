@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 from gradlens import findings
+from gradlens.activations import Activations
 from gradlens.analysis.history import History
 from gradlens.analysis.ruleset import RuleSet
 from gradlens.blocks import Block
@@ -55,12 +56,13 @@ class Delivery:
 
     # --- records ----------------------------------------------------------------------------------------------------
 
-    def record(self, moments: Moments) -> None:
+    def record(self, moments: Moments, facts: Facts = ()) -> None:
         """To the durable writers, at once."""
         if moments:
             block, at = moments[-1]
             self._step = int(block.step[at])
         self.durable.write_moments(moments)
+        self.durable.write_activations(_activations(facts))
 
     def record_finding(self, finding: Finding) -> None:
         """The same of a finding that is no rule's."""
@@ -73,6 +75,7 @@ class Delivery:
 
         A fact comes with the place of the first moment that knows it.
         """
+        self.others.write_activations(_activations(facts))
         first = self._history.extend(moments, facts)[0].moments[0].seq
         self._entering("a rule")
         new = self._rules.ask(self._history)
@@ -149,6 +152,10 @@ class Delivery:
         return [
             findings.left_out(self._step, rule, times, FINDINGS) for rule, times in self._times.items() if times > FINDINGS
         ]
+
+
+def _activations(facts: Facts) -> list[Activations]:
+    return [fact for _, fact in facts if isinstance(fact, Activations)]
 
 
 def _durable(writer: Writer) -> bool:

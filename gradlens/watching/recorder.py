@@ -25,9 +25,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
+import numpy as np
 from torch import Tensor
 
 from gradlens import findings
+from gradlens.activations import Activations
 from gradlens.analysis.diagnosis import Diagnosis, diagnose
 from gradlens.analysis.history import History
 from gradlens.analysis.ruleset import RuleSet
@@ -265,8 +267,8 @@ class Recorder:
                     self._recorded.append(finding)
             for together in _portions([item for item in taken if isinstance(item, TableBatch)]):
                 for unpacked in self._unpacked(together):
-                    if unpacked.moments:
-                        self._delivery.record(unpacked.moments)
+                    if unpacked.moments or unpacked.facts:
+                        self._delivery.record(unpacked.moments, unpacked.facts)
                     self._recorded.append(unpacked)
 
     def _unpacked(self, batches: Sequence[TableBatch]) -> list[Unpacked]:
@@ -363,6 +365,9 @@ def _portions(batches: Sequence[TableBatch]) -> Iterator[list[TableBatch]]:
 
 def on_host(fact: Fact) -> Fact:
     """The fact without tensors: numbers that a device had are waited for, on this thread."""
+    if isinstance(fact, Activations):
+        sums = [row.tolist() if isinstance(row, Tensor) else row for row in fact.sums]
+        return replace(fact, sums=np.array(sums, np.float64))
     moved = {f.name: float(value) for f in fields(fact) if isinstance(value := getattr(fact, f.name), Tensor)}
     return replace(fact, **moved) if moved else fact  # type: ignore[arg-type]
 

@@ -26,7 +26,7 @@ from gradlens.unwrapping import unwrap_optimizer
 from gradlens.watching import process_group
 from gradlens.writers.base import Writer
 
-FEATURES = ("updates", "flips", "evidence")
+FEATURES = ("updates", "flips", "evidence", "activations")
 ON_FINDING = ("record", "warn", "raise")
 
 

@@ -1,7 +1,7 @@
 """Several writers as one. A writer that raises is named once and left out; the others go on.
 
 A writer that has `write_moments(moments)` is given whole blocks: a list of `(block, place)`, in order. Any other gets each
-moment as a snapshot.
+moment as a snapshot. One that has `write_activations(passes)` is given what modules made, where that was asked for.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from gradlens.activations import Activations
 from gradlens.blocks import Block
 from gradlens.errors import GradlensWarning
 from gradlens.writers.base import Writer
@@ -45,6 +46,11 @@ class Fanout:
         if moments:
             self._each(lambda writer: _write_moments(writer, moments))
 
+    def write_activations(self, passes: Sequence[Activations]) -> None:
+        """To the writers that take them."""
+        if passes:
+            self._each(lambda writer: getattr(writer, "write_activations", _ignore)(passes))
+
     def flush(self) -> None:
         """Each writer."""
         self._each(lambda writer: writer.flush())
@@ -70,6 +76,10 @@ class Fanout:
                 self.failed.append((writer, error))
                 _warn(writer, error)
                 self._on_failure(writer, error)
+
+
+def _ignore(passes: Sequence[Activations]) -> None:
+    """Most writers are about gradients."""
 
 
 def _write_moments(writer: Any, moments: Sequence[tuple[Block, int]]) -> None:

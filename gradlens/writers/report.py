@@ -6,6 +6,7 @@
     DIRECTIONS       which parameters want to move where, and how far the optimizer moved them
     MOST SENSITIVE   the ten weights to which the loss answers most
     UPDATES          what the steps were like
+    ACTIVATIONS      what modules make of a batch, where that was asked for
     NOISE            how noisy a micro-batch's gradient is, where gradients were accumulated
     COST             what looking at all this took
 
@@ -59,6 +60,7 @@ def text(
         _directions(now, used, found),
         _sensitive(history),
         [] if used is None else _updates(now, used),
+        _activations(history),
         _noise(history),
         ["COST", *_wrapped(overhead)] if overhead else [],
     ]
@@ -382,6 +384,37 @@ def _updates(now: Snapshot, used: Snapshot) -> list[str]:
     elif not unknown and not math.isnan(share("alignment")):
         lines.append("  updates and flips rest on every weight")
     return lines if len(lines) > 1 else []
+
+
+def _activations(history: History) -> list[str]:
+    """What the modules made in the newest pass; of many, those that stand out: little spread, much dead or saturated."""
+    if not history.activations:
+        return []
+    newest = history.activations[-1]
+    columns = newest.columns()
+    telling = np.nanmax(
+        [1 - np.nan_to_num(columns["spread"], nan=1.0), columns["dead"], np.nan_to_num(columns["saturated"])], 0
+    )
+    rows = range(len(newest.modules))
+    shown = rows if len(rows) <= ALL else sorted(sorted(rows, key=lambda row: -telling[row])[:SHOWN])
+    lines = [
+        f"ACTIVATIONS, by module (step {newest.step})",
+        *_wrapped(
+            "what each makes of a batch: its size, how much examples differ beside that, and how much is off or at an end"
+        ),
+        f"  {'':{NAME}}  {'':12}  {'rms':>8}  {'spread':>8}  {'dead':>5}  {'saturated':>9}",
+    ]
+    for row in shown:
+        size, spread = (_plain(columns[name][row]) for name in ("rms", "spread"))
+        dead, at_end = (_percent(value) if not math.isnan(value := columns[name][row]) else "" for name in _SHARES)
+        name, kind = _cut(newest.modules[row], NAME), newest.types[row][:12]
+        lines.append(f"  {name:{NAME}}  {kind:12}  {size:>8}  {spread:>8}  {dead:>5}  {at_end:>9}".rstrip())
+    if len(shown) < len(rows):
+        lines.append(f"  and {len(rows) - len(shown)} more: lens.activations() has them all")
+    return lines
+
+
+_SHARES = ("dead", "saturated")
 
 
 def _unknown(used: Snapshot) -> str:

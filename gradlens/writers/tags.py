@@ -48,6 +48,10 @@ MODEL: dict[str, str] = {
 SOMETIMES: dict[str, str] = {
     f"{HEALTH}/noise_scale": "The batch size above which larger batches bring little, smoothed: in examples where "
     "`observe(batch_size=...)` says how many a backward has, else in micro-batches. Only with gradient accumulation.",
+    f"{HEALTH}/activations_least_spread": "How much examples differ in what a module makes of them, beside its size: the "
+    "least of all modules. Near 0: the model says the same for all. Only with the feature `activations`, as the next two.",
+    f"{HEALTH}/activations_most_dead": "The largest share of a module's units that are 0 for every example of the batch.",
+    f"{HEALTH}/activations_most_saturated": "The largest share of a sigmoid's or tanh's outputs at the ends of its range.",
 }
 
 IMAGES: dict[str, str] = {

@@ -29,6 +29,7 @@ import numpy as np
 from tensorboard.compat.proto.event_pb2 import Event
 
 from gradlens import fields
+from gradlens.activations import Activations, extremes
 from gradlens.analysis.history import History
 from gradlens.analysis.rules.base import judged
 from gradlens.blocks import Block, block_of
@@ -171,6 +172,7 @@ class TensorBoard:
         self._gauge = Gauge()
         self._waiting: list[_Waiting] = []
         self._unplotted: list[Moment] = []  # of steps that are over, and not in the pictures' table
+        self._made: dict[int, dict[str, float]] = {}  # by step, what stands out in what modules made
         self._found: dict[tuple[object, ...], Finding] = {}
         self._news = False  # findings that no page has shown
         self._chosen: dict[str, str] = {}  # names, and what they are in tags
@@ -207,6 +209,15 @@ class TensorBoard:
                 self._open.take(block, at, times[at], backwards[at], self._gauge)
         self._plot()
         self._write(self._waiting)
+
+    def write_activations(self, passes: Sequence[Activations]) -> None:
+        """Take what modules made. Of a step the first pass counts."""
+        for each in passes:
+            if each.step not in self._made:
+                values = extremes(each)
+                self._made[each.step] = {f"{tags.HEALTH}/activations_{name}": value for name, value in values.items()}
+        for step in list(self._made)[:-EACH]:
+            del self._made[step]
 
     def _due(self, now: float) -> bool:
         """Whether the numbers of the next step are written."""
@@ -326,7 +337,8 @@ class TensorBoard:
                 columns |= numbers.of_update(used) | numbers.of_chosen(used, tags.RATIO, "update_ratio", self._chosen)
             for at, each in enumerate(members):
                 observed = _observed(gradient.scalars[at], {} if used is None else used.scalars[at])
-                self._add_scalars(each, {tag: float(values[at]) for tag, values in columns.items()} | observed)
+                made = self._made.pop(each.event.step, {})
+                self._add_scalars(each, {tag: float(values[at]) for tag, values in columns.items()} | made | observed)
 
     def _add_scalars(self, to: _Waiting, values: dict[str, float]) -> None:
         if not math.isnan(to.noise_scale):

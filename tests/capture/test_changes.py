@@ -7,6 +7,8 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
+from tests.capture.helpers import grads, same
+
 
 def net():
     torch.manual_seed(0)
@@ -18,16 +20,6 @@ def train(model, optimizer, steps=1):
         model.zero_grad()
         model(torch.ones(4, 3, dtype=next(model.parameters()).dtype)).pow(2).sum().backward()
         optimizer.step()
-
-
-def grads(model):
-    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-
-
-def same(seen, expected):
-    assert set(seen) == set(expected)
-    for name in expected:
-        assert torch.equal(seen[name], expected[name]), name
 
 
 @contextlib.contextmanager

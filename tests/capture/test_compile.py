@@ -12,6 +12,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 import gradlens
+from tests.capture.helpers import data
 
 pytestmark = pytest.mark.slow  # Dynamo takes seconds
 STEPS = 10  # more than the 8 compilations of one function after which Dynamo warns and gives up
@@ -20,10 +21,6 @@ STEPS = 10  # more than the 8 compilations of one function after which Dynamo wa
 def net():
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
-
-
-def data(step):
-    return torch.randn(6, 4, generator=torch.Generator().manual_seed(step))
 
 
 class Loop:

@@ -27,15 +27,12 @@ from gradlens.watching.open_tables import OpenTables
 from gradlens.watching.overhead import Meter
 from gradlens.watching.tables import TableBuilder
 from gradlens.watching.updates import UpdateMeter
+from tests.capture.helpers import data
 
 
 def net():
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.2), nn.Tanh(), nn.Linear(8, 3))
-
-
-def data(step):
-    return torch.randn(6, 4, generator=torch.Generator().manual_seed(step))
 
 
 def iterate(model, optimizer, steps, *, first=0, accumulate=2):
@@ -82,8 +79,10 @@ def faults_allowed():
         yield
 
 
+FEATURES = ("updates", "flips", "activations")
+
 #: What is guarded, and called in special trainings only.
-SPECIAL = ("a parameter's replacement", "a closure's return", "whole partials")
+SPECIAL = ("a parameter's replacement", "a closure's return", "whole partials", "a module's output")
 
 #: What torch calls of ours and is guarded: each may fail as a whole.
 HOOKS = {where: (entry, "call") for where, entry in GUARDED.items() if where not in SPECIAL}
@@ -181,7 +180,7 @@ def special(model, optimizer, steps):
 
 @pytest.mark.parametrize("where", SPECIAL)
 def test_what_few_trainings_call_may_fail_too(monkeypatch, where, tmp_path):
-    """A parameter's replacement, a closure's return, partials that are kept: the same bits, and a finding that names it."""
+    """A parameter's replacement, a closure's return, kept partials, a module's output: the same bits, and a finding."""
     model, optimizer = training()
     losses = special(model, optimizer, 3)
     expected = bits(model, optimizer)
@@ -193,7 +192,7 @@ def test_what_few_trainings_call_may_fail_too(monkeypatch, where, tmp_path):
         raise RuntimeError("made to fail")
 
     monkeypatch.setattr(GUARDED[where], "call", fails)
-    with faults_allowed(), gradlens.watch(model, optimizer, run=tmp_path, keep="0.weight") as lens:
+    with faults_allowed(), gradlens.watch(model, optimizer, run=tmp_path, keep="0.weight", features=FEATURES) as lens:
         assert special(model, optimizer, 3) == losses
     same_bits(bits(model, optimizer), expected)
     assert calls

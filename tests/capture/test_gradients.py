@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import gradlens
+from tests.capture.helpers import same
 
 
 def linear(**kwargs):
@@ -31,12 +32,6 @@ def own(model, x=None, k=1.0):
     twin.zero_grad()
     run(twin, x, k)
     return {name: p.grad for name, p in twin.named_parameters()}
-
-
-def same(seen, expected):
-    assert set(seen) == set(expected)
-    for name in expected:
-        assert torch.equal(seen[name], expected[name]), name
 
 
 @pytest.mark.situation("one backward a step", stages={"backward": "yes"})

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import gradlens
 from gradlens.errors import NothingCapturedError
+from tests.capture.helpers import grads, same
 
 
 class Fails(torch.autograd.Function):
@@ -40,16 +41,6 @@ def nothing_fails():
 def net(layers=2):
     torch.manual_seed(0)
     return nn.Sequential(*(nn.Linear(3, 3) for _ in range(layers)))
-
-
-def grads(model):
-    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-
-
-def same(seen, expected):
-    assert set(seen) == set(expected)
-    for name in expected:
-        assert torch.equal(seen[name], expected[name]), name
 
 
 def failing(model, error):

@@ -9,6 +9,7 @@ from torch import nn
 from torch.amp import GradScaler
 
 import gradlens
+from tests.capture.helpers import grads, same
 
 
 def linear():
@@ -18,16 +19,6 @@ def linear():
 
 def loss_of(model, k=1.0):
     return (model(torch.ones(4, 3)) * k).pow(2).sum()
-
-
-def grads(model):
-    return {n: p.grad.clone() for n, p in model.named_parameters()}
-
-
-def same(seen, expected):
-    assert set(seen) == set(expected)
-    for name in expected:
-        assert torch.equal(seen[name], expected[name]), name
 
 
 @pytest.mark.situation("one optimizer, any number of backwards", stages={"backward": "yes", "used": "yes"})

@@ -14,7 +14,7 @@ import gradlens
 from gradlens.records import Finding, Severity
 from tests.dashboard.browsing import Page
 from tests.store import made
-from tests.writers.served import Browser, Server, wait_for
+from tests.writers.served import Server, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.browser, pytest.mark.xdist_group("browser")]
 
@@ -58,15 +58,6 @@ def server(logdir):
     wait_for(lambda: server.ask("plugin/gradlens/runs")["complete"], "TensorBoard with the tab")
     yield server
     server.close()
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    if reason := Browser.missing():
-        pytest.skip(reason)
-    browser = Browser(tmp_path_factory.mktemp("profile"))
-    yield browser
-    browser.close()
 
 
 @pytest.fixture

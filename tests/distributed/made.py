@@ -164,3 +164,20 @@ def averaged(tensors):
         distributed.all_reduce(result[name])
         result[name] /= distributed.get_world_size()
     return result
+
+
+def records(ranks, name):
+    """The records of a scenario by rank; with us training was the same as without."""
+    for result in ranks:
+        bits_equal(result[name][1], result[name][2])
+    return [result[name][0] for result in ranks]
+
+
+def exact_batches():
+    """The batches in float64."""
+    return batches().double()
+
+
+def snapshots(records):
+    """Those that are tables."""
+    return [record for record in records if isinstance(record, gradlens.Snapshot)]

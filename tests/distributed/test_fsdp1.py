@@ -15,18 +15,20 @@ from gradlens.errors import ArgumentError
 from tests.distributed.made import (
     Keep,
     batches,
-    bits_equal,
+    exact_batches,
     expected,
     gradients,
     loss,
     mine,
     model,
     numbers,
+    records,
     same,
+    snapshots,
     train,
     weights,
 )
-from tests.distributed.test_fsdp2 import accumulate, check, data, exact, reference, snapshots
+from tests.distributed.sharded import accumulate, check, exact, reference
 
 pytestmark = pytest.mark.distributed
 
@@ -44,7 +46,9 @@ def wrapped(net, **arguments):
 
 def twice(steps=train, stages=EVERY, **arguments):
     """Watched and not: the records, and both runs' weights."""
-    (keep, watched), (_, bare) = (steps(wrapped(exact(), **arguments), mine(data()), stages, on) for on in (True, False))
+    (keep, watched), (_, bare) = (
+        steps(wrapped(exact(), **arguments), mine(exact_batches()), stages, on) for on in (True, False)
+    )
     return keep.records, watched, bare
 
 
@@ -79,9 +83,9 @@ def no_sync():
 def flat():
     """Without original parameters there is one flat parameter a wrapper: the same, and the gradient of this rank alone."""
     records, watched, bare = twice(use_orig_params=False)
-    own = gradients(exact(), mine(data())[0])
+    own = gradients(exact(), mine(exact_batches())[0])
     lens = gradlens.watch(net := wrapped(exact(), use_orig_params=False))
-    loss(net, mine(data())[0]).backward()
+    loss(net, mine(exact_batches())[0]).backward()
     frame = lens.weights(top=3)
     lens.close()
     return records, watched, bare, sum(float(g.square().sum()) for g in own.values()), frame["index"].tolist()
@@ -117,7 +121,7 @@ def rescanned():
         lens.flush()
 
     net.module[2].register_forward_hook(look)
-    for x in mine(data()):
+    for x in mine(exact_batches()):
         optimizer.zero_grad()
         loss(net, x).backward()
         optimizer.step()
@@ -133,10 +137,10 @@ def questions():
     rank = torch.distributed.get_rank()
     frames = {}
     with net.no_sync():
-        loss(net, mine(data())[0]).backward()
+        loss(net, mine(exact_batches())[0]).backward()
     frames["local"] = lens.weights()
     optimizer.zero_grad()
-    loss(net, mine(data())[0]).backward()
+    loss(net, mine(exact_batches())[0]).backward()
     frames["before"] = lens.weights()
     with pytest.raises(ArgumentError) as whole:
         lens.gradient()
@@ -161,7 +165,7 @@ def without():
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     keep = Keep()
     with gradlens.watch(net, writers=[keep], rules=()):
-        loss(net, mine(data())[0]).backward()
+        loss(net, mine(exact_batches())[0]).backward()
         optimizer.step()
     return keep.records
 
@@ -170,13 +174,6 @@ def group():
     """All scenarios."""
     calls = (plain, whole, no_sync, flat, mixed, rescanned, questions, without)
     return {call.__name__: call() for call in calls}
-
-
-def records(ranks, name):
-    """The records of a scenario by rank; with us training was the same as without."""
-    for result in ranks:
-        bits_equal(result[name][1], result[name][2])
-    return [result[name][0] for result in ranks]
 
 
 def told(records):
@@ -246,11 +243,11 @@ def test_flat_parameters_are_named(launched):
 def test_questions_are_answered_by_the_index_in_the_whole(launched):
     """Of what this rank has, at any time; what is elsewhere is an error that names the way out."""
     net = exact()
-    loss(net, data()[0]).backward()
+    loss(net, exact_batches()[0]).backward()
     mean = {name: p.grad for name, p in net.named_parameters()}
     for rank, result in enumerate(launched(group)):
         said, whole, elsewhere, here, flat = result["questions"]
-        own = gradients(exact(), data()[0].chunk(2)[rank])
+        own = gradients(exact(), exact_batches()[0].chunk(2)[rank])
         stages = {"local": "accumulated", "before": "reduced", "summoned": "accumulated", "after": "used", "kept": "used"}
         for name, (attrs, rows) in said.items():
             assert attrs == {"step": 0, "stage": stages[name]}, name

@@ -19,25 +19,22 @@ from tests.distributed.made import (
     batches,
     bits_equal,
     collectives,
+    exact_batches,
     expected,
     loss,
     mine,
     model,
     numbers,
+    records,
     same,
+    snapshots,
     train,
     weights,
 )
+from tests.distributed.sharded import READ, accumulate, check, exact, reference
 from tests.distributed.shown import pooled
 
 pytestmark = pytest.mark.distributed
-
-READ = ("reduced", "used")
-
-
-def exact():
-    """In float64, so that the order in which ranks are added up does not show."""
-    return model().double()
 
 
 def even():
@@ -46,17 +43,13 @@ def even():
     return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4)).double()
 
 
-def data():
-    return batches().double()
-
-
 def sharded(net, **arguments):
     """The first layer, and the rest; of four ranks the last has no entry of either bias."""
     fully_shard(net[0], **arguments)
     return fully_shard(net, **arguments)
 
 
-def twice(shard=sharded, make=exact, steps=train, x=data):
+def twice(shard=sharded, make=exact, steps=train, x=exact_batches):
     """Watched and not: the records, and both runs' weights."""
     (keep, watched), (_, bare) = (steps(shard(make()), mine(x()), READ, on) for on in (True, False))
     return keep.records, watched, bare
@@ -87,23 +80,6 @@ def columns():
     return twice(
         lambda net: sharded(net, shard_placement_fn=lambda p: Shard(int(p.dim() > 1 and p.shape[1] % ranks == 0))), even
     )
-
-
-def accumulate(net, batches, stages, watched):
-    """Each step has three micro-batches; the first two are not synchronised."""
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
-    keep = Keep()
-    lens = gradlens.watch(net, optimizer, stage=stages, writers=[keep], rules=()) if watched else None
-    for _ in range(3):
-        optimizer.zero_grad()
-        for i, x in enumerate(batches):
-            if hasattr(net, "set_requires_gradient_sync"):
-                net.set_requires_gradient_sync(i == 2)
-            loss(net, x).backward()
-        optimizer.step()
-    if watched:
-        lens.close()
-    return keep, weights(net)
 
 
 def no_sync():
@@ -146,7 +122,7 @@ def before():
     lens = gradlens.watch(net, stage="reduced", writers=[keep], rules=())
     sharded(net)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
-    for x in mine(data()):
+    for x in mine(exact_batches()):
         optimizer.zero_grad()
         loss(net, x).backward()
         optimizer.step()
@@ -160,7 +136,7 @@ def rescanned():
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
     keep, whole = Keep(), []
     lens = gradlens.watch(net, optimizer, stage=READ, writers=[keep], rules=())
-    for step, x in enumerate(mine(data())):
+    for step, x in enumerate(mine(exact_batches())):
         optimizer.zero_grad()
         out = loss(net, x)
         whole.append(type(net[2].weight) is nn.Parameter)
@@ -202,44 +178,7 @@ def group():
     return {call.__name__: call() for call in calls + (counted,) * (distributed.get_world_size() == 2)}
 
 
-def reference(make=exact, x=data, steps=train):
-    """The same training in one process: its `used` tables by step."""
-    keep, _ = steps(make(), x(), ("backward", "used"), True)
-    return {s.step: s for s in keep.snapshots if s.stage == "used"}
-
-
-def snapshots(records):
-    return [record for record in records if isinstance(record, gradlens.Snapshot)]
-
-
-def check(ranks, wanted, rtol, stages=READ, columns=fields.SUMMARY, used=fields.SCALARS):
-    """The ranks' tables, pooled, are those of one process: all columns, and the places of the most sensitive weights."""
-    tables = [{(str(s.stage), s.step): s for s in snapshots(records)} for records in ranks]
-    assert set(tables[0]) == {(stage, step) for stage in stages for step in wanted}
-    for stage, step in tables[0]:
-        pooled, whole = pool([table[stage, step] for table in tables]), wanted[step]
-        assert pooled.ranks == len(ranks)
-        assert pooled.parameters == whole.parameters
-        assert pooled.status.tolist() == whole.status.tolist()
-        for field in used if stage == "used" else columns:
-            seen, real = pooled.columns[field.name], whole.columns[field.name]
-            if field.dtype == "int64":
-                np.testing.assert_array_equal(seen, real, err_msg=field.name)
-            else:
-                np.testing.assert_allclose(seen, real, rtol=rtol, atol=1e-12, err_msg=field.name)
-        np.testing.assert_array_equal(pooled.histogram, whole.histogram)
-        np.testing.assert_array_equal(pooled.top.index, whole.top.index)
-        np.testing.assert_allclose(pooled.top.partial, whole.top.partial, rtol=10 * rtol, atol=1e-9)
-
-
 COUNTS = pytest.mark.parametrize("count", [2, 4])
-
-
-def records(ranks, name):
-    """The records of a scenario by rank; with us training was the same as without."""
-    for result in ranks:
-        bits_equal(result[name][1], result[name][2])
-    return [result[name][0] for result in ranks]
 
 
 @COUNTS

@@ -38,11 +38,33 @@ def poisoned():
     return first.step, " ".join(first.causes)
 
 
+def zeroed(how):
+    """The loud rules of a loop whose gradients are emptied in one of several ways, or never."""
+    torch.manual_seed(0)
+    model = DistributedDataParallel(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    generator = torch.Generator().manual_seed(torch.distributed.get_rank())
+    lens = gradlens.watch(model, optimizer)
+    for _ in range(14):
+        if how != "never":
+            optimizer.zero_grad(set_to_none=how == "none")
+        x = torch.randn(32, 8, generator=generator)
+        y = x[:, :3].argmax(1)
+        if how == "accumulated":
+            with model.no_sync():
+                nn.functional.cross_entropy(model(x), y).backward()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    lens.close()
+    return [(f.rule, f.causes[0]) for f in lens.findings() if f.severity != "info"]
+
+
 def two():
     """All of it in one launch."""
     return {
         **{(given, right): over_ranks(given, right) for given in (True, False) for right in (True, False)},
         "poisoned": poisoned(),
+        **{how: zeroed(how) for how in ("never", "none", "zeros", "accumulated")},
     }
 
 
@@ -62,3 +84,10 @@ def test_the_rank_whose_data_were_nan_says_so(launched):
     assert own[0] == other[0] == 4
     assert "NaN or infinite values in the data" in own[1]
     assert "values in the data: what" not in other[1]
+
+
+def test_gradients_that_nobody_empties_are_named_over_ranks(launched):
+    """F21's kind: `stale` on each rank, though the local gradients are not read; None, zeros and no_sync() are silent."""
+    for result in launched(two):
+        assert "zero_grad() is missing" in dict(result["never"])["stale"]
+        assert result["none"] == result["zeros"] == result["accumulated"] == []

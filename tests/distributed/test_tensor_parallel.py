@@ -14,7 +14,7 @@ from gradlens import fields
 from gradlens.capture.sharding import _block, piece
 from gradlens.errors import ArgumentError
 from gradlens.pooling import pool
-from tests.distributed.made import Keep, batches, bits_equal, collectives, local, loss, train
+from tests.distributed.made import Keep, batches, bits_equal, collectives, exact_batches, local, loss, snapshots, train
 
 pytestmark = pytest.mark.distributed
 
@@ -23,10 +23,6 @@ def exact(width=10):
     """In float64; the middle dimension does not divide by four, unless that is asked."""
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(6, width), nn.Tanh(), nn.Linear(width, 3)).double()
-
-
-def data():
-    return batches().double()
 
 
 PLAN = {"0": ColwiseParallel(), "2": RowwiseParallel()}
@@ -42,13 +38,13 @@ def parallel():
     """One layer by columns, the next by rows, its bias copied."""
     ranks = distributed.get_world_size()
     mesh = init_device_mesh("cpu", (ranks,))
-    return twice(lambda: parallelize_module(exact(5 * ranks), mesh, PLAN), data())
+    return twice(lambda: parallelize_module(exact(5 * ranks), mesh, PLAN), exact_batches())
 
 
 def meshed():
     """The same over one dimension of a mesh, and FSDP2 over the other: both shard the first layer's rows."""
     mesh = init_device_mesh("cpu", (distributed.get_world_size() // 2, 2), mesh_dim_names=("data", "model"))
-    x = data().chunk(mesh["data"].size(), dim=1)[mesh["data"].get_local_rank()]
+    x = exact_batches().chunk(mesh["data"].size(), dim=1)[mesh["data"].get_local_rank()]
 
     def make():
         net = parallelize_module(exact(), mesh["model"], PLAN)
@@ -92,7 +88,7 @@ def questions():
     net = parallelize_module(exact(), mesh, PLAN)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     lens = gradlens.watch(net, optimizer, features=("updates", "flips", "evidence"), stage=("backward", "used"))
-    for x in data()[:2]:
+    for x in exact_batches()[:2]:
         loss(net, x).backward()
     frame = lens.weights()
     top = lens.weights(top=5)
@@ -143,7 +139,7 @@ def sequence():
     parallelize_module(net, mesh, {"0": SequenceParallel(), "1": ColwiseParallel(input_layouts=Shard(1))})
     keep = Keep()
     lens = gradlens.watch(net, stage="backward", writers=[keep], rules=(), features=())
-    x = distribute_tensor(data()[:1], mesh, [Shard(1)])
+    x = distribute_tensor(exact_batches()[:1], mesh, [Shard(1)])
     loss(net, x).backward()
     placements = [str(p.grad.placements) for p in net.parameters()]
     lens.close()
@@ -186,13 +182,9 @@ def four():
     return {call.__name__: call() for call in (meshed, parallel, placed, summands, sequence)}
 
 
-def snapshots(records):
-    return [record for record in records if isinstance(record, gradlens.Snapshot)]
-
-
 def check(ranks, name, stages, width=10):
     """The ranks' tables, pooled, are those of one process; training is unchanged."""
-    whole, _ = train(exact(width), data(), ("backward", "used"))
+    whole, _ = train(exact(width), exact_batches(), ("backward", "used"))
     tables = []
     for result in ranks:
         records, watched, bare = result[name]
@@ -250,7 +242,7 @@ def test_entries_that_are_no_block_have_no_places(launched):
 def test_questions_about_weights_are_answered_by_the_index_in_the_whole(launched):
     """weights() has what is here, with its verdicts; gradient() and a weight elsewhere are errors that name the way out."""
     net = exact()
-    for x in data()[:2]:
+    for x in exact_batches()[:2]:
         loss(net, x).backward()
     partials = {name: p.grad for name, p in net.named_parameters()}
     values = dict(net.named_parameters())

@@ -17,13 +17,6 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    opened = Browser(tmp_path_factory.mktemp("profile"))
-    yield opened
-    opened.close()
-
-
 def _open(browser, tmp_path, **options):
     page = tmp_path / "page.html"
     page.write_text(render(Summary.of(open_run(trained(tmp_path / "run", **options)))), encoding="utf-8")

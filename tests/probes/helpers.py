@@ -36,3 +36,17 @@ def trace(model):
     state = np.random.get_state()
     generators = torch.get_rng_state().numpy().tobytes(), state[1].tobytes(), state[2:], random.getstate()
     return modules, parameters, buffers, generators, torch.get_default_dtype(), torch.is_grad_enabled()
+
+
+class Once(torch.autograd.Function):
+    """A square whose backward cannot be differentiated."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**2
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        return 2 * ctx.saved_tensors[0] * g

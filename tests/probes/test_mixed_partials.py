@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from gradlens.errors import ArgumentError, ArgumentTypeError, ProbeError
 from gradlens.probes.mixed_partials import mixed_partials
+from tests.probes.helpers import Once
 
 from .helpers import trace
 
@@ -111,18 +112,6 @@ def test_too_many_weights_are_refused_before_any_work():
     """A block of more than a thousand weights is an error that says what it would cost."""
     with pytest.raises(ArgumentError, match="2,500 weights"):
         mixed_partials(nn.Linear(50, 50, bias=False), lambda m: pytest.fail("was run"), "weight")
-
-
-class Once(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x**2
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, g):
-        return 2 * ctx.saved_tensors[0] * g
 
 
 @pytest.mark.trap(42)

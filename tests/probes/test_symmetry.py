@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from gradlens.errors import ArgumentError, ArgumentTypeError, ProbeError
 from gradlens.probes.symmetry import check_symmetry
+from tests.probes.helpers import Once
 
 from .helpers import trace
 
@@ -209,18 +210,6 @@ def test_operations_without_a_second_derivative_are_tested_all_the_same(loss):
     torch.manual_seed(0)
     model, x = nn.Linear(3, 4), torch.randn(6, 3)
     assert check_symmetry(model, lambda m: loss(torch.tanh(m(x)))).ok
-
-
-class Once(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x**2
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, g):
-        return 2 * ctx.saved_tensors[0] * g
 
 
 def test_a_loss_of_chance_is_refused():

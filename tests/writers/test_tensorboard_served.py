@@ -6,7 +6,7 @@ from gradlens.records import Finding, Severity
 from gradlens.writers import tags
 from gradlens.writers.tensorboard import TensorBoard
 from tests.writers.made import ill_run
-from tests.writers.served import Browser, Server
+from tests.writers.served import Server
 
 HOSTILE = "<img src=x onerror=alert(1)>/[a](b)|`c`"
 RESUMED = 300
@@ -48,15 +48,6 @@ def server(logdir):
     server = Server(logdir, fast=True)
     yield server.loaded("ill", NORM, 390)
     server.close()
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    if reason := Browser.missing():
-        pytest.skip(reason)
-    browser = Browser(tmp_path_factory.mktemp("profile"))
-    yield browser
-    browser.close()
 
 
 def test_both_loaders_drop_what_the_resumed_run_replaced(either):

@@ -9,17 +9,19 @@ from __future__ import annotations
 
 from gradlens.analysis.rules.absent import Absent, Frozen, Uncaptured
 from gradlens.analysis.rules.accumulation import LastOnly, Undivided
+from gradlens.analysis.rules.activations import DeadUnits, Saturated
 from gradlens.analysis.rules.base import Rule, judged, lasting
-from gradlens.analysis.rules.collapse import Collapse, DiscriminatorWon, EmptyLatent, RareClass
+from gradlens.analysis.rules.collapse import Collapse, DiscriminatorWon, EmptyLatent
 from gradlens.analysis.rules.dead import Dead
 from gradlens.analysis.rules.exploding import Exploding, Spike
 from gradlens.analysis.rules.graph import Cut, GraphAudit
 from gradlens.analysis.rules.learning import Disagreement, TooFast, TooSlow
 from gradlens.analysis.rules.lost import Lost, Unstepped
 from gradlens.analysis.rules.nonfinite import NonFinite
+from gradlens.analysis.rules.rare import RareClass
 from gradlens.analysis.rules.scaling import ClippedScaled, LossScaled, Skipped
 from gradlens.analysis.rules.settings import Epsilon, EvalMode, LearningRateGone, WeightDecay
-from gradlens.analysis.rules.stale import Stale
+from gradlens.analysis.rules.stale import LeftOver, Stale
 from gradlens.analysis.rules.structure import Fading, Identical, InputScale
 from gradlens.analysis.rules.updates import RoundedAway, Shrunk, Unmoved, UpdateRatio
 from gradlens.analysis.rules.vanishing import Vanishing
@@ -40,6 +42,7 @@ DEFAULT: tuple[Rule, ...] = (
     Shrunk(),
     Unmoved(),
     Stale(),
+    LeftOver(),
     LossScaled(),
     ClippedScaled(),
     Skipped(),
@@ -61,6 +64,8 @@ DEFAULT: tuple[Rule, ...] = (
     EmptyLatent(),
     DiscriminatorWon(),
     RareClass(),
+    DeadUnits(),
+    Saturated(),
 )
 
 __all__ = [
@@ -84,6 +89,7 @@ __all__ = [
     "Shrunk",
     "Unmoved",
     "Stale",
+    "LeftOver",
     # loss scaling
     "LossScaled",
     "ClippedScaled",
@@ -112,6 +118,9 @@ __all__ = [
     "EmptyLatent",
     "DiscriminatorWon",
     "RareClass",
+    # what modules make of a batch, where that is seen
+    "DeadUnits",
+    "Saturated",
     # for rules of one's own
     "lasting",
     "judged",

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import ClassVar
 
 import numpy as np
 
 from gradlens.analysis.history import History
+from gradlens.analysis.rules.activations import as_features, said_of, where_lost
 from gradlens.analysis.rules.base import check_number, check_steps, format_number
 from gradlens.analysis.rules.occasional import (
     Occasional,
@@ -18,11 +20,10 @@ from gradlens.analysis.rules.occasional import (
     loss_trend,
     middle,
     newest_step,
-    operations,
 )
 from gradlens.analysis.trend import State, Trend
-from gradlens.facts import Features
-from gradlens.records import Finding, Severity, Stage
+from gradlens.facts import Features, Graph, words
+from gradlens.records import Finding, Severity
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,14 @@ class Collapse(Occasional):
     deep networks that pass nothing on 0.02 and less, and a collapsed embedding 0. Features that had a spread and lost it
     are a collapse as soon as the loss has stopped falling; features that never had one may get it yet (a vision
     transformer took 50 steps), so these are asked after `steps`. An output whose deviation fell below `share` of its
-    largest while its features drew together is one as well, whatever the loss does: 0 is easy to reach by a constant.
+    largest while its features drew together is one as well, whatever the loss does: 0 is easy to reach by a constant. Where
+    the loss compares what the model says with what it says (pairs, triplets), the features need not draw together: an
+    output that shrinks from look to look, below `together` of its largest, is enough; healthy embeddings grow.
     """
 
     spread: float = 0.03
     share: float = 0.03
+    together: float = 0.1
     steps: int = 100
 
     name: ClassVar[str] = "collapse"
@@ -45,6 +49,7 @@ class Collapse(Occasional):
     def __post_init__(self) -> None:
         check_number(self, "spread", most=0.5)
         check_number(self, "share", most=0.5)
+        check_number(self, "together", most=0.5)
         check_steps(self)
 
     def look(self, history: History) -> Iterator[Finding]:
@@ -52,8 +57,10 @@ class Collapse(Occasional):
         trend = loss_trend(history)
         if trend.state not in (State.FLAT, State.RISES, State.FALLS):
             return
-        for layer, facts in features(history).items():
-            if ":" in layer or len(facts) < 4 or facts[-1].backward or not self._collapsed(facts, trend):
+        for layer, facts in (features(history) or as_features(history)).items():
+            if ":" in layer or len(facts) < 4 or facts[-1].backward:
+                continue
+            if not (self._collapsed(facts, trend) or (self._shrinks(facts) and compares_itself(history))):
                 continue
             now, first = facts[-1], facts[0]
             dead = f"; {now.dead:.0%} of the features are 0 for every example" if now.dead > 0.5 else ""
@@ -65,7 +72,7 @@ class Collapse(Occasional):
                 severity=Severity.WARNING,
                 seen=f"the model says nearly the same for every example: the features that {layer or 'the last layer'!r} "
                 f"gets differ by {format_number(now.spread)} of their size over the batch (at the start by "
-                f"{format_number(first.spread)}){shrank}{dead}, and {_said(trend)}",
+                f"{format_number(first.spread)}){shrank}{dead}{where_lost(history, self.spread)}, and {_said(trend)}",
                 causes=_causes(first.spread, self.spread, now.dead),
                 remedy="a smaller learning rate; for embeddings a loss that is 0 only when they differ (semi-hard "
                 "triplets, a variance term); in a deep model normalisation or kaiming_normal_",
@@ -84,7 +91,64 @@ class Collapse(Occasional):
         shrank = max(now.output_spread, before.output_spread) < self.share * most
         return shrank and now.spread < 0.5 * max(fact.spread for fact in facts)
 
+    def _shrinks(self, facts: Sequence[Features]) -> bool:
+        """Whether the output's deviation is a small part of its largest, and fell at each of the last looks."""
+        made = [fact.output_spread for fact in facts]
+        falls = all(after < before for before, after in pairwise(made[-4:]))
+        return falls and len(made) > 6 and max(made[-2:]) < self.together * max(made)
 
+
+#: Operations of two inputs that say how far one is from the other.
+_DISTANCES = words("MseLoss L1Loss SmoothL1Loss HuberLoss Sub Cdist EuclideanDist")
+
+
+def compares_itself(history: History) -> bool:
+    """Whether a loss is a distance between two answers of one layer of the model: nothing else keeps them apart."""
+    return any(_compares_itself(graph) for graph in graphs(history))
+
+
+def _compares_itself(graph: Graph) -> bool:
+    for at in range(min(len(graph.operations), NEAR)):
+        op = graph.operations[at]
+        if op.name in _DISTANCES and len(op.inputs) == 2 and min(op.inputs) >= 0 and _before_layers(graph, at):
+            one, other = (_layers_of(graph, i) for i in op.inputs)
+            if one and one == other:
+                return True
+    return False
+
+
+def _layers_of(graph: Graph, at: int) -> set[tuple[str, ...]]:
+    """The layers that what an operation made comes from, without those before them."""
+    found, seen, waiting = set(), set[int](), [at]
+    while waiting:
+        i = waiting.pop()
+        if i < 0 or i in seen:
+            continue
+        seen.add(i)
+        if graph.is_layer(i):
+            found.add(graph.layer_of(i))
+        else:
+            waiting += graph.operations[i].inputs
+    return found
+
+
+def _before_layers(graph: Graph, at: int) -> bool:
+    """Whether no layer lies between an operation and the loss."""
+    return not any(graph.is_layer(user) for user in _above(graph, at))
+
+
+def _above(graph: Graph, at: int) -> set[int]:
+    seen, waiting = set[int](), [at]
+    while waiting:
+        i = waiting.pop()
+        if i not in seen:
+            seen.add(i)
+            waiting += graph.consumers[i]
+    return seen - {at}
+
+
+#: Operations from the loss on, among which a distance is looked for.
+NEAR = 40
 #: A loss that fell at first and stands since this share of the run.
 STANDS = 0.7
 
@@ -133,9 +197,8 @@ class EmptyLatent(Occasional):
                 step=newest_step(history),
                 severity=Severity.WARNING,
                 seen=f"the latent carries nothing: {name or 'mu'} differs between examples by {format_number(ratios[-1])} "
-                f"of the "
-                f"noise "
-                f"that is added (at the start by {format_number(ratios[0])}), so the decoder gets noise alone",
+                f"of the noise that is added (at the start by {format_number(ratios[0])}{said_of(history, name)}), so the "
+                "decoder gets noise alone",
                 causes=(
                     "posterior collapse: the KL term is too heavy beside the reconstruction (one summed, the other "
                     "averaged)",
@@ -210,101 +273,3 @@ def _opponents(history: History) -> tuple[int, int, str, str] | None:
             if own != other and len(alone) == 1 and alone < both and makers:
                 return own, other, next(iter(alone)), sorted(makers)[0]
     return None
-
-
-@dataclass(frozen=True)
-class RareClass(Occasional):
-    """A yes-or-no question where "no" is said to everything: the rare class is never predicted.
-
-    Where the answer p does not depend on the input, the loss of a batch is a straight line in its share of positives s, and
-    the gradient of the output's bias is p - s. So the batch losses lie on a line over that gradient, and the level of the
-    loss is the entropy of p. Both are asked: `fit` is the least share of the variance that the line explains. The gradient
-    varies as s does, by p (1 - p) / n in batches of n; where it varies far more, the loss has weights (`pos_weight`).
-    """
-
-    fit: float = 0.7
-    most: float = 0.15
-    steps: int = 60
-
-    name: ClassVar[str] = "rare_class"
-
-    def __post_init__(self) -> None:
-        check_number(self, "fit", most=1.0)
-        check_number(self, "most", most=0.5)
-        check_steps(self)
-
-    def look(self, history: History) -> Iterator[Finding]:
-        """Of a model with one output."""
-        if "BinaryCrossEntropyWithLogits" not in operations(history) and "BinaryCrossEntropy" not in operations(history):
-            return
-        layer = next((name for name in reversed(list(features(history))) if ":" not in name), None)
-        newest = history.latest(Stage.BACKWARD)
-        bias = f"{layer}.bias" if layer else "bias"
-        if layer is None or newest is None or bias not in newest.parameters.position or newest.value("numel", bias) != 1:
-            return
-        pairs = [
-            (float(s.value("sum", bias)), s.loss)
-            for s in history.recent(300, Stage.BACKWARD)
-            if bias in s.parameters.position and "loss" in s.scalars
-        ]
-        if len(pairs) < 2 * self.steps:
-            return
-        gradient, losses = np.asarray(pairs[-300:]).T
-        half, quarter = len(losses) // 2, len(losses) // 4
-        if losses[-quarter:].mean() < 0.75 * losses[half:-quarter].mean():
-            return  # it is still learning
-        share, slope, fit = rare_share(gradient[half:], losses[half:])
-        if not (fit > self.fit and 0 < share < self.most and slope < 0):
-            return
-        if share * (1 - share) < CHANCE * _examples(history) * float(gradient[half:].var()):
-            return  # the gradient varies more than the draw of a batch explains: its loss is weighted, or the answer moves
-        yield Finding(
-            rule=self.name,
-            step=newest_step(history),
-            severity=Severity.WARNING,
-            seen=f"the rare class is never predicted: batch losses follow the share of positives in a batch alone "
-            f"({fit:.0%} of "
-            f"their variance), as if the answer were {share:.1%} for every input",
-            causes=(
-                f"class imbalance: about {share:.1%} of the examples are positive, and to say no to all is a low loss "
-                f"already",
-            ),
-            remedy=f"pos_weight=torch.tensor([{max(1, round((1 - share) / share))}.]) in the loss, or a sampler that draws "
-            f"positives "
-            "more often; judge by recall or average precision, not by accuracy",
-            value=share,
-        )
-
-
-#: Of the batch's size, the least that the variance of its share of positives may amount to.
-CHANCE = 0.3
-
-
-def _examples(history: History) -> int:
-    """How many examples a batch has: the first axis of what the layers near the loss made; 8 where it is not known."""
-    shapes = [op.shape for graph in graphs(history) for op in graph.operations[:12] if op.shape]
-    return max((shape[0] for shape in shapes), default=8)
-
-
-def rare_share(gradient: np.ndarray, losses: np.ndarray) -> tuple[float, float, float]:
-    """`(share of positives, slope, share of variance explained)` of batch losses over the gradient p - s of the bias.
-
-    L = -s ln p - (1 - s) ln(1 - p) has the slope ln(p / (1 - p)) over p - s. Its mean is the
-    entropy of p, which gives p more exactly.
-    """
-    if len(losses) < 3 or np.ptp(gradient) == 0 or not np.isfinite(losses).all() or not np.isfinite(gradient).all():
-        return float("nan"), float("nan"), 0.0
-    slope, offset = np.polyfit(gradient, losses, 1)
-    rest = losses - (slope * gradient + offset)
-    explained = 1 - float(rest.var() / max(float(losses.var()), 1e-30))
-    return _entropic(float(losses.mean())), float(slope), explained
-
-
-def _entropic(loss: float) -> float:
-    """The share p below a half whose entropy is this loss."""
-    low, high = 0.0, 0.5
-    for _ in range(40):
-        p = (low + high) / 2
-        entropy = -p * np.log(max(p, 1e-300)) - (1 - p) * np.log1p(-p)
-        low, high = (p, high) if entropy < loss else (low, p)
-    return (low + high) / 2

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -13,6 +13,7 @@ from gradlens.analysis.rules.base import (
     ColumnRule,
     Condition,
     RowFindings,
+    check_number,
     check_steps,
     format_number,
     judged,
@@ -21,7 +22,8 @@ from gradlens.analysis.rules.base import (
     tristate,
     unmoved,
 )
-from gradlens.analysis.rules.occasional import settings
+from gradlens.analysis.rules.occasional import Occasional, newest_step, settings
+from gradlens.facts import Graph
 from gradlens.records import Finding, Severity, Snapshot, Stage, Status
 
 #: How far a sum of float32 gradients may be from the sum of their sums, beside the sum of sizes: 16 roundings.
@@ -40,7 +42,7 @@ class Stale(ColumnRule):
     and sums that it is not this, it is an info. Where the step before was not observed, or gradients of 16 bits round their
     sums, nobody knows.
 
-    Over several ranks all this says nothing (another rank's part may be larger), and is not asked.
+    Over several ranks all this says nothing (another rank's part may be larger): `LeftOver` is asked there.
     """
 
     steps: int = 3
@@ -110,6 +112,43 @@ class Stale(ColumnRule):
 
 _MISSING = "optimizer.zero_grad() is missing, so that gradients of earlier steps are still there"
 _BY_HAND = "something adds to or multiplies .grad between backward() and step(): a penalty, noise, weight decay by hand"
+
+
+@dataclass(frozen=True)
+class LeftOver(Occasional):
+    """Over ranks: as a step's first backward begins, what earlier steps left is still in `.grad`.
+
+    Read at the looks at the loss's graph, of parameters that it reaches and an optimizer has. In one process `Stale` sees
+    more, and is asked.
+    """
+
+    share: float = 0.9
+    looks: int = 3
+
+    name: ClassVar[str] = "stale"
+
+    def __post_init__(self) -> None:
+        check_number(self, "share", most=1.0)
+        check_steps(self, "looks")
+
+    def look(self, history: History) -> Iterator[Finding]:
+        """At the last looks behind the first step."""
+        if history.newest(Stage.REDUCED) is None:
+            return
+        first = [fact for fact in list(history.facts) if isinstance(fact, Graph) and not fact.backward and not fact.values]
+        last = [fact.left for fact in first if fact.step > first[0].step][-self.looks :]
+        if len(last) < self.looks or not min(last) >= self.share:
+            return
+        yield Finding(
+            rule=self.name,
+            step=newest_step(history),
+            severity=Severity.WARNING,
+            seen=f"as the first backward() of a step begins, {min(last):.0%} of the parameters that it reaches have a "
+            f"gradient already, at each of the last {self.looks} steps that were looked at",
+            causes=(_MISSING,),
+            remedy="call optimizer.zero_grad() once a step, before backward()",
+            value=min(last),
+        )
 
 
 def _more_than(backward: list[Snapshot]) -> Condition:

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from gradlens.activations import Activations
 from gradlens.analysis.course import _State
 from gradlens.analysis.history import History
 from gradlens.facts import Features, Graph, Group, Modes, Operation, Settings
@@ -40,6 +41,17 @@ def looks(spreads, outputs=None, layer="head", rms=1.0, dead=0.0):
     ]
 
 
+def passes(steps, **modules):
+    """Batches of 16 examples with 100 units: a module is `(type, spread, dead, saturated)`, or one for each step."""
+    found = []
+    for i, step in enumerate(steps):
+        rows = [each[i] if isinstance(each, list) else each for each in modules.values()]
+        sums = [[1600, 0, 1600, 1600 * spread**2, 100, 100 * dead, 1600 * at_end] for _, spread, dead, at_end in rows]
+        kinds = tuple(row[0] for row in rows)
+        found.append(Activations(step, 0, 0.0, tuple(modules), kinds, (1,) * len(rows), np.array(sums)))
+    return found
+
+
 def graph(*names, step=0, **more):
     """A chain of operations, the loss's own first, that ends in a leaf of the model."""
     ops = [Operation(name, (i + 1,), (8, 4)) for i, name in enumerate(names)]
@@ -59,3 +71,8 @@ def modes(training, evaluated=("drop",), step=0):
 def rules_of(rule, history):
     """What a rule says, as pairs of rule and severity."""
     return [(finding.rule, str(finding.severity)) for finding in rule(history)]
+
+
+def in_order(steps):
+    """What several steps hold, one after the other."""
+    return [one for several in steps for one in several]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from gradlens import rules
-from gradlens.analysis.rules.collapse import rare_share
+from gradlens.analysis.rules.rare import rare_share
 from gradlens.facts import Graph, Operation
 from gradlens.records import Stage
 from tests.analysis.made import snapshot
@@ -106,3 +106,79 @@ def test_a_class_that_is_never_said(noise, weight, found):
     for step, (g, loss) in enumerate(zip(gradient, losses, strict=True)):
         history.append(snapshot(step, ("head.weight", "head.bias"), Stage.BACKWARD, numel=[20, 1], sum=[0, g], loss=loss))
     assert rules_of(rules.RareClass(), history) == [("rare_class", "warning")] * found
+
+
+def seen_batches(gradients, losses, *facts, outputs=1):
+    """A history of backwards whose biases `a.bias, b.bias, ...` had these gradients, `[m, heads]`."""
+    history = history_of(losses, *facts, steps=len(losses))
+    names = tuple(f"{'abcdef'[i]}.bias" for i in range(gradients.shape[1]))
+    for step, (row, loss) in enumerate(zip(gradients, losses, strict=True)):
+        history.append(snapshot(step, names, Stage.BACKWARD, numel=[outputs] * len(names), sum=list(row), loss=loss))
+    return history
+
+
+def questions(*layers):
+    """The graph of a sum of yes-or-no losses, one of each layer's output."""
+    ops, n = [Operation("Add", tuple(range(1, len(layers) + 1)), ())], len(layers)
+    ops += [Operation("BinaryCrossEntropyWithLogits", (n + 1 + i,), ()) for i in range(n)]
+    ops += [Operation("Addmm", (2 * n + 1 + i,), (64, 1)) for i in range(n)]
+    return Graph((*ops, *(Operation("Leaf", (), (1,), {}, f"{layer}.bias") for layer in layers)))
+
+
+@pytest.mark.parametrize(
+    ("noise", "found"), [((0.001, 0.001), True), ((0.001, 0.3), False), ((0.3, 0.3), False)], ids=["both", "one", "none"]
+)
+def test_several_heads_that_say_no_to_everything(noise, found):
+    """Losses of two heads add up and lie on a plane; where one head has an answer of its own, they leave it."""
+    parts = [batches(share, share, seed=i) for i, share in enumerate((0.02, 0.05))]
+    rest = np.random.default_rng(5).standard_normal((2, len(parts[0][1])))
+    losses = sum(part[1] for part in parts) + np.abs(np.asarray(noise) @ rest)
+    history = seen_batches(np.column_stack([part[0] for part in parts]), losses, questions("a", "b"))
+    said = list(rules.RareClass()(history))
+    assert [finding.rule for finding in said] == ["rare_class"] * found
+    if found:
+        assert "2.0%" in said[0].seen
+        assert "and" in said[0].seen
+
+
+def test_losses_on_slices_of_one_layer_are_one_head():
+    """Two losses on columns of one output add up: the level of both gives the share."""
+    gradients, losses = batches(0.03, 0.03)
+    ops = (
+        Operation("Add", (1, 2), ()),
+        *(Operation("BinaryCrossEntropyWithLogits", (i,), ()) for i in (3, 4)),
+        *(Operation("Select", (5,), (64,)) for _ in range(2)),
+        Operation("Addmm", (6,), (64, 2)),
+        Operation("Leaf", (), (2,), {}, "a.bias"),
+    )
+    (finding,) = rules.RareClass()(seen_batches(2 * gradients[:, None], 2 * losses, Graph(ops), outputs=2))
+    assert finding.value == pytest.approx(0.03, rel=0.2)
+
+
+def pairs(*distance):
+    """The graph of a distance between two answers of one layer, or of one answer and what the loop gives."""
+    same = (3, 4) if "targets" not in distance else (3, -1)
+    ops = (
+        Operation("Mean", (1,), ()),
+        Operation("Pow", (2,), (8, 4)),
+        Operation("Sub", same, (8, 4)),
+        Operation("Addmm", (5,), (8, 4)),
+        Operation("Addmm", (5,), (8, 4)),
+        Operation("Leaf", (), (4,), {}, "a.bias"),
+    )
+    return Graph(ops)
+
+
+@pytest.mark.parametrize(
+    ("facts", "outputs", "found"),
+    [
+        (pairs(), [1.0, 0.5, 0.3, 0.2, 0.1, 0.08, 0.06], True),
+        (pairs("targets"), [1.0, 0.5, 0.3, 0.2, 0.1, 0.08, 0.06], False),
+        (pairs(), [1.0, 0.5, 0.3, 0.2, 0.06, 0.05, 0.06], False),  # it grows again
+        (pairs(), [0.06, 0.08, 0.1, 0.2, 0.3, 0.5, 1.0], False),
+    ],
+)
+def test_answers_that_are_compared_with_each_other(facts, outputs, found):
+    """Nothing but a collapse makes them shrink from look to look; where there are targets, they may."""
+    history = history_of(falling(), facts, *looks([0.6] * 7, outputs))
+    assert rules_of(rules.Collapse(), history) == [("collapse", "warning")] * found

@@ -7,6 +7,7 @@ import pytest
 from gradlens.analysis.rules import Dead, Lost, Unstepped, UpdateRatio
 from gradlens.records import Severity, Stage
 from tests.analysis.made import asked, last, snapshot
+from tests.analysis.rules.courses import in_order
 
 STILL = {"update_numel": 100, "update_square_sum": 0.0, "update_before_square_sum": 1.0}
 
@@ -23,14 +24,10 @@ def zeroed(k, status=("zero", "zero")):
     return [snapshot(k), used]
 
 
-def flat(steps):
-    return [one for several in steps for one in several]
-
-
 @pytest.mark.parametrize("step", [gone, zeroed])
 def test_a_gradient_that_was_gone_is_named_after_three_steps(step):
     """As one finding on the model, whose only cause is zero_grad() in the wrong place."""
-    said = asked(Lost(), *flat(step(k) for k in range(3)))
+    said = asked(Lost(), *in_order(step(k) for k in range(3)))
     assert [len(findings) for findings in said] == [0, 0, 0, 0, 0, 1]
     (finding,) = said[-1]
     assert (finding.parameter, finding.parameters) == (None, ("a.weight", "a.bias"))
@@ -42,31 +39,31 @@ def test_a_gradient_that_was_gone_is_named_after_three_steps(step):
 @pytest.mark.parametrize("step", [gone, zeroed])
 def test_nothing_else_is_said_of_it(rule, step):
     """No rectifier is dead, and no learning rate too small."""
-    assert not any(asked(rule, *flat(step(k) for k in range(25))))
+    assert not any(asked(rule, *in_order(step(k) for k in range(25))))
 
 
 def test_some_parameters_are_set_to_zero_by_hand():
     """An info, which names them."""
-    (finding,) = last(Lost(), *flat(zeroed(k, ("zero", "ok")) for k in range(3)))
+    (finding,) = last(Lost(), *in_order(zeroed(k, ("zero", "ok")) for k in range(3)))
     assert (finding.severity, finding.parameter) == (Severity.INFO, "a.weight")
     assert "by hand" in finding.causes[0]
 
 
 def test_a_learning_rate_of_zero_loses_nothing():
     """The optimizer saw a gradient, and did not move."""
-    assert last(Lost(), *flat(gone(k, update_used_square_sum=0.01) for k in range(5))) == []
+    assert last(Lost(), *in_order(gone(k, update_used_square_sum=0.01) for k in range(5))) == []
 
 
 def test_an_optimizer_that_frees_what_it_used_lost_nothing():
     """It moved the weights."""
-    assert last(Lost(), *flat(gone(k, update_square_sum=1e-6) for k in range(5))) == []
+    assert last(Lost(), *in_order(gone(k, update_square_sum=1e-6) for k in range(5))) == []
 
 
 def test_what_backward_did_not_give_is_not_lost():
     """Zeros before and after are the business of `Dead`."""
     steps = [[snapshot(k, status=["zero"] * 2, zero=100), zeroed(k)[1]] for k in range(12)]
-    assert last(Lost(), *flat(steps)) == []
-    assert len(last(Dead(), *flat(steps))) == 2
+    assert last(Lost(), *in_order(steps)) == []
+    assert len(last(Dead(), *in_order(steps))) == 2
 
 
 def test_backwards_without_a_step_are_named():

@@ -1,0 +1,135 @@
+"""What a module made of a batch, as a row of sums: one pass of the native kernel, or the same in torch operations.
+
+    made [rows, ...]  ->  entries, nonfinite, square_sum, deviation, units, dead, saturated
+
+The first axis is the batch; a *unit* is an entry of one example, at the same place in each. `square_sum` is over finite
+entries. `deviation` is the sum of squared distances from each unit's mean over the batch: NaN where it has no meaning, as of
+one example, or where something is not finite. A unit is *dead* where it is 0 for every example. *Saturated* are the entries
+at or beyond `low` or `high`, NaN where the range has no ends. Sums of several calls add up to those of all their entries.
+
+The native kernel reads plain tensors on the CPU, whose examples lie one behind the other in memory, in any order within
+each. `sums_by_torch` is the definition, and reads the others.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+
+import torch
+from torch import Tensor
+
+from gradlens._torch import local_part, modes_are_active
+from gradlens.kernels import native
+
+_READ = ("nonfinite", "square_sum", "deviation", "dead", "saturated")  # as the library has them
+
+
+class _Output(ctypes.Structure):
+    _fields_ = (
+        ("made", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("type", "rows", "columns")),
+        ("low", ctypes.c_double),
+        ("high", ctypes.c_double),
+        ("sums", ctypes.c_void_p),
+    )
+
+
+def readable(made: Tensor) -> bool:
+    """Whether it has numbers that these sums are about."""
+    return (
+        made.is_floating_point()
+        and made.dim() > 0
+        and made.numel() > 0
+        and made.layout == torch.strided
+        and not made.is_meta
+    )
+
+
+def sums_of(
+    kernel: native.Native | None, made: Tensor, axis: int = 0, low: float = -math.inf, high: float = math.inf
+) -> Tensor | list[float]:
+    """The sums, in the order of `SUMS`: numbers where the native kernel read them, else float64 `[7]` on the device.
+
+    Args:
+        made: What `readable` says yes to.
+        axis: Which one is the batch.
+        low, high: The ends of the module's range, where it has one.
+    """
+    made = local_part(made)
+    sums = None if kernel is None else _by_library(kernel, made, axis, low, high)
+    return sums_by_torch(made, axis, low, high) if sums is None else sums
+
+
+def sums_by_torch(made: Tensor, axis: int = 0, low: float = -math.inf, high: float = math.inf) -> Tensor:
+    """The definition. Waits for no device."""
+    x = made.detach().movedim(axis, 0)
+    x = x.reshape(len(x), -1).double()
+    finite = torch.isfinite(x)
+    kept = torch.where(finite, x, 0.0)
+    nonfinite = (~finite).sum().double()
+    deviation = (kept - kept.mean(0)).square().sum()
+    deviation = torch.where(nonfinite > 0, math.nan, deviation) if len(x) > 1 else torch.full_like(deviation, math.nan)
+    saturated = (finite & ((x <= low) | (x >= high))).sum().double()
+    if not _has_ends(low, high):
+        saturated = torch.full_like(saturated, math.nan)
+    entries, units = (torch.full_like(nonfinite, float(n)) for n in (x.numel(), x.shape[1]))
+    dead = (x == 0).all(0).sum().double()
+    return torch.stack([entries, nonfinite, kept.square().sum(), deviation, units, dead, saturated])
+
+
+def _by_library(kernel: native.Native, made: Tensor, axis: int, low: float, high: float) -> list[float] | None:
+    """None of a tensor that the library does not read."""
+    if modes_are_active():
+        return None
+    rows, entries = made.shape[axis], made.numel()
+    columns = entries // rows
+    with torch._C.DisableTorchFunction():
+        pointer = _address(made, entries) if _by_example(made, axis, columns) else 0
+    if not pointer:
+        return None
+    read = (ctypes.c_double * len(_READ))()
+    brief = entries < native.BRIEF
+    library = kernel.holding if brief and kernel.holding is not None else kernel.library
+    threads = torch.get_num_threads() if entries >= native.THREADED else 1
+    output = _Output(pointer, native._CODES[made.dtype], rows, columns, low, high, ctypes.addressof(read))
+    library.gradlens_output(ctypes.byref(output), threads, kernel.variant)
+    nonfinite, square_sum, deviation, dead, saturated = read
+    known = rows > 1 and not nonfinite
+    saturated = saturated if _has_ends(low, high) else math.nan
+    return [entries, nonfinite, square_sum, deviation if known else math.nan, columns, dead, saturated]
+
+
+def _has_ends(low: float, high: float) -> bool:
+    return math.isfinite(low) or math.isfinite(high)
+
+
+def _address(made: Tensor, entries: int) -> int:
+    """Where so many entries in a row begin; 0 where they are not simply there."""
+    try:
+        end = (made.storage_offset() + entries) * made.element_size()
+        if made.is_neg() or made.untyped_storage().nbytes() < end:
+            return 0
+        pointer = made.data_ptr()
+    except RuntimeError:  # no storage at all, or inside a transform
+        return 0
+    return 0 if pointer % made.element_size() else pointer
+
+
+def _by_example(made: Tensor, axis: int, columns: int) -> bool:
+    """Whether one example lies behind the other in memory, each without gaps, in whatever order of its axes."""
+    if type(made) not in native._PLAIN or made.dtype not in native._CODES or not made.is_cpu:
+        return False
+    if axis == 0 and made.is_contiguous():
+        return True
+    sizes, strides = list(made.shape), list(made.stride())
+    rows, step = sizes.pop(axis), strides.pop(axis)
+    if rows > 1 and step != columns:
+        return False
+    expected = 1
+    for stride, size in sorted(zip(strides, sizes, strict=True)):
+        if size > 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True
