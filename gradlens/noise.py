@@ -415,8 +415,8 @@ class NoiseScale:
         if math.isnan(self.value):
             return f"noise scale: hidden by noise ({over}): larger than all of a step's micro-batches together"
         return (
-            f"noise scale: {self.value:.3g} {self.unit} ({over}): {self._advice(last)}; well below it a batch twice as large "
-            f"saves almost half of the steps, well above it hardly any"
+            f"noise scale: {self.value:.3g} {self.unit} ({over}): {self._advice(last)}; well below it a batch twice as "
+            f"large saves almost half of the steps, well above it hardly any"
         )
 
     def _advice(self, last: Row) -> str:

@@ -198,8 +198,8 @@ class Curvature(markup.Shown, PerWeight):
             return f"{size}: {momentum}: {self.top:.4g} > {limit}; take lr below {2 / self.top:.2g}"
         if not self.agreement.ok and not self.agreement.reason:
             return (
-                f"{size}: autograd's own second derivative is WRONG here, so differences of the gradient are used; whether the "
-                f"gradient itself is right, check_symmetry says"
+                f"{size}: autograd's own second derivative is WRONG here, so differences of the gradient are used; "
+                f"check_symmetry says whether the gradient itself is right"
             )
         if not self.converged:
             end = "smallest" if self.spectrum.top.converged else "largest"

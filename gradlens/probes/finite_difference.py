@@ -16,7 +16,7 @@ purpose (a straight-through estimator, a stopped gradient) is said by `allow=`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import zip_longest
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 ROUNDING = 10  #: times the measured rounding noise of the loss
-MOVED = 1 << 14  #: weights of a parameter that are moved to measure it
+MOVED, RUNS = 1 << 14, 1 << 6  #: weights of a parameter that are moved to measure it, in so many runs of neighbours
 
 
 @dataclass(frozen=True)
@@ -224,7 +224,7 @@ def check_partials(
             None if g is None else r.gradient(g, w) for r, g, w in zip(rows, partials, isolated.weights, strict=True)
         ]
         precision = COARSE if isolated.coarse else FINE
-        noise = _noise(isolated, loss.item(), seed, precision)
+        noise = _noise(isolated, rows, loss.item(), seed, precision)
         skipped = [kept_at_zero(owner, w) for owner, w in zip(isolated.owners(), isolated.weights, strict=True)]
         largest = [(0, 0.0) if g is None else _largest(g) for g in gradient]
         places = _draw(largest, rows, skipped, k, seed)
@@ -250,7 +250,7 @@ def _evaluate(isolated: IsolatedLoss) -> float:
     return isolated.loss()
 
 
-def _noise(isolated: IsolatedLoss, loss: float, seed: int, precision: Precision) -> float:
+def _noise(isolated: IsolatedLoss, rows: Sequence[Rows], loss: float, seed: int, precision: Precision) -> float:
     """How far rounding moves the loss; an error when something else does."""
     if not np.isfinite(loss):
         raise ProbeError(
@@ -262,25 +262,36 @@ def _noise(isolated: IsolatedLoss, loss: float, seed: int, precision: Precision)
         raise not_repeatable(loss, again)
     moved, random = [again], torch.Generator().manual_seed(seed)
     for _ in range(4):
-        moved.append(_shaken(isolated, random, precision.unit))
+        moved.append(_shaken(isolated, rows, random, precision.unit))
     return max(abs(other - loss) for other in moved) + precision.unit * size
 
 
-def _shaken(isolated: IsolatedLoss, random: torch.Generator, unit: float) -> float:
-    """The loss with weights moved by about one unit in their last place: in large parameters an even part of them."""
-    parts = [w.detach().view(-1)[:: max(1, w.numel() // MOVED)][:MOVED] for w in isolated.weights]
+def _shaken(isolated: IsolatedLoss, rows: Sequence[Rows], random: torch.Generator, unit: float) -> float:
+    """The loss with weights moved by about one unit in their last place: those that a table's rows are looked up for, and
+    in other large parameters an even part of them."""
+    pairs = list(zip(rows, isolated.weights, strict=True))
+    parts = [_even_part(w.detach()) if r.index is None else r.compact(w.detach()) for r, w in pairs]
     held = [part.clone() for part in parts]
-    signs = torch.randint(0, 2, (max(map(len, parts), default=0),), generator=random, dtype=torch.int8)
+    signs = torch.randint(0, 2, (max((part.numel() for part in parts), default=0),), generator=random, dtype=torch.int8)
     factors = 1 + unit * (2 * signs.double() - 1)
-    with torch.no_grad():
-        for part in parts:
-            part.mul_(factors[: len(part)].to(part.device, part.dtype))
+
+    def put(values: Iterable[Tensor]) -> None:
+        for (r, w), part, value in zip(pairs, parts, values, strict=True):
+            part.copy_(value) if r.index is None else r.write(w, value)
+
     try:
+        put(part * factors[: part.numel()].to(part.device, part.dtype).view(part.shape) for part in held)
         return _evaluate(isolated)
     finally:
-        with torch.no_grad():
-            for part, kept in zip(parts, held, strict=True):
-                part.copy_(kept)
+        put(held)
+
+
+def _even_part(weight: Tensor) -> Tensor:
+    """Runs of neighbouring entries, evenly spread; all of a small parameter."""
+    flat = weight.view(-1)
+    if len(flat) <= MOVED:
+        return flat
+    return flat[: len(flat) // RUNS * RUNS].view(RUNS, -1)[:, : MOVED // RUNS]
 
 
 def _draw(

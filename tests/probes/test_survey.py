@@ -304,8 +304,10 @@ def test_one_gradient_lives_at_a_time(monkeypatch):
 
 
 @pytest.mark.parametrize("how", [{}, {"sample": 40}, {"top": 60}], ids=str)
-def test_a_sparse_table_is_surveyed_as_a_dense_one(how):
-    """With `sparse=True` verdicts, means, t and q are those of the same table without, and nothing as large is made."""
+@pytest.mark.parametrize("small", [0, 1 << 16])
+def test_a_sparse_table_is_surveyed_as_a_dense_one(how, small, monkeypatch):
+    """With `sparse=True` verdicts, means, t and q are those of the same table without, large or small."""
+    monkeypatch.setattr("gradlens.probes.survey.SMALL_TABLE", small)
 
     def lookup(sparse):
         torch.manual_seed(0)

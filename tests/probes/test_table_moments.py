@@ -15,7 +15,7 @@ def gradients(kinds, seed=0):
     for kind in kinds:
         rows = torch.randint(ROWS, (0 if kind == "empty" else 4,), generator=random)
         values = torch.randn(len(rows), WIDTH, generator=random, dtype=torch.float64)
-        table = torch.sparse_coo_tensor(rows[None], values, (ROWS, WIDTH))
+        table = torch.sparse_coo_tensor(rows[None], values, (ROWS, WIDTH), check_invariants=True)
         table = None if kind == "none" else table.to_dense() if kind == "dense" else table
         yield [table, torch.randn(5, generator=random, dtype=torch.float64)]
 
@@ -48,7 +48,7 @@ def test_a_partial_that_is_not_finite_stays_so():
     lazy = TableMoments(Moments(like), like)
     for row in (2, 3, 2):
         value = torch.full((1, WIDTH), torch.nan if row == 3 else 1.0)
-        lazy.update([torch.sparse_coo_tensor([[row]], value, (ROWS, WIDTH))], 1.0)
+        lazy.update([torch.sparse_coo_tensor([[row]], value, (ROWS, WIDTH), check_invariants=True)], 1.0)
     mean = lazy.settle().mean[0].view(ROWS, WIDTH)
     assert mean[3].isnan().all()
     assert mean[[*range(3), *range(4, ROWS)]].isfinite().all()
