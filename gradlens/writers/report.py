@@ -3,6 +3,7 @@
     title            the run: its steps, its size, its loss
     DIAGNOSIS        what is wrong, and what follows from that
     HEALTH           what was found, worst first, and what to do about it
+    LAYER FLOW       how the size of the partials changes from layer to layer
     DIRECTIONS       which parameters want to move where, and how far the optimizer moved them
     MOST SENSITIVE   the ten weights to which the loss answers most
     UPDATES          what the steps were like
@@ -33,6 +34,7 @@ WIDTH = 100
 NAME, BAR = 28, 12  #: characters of a parameter's name, and of the picture of its directions
 ALL, SHOWN = 20, 16  #: a model of up to `ALL` parameters has a row each, a larger one the `SHOWN` most telling
 WEIGHTS = 10  #: of the most sensitive
+LAYERS = 24  #: of a deeper model, as many evenly spread
 GROUPS, NAMED = 5, 3  #: of findings, and parameters that a group names
 
 NOTHING = "Nothing was captured yet: no backward() has reached a watched parameter."
@@ -57,6 +59,7 @@ def text(
         [title, *_run(history, now, steps, losses)],
         [] if diagnosis is None else _diagnosed(diagnosis),
         _health(found, diagnosis),
+        _flow(now),
         _directions(now, used, found),
         _sensitive(history),
         [] if used is None else _updates(now, used),
@@ -241,6 +244,41 @@ def _heading(group: Sequence[Finding]) -> str:
 
 def _place(finding: Finding) -> str:
     return finding.parameter or (f"{len(finding.parameters)} parameters" if finding.parameters else "the model")
+
+
+# --- layer flow -----------------------------------------------------------------------------------------------------
+
+
+def _flow(now: Snapshot) -> list[str]:
+    """How the size of the partials changes from the first weight matrix to the last, in powers of ten."""
+    rows = [
+        row
+        for row, shape in enumerate(now.parameters.shapes)
+        if len(shape) > 1 and now.status[row] in (Status.OK, Status.ZERO, Status.NONFINITE)
+    ]
+    sizes = fields.derive("rms", now.columns)[rows]
+    known = [i for i, size in enumerate(sizes.tolist()) if 0 < size < math.inf]
+    if len(rows) < 2 or not known:
+        return []
+    first, last, least, most = known[0], known[-1], min(known, key=sizes.__getitem__), max(known, key=sizes.__getitem__)
+
+    def sized(at: int) -> str:
+        return f"{format_number(sizes[at])} ({_cut(now.names[rows[at]], NAME)})"
+
+    below = [_decades(size, sizes[most]) for size in sizes.tolist()]
+    shown = [below[at] for at in np.linspace(0, len(below) - 1, min(len(below), LAYERS)).round().astype(int).tolist()]
+    picture = "powers of ten below the largest, from layer to layer"
+    lines = ["LAYER FLOW: the size (rms) of the partials of the weight matrices, in the model's order"]
+    lines += _wrapped(f"first {sized(first)}, last {sized(last)}; smallest {sized(least)}, largest {sized(most)}")
+    part = f" ({LAYERS} of {len(below):,})" if len(shown) < len(below) else ""
+    return [*lines, f"  {picture}{part}:", f"    {' '.join(shown)}"]
+
+
+def _decades(size: float, largest: float) -> str:
+    """0 for what is as large; `none` of partials that are all 0, `nan` where they are not finite."""
+    if not math.isfinite(size):
+        return "nan"
+    return f"{math.log10(largest / size):.0f}" if size > 0 else "none"
 
 
 # --- directions -----------------------------------------------------------------------------------------------------

@@ -46,6 +46,43 @@ def test_the_page_has_its_parts_in_order():
     assert page.splitlines()[-1] == "  1 % of the time"
 
 
+LAYERS = ("0.weight", "0.bias", "1.weight", "2.weight", "3.weight", "4.weight")
+
+
+def test_the_flow_says_how_the_size_changes_from_layer_to_layer():
+    """In powers of ten below the largest weight matrix; biases are left out, what is all 0 or not finite is named."""
+    status = ["ok", "ok", "ok", "zero", "nonfinite", "ok"]
+    seen = history(used(names=LAYERS, status=status, square_sum=[1e-14, 1.0, 1e-8, 0.0, math.nan, 1e-2]))
+    *sized, picture, powers = [line.strip() for line in rows_of(report.text(seen, []), "LAYER FLOW")]
+    assert " ".join(sized) == (
+        "first 1.0e-08 (0.weight), last 0.01 (4.weight); smallest 1.0e-08 (0.weight), largest 0.01 (4.weight)"
+    )
+    assert picture == "powers of ten below the largest, from layer to layer:"
+    assert powers == "6 3 none nan 0"
+
+
+def test_the_flow_of_a_deep_model_is_evenly_thinned():
+    """First and last stay, and how many of how many are shown is said."""
+    names = tuple(f"{i}.weight" for i in range(100))
+    sizes = [10.0 ** (-2 - 2 * (i // 10)) for i in reversed(range(100))]  # ten layers a power of ten
+    lines = rows_of(report.text(history(used(names=names, square_sum=sizes)), []), "LAYER FLOW")
+    shown = lines[-1].split()
+    assert "(24 of 100)" in lines[-2]
+    assert len(shown) == 24
+    assert (shown[0], shown[-1]) == ("9", "0")
+    assert shown == sorted(shown, key=int, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("names", "status"),
+    [(("a.weight", "a.bias"), None), (("a.weight", "b.weight"), ["frozen", "ok"]), (LAYERS, ["zero"] * 6)],
+)
+def test_there_is_no_flow_of_less_than_two_layers(names, status):
+    """Nor of partials that are all 0."""
+    columns = {"square_sum": 0.0} if names is LAYERS else {}
+    assert "LAYER FLOW" not in report.text(history(used(names=names, status=status, **columns)), [])
+
+
 def test_it_is_the_same_each_time():
     """Nothing of the page depends on anything but the history and the findings."""
     seen, found = history(used(top=True, loss=1.0), used(1, top=True, loss=0.5)), [finding(), finding("a.bias")]

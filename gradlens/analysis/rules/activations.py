@@ -62,7 +62,7 @@ class DeadUnits(Occasional):
     """Units of a rectifier that are 0 for every example, in nearly all of the layer. Needs the feature `activations`.
 
     Asked of batches of at least 8 examples, and of each pass of the last `steps` steps. A warning where the loss does not
-    fall, else an info: a wide layer may do with a tenth of its units. Healthy trainings were measured at up to 0.5.
+    fall, else an info: a wide layer may do with a tenth of its units.
     """
 
     share: float = 0.9
