@@ -5,6 +5,7 @@ import contextlib
 import numpy as np
 
 from gradlens import fields
+from gradlens.activations import SUMS, Activations
 from gradlens.records import Finding, Parameters, Severity, Snapshot, Status, Top
 from gradlens.store.store import Store
 
@@ -66,6 +67,12 @@ def training(steps, first=0, **options):
     return [snapshot(step, stage, **options) for step in range(first, first + steps) for stage in ("backward", "used")]
 
 
+def activations(step, modules=("0", "1")):
+    """What modules made of a batch."""
+    n = len(modules)
+    return Activations(step, 0, float(step), tuple(modules), ("Linear",) * n, (1,) * n, np.full((n, len(SUMS)), 2.0))
+
+
 def finding(step, rule="made", **more):
     return Finding(rule=rule, step=step, severity=Severity.WARNING, seen=f"something at {step}", **more)
 
@@ -85,5 +92,5 @@ def write(run, records, **options):
     """A run of these records, closed."""
     with store(run, **options) as to:
         for record in records:
-            to.write(record)
+            to.write_activations([record]) if isinstance(record, Activations) else to.write(record)
     return run

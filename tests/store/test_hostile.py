@@ -31,6 +31,7 @@ QUESTIONS = {
     "weights": lambda run: run.weights(top=3),
     "findings": lambda run: run.findings(),
     "scalars": lambda run: run.scalars(),
+    "activations": lambda run: run.activations(),
     "histograms": lambda run: run.histograms(),
     "snapshots": lambda run: run.snapshots(),
     "steps": lambda run: run.steps(),
@@ -170,7 +171,7 @@ def invented(draw, table):
 @given(data=st.data())
 def test_invented_rows_of_a_tail_never_crash(tmp_path_factory, table, data):
     """Rows with a right checksum and any numbers in them: an answer, or an error that names the file."""
-    run = made.write(tmp_path_factory.mktemp("invented"), made.training(1))
+    run = made.write(tmp_path_factory.mktemp("invented"), [*made.training(1), made.activations(0)])
     tail = Tail(run / table / "_0000-rank0-000007.tail", TABLES[table])
     tail.append([data.draw(invented(table))])
     tail.close()
@@ -183,7 +184,7 @@ def test_invented_rows_of_a_tail_never_crash(tmp_path_factory, table, data):
 @given(data=st.data())
 def test_invented_rows_of_a_part_never_crash(tmp_path_factory, table, data):
     """The same as Parquet, with the right schema."""
-    run = made.write(tmp_path_factory.mktemp("invented"), made.training(1))
+    run = made.write(tmp_path_factory.mktemp("invented"), [*made.training(1), made.activations(0)])
     made_up = data.draw(invented(table))
     path = run / table / "0000-rank0-000000-000000.parquet"
     original = pq.read_table(path)

@@ -45,7 +45,7 @@ def until(holds, seconds=20):
 def test_a_closed_run_is_parquet_and_json(tmp_path):
     """One part a table, nothing half-written; the segment says what wrote it and of which parameters."""
     settings = {"torch": "2.13", "schedule": "every(1)"}
-    run = made.write(tmp_path / "a" / "b", [*made.training(3), made.finding(1)], settings=settings)
+    run = made.write(tmp_path / "a" / "b", [*made.training(3), made.activations(1), made.finding(1)], settings=settings)
     for table in TABLES:
         assert files(run, table) == ["0000-rank0-000000-000000.parquet"]
     assert files(run, "findings") == ["0000-rank0.jsonl"]
