@@ -268,8 +268,11 @@ def plot(results: Sequence[dict[str, str]], threads: int = 1) -> None:
 
     there = [row for row in results if int(row["threads"]) == threads and row["kind"] == "peer" and row["added"]]
     names = [name for name in TASKS if any(row["model"] == name for row in there)]
-    figure, axes = pyplot.subplots(1, len(names), figsize=(3.4 * len(names), 5.6), sharey=True, squeeze=False)
-    labels = [c.name for c in ALL if c.kind != "bare" or c.name == "bare again"][::-1]
+    seen = {row["contender"] for row in results if int(row["threads"]) == threads and row["added"]}
+    labels = [c.name for c in ALL if c.name in seen and (c.kind != "bare" or c.name == "bare again")][::-1]
+    figure, axes = pyplot.subplots(
+        1, len(names), figsize=(3.4 * len(names), 1.6 + 0.25 * len(labels)), sharey=True, squeeze=False
+    )
     for axis, name in zip(axes[0], names, strict=True):
         mine = {r["contender"]: r for r in results if r["model"] == name and int(r["threads"]) == threads and r["added"]}
         for at, label in enumerate(labels):
@@ -286,7 +289,7 @@ def plot(results: Sequence[dict[str, str]], threads: int = 1) -> None:
                 axis.annotate("not measured", (0.06, at), va="center", color="#808080")
         axis.set_xscale("symlog", linthresh=1)
         axis.set_xlim(0, 60_000)
-        axis.set_xticks([0, 1, 10, 100, 1000])
+        axis.set_xticks([0, 10, 1000])
         axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} %"))
         axis.set_title(TASKS[name].title.replace(", ", ",\n", 1), fontsize=9)
         axis.grid(axis="x", alpha=0.3)
