@@ -33,6 +33,7 @@ POINTS = 50  #: at which memory is looked at
 MIB = 1 << 20
 
 Step = Callable[[], None]
+Settle = Callable[[], None]
 
 
 def resident() -> int:
@@ -51,8 +52,13 @@ def _model(seed: int = 0):
     return torch.nn.Sequential(torch.nn.Linear(4, 2), torch.nn.Tanh(), torch.nn.Linear(2, 4))
 
 
-def training(directory: str | None, *, watch: bool = True, micro: int = 1, idle: bool = False, steps: bool = True) -> Step:
-    """One call is one backward (and, of each `micro`, one step). `idle`: an optimizer listed last that never steps."""
+def training(
+    directory: str | None, *, watch: bool = True, micro: int = 1, idle: bool = False, steps: bool = True
+) -> tuple[Step, Settle]:
+    """A step: one backward (and, of each `micro`, an optimizer's step); and what records all that has come.
+
+    `idle`: an optimizer listed last that never steps.
+    """
     import torch
 
     import gradlens
@@ -60,9 +66,10 @@ def training(directory: str | None, *, watch: bool = True, micro: int = 1, idle:
     model, other = _model(), _model(1)
     optimizer = torch.optim.Adam(model.parameters(), 1e-3)
     never = torch.optim.SGD(other.parameters(), 1e-3)
+    settle: Settle = lambda: None  # noqa: E731
     if watch:
         target, optimizers = ({"a": model, "b": other}, [optimizer, never]) if idle else (model, optimizer)
-        gradlens.watch(target, optimizers, run=directory)
+        settle = gradlens.watch(target, optimizers, run=directory).flush
     x, y = torch.randn(8, 4), torch.randn(8, 4)
     calls = itertools.count(1)
 
@@ -72,7 +79,7 @@ def training(directory: str | None, *, watch: bool = True, micro: int = 1, idle:
             optimizer.step()
             optimizer.zero_grad()
 
-    return step
+    return step, settle
 
 
 SITUATIONS: dict[str, dict] = {
@@ -97,10 +104,11 @@ def child(name: str, steps: int) -> Iterator[dict[str, float]]:
     torch.set_num_threads(1)
     options = dict(SITUATIONS[name])
     with tempfile.TemporaryDirectory() as directory:
-        step = training(directory if options.pop("directory", True) else None, **options)
+        step, settle = training(directory if options.pop("directory", True) else None, **options)
         began, every = time.monotonic(), max(steps // POINTS, 1)
         for number in range(steps + 1):
             if number % every == 0:
+                settle()  # else some seconds of steps wait for the recorder, more or fewer of them
                 gc.collect()
                 seconds = time.monotonic() - began
                 yield {"step": number, "bytes": resident(), "objects": len(gc.get_objects()), "seconds": seconds}
