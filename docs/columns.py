@@ -49,6 +49,8 @@ def text() -> str:
         "Of `lens.activations()` and `open_run(...).activations()`: one row a (step, backward, module), of each forward",
         "pass of training on an observed step. A *unit* is an entry of one example, at the same place in each; the first",
         "axis of an output is taken for the batch (the second of an LSTM or attention that is not `batch_first`).",
+        "A forward pass with gradients that no `backward()` follows (validation without `no_grad`, `torch.autograd.grad`)",
+        "is counted with the next one that has a backward: `calls` says how many there were.",
         "",
         *_table((activations.KEYS | activations.COLUMNS).items()),
         "",

@@ -183,8 +183,10 @@ class ForwardWatch:
 def _sum(a: Any, b: Any) -> Any:
     """Two rows of sums added, wherever they are."""
     if isinstance(a, Tensor) or isinstance(b, Tensor):
-        with torch.no_grad():
-            return a + b if isinstance(a, Tensor) and isinstance(b, Tensor) else torch.as_tensor(a) + torch.as_tensor(b)
+        given = a if isinstance(a, Tensor) else b
+        with torch.no_grad():  # neither the user's default dtype nor device counts
+            first, second = (torch.as_tensor(each, dtype=torch.float64, device=given.device) for each in (a, b))
+            return first + second
     return [x + y for x, y in zip(a, b, strict=True)]
 
 
@@ -243,7 +245,7 @@ def _outputs(output: Any, name: str = "") -> list[tuple[str, Tensor]]:
 
 def _axis(module: nn.Module, suffix: str, made: Tensor, *, first: bool) -> int:
     """Which axis of an output is the batch, where the module says so: else the first."""
-    if made.dim() != 3:
+    if made.is_nested or made.dim() != 3:
         return 0
     if isinstance(module, nn.RNNBase):
         return 0 if first and suffix == "[0]" else 1

@@ -38,7 +38,8 @@ class _Output(ctypes.Structure):
 def readable(made: Tensor) -> bool:
     """Whether it has numbers that these sums are about."""
     return (
-        made.is_floating_point()
+        not made.is_nested
+        and made.is_floating_point()
         and made.dim() > 0
         and made.numel() > 0
         and made.layout == torch.strided

@@ -289,6 +289,10 @@ class InPlace:
         for x, _, wide in self._inputs:
             x.data = wide
 
+    def versions(self) -> list[int]:
+        """They rise where an evaluation writes into an input: its wide values are spoilt then."""
+        return [x._version for x, _, _ in self._inputs]
+
     def swap_out(self) -> None:
         """The tensors' own."""
         for x, own, _ in self._inputs:

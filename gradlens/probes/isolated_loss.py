@@ -135,6 +135,19 @@ class IsolatedLoss:
         if not self._loss.known_to_use:
             self._refuse_ignored(batch)
         weights = self.weights if at is None else at
+        if self._in_place is None:
+            return self._evaluated(then, batch, weights)
+        # A branch that is taken for the first time may bring a narrow tensor, or write into an input.
+        drawn, versions = self.draw(), self._in_place.versions()
+        with suppress(RuntimeError, TypeError):  # what is wrong in earnest is raised below
+            result = self._evaluated(then, batch, weights)
+            if self._in_place.versions() == versions:
+                return result
+        self.watch_operations()
+        self.draw_again(drawn)
+        return self._evaluated(then, batch, weights)
+
+    def _evaluated(self, then: Callable[[Tensor], T], batch: tuple, weights: Sequence[Tensor]) -> T:
         self._inside = True
         try:
             self._stand_ins.swap_in(weights)

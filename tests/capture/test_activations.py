@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import gradlens
-from gradlens.capture.activations import ForwardWatch
+from gradlens.capture.activations import ForwardWatch, _sum
 from gradlens.capture.guards import GUARDED
 from gradlens.errors import ArgumentError
 
@@ -454,3 +454,32 @@ def test_the_records_have_the_same_numbers(tmp_path):
     only = run.activations(modules="1", steps=range(2, 4))
     assert list(zip(only["step"], only["module"], strict=True)) == [(2, "1"), (3, "1")]
     assert not len(run.activations(modules="nothing"))
+
+
+def test_sums_of_two_calls_are_added_in_float64_whatever_is_the_default():
+    """Numbers beyond float32 stay exact, and the user's default device plays no part."""
+    torch.set_default_device("meta")
+    try:
+        found = _sum([16777217.0, 0.1], torch.zeros(2, dtype=torch.float64, device="cpu"))
+    finally:
+        torch.set_default_device(None)
+    assert found.device.type == "cpu"
+    assert found.tolist() == [16777217.0, 0.1]
+
+
+def test_nested_outputs_are_passed_over():
+    """They have no batch of one shape: no row, and no fault."""
+
+    class Ragged(nn.Module):
+        def forward(self, x):
+            return torch.nested.nested_tensor([x[0].detach(), x[1, :2].detach()])
+
+    model, ragged = nn.Linear(4, 2), Ragged()
+    both = nn.ModuleDict({"model": model, "ragged": ragged})
+    lens = gradlens.watch(both, features="activations", writers=[], rules=())
+    x = torch.randn(8, 4)
+    ragged(x)
+    model(x).sum().backward()
+    assert lens.activations()["module"].tolist() == ["model"]
+    assert "gradlens-fault" not in [finding.rule for finding in lens.findings()]
+    lens.close()
