@@ -136,6 +136,16 @@ class Graph:
                 waiting += self.operations[i].inputs
         return seen
 
+    def above(self, at: int) -> set[int]:
+        """Everything that was computed from an operation, itself included."""
+        seen, waiting = set[int](), [at]
+        while waiting:
+            i = waiting.pop()
+            if i not in seen:
+                seen.add(i)
+                waiting += self.consumers[i]
+        return seen
+
     def is_layer(self, at: int) -> bool:
         """Whether it is a layer: a product with a leaf."""
         op = self.operations[at]

@@ -476,7 +476,7 @@ def _announce(lens: Lens, others: int = 0) -> None:
 def _plan(attachment: Attachment, settings: LensSettings) -> Plan:
     features, stages = settings.possible, settings.stages
     buffers = ("updates" in features and "used" in stages) + ("flips" in features) * len(stages)
-    named = [word for word in arguments.FEATURES[:3] if word in features and (word != "updates" or "used" in stages)]
+    named = [word for word in arguments.BUFFERED if word in features and (word != "updates" or "used" in stages)]
     more = Evidence.BYTES * ("evidence" in features)
     return Plan.of(attachment.parameters, settings.memory, buffers, more=more, what=" and ".join(named) or "nothing")
 

@@ -327,18 +327,25 @@ class History:
     @property
     def facts(self) -> list[Fact]:
         """What is known beside gradients, oldest first: all of what is first and last, fewer and fewer between."""
-        return self._facts_until(math.inf)[0]
+        return self._facts_until(math.inf)
 
     @property
     def activations(self) -> list[Activations]:
         """What modules made of the batches, thinned as `facts` are."""
-        return self._facts_until(math.inf)[1]
+        return self._activations_until(math.inf)
 
-    def _facts_until(self, seq: float) -> tuple[list[Fact], list[Activations]]:
+    def _facts_until(self, seq: float) -> list[Fact]:
         with self._lock:
-            settled, made = self._facts, self._activations
-            others, activations = _told_apart([fact for known, fact in self._fresh if known <= seq])
-        return _thinned(settled, others), _thinned(made, activations)
+            settled, (fresh, _) = self._facts, self._fresh_until(seq)
+        return _thinned(settled, fresh)
+
+    def _activations_until(self, seq: float) -> list[Activations]:
+        with self._lock:
+            settled, (_, fresh) = self._activations, self._fresh_until(seq)
+        return _thinned(settled, fresh)
+
+    def _fresh_until(self, seq: float) -> tuple[list[Fact], list[Activations]]:
+        return _told_apart([fact for known, fact in self._fresh if known <= seq])
 
     def remembered(self, name: str, of: Callable[[History], Any]) -> Any:
         """What a question gives, asked once for each newest moment."""
@@ -408,11 +415,11 @@ class _Until(History):
 
     @property
     def facts(self) -> list[Fact]:
-        return self._facts_until(self._end().seq)[0]
+        return self._facts_until(self._end().seq)
 
     @property
     def activations(self) -> list[Activations]:
-        return self._facts_until(self._end().seq)[1]
+        return self._activations_until(self._end().seq)
 
     def extend(self, moments: Sequence[tuple[Block, int]], facts: Sequence[tuple[int, Fact]] = ()) -> list[Columns]:
         """Refused: this is the past."""

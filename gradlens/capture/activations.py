@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from gradlens import findings
 from gradlens._torch import current_task, is_transformed, local_part
 from gradlens.activations import Activations
-from gradlens.capture.attachment import Attachment, parts
+from gradlens.capture.attachment import PLAIN, Attachment, parts
 from gradlens.capture.guards import Guard, guarded
 from gradlens.records import Finding
 from gradlens.unwrapping import is_wrapper
@@ -42,7 +42,6 @@ _RANGES: dict[type, Callable[[Any], tuple[float, float]]] = {
     nn.Softsign: lambda module: (-1.0, 1.0),
     nn.Hardtanh: lambda module: (module.min_val, module.max_val),
 }
-_PLAIN = {Tensor, nn.Parameter}
 
 
 class Read(Protocol):
@@ -232,7 +231,7 @@ def _outputs(output: Any, name: str = "") -> list[tuple[str, Tensor]]:
     while waiting and len(found) < MOST:
         at, value = waiting.pop(0)
         if isinstance(value, Tensor):
-            if (type(value) in _PLAIN or local_part(value) is not value) and not is_transformed(value):
+            if (type(value) in PLAIN or local_part(value) is not value) and not is_transformed(value):
                 found.append((at, value))
         elif isinstance(value, tuple) and hasattr(value, "_fields"):
             waiting[:0] = [(f"{at}.{field}", each) for field, each in zip(value._fields, value, strict=True)]

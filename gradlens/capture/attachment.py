@@ -245,7 +245,7 @@ class Anchor:
 
 
 #: Tensors without a placement or a shape to come.
-_PLAIN = {Tensor, nn.Parameter}
+PLAIN = {Tensor, nn.Parameter}
 FACTS = (attrgetter("shape"), attrgetter("dtype"), attrgetter("device"))
 _Place = tuple[tuple[int, ...], str, torch.dtype, torch.device]
 
@@ -344,7 +344,7 @@ class Attachment:
         """Names, shapes and dtypes as they are now: the same object until one of them, or a device, changes."""
         tensors: Any = self.tensors()
         columns = []
-        if set(map(type, tensors)) <= _PLAIN and not self._cut:
+        if set(map(type, tensors)) <= PLAIN and not self._cut:
             columns = [list(map(attribute, tensors)) for attribute in FACTS]
             if columns == self._columns and self.slots is self._listed:
                 return self.parameters

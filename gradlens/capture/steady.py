@@ -22,11 +22,11 @@ from itertools import repeat
 from operator import attrgetter, call, getitem, is_
 from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from gradlens.capture.arrivals import HELD_BYTES, State
-from gradlens.capture.attachment import FACTS, Attachment, Slot
+from gradlens.capture.attachment import FACTS, PLAIN, Attachment, Slot
 from gradlens.capture.engine import Engine, Pass, Run, running
 from gradlens.capture.events import GradientFacts, Sink, SteadyReading, SteadyStart, SteadyUpdate, SteadyUsed
 from gradlens.capture.marks import Marks, versions
@@ -42,7 +42,6 @@ _GRAD, _REQUIRES = attrgetter("grad"), attrgetter("requires_grad")
 _OWN, _ACCUMULATED = attrgetter("_backward_hooks"), attrgetter("_post_accumulate_grad_hooks")
 _PARAMETERS = attrgetter("_parameters")
 _SHAPE, _TYPE, _DEVICE = FACTS
-_PLAIN = {Tensor, nn.Parameter}
 _NUMBERS = {float, int}
 _POSITIVE = (0.0).__lt__
 _UNTOUCHED = GradientFacts(single=True, own=True, untouched=True)
@@ -124,7 +123,7 @@ class Route:
     def gradients(self) -> list[Tensor] | None:
         """Every gradient; None where one is missing, or of another type than torch's own."""
         found = list(map(_GRAD, self.weights))
-        return found if set(map(type, found)) <= _PLAIN else None
+        return found if set(map(type, found)) <= PLAIN else None
 
     def noted(self, noted: list[Slot]) -> bool:
         """Whether these are all slots, each once."""
@@ -207,7 +206,7 @@ class SteadyRoute:
     def _added(self, route: Route, entered: Pass, step: Step, gradients: list[Tensor]) -> bool:
         """A pass ended whose gradients were added to those of the passes before it."""
         own = list(map(entered.arrivals.onto.get, route.slots))
-        if not set(map(type, own)) <= _PLAIN:
+        if not set(map(type, own)) <= PLAIN:
             return False
         step.fresh = False
         step.ending = Left(list(map(id, gradients)), versions(gradients), []).marks(route.slots)
@@ -289,7 +288,7 @@ class SteadyRoute:
             optimized = [] if optimizer is None else [p for group in optimizer.param_groups for p in group["params"]]
             if not set(map(id, weights)) <= set(map(id, optimized)):
                 return None
-        if not set(map(type, weights)) <= _PLAIN:
+        if not set(map(type, weights)) <= PLAIN:
             return None
         if any(slot.hooked != id(w) for slot, w in zip(attachment.slots, weights, strict=True)):
             return None

@@ -49,7 +49,7 @@ def add_moments(
         return False
     pointer, code, n = facts
     numbers = _Moments(pointer, code, float(divisor), share, weight, *map(Tensor.data_ptr, kept))
-    kernel.library.gradlens_add_moments(ctypes.byref(numbers), n, _threads(n), kernel.variant)
+    kernel.library.gradlens_add_moments(ctypes.byref(numbers), n, native.threads_for(n), kernel.variant)
     return True
 
 
@@ -60,7 +60,7 @@ def fold_decayed(kernel: native.Native | None, gradient: Tensor, kept: Sequence[
         return False
     pointer, _, n = facts
     numbers = _Decayed(pointer, share, *map(Tensor.data_ptr, kept))
-    kernel.library.gradlens_fold_decayed(ctypes.byref(numbers), n, _threads(n), kernel.variant)
+    kernel.library.gradlens_fold_decayed(ctypes.byref(numbers), n, native.threads_for(n), kernel.variant)
     return True
 
 
@@ -70,7 +70,3 @@ def _plain(kernel: native.Native | None, gradient: Tensor) -> tuple[int, int, in
         return None
     with torch._C.DisableTorchFunction():
         return native.plain_facts(gradient)
-
-
-def _threads(n: int) -> int:
-    return torch.get_num_threads() if n >= native.THREADED else 1

@@ -28,6 +28,7 @@ from gradlens import fields
 from gradlens._torch import local_part
 from gradlens.errors import GradlensError
 from gradlens.kernels import reference
+from gradlens.kernels.tensors import PLAIN
 
 LIBRARY = Path(__file__).with_name("_native.so")
 VARIANTS = ("plain", "AVX2", "AVX-512")  #: what the inner loops are compiled for
@@ -39,7 +40,6 @@ THREADED = 2**18
 BRIEF = 2**17
 
 _FORM = 4  # of the calls: the library has the same number
-_PLAIN = {Tensor, torch.nn.Parameter}
 _CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _BYTES = {torch.float32: 4, torch.float64: 8, torch.bfloat16: 2, torch.float16: 2}
 _OPERANDS, _TASK = 5, 12  # numbers of a task: the addresses, the types, a count, and where the layout stands
@@ -163,7 +163,7 @@ def _introspector(path: Path) -> Introspector | None:
     def asked(column: Sequence[Any], tasks: array, operand: int) -> bool:
         objects, kinds = list(column), set(map(type, column))
         tensors = [tensor for tensor in objects if tensor is not None] if type(None) in kinds else objects
-        if not kinds <= {*_PLAIN, type(None)}:
+        if not kinds <= {*PLAIN, type(None)}:
             return False
         try:
             if any(map(Tensor.is_neg, tensors)):
@@ -225,7 +225,7 @@ class Native:
 
     def fill(self, column: Sequence[Tensor], tasks: array, operand: int) -> bool:
         """Write an operand into tasks, if all tensors are plain, contiguous and as large as the operands before them."""
-        if not set(map(type, column)) <= _PLAIN:
+        if not set(map(type, column)) <= PLAIN:
             return False  # None among them: a gap would leave the address of an earlier call
         if self.introspector is not None:
             return self.introspector.fill(column, tasks, operand)
@@ -240,7 +240,7 @@ class Native:
         0 where any is not where and what the tasks say; lazy bits and the size of storages are not asked. `exact`: where
         weights were copied, all of them are compared with the copy.
         """
-        if not set(map(type, gradients)) <= _PLAIN:
+        if not set(map(type, gradients)) <= PLAIN:
             return 0
         if self.introspector is not None:
             return self.introspector.stayed(gradients, weights, tasks, samples, exact)
@@ -254,7 +254,7 @@ class Native:
 
         How large storages are is not asked: one that shrinks moves, and its tensors with it. `lazy`: ask for lazy bits too.
         """
-        if not set(map(type, column)) <= _PLAIN or (lazy and any(map(Tensor.is_neg, column))):
+        if not set(map(type, column)) <= PLAIN or (lazy and any(map(Tensor.is_neg, column))):
             return False
         if self.introspector is not None:
             return self.introspector.same(column, tasks, operand)
@@ -270,7 +270,7 @@ class Native:
         with torch._C.DisableTorchFunction(), torch.inference_mode(False):
             work = _Work(columns, self.introspector)
             rows = torch.empty(len(work.taken), width, dtype=torch.float64, device="cpu")
-            threads = torch.get_num_threads() if work.entries >= THREADED else 1
+            threads = threads_for(work.entries)
             tasks, layouts = (numbers.buffer_info()[0] for numbers in (work.tasks, work.layouts))
             safe = keep is None or _disjoint(columns, keep, work)
             done = safe and call(tasks, len(work.taken), layouts, rows.data_ptr(), threads, self.variant)
@@ -330,6 +330,11 @@ def own_memory(rooms: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
 
 
 _dispatching, _transforming = torch._C._len_torch_dispatch_stack, torch._C._functorch.peek_interpreter_stack
+
+
+def threads_for(entries: int) -> int:
+    """How many threads a call that reads so many entries takes."""
+    return torch.get_num_threads() if entries >= THREADED else 1
 
 
 def modes_are_active() -> bool:
@@ -467,7 +472,7 @@ def _facts(column: Sequence[Tensor | None], straight: bool) -> _Facts | None:
     if type(None) in kinds:
         return _spread(column, _facts([tensor for tensor in column if tensor is not None], straight))
     tensors: Any = column
-    if not kinds <= _PLAIN:
+    if not kinds <= PLAIN:
         return None
     types = list(map(_TYPE, tensors))
     distinct = set(types)
@@ -520,7 +525,7 @@ def _end(tensor: Tensor) -> int:
 
 
 def _local_part(tensor: Tensor) -> Tensor:
-    local = tensor if type(tensor) in _PLAIN else local_part(tensor)
+    local = tensor if type(tensor) in PLAIN else local_part(tensor)
     return tensor if local is tensor else local.detach()
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from gradlens._torch import local_part, modes_are_active
 from gradlens.kernels import native
+from gradlens.kernels.tensors import PLAIN
 
 _READ = ("nonfinite", "square_sum", "deviation", "dead", "saturated")  # as the library has them
 
@@ -90,7 +91,7 @@ def _by_library(kernel: native.Native, made: Tensor, axis: int, low: float, high
     read = (ctypes.c_double * len(_READ))()
     brief = entries < native.BRIEF
     library = kernel.holding if brief and kernel.holding is not None else kernel.library
-    threads = torch.get_num_threads() if entries >= native.THREADED else 1
+    threads = native.threads_for(entries)
     output = _Output(pointer, native._CODES[made.dtype], rows, columns, low, high, ctypes.addressof(read))
     library.gradlens_output(ctypes.byref(output), threads, kernel.variant)
     nonfinite, square_sum, deviation, dead, saturated = read
@@ -117,7 +118,7 @@ def _address(made: Tensor, entries: int) -> int:
 
 def _by_example(made: Tensor, axis: int, columns: int) -> bool:
     """Whether one example lies behind the other in memory, each without gaps, in whatever order of its axes."""
-    if type(made) not in native._PLAIN or made.dtype not in native._CODES or not made.is_cpu:
+    if type(made) not in PLAIN or made.dtype not in native._CODES or not made.is_cpu:
         return False
     if axis == 0 and made.is_contiguous():
         return True

@@ -27,8 +27,8 @@ from gradlens import fields
 from gradlens._torch import local_part
 from gradlens.kernels import programs, reference
 from gradlens.kernels.entries import stride
+from gradlens.kernels.tensors import PLAIN
 
-_PLAIN = {Tensor, torch.nn.Parameter}
 _TYPES = {torch.float32: tl.float32, torch.float64: tl.float64, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 _LAYOUTS = (0, 4, 8)  # numbers of axes that programs are compiled for; 0: contiguous
 
@@ -241,13 +241,13 @@ class _Work:
         return True
 
     def _operand(self, tensor: Tensor) -> Tensor:
-        if type(tensor) not in _PLAIN:
+        if type(tensor) not in PLAIN:
             local = local_part(tensor)
             if local is tensor:
                 raise _NotPlainError
             tensor = local.detach()
             self._local.append(tensor)
-        if type(tensor) not in _PLAIN or tensor.layout != torch.strided or tensor.is_conj() or tensor.is_neg():
+        if type(tensor) not in PLAIN or tensor.layout != torch.strided or tensor.is_conj() or tensor.is_neg():
             raise _NotPlainError
         if tensor.is_complex():
             tensor = torch.view_as_real(tensor.detach())

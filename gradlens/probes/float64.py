@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
+from gradlens._torch import is_transformed
 from gradlens.errors import ProbeError
 
 _WIDE = {
@@ -235,7 +236,7 @@ class Float64(TorchFunctionMode):
         wide = x.to(_WIDE[x.dtype])
         size = wide.numel() * wide.element_size()
         fits = len(self._constants) < CONSTANTS and self._bytes + size < CONSTANT_BYTES
-        if fits and x.layout == torch.strided and not _transformed(x) and not _transformed(wide):
+        if fits and x.layout == torch.strided and not is_transformed(x) and not is_transformed(wide):
             self._constants[id(x)] = x, version, wide
             self._bytes += size
         else:
@@ -264,15 +265,11 @@ class Float64(TorchFunctionMode):
         return self._stands_for(x)
 
 
-#: Whether a tensor stands for another within torch.func, and dies with the call of the transform.
-_transformed = torch._C._functorch.is_functorch_wrapped_tensor
-
-
 def _exchangeable(x: Tensor) -> bool:
     """Whether it can hold other values for a while: a plain tensor that no graph, transform or mode has a hand in."""
     if type(x) is not Tensor or x.layout != torch.strided or x.is_inference() or x.requires_grad:
         return False
-    return not _transformed(x) and not x.is_conj() and not x.is_neg() and x.grad_fn is None and x.grad is None
+    return not is_transformed(x) and not x.is_conj() and not x.is_neg() and x.grad_fn is None and x.grad is None
 
 
 class InPlace:

@@ -26,7 +26,8 @@ from gradlens.unwrapping import unwrap_optimizer
 from gradlens.watching import process_group
 from gradlens.writers.base import Writer
 
-FEATURES = ("updates", "flips", "evidence", "activations")
+BUFFERED = ("updates", "flips", "evidence")  #: features whose buffers are as large as the weights
+FEATURES = (*BUFFERED, "activations")
 ON_FINDING = ("record", "warn", "raise")
 
 

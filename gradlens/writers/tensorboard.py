@@ -37,6 +37,7 @@ from gradlens.errors import ArgumentError, RunDirectoryError
 from gradlens.moments import Moment, Moments, as_moments
 from gradlens.noise import Gauge
 from gradlens.records import Finding, Severity, Snapshot, Stage
+from gradlens.schedules import next_grown
 from gradlens.writers import events, heatmap, markdown, numbers, tags
 from gradlens.writers.events import EventFile
 from gradlens.writers.grid import Grid, joined
@@ -61,7 +62,7 @@ class GeometricSchedule:
         """Whether it is; if so, it counts as done."""
         if count < self._next:
             return False
-        self._next = max(count + 1, math.ceil(count * self.factor))
+        self._next = next_grown(count, self.factor)
         return True
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import ClassVar, NamedTuple
 
 import numpy as np
 
-from gradlens.activations import Activations
+from gradlens.activations import SUMS, Activations
 from gradlens.analysis.history import History
 from gradlens.analysis.rules.base import check_number, check_steps, format_number
 from gradlens.analysis.rules.occasional import Occasional, loss_trend, newest_step
@@ -49,7 +49,7 @@ def made_lately(history: History, steps: int) -> list[Made]:
 
 def _rows(each: Activations) -> list[dict[str, float]]:
     columns = each.columns()
-    columns["units"] = each.sums[:, 4]
+    columns["units"] = each.sums[:, SUMS.index("units")]
     return [{name: float(values[i]) for name, values in columns.items()} for i in range(len(each.modules))]
 
 
@@ -84,20 +84,13 @@ class DeadUnits(Occasional):
             and bool((made.columns["entries"] >= EXAMPLES * made.columns["units"]).all())
         ]
         if dead:
-            first, trend = dead[0], loss_trend(history)
-            share = float(first.columns["dead"][-1])
-            yield Finding(
-                rule=self.name,
-                step=newest_step(history),
-                severity=Severity.WARNING if trend.ill else Severity.INFO,
-                seen=f"{share:.0%} of what {first.name!r} ({first.type}) makes is 0 for every example, in each pass of the "
-                f"last {self.steps} steps{_others(dead)}",
+            yield replace(
+                _found(self, history, dead, "dead", "is 0 for every example"),
                 causes=(
-                    f"units of {first.name!r} died (ReLUs that are shut), after steps that were too large or with biases "
+                    f"units of {dead[0].name!r} died (ReLUs that are shut), after steps that were too large or with biases "
                     "that started far below 0",
                 ),
                 remedy="a smaller learning rate or a warm-up; LeakyReLU or GELU; biases that start at 0",
-                value=share,
             )
 
 
@@ -124,27 +117,30 @@ class Saturated(Occasional):
         made = made_lately(history, self.steps)
         stuck = [each for each in made[:-1] if each.always("saturated", lambda values: values >= self.share)]
         if stuck:
-            first, trend = stuck[0], loss_trend(history)
-            share = float(first.columns["saturated"][-1])
-            yield Finding(
-                rule=self.name,
-                step=newest_step(history),
-                severity=Severity.WARNING if trend.ill else Severity.INFO,
-                seen=f"{share:.0%} of what {first.name!r} ({first.type}) makes lies at an end of its range, in each pass of "
-                f"the last {self.steps} steps{_others(stuck)}",
+            yield replace(
+                _found(self, history, stuck, "saturated", "lies at an end of its range"),
                 causes=(
-                    f"what {first.name!r} gets is far too large: weights that start too large, or inputs that are not "
+                    f"what {stuck[0].name!r} gets is far too large: weights that start too large, or inputs that are not "
                     "normalised",
                     "steps that were too large",
                 ),
                 remedy="xavier_uniform_, inputs of mean 0 and size 1, a normalisation before it; a smaller learning rate",
-                value=share,
             )
 
 
-def _others(made: Sequence[Made]) -> str:
-    more = len(made) - 1
-    return f", and so in {more} more module{'s' * (more > 1)}" if more else ""
+def _found(rule: DeadUnits | Saturated, history: History, made: Sequence[Made], column: str, what: str) -> Finding:
+    """What was seen of the first of these modules: a warning where the loss does not fall."""
+    first, more = made[0], len(made) - 1
+    share = float(first.columns[column][-1])
+    others = f", and so in {more} more module{'s' * (more > 1)}" if more else ""
+    return Finding(
+        rule=rule.name,
+        step=newest_step(history),
+        severity=Severity.WARNING if loss_trend(history).ill else Severity.INFO,
+        seen=f"{share:.0%} of what {first.name!r} ({first.type}) makes {what}, in each pass of the last {rule.steps} "
+        f"steps{others}",
+        value=share,
+    )
 
 
 def as_features(history: History) -> dict[str, list[Features]]:

@@ -60,9 +60,10 @@ class Collapse(Occasional):
         for layer, facts in (features(history) or as_features(history)).items():
             if ":" in layer or len(facts) < 4 or facts[-1].backward:
                 continue
-            if not (self._collapsed(facts, trend) or (self._shrinks(facts) and compares_itself(history))):
+            alone = compares_itself(history)
+            if not (self._collapsed(facts, trend) or (self._shrinks(facts) and alone)):
                 continue
-            now, first, alone = facts[-1], facts[0], compares_itself(history)
+            now, first = facts[-1], facts[0]
             causes = _causes(first.spread, self.spread, now.dead)
             dead = f"; {now.dead:.0%} of the features are 0 for every example" if now.dead > 0.5 else ""
             made = max((fact.output_spread for fact in facts), default=math.nan)
@@ -136,17 +137,7 @@ def _layers_of(graph: Graph, at: int) -> set[tuple[str, ...]]:
 
 def _before_layers(graph: Graph, at: int) -> bool:
     """Whether no layer lies between an operation and the loss."""
-    return not any(graph.is_layer(user) for user in _above(graph, at))
-
-
-def _above(graph: Graph, at: int) -> set[int]:
-    seen, waiting = set[int](), [at]
-    while waiting:
-        i = waiting.pop()
-        if i not in seen:
-            seen.add(i)
-            waiting += graph.consumers[i]
-    return seen - {at}
+    return not any(graph.is_layer(user) for user in graph.above(at) - {at})
 
 
 #: Operations from the loss on, among which a distance is looked for.

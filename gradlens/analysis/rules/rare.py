@@ -153,12 +153,6 @@ def rare_shares(gradients: np.ndarray, losses: np.ndarray, uses: Sequence[int]) 
     return shares, slopes, explained if abs(level - mean) < OFF * mean else 0.0
 
 
-def rare_share(gradient: np.ndarray, losses: np.ndarray) -> tuple[float, float, float]:
-    """The same of one head."""
-    shares, slopes, fit = rare_shares(gradient[:, None], losses, [1])
-    return float(shares[0]), float(slopes[0]), fit
-
-
 def _entropy(p: float) -> float:
     return float(-p * np.log(max(p, 1e-300)) - (1 - p) * np.log1p(-min(p, 1 - 1e-16)))
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from gradlens import rules
-from gradlens.analysis.rules.rare import rare_share
+from gradlens.analysis.rules.rare import rare_shares
 from gradlens.facts import Graph, Operation
 from gradlens.records import Stage
 from tests.analysis.made import snapshot
@@ -85,7 +85,8 @@ def batches(share, p, n=300, seed=0):
 @pytest.mark.parametrize("share", [0.01, 0.03, 0.1])
 def test_losses_that_follow_the_share_of_positives_give_the_share(share):
     """The level of the loss is the entropy of the answer, and the line explains all of it."""
-    found, slope, fit = rare_share(*batches(share, share))
+    gradient, losses = batches(share, share)
+    (found,), (slope,), fit = rare_shares(gradient[:, None], losses, [1])
     assert found == pytest.approx(share, rel=0.2)
     assert slope < 0
     assert fit > 0.99
