@@ -1,6 +1,6 @@
 """Files to fewer files: a full tail becomes a Parquet part, eight parts of a size become one.
 
-So the number of files grows with the logarithm of the run's length, up to parts of `LARGEST` rows. Each takes some 100 MB for
+So the number of files grows with the logarithm of the run's length, up to parts of `LARGEST` rows. Each takes 100 MB for
 a moment, which `give_back` hands to the system again: allocators would keep it, and a long training would seem to grow.
 """
 

@@ -150,7 +150,7 @@ def _arrow(rows: Rows, key: Key, names: Sequence[str], schema: pa.Schema) -> pa.
 
 
 def _array(values: np.ndarray, kind: pa.DataType) -> pa.Array:
-    """Numbers as they are. `pa.array` would import pandas and `cast` pyarrow.compute, in the middle of somebody's training."""
+    """Numbers as they are. `pa.array` would import pandas, and `cast` pyarrow.compute, while somebody trains."""
     dtype = np.dtype(np.int64) if pa.types.is_timestamp(kind) else np.dtype(kind.to_pandas_dtype())
     return pa.Array.from_buffers(kind, len(values), [None, pa.py_buffer(np.ascontiguousarray(values, dtype))])
 
