@@ -30,7 +30,7 @@ import numpy as np
 from torch import Tensor
 
 from gradlens import findings
-from gradlens.activations import Activations
+from gradlens.activations import Activations, added
 from gradlens.analysis.diagnosis import Diagnosis, diagnose
 from gradlens.analysis.history import History
 from gradlens.analysis.ruleset import RuleSet
@@ -282,7 +282,7 @@ class Recorder:
         try:
             facts, arrivals = [], list[Arrival]()
             for batch in batches:
-                facts += [(len(arrivals), on_host(fact)) for fact in batch.facts]
+                facts += [(len(arrivals), fact) for each in batch.facts if (fact := self._on_host(each)) is not None]
                 arrivals += batch.arrivals()
             return [Unpacked(unpack(arrivals), facts)]
         except Exception as error:  # noqa: BLE001 - a fault of ours costs the step that it touched
@@ -290,6 +290,14 @@ class Recorder:
                 self._failures("unpacking", error)
                 return []
         return [each for batch in batches for each in self._unpacked([batch])]
+
+    def _on_host(self, fact: Fact) -> Fact | None:
+        """The fact; None of one that is bad, which costs what stands beside gradients and no gradient."""
+        try:
+            return on_host(fact)
+        except Exception as error:  # noqa: BLE001
+            self._failures(f"what {type(fact).__name__.lower()} say", error)
+            return None
 
     # --- the recorder's thread --------------------------------------------------------------------------------------
 
@@ -387,8 +395,9 @@ def _portions(batches: Sequence[TableBatch]) -> Iterator[list[TableBatch]]:
 def on_host(fact: Fact) -> Fact:
     """The fact without tensors: numbers that a device had are waited for, on this thread."""
     if isinstance(fact, Activations):
-        sums = [row.tolist() if isinstance(row, Tensor) else row for row in fact.sums]
-        return replace(fact, sums=np.array(sums, np.float64))
+        calls = [row.tolist() if isinstance(row, Tensor) else row for rows in fact.sums for row in rows]
+        place = np.repeat(np.arange(len(fact.calls)), fact.calls)
+        return replace(fact, sums=added(np.array(calls, np.float64), place, len(fact.calls)))
     moved = {f.name: float(value) for f in fields(fact) if isinstance(value := getattr(fact, f.name), Tensor)}
     return replace(fact, **moved) if moved else fact  # type: ignore[arg-type]
 
