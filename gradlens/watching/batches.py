@@ -8,14 +8,14 @@ Numbers that a device has are on their way to the host meanwhile; who unpacks a 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
 
-from gradlens.activations import Activations
+from gradlens.activations import Activations, added
 from gradlens.facts import Fact
 from gradlens.moments import Moments, together
 from gradlens.records import Finding
@@ -115,11 +115,15 @@ class Unpacked(NamedTuple):
         return sum(block.rows for block in self.moments.blocks)
 
 
-def unpacked(batches: Sequence[TableBatch]) -> Unpacked:
-    """What batches hold, together."""
+def unpacked(batches: Sequence[TableBatch], failed: Callable[[str, Exception], object]) -> Unpacked:
+    """What batches hold, together. A fact that is bad is left out, and `failed` told: it costs no gradient."""
     facts, arrivals = [], list[Arrival]()
     for batch in batches:
-        facts += [(len(arrivals), _on_host(fact)) for fact in batch.facts]
+        for each in batch.facts:
+            try:
+                facts.append((len(arrivals), on_host(each)))
+            except Exception as error:  # noqa: BLE001
+                failed(f"what {type(each).__name__.lower()} say", error)
         arrivals += batch.arrivals()
     return Unpacked(unpack(arrivals), facts)
 
@@ -131,10 +135,11 @@ def joined(parts: Sequence[Unpacked]) -> Unpacked:
     return Unpacked(together([part.moments for part in parts]), facts)
 
 
-def _on_host(fact: Fact) -> Fact:
+def on_host(fact: Fact) -> Fact:
     """The fact without tensors: numbers that a device had are waited for, on this thread."""
     if isinstance(fact, Activations):
-        sums = [row.tolist() if isinstance(row, Tensor) else row for row in fact.sums]
-        return replace(fact, sums=np.array(sums, np.float64))
+        calls = [row.tolist() if isinstance(row, Tensor) else row for rows in fact.sums for row in rows]
+        place = np.repeat(np.arange(len(fact.calls)), fact.calls)
+        return replace(fact, sums=added(np.array(calls, np.float64), place, len(fact.calls)))
     moved = {f.name: float(value) for f in fields(fact) if isinstance(value := getattr(fact, f.name), Tensor)}
     return replace(fact, **moved) if moved else fact  # type: ignore[arg-type]

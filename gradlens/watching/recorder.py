@@ -220,7 +220,7 @@ class Recorder:
     def _unpacked(self, batches: Sequence[TableBatch]) -> list[Unpacked]:
         """What batches hold, together; one by one where something is wrong with one of them."""
         try:
-            return [unpacked(batches)]
+            return [unpacked(batches, self._failures)]
         except Exception as error:  # noqa: BLE001 - a fault of ours costs the step that it touched
             if len(batches) == 1:
                 self._failures("unpacking", error)
