@@ -117,7 +117,7 @@ def test_whatever_is_raised_is_named_once_and_the_rest_goes_on(error, who, tmp_p
 @QUIET
 @pytest.mark.parametrize("who", ["on_finding", "rule", "writer"])
 def test_who_never_returns_is_named_and_the_lens_closes(who, tmp_path, monkeypatch):
-    """close() is bounded, says who it was, and every step is on disk."""
+    """close() is bounded, and so is each question before and after; it says who it was, and every step is on disk."""
     monkeypatch.setattr(recorder, "PATIENCE", 1.0)
     never, case = threading.Event(), healthy()
 
@@ -132,8 +132,10 @@ def test_who_never_returns_is_named_and_the_lens_closes(who, tmp_path, monkeypat
     lens = gradlens.watch(case.model, case.optimizer, run=tmp_path, rules=rules, writers=[writer], **options)
     case.train(10)
     bounded(lens.flush)
+    monkeypatch.setattr(recorder, "PATIENCE", 1000.0)  # it is waited for once, and not by each question
     case.train(10, first=10)
     bounded(lens.close)
+    bounded(lens.report)
     stuck = [finding for finding in lens.findings() if finding.rule == "recorder-stuck"]
     assert stuck
     assert {"on_finding": "on_finding", "rule": "a rule", "writer": "RecordingWriter"}[who] in stuck[-1].seen
