@@ -426,7 +426,13 @@ def test_a_released_weight_costs_its_own_columns_only():
 
 
 @pytest.mark.parametrize(
-    "make", [lambda g, d: nn.ModuleDict({"G": g, "D": d}), lambda g, d: nn.Sequential(nn.Sequential(g, d))]
+    "make",
+    [
+        lambda g, d: nn.ModuleDict({"G": g, "D": d}),
+        lambda g, d: nn.Sequential(nn.Sequential(g, d)),
+        lambda g, d: nn.ParameterList([*g.parameters(), *d.parameters()]),
+        lambda g, d: nn.ParameterDict({"g": g[0].weight, "d": d[0].weight}),
+    ],
 )
 def test_a_container_that_is_made_in_the_call(make):
     """The container ends with the call; what is in it is watched under the same names until it is gone itself."""
