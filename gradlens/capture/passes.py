@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from gradlens import _torch, findings
 from gradlens.capture.arrivals import State
+from gradlens.capture.callers import NOBODY, loops
 from gradlens.capture.engine import Pass, Run
 from gradlens.capture.events import LossSeen, Noted, PassFailed, TableDone
-from gradlens.capture.losses import loss_of, roots_elsewhere
+from gradlens.capture.losses import loss_of, run_elsewhere
 from gradlens.capture.marks import Marks
 from gradlens.capture.step import READ_PASSES, Phase, Step
 from gradlens.capture.steps import Steps
@@ -30,13 +34,17 @@ class Passes:
             self._threads.note(self._steps.current.number)
         if self._steps.due:
             self._steps.finish_due()
-        if self._steps.lingering is not None:
-            self._steps.let_go()
+        if self._steps.lingering is not None or self._steps.current.stepped:
+            self._steps.backward_comes()
         if self._steps.current.phase is not Phase.IDLE:
             self._steps.close_skipped()
         if not self._optimizers.watched and self._steps.current.open and not self._steps.explicit:
             self._steps.close()
         step = self._steps.current
+        if not run.depth:
+            run = _shown(run)
+        found = NOBODY if run.caller is None else loops(run.caller)
+        step.loops = found if step.loops is None else step.loops & found
         if not self._steps.dirty and self._steady.pass_begins(run, entered, step):
             entered.step, step.phase = step, Phase.OPEN
             self._look_at_roots(run, entered)
@@ -61,10 +69,11 @@ class Passes:
 
     def _look_at_roots(self, run: Run, entered: Pass) -> None:
         """What backward was called on: the loss, and its graph."""
-        roots = roots_elsewhere() if run.depth == 0 and not run.roots else run.roots
+        roots = run.roots
         entered.loss = loss_of(roots, entered.scale)
         entered.root = roots[0] if len(roots) == 1 else None
         self._auditor.pass_begins(roots, self._steps.current.number, entered.loss)
+        self._of_activations(self._activations.pass_begins, entered, roots)
 
     def _start_plain(self, entered: Pass) -> None:
         """Let the hooks of this pass only note, as far as nothing else needs to be done in them."""
@@ -99,7 +108,7 @@ class Passes:
         with self._engine.lock, self._attachment.cache:
             if entered.read:
                 key = self._reader.key(Stage.BACKWARD, entered)  # the pass has its number, whatever is read of it
-                self._note_activations(key.step, key.backward)
+                self._note_activations(entered, key.step, key.backward)
                 if entered.loss is not None:
                     self._roots.add(entered.root, key.step, entered.loss)
                     self._sink(LossSeen(key.step, key.backward, entered.loss))
@@ -120,7 +129,7 @@ class Passes:
         if entered.step is not step or entered.number is not None:
             return False
         with self._engine.lock:
-            self._note_activations(step.number, step.next_number)  # before its table is handed on
+            self._note_activations(entered, step.number, step.next_number)  # before its table is handed on
             if not self._steady.pass_ended(entered, step):
                 return False
             if entered.loss is not None:
@@ -130,18 +139,23 @@ class Passes:
             step.passes, step.began_fresh = step.passes + 1, True
         return True
 
-    def _note_activations(self, step: int, backward: int) -> None:
-        """What the modules made; a fault there costs these rows alone."""
-        try:
-            fact = self._activations.pass_ended(step, backward)
-        except Exception as error:  # noqa: BLE001 - nothing of ours is raised in a training step
-            self._guard.fault("a pass's activations", error)
-            return
+    def _note_activations(self, entered: Pass, step: int, backward: int) -> None:
+        """What the modules made."""
+        fact = self._of_activations(self._activations.pass_ended, entered, step, backward)
         if fact is not None:
             self._sink(Noted(fact))
 
+    def _of_activations(self, call: Callable[..., Any], *args: Any) -> Any:
+        """A fault there costs these rows alone."""
+        try:
+            return call(*args)
+        except Exception as error:  # noqa: BLE001 - nothing of ours is raised in a training step
+            self._guard.fault("a pass's activations", error)
+            return None
+
     def pass_failed(self, entered: Pass) -> None:
         """What was read of the pass counts for nothing."""
+        self._of_activations(self._activations.pass_failed, entered)
         if entered.number is not None:
             self._sink(PassFailed(self._reader.key(Stage.BACKWARD, entered)))
             entered.step.give_back(entered.number)
@@ -168,3 +182,9 @@ class Passes:
         for slot in self._attachment.slots:
             if slot is not first and slot.hooked:
                 slot.detach()
+
+
+def _shown(run: Run) -> Run:
+    """The run with what another thread's stack shows of it, where this one's does not."""
+    elsewhere = None if run.roots else run_elsewhere()
+    return run if elsewhere is None else run._replace(roots=elsewhere.f_locals.get("t_outputs", ()), caller=elsewhere)
