@@ -255,6 +255,7 @@ def stride(n: int) -> int:
         step += 1
     return step
 
+
 _DECOUPLED = frozenset({"AdamW", "SGDW", "Lion", "Adafactor", "Muon", "LAMB", "RAdamW"})
 
 
