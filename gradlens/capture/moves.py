@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 
 from gradlens import findings
 from gradlens.capture.attachment import Slot
+from gradlens.capture.callers import NOBODY, wrapper
 from gradlens.capture.engine import running
 from gradlens.capture.events import ScaleFound
 from gradlens.capture.guards import guarded
@@ -36,12 +37,17 @@ class Moves:
 
     def step_begins(self, watched: WatchedOptimizer, optimizer: Optimizer, stack: CallStack, closure: Any) -> Any:
         """A watched optimizer is about to step; returns a closure to call in place of its own, or None."""
-        if not running():
+        outside = not running()
+        if outside:
             self._threads.note(self._steps.current.number)
             if closure is None:
                 self._steps.finish_passes()
         if self._steps.due:
             self._steps.finish_due()
+        if outside and closure is not None:
+            self._steps.backward_comes()
+        elif outside and self._steps.current.stepped:
+            self._steps.close_repeated(watched)
         with self._engine.lock:
             step = watched.step = self._step_of(watched)
             watched.read, watched.closure_key, watched.steady = False, None, False
@@ -57,7 +63,7 @@ class Moves:
         with self._engine.lock, self._attachment.cache:
             held = self._optimizers.held(watched)
             if self._step_reader.updates:
-                self._step_reader.keep(step, watched, held)
+                self._step_reader.keep(step, watched, held, backward=step.passes if closure is not None else None)
             if closure is None and getattr(optimizer, "grad_scale", None) is None:
                 self._step_reader.read_used(step, watched, held=held)
         return None if closure is None or not self._used else self._listening(watched, closure)
@@ -74,9 +80,9 @@ class Moves:
 
     def _step_of(self, watched: WatchedOptimizer) -> Step:
         """The step that an optimizer belongs to which steps now: the one whose backward it consumes."""
-        last = self._steps.lingering
-        waits = last is not None and watched not in last.stepped and not self._steps.current.open and not self._engine.passes
-        return last if last is not None and waits else self._steps.current
+        last, current = self._steps.lingering, self._steps.current
+        waits = last is not None and watched not in last.stepped and not current.passes and not self._engine.passes
+        return last if last is not None and waits else current
 
     def _listening(self, watched: WatchedOptimizer, closure: Callable[..., Any]) -> Callable[..., Any]:
         """The closure, which tells us when it returns: the optimizer may write over what it left."""
@@ -135,7 +141,8 @@ class Moves:
 
     def _read_after(self, step: Step, watched: WatchedOptimizer, optimizer: Optimizer, stack: CallStack) -> None:
         skipped = found_inf(optimizer)
-        by_the_book = watched.steady and skipped is False and stack.within is None
+        around = wrapper(stack.methods, step.loops or NOBODY) if stack.methods else None
+        by_the_book = watched.steady and skipped is False and around is None
         if by_the_book and self._steady.step_ended(step, watched, optimizer):
             return
         with self._attachment.cache:
@@ -143,7 +150,7 @@ class Moves:
                 self._step_reader.read_used(step, watched, skipped=skipped, late=True)
             if not self._step_reader.updates:
                 return
-            if stack.within is not None:
+            if around is not None:
                 watched.wrapped = True
                 self._steps.due.append((step, watched, skipped))
             else:

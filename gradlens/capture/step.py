@@ -7,7 +7,8 @@ A step is one call of the optimizer. It opens at its first backward and closes a
                           +-->  DUE: closes when that backward has ended
 
 The step that was closed last lingers until the next backward begins: an optimizer that steps without a backward of its own
-belongs to it, in whatever order optimizers are listed or called.
+belongs to it, in whatever order optimizers are listed or called. One that steps a second time on the same gradients opens a
+step without a backward, which closes before the next backward or call; one with a closure brings a backward of its own.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 from torch import Tensor
 
 from gradlens.capture.attachment import Slot
+from gradlens.capture.callers import Key
 from gradlens.capture.marks import Marks
 from gradlens.records import Stage, TableKey
 
@@ -60,6 +62,7 @@ class Step:
         self.left: Any = None  #: what its first backward left, if that went by the book
         self.given: Any = None  #: what its optimizer was given and left, if that went so too
         self.began_fresh = False  #: its first pass wrote fresh gradients
+        self.loops: frozenset[Key] | None = None  #: methods named `step` that ran every backward of it themselves
         self._taken, self._free = 0, list[int]()
 
     @property
