@@ -223,6 +223,10 @@ class Native:
         """As `reference.sample`."""
         return self._rows(self.library.gradlens_sample, reference.sample, [tensors], reference.SAMPLES)
 
+    def library_for(self, entries: int) -> ctypes.CDLL:
+        """The calls for so many entries: brief ones keep Python's lock, where that is possible."""
+        return self.holding if self.holding is not None and entries < BRIEF else self.library
+
     def fill(self, column: Sequence[Tensor], tasks: array, operand: int) -> bool:
         """Write an operand into tasks, if all tensors are plain, contiguous and as large as the operands before them."""
         if not set(map(type, column)) <= PLAIN:
