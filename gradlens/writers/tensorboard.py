@@ -431,9 +431,8 @@ def _observed(gradient: Mapping[str, float], used: Mapping[str, float]) -> dict[
 
 # --- histograms -----------------------------------------------------------------------------------------------------
 
-_POWERS = np.ldexp(1.0, np.arange(fields.EXPONENT_MIN, fields.EXPONENT_MAX + 2))
-_LEFT = np.concatenate([-_POWERS[1:][::-1], [0.0], _POWERS[:-1]])
-_RIGHT = np.concatenate([-_POWERS[:-1][::-1], [0.0], _POWERS[1:]])
+_LEFT = np.concatenate([-fields.POWERS[1:][::-1], [0.0], fields.POWERS[:-1]])
+_RIGHT = np.concatenate([-fields.POWERS[:-1][::-1], [0.0], fields.POWERS[1:]])
 
 
 def buckets(counts: np.ndarray, low: float, high: float) -> np.ndarray:
