@@ -41,7 +41,7 @@ class _Output(ctypes.Structure):
 
 
 def readable(made: Tensor) -> bool:
-    """Whether it has numbers that these sums are about."""
+    """Whether these sums are defined for it."""
     return (
         not made.is_nested
         and made.is_floating_point()

@@ -39,7 +39,7 @@ TOGETHER, MOST = 2**15, 64
 
 
 class GradientRows(NamedTuple):
-    """What `read` gives: rows of `kernels.summarize`, and what `kernels.sample` gives of the gradients and the weights."""
+    """The result of `read`: rows as of `kernels.summarize`, and samples of gradients and weights as of `kernels.sample`."""
 
     rows: Tensor
     samples: Tensor  #: of a gradient and of its weight, side by side
@@ -52,14 +52,14 @@ class GradientRows(NamedTuple):
 
 
 class Rooms:
-    """Rooms for rows of one width, some made at once: to make a tensor takes 10 us where torch's code is not in a cache."""
+    """Memory for rows of one width, made for several steps at once: a new tensor takes 10 us when the caches are cold."""
 
     def __init__(self, n: int, width: int, part: int) -> None:
         self._shape, self._part = (max(min(TOGETHER // max(n * width, 1), MOST), 1), n, width), min(part, width)
         self._left: list[tuple[Tensor, Tensor]] = []
 
     def take(self) -> tuple[Tensor, Tensor]:
-        """Room for `[n, width]`, and the first `part` columns of it: ordinary tensors, in inference mode too."""
+        """A tensor `[n, width]`, and its first `part` columns; ordinary tensors, in inference mode too."""
         if not self._left:
             with torch.inference_mode(False), torch.no_grad():
                 made = torch.empty(self._shape, dtype=torch.float64, device="cpu")
@@ -73,10 +73,10 @@ class Prepared(Protocol):
     apart: bool  #: they keep apart from the user's modes by themselves, and cost less than the general calls
 
     def read(self, gradients: Sequence[Tensor], detail: bool = True, copy: bool = True) -> GradientRows | None:
-        """Read the gradients; None where they are not as they were. `copy`: whether the weights are copied."""
+        """Read the gradients; None where these calls fit gradients or weights no longer. `copy`: copy the weights too."""
 
     def unchanged(self, gradients: Sequence[Tensor]) -> tuple[bool, bool]:
-        """Whether the samples of the gradients, and those of the weights, are what they were when `read` took them.
+        """Whether the samples of the gradients, and of the weights, equal those that `read` took.
 
         Of few weights that `read` copied, every one may be compared with its copy.
 
