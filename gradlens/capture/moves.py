@@ -37,12 +37,17 @@ class Moves:
 
     def step_begins(self, watched: WatchedOptimizer, optimizer: Optimizer, stack: CallStack, closure: Any) -> Any:
         """A watched optimizer is about to step; returns a closure to call in place of its own, or None."""
-        if not running():
+        outside = not running()
+        if outside:
             self._threads.note(self._steps.current.number)
             if closure is None:
                 self._steps.finish_passes()
         if self._steps.due:
             self._steps.finish_due()
+        if outside and closure is not None:
+            self._steps.backward_comes()
+        elif outside and self._steps.current.stepped:
+            self._steps.close_repeated(watched)
         with self._engine.lock:
             step = watched.step = self._step_of(watched)
             watched.read, watched.closure_key, watched.steady = False, None, False
@@ -58,7 +63,7 @@ class Moves:
         with self._engine.lock, self._attachment.cache:
             held = self._optimizers.held(watched)
             if self._step_reader.updates:
-                self._step_reader.keep(step, watched, held)
+                self._step_reader.keep(step, watched, held, backward=step.passes if closure is not None else None)
             if closure is None and getattr(optimizer, "grad_scale", None) is None:
                 self._step_reader.read_used(step, watched, held=held)
         return None if closure is None or not self._used else self._listening(watched, closure)
@@ -75,9 +80,9 @@ class Moves:
 
     def _step_of(self, watched: WatchedOptimizer) -> Step:
         """The step that an optimizer belongs to which steps now: the one whose backward it consumes."""
-        last = self._steps.lingering
-        waits = last is not None and watched not in last.stepped and not self._steps.current.open and not self._engine.passes
-        return last if last is not None and waits else self._steps.current
+        last, current = self._steps.lingering, self._steps.current
+        waits = last is not None and watched not in last.stepped and not current.passes and not self._engine.passes
+        return last if last is not None and waits else current
 
     def _listening(self, watched: WatchedOptimizer, closure: Callable[..., Any]) -> Callable[..., Any]:
         """The closure, which tells us when it returns: the optimizer may write over what it left."""

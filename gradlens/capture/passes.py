@@ -31,8 +31,8 @@ class Passes:
             self._threads.note(self._steps.current.number)
         if self._steps.due:
             self._steps.finish_due()
-        if self._steps.lingering is not None:
-            self._steps.let_go()
+        if self._steps.lingering is not None or self._steps.current.stepped:
+            self._steps.backward_comes()
         if self._steps.current.phase is not Phase.IDLE:
             self._steps.close_skipped()
         if not self._optimizers.watched and self._steps.current.open and not self._steps.explicit:

@@ -7,7 +7,8 @@ A step is one call of the optimizer. It opens at its first backward and closes a
                           +-->  DUE: closes when that backward has ended
 
 The step that was closed last lingers until the next backward begins: an optimizer that steps without a backward of its own
-belongs to it, in whatever order optimizers are listed or called.
+belongs to it, in whatever order optimizers are listed or called. One that steps a second time on the same gradients opens a
+step without a backward, which closes before the next backward or call; one with a closure brings a backward of its own.
 """
 
 from __future__ import annotations

@@ -54,10 +54,15 @@ class StepReader:
     def before(self, held: Mapping[Slot, Tensor]) -> WeightsBefore:
         return WeightsBefore(self._attachment.parameters, self._rows(held), list(held.values()))
 
-    def keep(self, step: Step, watched: WatchedOptimizer, held: Mapping[Slot, Tensor]) -> None:
-        """Keep the weights before the step; of what several optimizers move one after another, those before the first."""
+    def keep(
+        self, step: Step, watched: WatchedOptimizer, held: Mapping[Slot, Tensor], *, backward: int | None = None
+    ) -> None:
+        """Keep the weights before the step; of what several optimizers move one after another, those before the first.
+
+        backward: The number of the backward that its closure will call first.
+        """
         if len(self._optimizers.watched) > 1 or watched.wrapped:
-            key = step.used_key
+            key = step.used_key if backward is None else step.used_key._replace(backward=backward)
             held = {slot: w for slot, w in held.items() if step.kept.get(slot) != key}
             step.kept.update(dict.fromkeys(held, key))
         self._sink(self.before(held))

@@ -13,7 +13,7 @@ from gradlens.capture.arrivals import HELD_BYTES
 from gradlens.capture.engine import running
 from gradlens.capture.events import StepClosed
 from gradlens.capture.marks import Marks
-from gradlens.capture.optimizers import WatchedOptimizer
+from gradlens.capture.optimizers import PATIENCE, WatchedOptimizer
 from gradlens.capture.scaling import Scaling
 from gradlens.capture.step import Step
 from gradlens.capture.workings import Workings
@@ -37,6 +37,7 @@ class Steps:
         self.explicit = False  #: `lens.step()` says where a step ends
         self.current = Step(first, observed=self._ask(first))
         self.lingering: Step | None = None  #: closed, and an optimizer that has not stepped may still belong to it
+        self._without_backward: list[Step] = []  # that closed while it lingers: an optimizer stepped again on its gradients
         self.due: list[tuple[Step, WatchedOptimizer, Any]] = []  #: updates whose wrapper may still move weights
         self.dirty = False  #: something was registered since the model was last scanned
 
@@ -86,9 +87,29 @@ class Steps:
         self.current = Step(step.number + 1, observed=self._ask(step.number + 1))
         self._safely("start of a step", self._prepare, step)
         if self.lingering is not None:
+            if not step.passes and self.awaited(self.lingering) and len(self._without_backward) < PATIENCE:
+                self._without_backward.append(step)
+                return
             self.let_go()
         self.lingering = step
         if not self.awaited(step):
+            self.let_go()
+
+    def close_repeated(self, watched: WatchedOptimizer) -> None:
+        """Close the step if this optimizer, which is about to step, did so and there was no backward since.
+
+        Each call is a step of its own: two would write over one row.
+        """
+        step = self.current
+        if step.open and step.stepped.get(watched) == step.passes and not self._engine.passes:
+            self.close()
+
+    def backward_comes(self) -> None:
+        """A backward begins, or a closure is called that has one: what optimizers did without one is over."""
+        step, under_way = self.current, any(watched.step is not None for watched in self._optimizers.watched)
+        if step.stepped and not step.passes and not self._engine.passes and not under_way:
+            self.close()
+        if self.lingering is not None:
             self.let_go()
 
     def _safely(self, where: str, call: Callable[..., Any], *args: Any) -> None:
@@ -135,6 +156,9 @@ class Steps:
             if self.scaling.scaler is not None:
                 self._safely("end of a step", self._read_skipped, step)
             self._sink(StepClosed(step.number, step.scalars))
+        for closed in self._without_backward:
+            self._sink(StepClosed(closed.number, closed.scalars))
+        self._without_backward.clear()
 
     def finish_due(self) -> None:
         """Read the updates of optimizers that were inside another object's step, which is over now."""
