@@ -158,6 +158,21 @@ def test_two_calls_a_parameter(features):
     assert sum(few.values()) - 20 < 225
 
 
+def test_a_step_that_is_left_out_costs_a_few_calls():
+    """Whatever the model: the optimizer's two hooks, which count the step and ask the schedule about the next."""
+    few, many = (python_calls(layers, schedule=lambda step: step < 3) for layers in (5, 40))
+    assert few == many
+    assert few.total() <= 20
+
+
+def test_hooks_are_put_on_and_off_again_by_two_calls_a_parameter():
+    """Where steps are left out in between: of the few parameters more, no dictionary, handle or function is made again."""
+    few, many = (python_calls(layers, schedule=lambda step: step % 2 == 0) for layers in (5, 40))
+    slots = {"attach_again", "tensor", "detach", "_detach_together"}
+    assert (many - few).keys() <= slots
+    assert (many - few).total() <= 4 * 70
+
+
 @pytest.mark.parametrize("micro", [1, 3])
 @pytest.mark.parametrize("clip", [False, True])
 def test_two_calls_a_parameter_and_backward(micro, clip):

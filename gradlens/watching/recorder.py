@@ -24,6 +24,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -55,6 +56,8 @@ REST = 50  #: times as long as it worked, that the recorder rests
 SHORTEST, LONGEST = 0.05, 5.0  #: seconds that it rests at least and at most
 RECORDED = 0.4  #: seconds after which what came is with the durable writers; those take up to half a second more
 PATIENCE = 15.0  #: seconds without any progress, after which a rule, a writer or a callback is not waited for
+
+_NUMBERS, _HOST = {float, type(None)}, attrgetter("host")
 
 
 @dataclass(eq=False)
@@ -112,6 +115,7 @@ class Recorder:
         self.history = History()
         self._failures = failures
         self._delivery = Delivery(self.history, RuleSet(rules), writers, on_finding, failures, self._enter)
+        self.interrupt = self._delivery.interrupt  #: raises what is to be raised, on the training thread
         self._wake = threading.Event()
         self.inbox = Inbox(self._wake.set)
         self._recording = threading.Lock()  # one thread takes from the inbox at a time
@@ -150,27 +154,26 @@ class Recorder:
         facts, self._facts = self._facts, []
         batch = TableBatch(step, size, tables, losses or [None] * len(tables), dict(scalars), findings[:], facts)
         del findings[: len(batch.findings)]
-        observed = [name for name, value in batch.scalars.items() if isinstance(value, Tensor) and not value.is_cpu]
-        late = [i for i, loss in enumerate(batch.losses) if isinstance(loss, Tensor) and not loss.is_cpu]
-        if observed or late or not all(table.on_host() for table in tables):
-            with isolated_compute():
-                self._transfer(batch, observed, late)
+        if scalars or not (set(map(type, batch.losses)) <= _NUMBERS and all(map(_HOST, tables))):
+            self._transfer(batch)
         self.inbox.append(batch)
 
     @staticmethod
-    def _transfer(batch: TableBatch, observed: Sequence[str], late: Sequence[int]) -> None:
-        batch.losses = list(batch.losses)
-        boxes = [_Box(batch.scalars, name) for name in observed] + [_Box(batch.losses, i) for i in late]
-        batch.slots = [slot for table in batch.tables for slot in table.slots()] + [(box, "value") for box in boxes]
-        batch.transfer = Transfer([getattr(holder, name).detach() for holder, name in batch.slots])
+    def _transfer(batch: TableBatch) -> None:
+        """Begin to bring to the host what is not there."""
+        observed = [name for name, value in batch.scalars.items() if isinstance(value, Tensor) and not value.is_cpu]
+        late = [i for i, loss in enumerate(batch.losses) if isinstance(loss, Tensor) and not loss.is_cpu]
+        if not observed and not late and all(table.on_host() for table in batch.tables):
+            return
+        with isolated_compute():
+            batch.losses = list(batch.losses)
+            boxes = [_Box(batch.scalars, name) for name in observed] + [_Box(batch.losses, i) for i in late]
+            batch.slots = [slot for table in batch.tables for slot in table.slots()] + [(box, "value") for box in boxes]
+            batch.transfer = Transfer([getattr(holder, name).detach() for holder, name in batch.slots])
 
     def diagnosis(self) -> Diagnosis:
         """What was found so far, in order."""
         return diagnose(list(self.found), trend(self.history.course, self.history.facts))
-
-    def interrupt(self) -> None:
-        """Raise what the user asked to be raised: called in the training thread, after an update."""
-        self._delivery.interrupt()
 
     # --- questions --------------------------------------------------------------------------------------------------
 
