@@ -40,7 +40,7 @@ class Steps:
         self._without_backward: list[Step] = []  # that closed while it lingers: an optimizer stepped again on its gradients
         self.due: list[tuple[Step, WatchedOptimizer, Any]] = []  #: updates whose wrapper may still move weights
         self.dirty = False  #: something was registered since the model was last scanned
-        self._scan_at = 0  # the step before which the model is scanned next
+        self._scan_at = _next_scan(first)  # the step before which the model is scanned next
         self._rests = not workings.optimizers.watched or Stage.REDUCED in workings.stages  # steps' ends have more to be done
 
     @property
@@ -68,7 +68,7 @@ class Steps:
             sure = self.dirty or self._attachment.lost
             if self.dirty:
                 self._activations.look_again()
-            self.dirty, self._scan_at = False, (self.current.number // SCAN_EVERY + 1) * SCAN_EVERY
+            self.dirty, self._scan_at = False, _next_scan(self.current.number)
             if self._attachment.rescan(sure=sure):
                 self._attachment.refresh()
 
@@ -257,3 +257,8 @@ class Steps:
             elif self._local and attachment.ignored:
                 ignored = [slot.name for slot in attachment.slots if slot in attachment.ignored]
                 self._tell(findings.not_sharded(step.number, ignored))
+
+
+def _next_scan(step: int) -> int:
+    """The step before which the model is scanned, after it was before this one."""
+    return (step // SCAN_EVERY + 1) * SCAN_EVERY

@@ -37,7 +37,7 @@ class World:
             self.optimizers = [torch.optim.SGD([{"params": parameters[:2], "lr": 0.1}, {"params": parameters[2:]}], 0.05)]
         else:
             self.optimizers = [torch.optim.SGD(parameters[:4], 0.1), torch.optim.Adam(parameters[4:], 0.01)]
-        self.writer, self.lens, self.hook = RecordingWriter(), None, None
+        self.writer, self.lens, self.hook, self.alive = RecordingWriter(), None, None, []
         self.generator = torch.Generator().manual_seed(1)
         if kind != "bare":
             options = {"writers": [self.writer], "features": features, "rules": RULES, "schedule": schedule}
@@ -99,7 +99,7 @@ class World:
         """
         p = self.parameter(i)
         if p.requires_grad and self.hook is None:
-            self.alive = self.gradients()
+            self.alive += self.gradients()
             self.zero()
             torch.utils.swap_tensors(p, nn.Parameter(p.detach().clone() + 0.25))
 
