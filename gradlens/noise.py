@@ -424,11 +424,9 @@ class NoiseScale:
         size = last.backwards * (last.batch_size if self.unit == "examples" else 1)
         if size < self.value / 2:
             return f"a step of {size:g} is well below it, a larger batch pays"
-        return (
-            f"a step of {size:g} is well above it, a smaller batch would do"
-            if size > 2 * self.value
-            else (f"a step of {size:g} is of that size, nothing to do")
-        )
+        if size > 2 * self.value:
+            return f"a step of {size:g} is well above it, a smaller batch would do"
+        return f"a step of {size:g} is of that size, nothing to do"
 
 
 def measured(

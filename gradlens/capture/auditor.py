@@ -100,7 +100,7 @@ class Auditor:
         return self._looks and self._passes <= PASSES
 
     def _will_look(self) -> bool:
-        return self._steps.count < EVERY or self._steps.count + 1 >= self._steps.next
+        return self._steps.count < EVERY or self._steps.next_is_due
 
     # --- the graph --------------------------------------------------------------------------------------------------
 

@@ -90,6 +90,8 @@ class Steps:
         step = self.current
         if self._rests or self.scaling.scaler is not None or self._step_reader.notes.read_at_step or self._attachment.flat:
             self._safely("end of a step", self._read_rest, step)
+        if self._activations.heard:
+            self._safely("a step's activations", self._activations.step_ended, step.number, step.passes)
         self._open_next(step, observed=self._ask(step.number + 1))
         if self.lingering is None and not self.due and len(step.stepped) == len(self._optimizers.watched):
             self._sink(StepClosed(step.number, step.scalars))
