@@ -2,6 +2,7 @@
 functions on the training thread; calls of the native kernel.
 """
 
+import gc
 import sys
 from collections import Counter
 from dataclasses import replace
@@ -142,9 +143,12 @@ def python_calls(layers, micro=1, clip=False, **watch):
         if event == "call" and str(path).startswith(package) and path.stem not in ("overhead", "budget", "stopwatch"):
             seen[frame.f_code.co_name] += 1
 
+    gc.collect()
+    gc.disable()  # what other tests left would be finalized here
     sys.setprofile(profiled)
     step()
     sys.setprofile(None)
+    gc.enable()
     lens.close()
     return seen
 
@@ -155,14 +159,14 @@ def test_two_calls_a_parameter(features):
     few, many = (python_calls(layers, features=features) for layers in (5, 40))
     assert many - few == {"on_gradient": 70, "on_accumulated": 70}
     assert not few - many
-    assert sum(few.values()) - 20 < 225
+    assert sum(few.values()) - 20 <= 200
 
 
 def test_a_step_that_is_left_out_costs_a_few_calls():
     """Whatever the model: the optimizer's two hooks, which count the step and ask the schedule about the next."""
     few, many = (python_calls(layers, schedule=lambda step: step < 3) for layers in (5, 40))
     assert few == many
-    assert few.total() <= 20
+    assert few.total() <= 16
 
 
 def test_hooks_are_put_on_and_off_again_by_two_calls_a_parameter():
