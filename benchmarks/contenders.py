@@ -47,8 +47,8 @@ class Training:
         math.nan,
     )  #: seconds it says it took so far, and of how many
 
-    def advance(self) -> None:
-        """One step. Not named `step`: what holds an optimizer and calls it in its own `step` may move weights itself."""
+    def step(self) -> None:
+        """One step, as loops have it in a method."""
         for call in self.before_step:
             call()
         self.optimizer.zero_grad()

@@ -95,12 +95,12 @@ def stretch(task: Task, contender: Contender, template: torch.nn.Module) -> Stre
         steps = max(task.steps // contender.micro, 2)
         with contender.attach(training):
             for _ in range(task.warm_up):
-                training.advance()
+                training.step()
             gc.collect()
             said = training.says()
             wall, thread, process = time.perf_counter(), time.thread_time(), time.process_time()
             for _ in range(steps):
-                training.advance()
+                training.step()
             wall, thread, process = time.perf_counter() - wall, time.thread_time() - thread, time.process_time() - process
             (took, of), closing = training.says(), time.perf_counter()
         says = (took - said[0]) / (of - said[1]) if of > said[1] else math.nan
@@ -243,7 +243,7 @@ def kept(name: str, budget: float, seconds: float) -> str:
         with gradlens.watch(training.model, training.optimizer, run=directory, budget=budget) as lens:
             start = time.perf_counter()
             while time.perf_counter() - start < seconds:
-                training.advance()
+                training.step()
             took = (time.perf_counter() - start) / training.steps
             overhead = lens.overhead()
             told = [str(finding.seen) for finding in lens.findings() if finding.rule == "budget"]

@@ -14,12 +14,14 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Sequence
+from types import FrameType
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
 from gradlens import _torch
 from gradlens.capture.arrivals import Arrivals
+from gradlens.capture.callers import STEP
 from gradlens.capture.guards import Guard, eagerly, guarded
 
 
@@ -36,6 +38,7 @@ class Run(NamedTuple):
     accumulates: bool | None  #: None: the stack does not show it
     inputs: Sequence[Any]  #: what `backward(inputs=...)` was given
     roots: Sequence[Any]  #: the outermost run's outputs; empty where the stack does not show them
+    caller: FrameType | None = None  #: who called the outermost run, where a method named `step` is among those who did
 
     @property
     def root(self) -> Any:
@@ -45,13 +48,13 @@ class Run(NamedTuple):
 
 def current_run() -> Run:
     """The run that the hook which asks is called by."""
-    depth, within, accumulates, inputs, roots = 0, False, None, (), ()
+    depth, within, accumulates, inputs, roots, outermost, caller = 0, False, None, (), (), None, None
     frame = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
         if code is _torch.ENGINE_RUN:
             depth += 1
-            within = False
+            within, outermost, caller = False, frame, None
             arguments = frame.f_locals
             roots = arguments["t_outputs"]
             if depth == 1:
@@ -59,8 +62,10 @@ def current_run() -> Run:
                 inputs = arguments["args"][3] if len(arguments["args"]) > 3 else ()
         elif code is _torch.FUNCTION_APPLY and depth:
             within = True  # an autograd function called this run: on the engine's own threads the stack ends here
+        elif depth and code.co_name == STEP and code.co_argcount:
+            caller = outermost
         frame = frame.f_back  # type: ignore[assignment]
-    return Run(depth, depth > 1 or within, accumulates, inputs, () if within else roots)
+    return Run(depth, depth > 1 or within, accumulates, inputs, () if within else roots, caller)
 
 
 class Pass:

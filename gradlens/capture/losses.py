@@ -40,23 +40,23 @@ def loss_of(roots: Sequence[Any], scale: float | Tensor = 1.0) -> float | Tensor
         return root.detach().reshape(()).to(torch.float64) / scale
 
 
-def roots_elsewhere() -> Sequence[Any]:
-    """The roots of the outermost engine run of another thread, where there is just one.
+def run_elsewhere() -> FrameType | None:
+    """The outermost engine run of another thread, where there is just one.
 
     Hooks on a device's parameters run on a thread of the engine's own, whose stack does not show who called it; the thread
     that did waits inside the call.
     """
-    found = [roots for frame in sys._current_frames().values() if (roots := _outermost(frame)) is not None]
-    return found[0] if len(found) == 1 else ()
+    found = [run for frame in sys._current_frames().values() if (run := _outermost(frame)) is not None]
+    return found[0] if len(found) == 1 else None
 
 
-def _outermost(frame: FrameType | None) -> Sequence[Any] | None:
-    roots = None
+def _outermost(frame: FrameType | None) -> FrameType | None:
+    run = None
     while frame is not None:
         if frame.f_code is _torch.ENGINE_RUN:
-            roots = frame.f_locals.get("t_outputs", ())
+            run = frame
         frame = frame.f_back
-    return roots
+    return run
 
 
 class Roots:

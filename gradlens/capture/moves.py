@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 
 from gradlens import findings
 from gradlens.capture.attachment import Slot
+from gradlens.capture.callers import NOBODY, wrapper
 from gradlens.capture.engine import running
 from gradlens.capture.events import ScaleFound
 from gradlens.capture.guards import guarded
@@ -140,7 +141,8 @@ class Moves:
 
     def _read_after(self, step: Step, watched: WatchedOptimizer, optimizer: Optimizer, stack: CallStack) -> None:
         skipped = found_inf(optimizer)
-        by_the_book = watched.steady and skipped is False and stack.within is None
+        around = wrapper(stack.methods, step.loops or NOBODY) if stack.methods else None
+        by_the_book = watched.steady and skipped is False and around is None
         if by_the_book and self._steady.step_ended(step, watched, optimizer):
             return
         with self._attachment.cache:
@@ -148,7 +150,7 @@ class Moves:
                 self._step_reader.read_used(step, watched, skipped=skipped, late=True)
             if not self._step_reader.updates:
                 return
-            if stack.within is not None:
+            if around is not None:
                 watched.wrapped = True
                 self._steps.due.append((step, watched, skipped))
             else:

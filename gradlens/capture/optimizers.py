@@ -4,7 +4,7 @@ Global hooks before and after each optimizer's step, filtered by the optimizers 
 not given stands in for one that is gone, or whose inner one it is; any other is reported. Three things only the stack shows:
 
 - a subclass whose `step` calls `super().step()` fires the hooks twice: the outermost call is the step;
-- an object that holds the optimizer and is in a `step` of its own may move the weights once the inner one is done;
+- an object that holds the optimizer and is in a `step` of its own may move weights when the inner one is done: `callers`;
 - a `GradScaler` that the lens was not given.
 
 A step ends with the optimizer that was listed last. While that one is idle and another keeps stepping, the other ends steps.
@@ -24,6 +24,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from gradlens import _torch
 from gradlens.capture.attachment import Attachment, Slot
+from gradlens.capture.callers import STEP, Method, method_of
 from gradlens.capture.engine import running
 from gradlens.capture.guards import Guard, guarded
 from gradlens.capture.marks import Marks
@@ -60,25 +61,26 @@ class CallStack(NamedTuple):
     """What the stack says about an optimizer's step that is under way."""
 
     calls: int  #: of this optimizer's step: a subclass that calls `super().step()` makes two
-    within: Any = None  #: the outermost object that holds the optimizer and is in a `step` of its own
+    methods: Sequence[Method] = ()  #: named `step`, of objects that hold the optimizer; the innermost first
     scaler: GradScaler | None = None
 
 
 def call_stack(optimizer: Optimizer) -> CallStack:
     """The stack of the hook that asks."""
-    calls, within, scaler, frame = 0, None, None, sys._getframe(1)
+    calls, scaler, frame = 0, None, sys._getframe(1)
+    methods: list[Method] = []
     while frame is not None:
         code = frame.f_code
         if code is _torch.OPTIMIZER_STEP:
             calls += frame.f_locals.get("self") is optimizer
         elif code is _torch.SCALER_STEP:
             scaler = frame.f_locals["self"]
-        elif code.co_name == "step" and code.co_argcount:
-            holder = frame.f_locals.get(code.co_varnames[0])
+        elif code.co_name == STEP and code.co_argcount:
+            holder = (method := method_of(frame)).owner
             if holder is not optimizer and may_move(holder) and holds(holder, optimizer):
-                within = holder
+                methods.append(method)
         frame = frame.f_back  # type: ignore[assignment]
-    return CallStack(calls, within, scaler)
+    return CallStack(calls, methods, scaler)
 
 
 def may_move(wrapper: Any) -> bool:

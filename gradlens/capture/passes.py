@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from gradlens import _torch, findings
 from gradlens.capture.arrivals import State
+from gradlens.capture.callers import NOBODY, loops
 from gradlens.capture.engine import Pass, Run
 from gradlens.capture.events import LossSeen, Noted, PassFailed, TableDone
-from gradlens.capture.losses import loss_of, roots_elsewhere
+from gradlens.capture.losses import loss_of, run_elsewhere
 from gradlens.capture.marks import Marks
 from gradlens.capture.step import READ_PASSES, Phase, Step
 from gradlens.capture.steps import Steps
@@ -37,6 +38,10 @@ class Passes:
         if not self._optimizers.watched and self._steps.current.open and not self._steps.explicit:
             self._steps.close()
         step = self._steps.current
+        if not run.depth:
+            run = _shown(run)
+        found = NOBODY if run.caller is None else loops(run.caller)
+        step.loops = found if step.loops is None else step.loops & found
         if not self._steps.dirty and self._steady.pass_begins(run, entered, step):
             entered.step, step.phase = step, Phase.OPEN
             self._look_at_roots(run, entered)
@@ -61,7 +66,7 @@ class Passes:
 
     def _look_at_roots(self, run: Run, entered: Pass) -> None:
         """What backward was called on: the loss, and its graph."""
-        roots = roots_elsewhere() if run.depth == 0 and not run.roots else run.roots
+        roots = run.roots
         entered.loss = loss_of(roots, entered.scale)
         entered.root = roots[0] if len(roots) == 1 else None
         self._auditor.pass_begins(roots, self._steps.current.number, entered.loss)
@@ -168,3 +173,9 @@ class Passes:
         for slot in self._attachment.slots:
             if slot is not first and slot.hooked:
                 slot.detach()
+
+
+def _shown(run: Run) -> Run:
+    """The run with what another thread's stack shows of it, where this one's does not."""
+    elsewhere = None if run.roots else run_elsewhere()
+    return run if elsewhere is None else run._replace(roots=elsewhere.f_locals.get("t_outputs", ()), caller=elsewhere)

@@ -20,6 +20,7 @@ from typing import Any
 from torch import Tensor
 
 from gradlens.capture.attachment import Slot
+from gradlens.capture.callers import Key
 from gradlens.capture.marks import Marks
 from gradlens.records import Stage, TableKey
 
@@ -61,6 +62,7 @@ class Step:
         self.left: Any = None  #: what its first backward left, if that went by the book
         self.given: Any = None  #: what its optimizer was given and left, if that went so too
         self.began_fresh = False  #: its first pass wrote fresh gradients
+        self.loops: frozenset[Key] | None = None  #: methods named `step` that ran every backward of it themselves
         self._taken, self._free = 0, list[int]()
 
     @property
