@@ -4,7 +4,7 @@
     python benchmarks/memory.py --steps 20000 --only run idle
 
 Each situation runs in a process of its own: a model of four parameters of two to eight weights, watched at every step.
-After a tenth of the steps everything that is bounded has reached its bound; from there on, `growth_mib` is what the resident
+After a fifth of the steps everything that is bounded has reached its bound; from there on, `growth_mib` is what the resident
 memory of the last fifth has on average over that of the first fifth, `mib_per_million` the slope of a line through all
 points, and `objects` by how many the objects that Python tracks have grown, after a collection. `bare` is the same training
 unwatched, which says how much of that is torch's own and the allocator's.
@@ -120,7 +120,7 @@ def measured(name: str, steps: int) -> dict[str, object]:
     command = [sys.executable, __file__, "--child", name, "--steps", str(steps)]
     lines = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True).stdout
     points = [json.loads(line) for line in lines.splitlines()]
-    settled = [point for point in points if point["step"] >= steps / 10]
+    settled = [point for point in points if point["step"] >= steps / 5]
     at, size, objects = (np.array([point[key] for point in settled], float) for key in ("step", "bytes", "objects"))
     fifth = max(len(settled) // 5, 1)
     return {

@@ -84,7 +84,7 @@ def said() -> list[str]:
 def memory() -> list[str]:
     """Whether anything grows."""
     there = rows("memory.csv")
-    lines = ["| situation | backwards | after a tenth | at the end | growth | objects more |", "|---|---|---|---|---|---|"]
+    lines = ["| situation | backwards | after a fifth | at the end | growth | objects more |", "|---|---|---|---|---|---|"]
     for row in there:
         size = f"{row['start_mib']} MiB | {row['end_mib']} MiB | {float(row['growth_mib']):+.1f} MiB"
         lines.append(f"| {row['situation']} | {int(row['steps']):,} | {size} | {int(row['objects']):+,} |")

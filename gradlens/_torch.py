@@ -10,7 +10,7 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,10 +23,12 @@ from torch.autograd.graph import _engine_run_backward
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils.checkpoint import CheckpointFunction
 
 __all__ = [
     "modes_are_active",
     "traced",
+    "CHECKPOINT_BACKWARD",
     "ENGINE_RUN",
     "FUNCTION_APPLY",
     "OPTIMIZER_STEP",
@@ -45,6 +47,7 @@ __all__ = [
     "local_part",
     "queue_callback",
     "set_asks_torch_functions",
+    "unseen",
 ]
 
 
@@ -97,6 +100,11 @@ PRIVATES = (
     Private("torch.nn:Module._compiled_call_impl", "the same of a model compiled in place"),
     Private("torch._C:_get_torch_function_state", "whether torch functions are asked in this thread"),
     Private("torch._C:_set_torch_function_state", "puts that back after an interrupt"),
+    Private("torch._C:_TorchFunctionState.ALL_DISABLED", "a user's function modes do not see our questions"),
+    Private("torch.utils.checkpoint:CheckpointFunction.backward.__code__", "tells what a reentrant checkpoint runs again"),
+    Private("torch.utils.checkpoint:_checkpoint_without_reentrant_generator", "the same of others, by its `recompute_fn`"),
+    Private("torch.nn:_forward_hooks.__dict__", "keeps forward hooks out of copies and pickles", torch.nn.Identity),
+    Private("torch:grad_fn.metadata", "what belongs to a node of the graph", lambda: torch.ones(1, requires_grad=True) * 1),
     Private("torch.distributed.tensor:DTensor._local_tensor", "what is here of a distributed tensor, without an operation"),
 )
 
@@ -106,9 +114,13 @@ disable_current_modes = _disable_current_modes
 #: Whether operations ask `__torch_function__` of subclasses and of modes, in this thread; and to set it back.
 asks_torch_functions: Callable[[], Any] = torch._C._get_torch_function_state  # type: ignore[attr-defined]
 set_asks_torch_functions: Callable[[Any], None] = torch._C._set_torch_function_state  # type: ignore[attr-defined]
+_ASKS_NOBODY = torch._C._TorchFunctionState.ALL_DISABLED  # type: ignore[attr-defined]
+
+Result = TypeVar("Result")
 
 #: Code objects by which frames are recognised.
 ENGINE_RUN = _engine_run_backward.__code__
+CHECKPOINT_BACKWARD = CheckpointFunction.backward.__code__
 FUNCTION_APPLY = BackwardCFunction.apply.__code__
 OPTIMIZER_STEP = Optimizer.profile_hook_step(lambda self: None).__code__
 SCALER_STEP = GradScaler.step.__code__
@@ -122,6 +134,26 @@ def queue_callback(callback: Callable[[], None]) -> None:
 def modes_are_active() -> bool:
     """Whether `disable_current_modes` has something to do."""
     return bool(torch._C._len_torch_dispatch_stack() or _len_torch_dispatch_stack_pre_dispatch())
+
+
+def unseen(call: Callable[..., Result], *args: Any) -> Result:
+    """Call it while no mode and no subclass of the user's sees an operation, or a question to a tensor.
+
+    What a `with` puts back stays as it is where Ctrl-C falls between its body and its end; one of two blocks that enclose
+    each other always comes.
+    """
+    asked = asks_torch_functions()
+    try:
+        try:
+            set_asks_torch_functions(_ASKS_NOBODY)
+            if not modes_are_active():
+                return call(*args)
+            with disable_current_modes():
+                return call(*args)
+        finally:
+            set_asks_torch_functions(asked)
+    finally:
+        set_asks_torch_functions(asked)
 
 
 def in_compiled_autograd() -> bool:

@@ -5,10 +5,11 @@
     dead        the share of units (entries of one example) that are 0 for every example
     saturated   the share of entries within 1 % of the ends of the module's range
 
-All come from sums, which add up over several calls of one module: `measured` makes columns of them. What means nothing is
-NaN: the spread of a batch of one or where something is not finite, the saturated share of a module whose range has no ends.
-A spread does not see that a batch's second axis may be the examples: the first is taken to be (the second of an LSTM or an
-attention that is not `batch_first`).
+All come from sums, which add up over several calls of one module (`added`): `measured` makes columns of them. Sums of
+squares are kept as their roots, which float64 holds wherever it holds the entries. What means nothing is NaN: the spread of
+a batch of one or where something is not finite, the saturated share of a module whose range has no ends. A spread does not
+see that a batch's second axis may be the examples: the first is taken to be (the second of an LSTM or an attention that is
+not `batch_first`).
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ import numpy as np
 if TYPE_CHECKING:
     import pandas as pd
 
-#: What is added up of each output, after the number of calls.
-SUMS = ("entries", "nonfinite", "square_sum", "deviation", "units", "dead", "saturated")
+#: What is added up of each output, after the number of calls; and which of it are roots of sums of squares.
+SUMS = ("entries", "nonfinite", "norm", "deviation", "units", "dead", "saturated")
+ROOTS = ("norm", "deviation")
 
 #: The columns that say something, with their meaning.
 COLUMNS = {
@@ -46,7 +48,10 @@ KEYS = {
 
 @dataclass(frozen=True, eq=False)
 class Activations:
-    """One forward pass: a row for each output, in the order in which modules were called."""
+    """One forward pass: a row for each output, in the order in which modules were called in it.
+
+    On its way from capture `sums` has a list of rows for each output, one a call, which may be tensors; then it is an array.
+    """
 
     step: int
     backward: int
@@ -54,24 +59,36 @@ class Activations:
     modules: tuple[str, ...]
     types: tuple[str, ...]
     calls: tuple[int, ...]
-    sums: Any  #: `[n, len(SUMS)]`; on its way from a device, tensors
+    sums: Any  #: `[n, len(SUMS)]`
 
     def columns(self) -> dict[str, np.ndarray]:
         """Its columns, `[n]` each."""
         return measured(np.asarray(self.calls, np.int64), dict(zip(SUMS, self.sums.T, strict=True)))
 
 
+def added(rows: np.ndarray, place: np.ndarray, n: int) -> np.ndarray:
+    """`[n, len(SUMS)]` of rows `[k, len(SUMS)]`: those of one place added up."""
+    total = np.zeros((n, len(SUMS)))
+    largest = np.zeros((n, len(SUMS)))
+    np.maximum.at(largest, place, rows)  # NaN where one is
+    roots = np.array([name in ROOTS for name in SUMS])
+    unit = np.where(roots & (largest > 0) & np.isfinite(largest), largest, 1.0)
+    scaled = rows / unit[place]
+    np.add.at(total, place, np.where(roots, scaled**2, rows))
+    return np.where(roots, np.sqrt(total) * unit, total)
+
+
 def measured(calls: np.ndarray, sums: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """`COLUMNS` of sums."""
     with np.errstate(all="ignore"):
         finite = sums["entries"] - sums["nonfinite"]
-        spread = np.sqrt(sums["deviation"] / sums["square_sum"])
+        spread = sums["deviation"] / sums["norm"]
         return {
             "calls": calls,
             "entries": sums["entries"].astype(np.int64),
             "nonfinite": sums["nonfinite"].astype(np.int64),
-            "rms": np.sqrt(np.where(finite > 0, sums["square_sum"] / finite, np.nan)),
-            "spread": np.where(sums["square_sum"] > 0, spread, np.where(np.isnan(sums["deviation"]), np.nan, 0.0)),
+            "rms": np.where(finite > 0, sums["norm"] / np.sqrt(finite), np.nan),
+            "spread": np.where(sums["norm"] > 0, spread, np.where(np.isnan(sums["deviation"]), np.nan, 0.0)),
             "dead": sums["dead"] / sums["units"],
             "saturated": sums["saturated"] / sums["entries"],
         }

@@ -16,7 +16,7 @@ CATALOGUE = {
     "cut": "a loss that depends on no parameter of the model: it was detached, or re-created",
     "unregistered": "parameters that the loss depends on and that neither the model nor an optimizer has",
     "memory": "an allowance that has no room for even one weight of each parameter",
-    "activations-unavailable": "the feature `activations`, and modules that are compiled or that nobody called",
+    "activations-unavailable": "the feature `activations`, and modules that are compiled or not called, or no backward pass",
     "reduced-unavailable": "the stage `reduced` in one process",
     "not-averaged": "the stage `reduced`, and no backward that ended with averaged gradients, or parameters left out",
     "unknown-optimizer": "an optimizer that moves watched parameters, and that `watch()` was not given",
@@ -186,6 +186,18 @@ def activations_unavailable(step: int, compiled: Sequence[str]) -> Finding:
         if compiled
         else ("the model was compiled after watch()", "its modules are called by torch.func or by hand"),
         remedy="watch a run without torch.compile to see them",
+    )
+
+
+def activations_without_backward(step: int) -> Finding:
+    """An optimizer stepped after forward passes, and no backward pass came, which rows of activations belong to."""
+    return Finding(
+        rule="activations-unavailable",
+        step=step,
+        severity=Severity.INFO,
+        seen="modules of the model were called, and the step ended without a backward pass, so there are no activations",
+        causes=("its gradients come from torch.autograd.grad, which tells no hook where it begins and ends",),
+        remedy="loss.backward(), or loss.backward(inputs=...), instead of torch.autograd.grad",
     )
 
 

@@ -1,28 +1,17 @@
 """The examples run as they stand, and show what they promise."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.forks import forked
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
 def run(name, *args, cwd):
     """What an example prints, in a directory of its own."""
-    done = subprocess.run(
-        [sys.executable, EXAMPLES / name, *args],
-        cwd=cwd,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    return forked(EXAMPLES / name, *args, cwd=cwd, code=0, env={"COLUMNS": "120"}).stdout
 
 
 def test_every_example_is_tested():

@@ -2,8 +2,6 @@
 
 import gc
 import math
-import subprocess
-import sys
 import textwrap
 import weakref
 
@@ -24,6 +22,7 @@ from gradlens.errors import (
     NothingCapturedError,
     StepError,
 )
+from tests.forks import forked
 
 
 @pytest.fixture(autouse=True)
@@ -563,7 +562,7 @@ def test_a_forgotten_close_loses_nothing(tmp_path):
             model(torch.ones(1, 3)).sum().backward()
             optimizer.step()
     """)
-    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
+    forked("-c", script, code=0)
     history = gradlens.open_run(tmp_path / "run").history()
     assert sorted(history["step"].unique()) == list(range(7))
 
@@ -867,7 +866,7 @@ def train():
         optimizer.step()
 train()
 """
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    forked("-c", code, code=0)
     assert gradlens.open_run(tmp_path / "run").steps("used") == list(range(40))
 
 

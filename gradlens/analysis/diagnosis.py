@@ -241,7 +241,7 @@ def said_of_loss(loss: Trend) -> str:
     numbers = f"{format_number(loss.start)} to {format_number(loss.now)}"
     return {
         State.UNKNOWN: "the loss is not known",
-        State.YOUNG: f"the loss is known at {loss.points} steps, too few to say whether it falls",
+        State.YOUNG: f"the loss is known at {loss.points} step{'s' * (loss.points != 1)}, too few to say whether it falls",
         State.SEVERAL: "the losses of several optimizers are no measure of progress",
         State.SIGNED: f"the loss changes its sign ({numbers}), and is no measure of progress",
         State.NONFINITE: "the loss is NaN or infinite",

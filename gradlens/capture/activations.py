@@ -1,47 +1,44 @@
 """What leaf modules make of each batch, read by forward hooks, only where a lens was asked for it (feature `activations`).
 
-    a module was called -> is this a forward pass of training? -> sums of its output -> at the backward's end, one fact
+    a module was called with a gradient recorded -> sums of its output -> a call, kept by the node that made the output
+    a backward pass begins -> the calls whose nodes its roots reach -> it ends: one fact, in the order of the forward pass
 
-An output is read when its module returns, since what follows may overwrite it. It counts where a gradient is being recorded,
-on an observed step. A checkpoint calls modules again inside the backward pass: that counts for those that had no gradient
-recorded the first time (reentrant checkpoints), and for no other. Nothing of the output is kept but sums.
+An output is read when its module returns, since what follows may overwrite it. Nothing of it is kept but sums, and those
+lie in the metadata of its node in the graph: a forward pass that no backward follows, as of a metric, is forgotten with its
+graph, and one whose backward comes later waits for it. An output without a node, as of a frozen layer or of data, goes with
+the next call that has one. Where the roots of a pass cannot be seen, it takes all calls that are there.
 
-Modules that are compiled are left alone, hooks there would be traced. A model that is compiled later traces the hooks to
-nothing, and no longer calls them. A copy's hooks, and those of a module that was pickled, do nothing.
+A checkpoint calls modules again inside the backward pass. A reentrant one ran them without a gradient first: they count when
+they run again, at the place that they had in the forward pass. Of any other the first call has counted.
 """
 
 from __future__ import annotations
 
-import contextlib
-import gc
-import math
+import itertools
+import sys
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from gradlens import findings
-from gradlens._torch import current_task, is_transformed, local_part
+from gradlens._torch import CHECKPOINT_BACKWARD, current_task, is_transformed, local_part, unseen
 from gradlens.activations import Activations
 from gradlens.capture.attachment import PLAIN, Attachment, parts
+from gradlens.capture.engine import Pass
+from gradlens.capture.forward_hooks import ForwardHook, Handle, compiled_elsewhere, leaves
 from gradlens.capture.guards import Guard, guarded
 from gradlens.records import Finding
-from gradlens.unwrapping import is_wrapper
 
 MOST = 16  #: tensors of one output that are read
-END = 0.01  #: of a range, that lies at its ends
+FAR = 200_000  #: nodes of a graph that are looked at; of a larger one every call counts
+LOOSE = 1000  #: calls without a node that wait for one that has
+SWEEP = 1000  #: calls at least, after which those whose graph is gone are forgotten
 
-#: The ranges of modules that have ends.
-_RANGES: dict[type, Callable[[Any], tuple[float, float]]] = {
-    nn.Sigmoid: lambda module: (0.0, 1.0),
-    nn.Hardsigmoid: lambda module: (0.0, 1.0),
-    nn.Tanh: lambda module: (-1.0, 1.0),
-    nn.Softsign: lambda module: (-1.0, 1.0),
-    nn.Hardtanh: lambda module: (module.min_val, module.max_val),
-}
+_keys = itertools.count()
 
 
 class Read(Protocol):
@@ -50,35 +47,15 @@ class Read(Protocol):
     def __call__(self, made: Tensor, axis: int, low: float, high: float) -> list[float] | Tensor | None: ...
 
 
-class ForwardHook:
-    """The hook on one module. It belongs to that module alone: what a copy of the module got does nothing."""
+class Call:
+    """One call of a module: the sums of what it made, by output."""
 
-    def __init__(self, forwarded: Callable[..., None], module: nn.Module, name: str) -> None:
-        self.forwarded, self.module, self.name = forwarded, weakref.ref(module), name
-        self.type = type(module).__name__
-        ends = _RANGES.get(type(module))
-        low, high = (-math.inf, math.inf) if ends is None else ends(module)
-        self.low, self.high = (low, high) if ends is None else (low + END * (high - low), high - END * (high - low))
-        self.first = bool(getattr(module, "batch_first", True))
+    __slots__ = ("__weakref__", "before", "claimed", "hook", "order", "sums")
 
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        if not _is_compiling():
-            self.forwarded(self, module, output)
-
-    def __deepcopy__(self, memo: Any) -> Any:
-        return _NOTHING
-
-    def __reduce__(self) -> Any:
-        """A callable that takes three arguments and does nothing, from the standard library."""
-        return getattr, (contextlib.nullcontext(), "__exit__")
-
-
-_NOTHING = contextlib.nullcontext().__exit__
-_is_compiling = torch.compiler.is_compiling
-
-# Dynamo passes over this package's files, at the price of a break in the graph. The one call that it meets in a compiled
-# model's graph is to be traced, to nothing.
-ForwardHook.__call__.__code__ = ForwardHook.__call__.__code__.replace(co_filename="<gradlens forward hook>")
+    def __init__(self, hook: ForwardHook, order: int, sums: list[tuple[str, Any]]) -> None:
+        self.hook, self.order, self.sums = hook, order, sums
+        self.before: list[Call] = []  # calls without a node, that came since the last call with one
+        self.claimed = False  # by a backward pass
 
 
 class ForwardWatch:
@@ -94,13 +71,19 @@ class ForwardWatch:
     ) -> None:
         self.guard = guard
         self._attachment, self._read, self._observed, self._tell = attachment, read, observed, tell
-        self._handles: dict[weakref.ref[nn.Module], Any] = {}
+        self._handles: dict[weakref.ref[nn.Module], Handle] = {}
         self._compiled: set[int] | None = None
         self._skipped: list[str] = []
-        self._rows: dict[str, tuple[str, int, Any]] = {}  # by output: the module's type, calls, sums
-        self._before: dict[int, frozenset[str]] = {}  # by engine run: the modules that had been called when it began
-        self._called: set[str] = set()
-        self._came = False
+        self._key, self._clock = f"gradlens.{next(_keys)}", itertools.count()
+        self._waiting: list[weakref.ref[Call]] = []  # for their backward pass; their nodes keep them
+        self._sweep = SWEEP
+        self._loose: list[Call] = []  # without a node
+        self._again: list[Call] = []  # by a checkpoint, inside the backward pass
+        self._claims: weakref.WeakKeyDictionary[Pass, list[Call]] = weakref.WeakKeyDictionary()
+        self._places: dict[str, int] = {}  # of modules that were called without a gradient: when, the last time
+        self._called: set[str] = set()  # with one, since the last pass ended
+        self._came = False  # a backward pass
+        self.heard = False  #: a call since the last one, or the last step
 
     # --- life -------------------------------------------------------------------------------------------------------
 
@@ -109,7 +92,7 @@ class ForwardWatch:
         if self._read is None:
             return
         if self._compiled is None:
-            self._compiled = _compiled_elsewhere()
+            self._compiled = compiled_elsewhere()
         skipped: list[str] = []
         known = {module for ref in self._handles if (module := ref()) is not None}
         for prefix, part in parts(self._attachment.target()).items():
@@ -117,7 +100,7 @@ class ForwardWatch:
                 for name, module in leaves(part, prefix, self._compiled, skipped):
                     if module not in known:
                         hook = ForwardHook(self.forwarded, module, name or type(module).__name__)
-                        self._handles[weakref.ref(module)] = module.register_forward_hook(hook)
+                        self._handles[weakref.ref(module)] = Handle(hook, module)
         self._skipped = skipped
 
     def look_again(self) -> None:
@@ -138,90 +121,143 @@ class ForwardWatch:
     @guarded("a module's output", eager=False)
     def forwarded(self, hook: ForwardHook, module: nn.Module, output: Any) -> None:
         """A module was called."""
-        if hook.module() is not module or not torch.is_grad_enabled() or not self._observed() or torch._C._is_tracing():
-            return
-        task = current_task()
-        if task != -1 and hook.name in self._before.setdefault(task, frozenset(self._called)):
-            return  # a checkpoint calls it again
-        self._called.add(hook.name)
-        for suffix, made in _outputs(output):
-            self._add(hook, hook.name + suffix, made, _axis(module, suffix, made, first=hook.first))
+        if hook.module() is module and self._observed():
+            unseen(self._forwarded, hook, module, output)
 
-    def _add(self, hook: ForwardHook, name: str, made: Tensor, axis: int) -> None:
-        assert self._read is not None
-        sums = self._read(made, axis, hook.low, hook.high)
-        if sums is None:
+    def _forwarded(self, hook: ForwardHook, module: nn.Module, output: Any) -> None:
+        if torch._C._is_tracing():
             return
-        known = self._rows.get(name)
-        if known is not None:
-            _, calls, before = known
-            self._rows[name] = hook.type, calls + 1, _sum(before, sums)
+        inside = current_task() != -1
+        if not torch.is_grad_enabled():
+            if not inside:
+                self._places[hook.name] = next(self._clock)
+            return
+        if inside and not self._runs_first(hook.name):
+            return
+        outputs = _outputs(output)
+        sums = [(suffix, self._sums(hook, made, _axis(module, suffix, made, first=hook.first))) for suffix, made in outputs]
+        self.heard = True
+        if inside:
+            self._again.append(Call(hook, self._places.get(hook.name, next(self._clock)), sums))
         else:
-            self._rows[name] = hook.type, 1, sums
+            self._called.add(hook.name)
+            self._keep(Call(hook, next(self._clock), sums), [node for _, made in outputs for node in _nodes(made)])
+
+    def _sums(self, hook: ForwardHook, made: Tensor, axis: int) -> Any:
+        assert self._read is not None
+        return self._read(made, axis, hook.low, hook.high)
+
+    def _runs_first(self, name: str) -> bool:
+        """Whether a module that is called inside a backward pass was not called with a gradient before."""
+        frame = sys._getframe(1)
+        while frame is not None:
+            code = frame.f_code
+            if code is CHECKPOINT_BACKWARD:
+                return True
+            if code.co_filename == CHECKPOINT_BACKWARD.co_filename and code.co_name == "recompute_fn":
+                return False
+            frame = frame.f_back  # type: ignore[assignment]
+        return name not in self._called  # somebody else's checkpoint
+
+    def _keep(self, call: Call, nodes: Sequence[Any]) -> None:
+        """The call lives as long as the nodes do."""
+        if not nodes:
+            self._loose = [*self._loose[1 - LOOSE :], call] if len(self._loose) >= LOOSE else [*self._loose, call]
+            return
+        call.before, self._loose = self._loose, []
+        for node in nodes:
+            node.metadata.setdefault(self._key, []).append(call)
+        self._waiting.append(weakref.ref(call))
+        if len(self._waiting) > self._sweep:
+            self._waiting = [ref for ref in self._waiting if ref() is not None]
+            self._sweep = max(SWEEP, 2 * len(self._waiting))
 
     # --- the backward pass ------------------------------------------------------------------------------------------
 
-    def pass_ended(self, step: int, backward: int) -> Activations | None:
+    def pass_begins(self, entered: Pass, roots: Sequence[Any]) -> None:
+        """A backward pass from these roots has reached its first hook: the calls that they reach are its own."""
+        if self._read is None:
+            return
+        waiting = [call for ref in self._waiting if (call := ref()) is not None and not call.claimed]
+        found = unseen(_reached, roots, self._key, len(waiting)) if roots and waiting else None
+        claimed = waiting if found is None else found
+        for call in claimed:
+            call.claimed = True
+        self._waiting = [weakref.ref(call) for call in waiting if not call.claimed]
+        loose, self._loose = self._loose, []
+        self._claims[entered] = [each for call in claimed for each in (*call.before, call)] + loose
+
+    def pass_failed(self, entered: Pass) -> None:
+        """It broke off: what its modules made counts for nothing."""
+        self._claims.pop(entered, None)
+        self._again = []
+
+    def pass_ended(self, entered: Pass, step: int, backward: int) -> Activations | None:
         """What the modules made that this pass went through; None of none."""
         if self._read is None:
             return None
-        if not self._rows:
+        calls = [*self._claims.pop(entered, []), *self._again]
+        self._again, self.heard = [], False
+        self._called.clear()
+        rows = _rows(calls)
+        if not rows:
             if not self._came and self._observed():
                 self._came = True
                 self._tell(findings.activations_unavailable(step, self._skipped))
             return None
-        rows, self._rows, self._before = self._rows, {}, {}
-        self._called.clear()
         if not self._came and self._skipped:
             self._tell(findings.activations_unavailable(step, self._skipped))
         self._came = True
-        types, calls, sums = zip(*rows.values(), strict=True)
-        return Activations(step, backward, time.time(), tuple(rows), types, calls, sums)
+        kinds, sums = zip(*rows.values(), strict=True)
+        return Activations(step, backward, time.time(), tuple(rows), kinds, tuple(map(len, sums)), sums)
+
+    def step_ended(self, step: int, passes: int) -> None:
+        """A step is over: where modules were called and no backward pass came, there is no row, and that is said."""
+        if self.heard and not passes and not self._came:
+            self._tell(findings.activations_without_backward(step))
+        self.heard = False
 
 
-def _sum(a: Any, b: Any) -> Any:
-    """Two rows of sums added, wherever they are."""
-    if isinstance(a, Tensor) or isinstance(b, Tensor):
-        given = a if isinstance(a, Tensor) else b
-        with torch.no_grad():  # neither the user's default dtype nor device counts
-            first, second = (torch.as_tensor(each, dtype=torch.float64, device=given.device) for each in (a, b))
-            return first + second
-    return [x + y for x, y in zip(a, b, strict=True)]
+def _rows(calls: Iterable[Call]) -> dict[str, tuple[str, list[Any]]]:
+    """By output, in the order of the forward pass: the module's type, and the sums of each call."""
+    rows: dict[str, tuple[str, list[Any]]] = {}
+    for call in sorted(calls, key=lambda call: call.order):
+        for suffix, sums in call.sums:
+            if sums is not None:
+                rows.setdefault(call.hook.name + suffix, (call.hook.type, []))[1].append(sums)
+    return rows
 
 
-# --- modules and what they give -------------------------------------------------------------------------------------
+# --- the graph ------------------------------------------------------------------------------------------------------
 
 
-def leaves(part: nn.Module, prefix: str, compiled: set[int], skipped: list[str]) -> Iterator[tuple[str, nn.Module]]:
-    """The modules that have no other within, each once, by name. Of compiled ones the names go to `skipped`."""
-    seen: set[int] = set()
-
-    def visit(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
-        if id(module) in seen:
-            return
-        seen.add(id(module))
-        if _is_compiled(module) or id(module) in compiled:
-            skipped.append(name or type(module).__name__)
-            return
-        inner = [(child, m) for child, m in module._modules.items() if m is not None and child != "parametrizations"]
-        if not inner or isinstance(module, nn.MultiheadAttention):  # which calls none of its own
-            yield name, module
-            return
-        for child, m in inner:
-            yield from visit(m, name if is_wrapper(module, child) else f"{name}.{child}" if name else child)
-
-    yield from visit(part, prefix)
+def _nodes(made: Tensor) -> list[Any]:
+    """The nodes that made an output. To overwrite a view takes its own node out of the graph, not its base's."""
+    base = made._base if made._is_view() else None
+    return [node for each in (made, base) if each is not None and (node := each.grad_fn) is not None]
 
 
-def _is_compiled(module: nn.Module) -> bool:
-    inplace = getattr(module, "_compiled_call_impl", None) is not None
-    return inplace or isinstance(module, torch._dynamo.eval_frame.OptimizedModule | torch.jit.ScriptModule)
+def _reached(roots: Sequence[Any], key: str, most: int) -> list[Call] | None:
+    """The calls, at most so many, whose nodes lie behind these roots; None where there are too many nodes to know."""
+    start = [getattr(root, "grad_fn", None) or getattr(root, "node", None) for root in roots]  # of tensors, of edges
+    nodes = [node for node in dict.fromkeys(start) if node is not None]
+    seen, found = set(nodes), dict[Call, None]()
+    for node in nodes:
+        for call in node.metadata.get(key, ()):
+            if not call.claimed:
+                found[call] = None
+        if len(found) == most:
+            break
+        for other, _ in node.next_functions:
+            if other is not None and other not in seen:
+                seen.add(other)
+                nodes.append(other)
+        if len(nodes) > FAR:
+            return None
+    return list(found)
 
 
-def _compiled_elsewhere() -> set[int]:
-    """The modules that somebody compiled under another name: `fast = torch.compile(model)`. Looks at all objects."""
-    kind = torch._dynamo.eval_frame.OptimizedModule
-    return {id(each._orig_mod) for each in gc.get_objects() if issubclass(type(each), kind)}
+# --- what modules give ----------------------------------------------------------------------------------------------
 
 
 def _outputs(output: Any, name: str = "") -> list[tuple[str, Tensor]]:

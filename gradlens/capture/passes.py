@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from gradlens import _torch, findings
 from gradlens.capture.arrivals import State
 from gradlens.capture.callers import NOBODY, loops
@@ -70,6 +73,7 @@ class Passes:
         entered.loss = loss_of(roots, entered.scale)
         entered.root = roots[0] if len(roots) == 1 else None
         self._auditor.pass_begins(roots, self._steps.current.number, entered.loss)
+        self._of_activations(self._activations.pass_begins, entered, roots)
 
     def _start_plain(self, entered: Pass) -> None:
         """Let the hooks of this pass only note, as far as nothing else needs to be done in them."""
@@ -104,7 +108,7 @@ class Passes:
         with self._engine.lock, self._attachment.cache:
             if entered.read:
                 key = self._reader.key(Stage.BACKWARD, entered)  # the pass has its number, whatever is read of it
-                self._note_activations(key.step, key.backward)
+                self._note_activations(entered, key.step, key.backward)
                 if entered.loss is not None:
                     self._roots.add(entered.root, key.step, entered.loss)
                     self._sink(LossSeen(key.step, key.backward, entered.loss))
@@ -125,7 +129,7 @@ class Passes:
         if entered.step is not step or entered.number is not None:
             return False
         with self._engine.lock:
-            self._note_activations(step.number, step.next_number)  # before its table is handed on
+            self._note_activations(entered, step.number, step.next_number)  # before its table is handed on
             if not self._steady.pass_ended(entered, step):
                 return False
             if entered.loss is not None:
@@ -135,18 +139,23 @@ class Passes:
             step.passes, step.began_fresh = step.passes + 1, True
         return True
 
-    def _note_activations(self, step: int, backward: int) -> None:
-        """What the modules made; a fault there costs these rows alone."""
-        try:
-            fact = self._activations.pass_ended(step, backward)
-        except Exception as error:  # noqa: BLE001 - nothing of ours is raised in a training step
-            self._guard.fault("a pass's activations", error)
-            return
+    def _note_activations(self, entered: Pass, step: int, backward: int) -> None:
+        """What the modules made."""
+        fact = self._of_activations(self._activations.pass_ended, entered, step, backward)
         if fact is not None:
             self._sink(Noted(fact))
 
+    def _of_activations(self, call: Callable[..., Any], *args: Any) -> Any:
+        """A fault there costs these rows alone."""
+        try:
+            return call(*args)
+        except Exception as error:  # noqa: BLE001 - nothing of ours is raised in a training step
+            self._guard.fault("a pass's activations", error)
+            return None
+
     def pass_failed(self, entered: Pass) -> None:
         """What was read of the pass counts for nothing."""
+        self._of_activations(self._activations.pass_failed, entered)
         if entered.number is not None:
             self._sink(PassFailed(self._reader.key(Stage.BACKWARD, entered)))
             entered.step.give_back(entered.number)

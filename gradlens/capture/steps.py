@@ -89,6 +89,8 @@ class Steps:
             return  # whose parent may have held the lock
         step = self.current
         self._safely("end of a step", self._read_rest, step)
+        if self._activations.heard:
+            self._safely("a step's activations", self._activations.step_ended, step.number, step.passes)
         self.current = Step(step.number + 1, observed=self._ask(step.number + 1))
         self._safely("start of a step", self._prepare, step)
         if self.lingering is not None:

@@ -172,6 +172,8 @@ class Watcher:
         """The lens is closed: what there is of the open step is handed over."""
         if self.step.open and not self.optimizers.watched:
             self._steps.close()
+        if self.activations.heard:
+            self.activations.step_ended(self.step.number, self.step.passes)
         self._steps.let_go()
         if self.step.open:
             self._sink(StepClosed(self.step.number, self.step.scalars))

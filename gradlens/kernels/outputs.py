@@ -1,14 +1,15 @@
 """What a module made of a batch, as a row of sums: one pass of the native kernel, or the same in torch operations.
 
-    made [rows, ...]  ->  entries, nonfinite, square_sum, deviation, units, dead, saturated
+    made [rows, ...]  ->  entries, nonfinite, norm, deviation, units, dead, saturated
 
-The first axis is the batch; a *unit* is an entry of one example, at the same place in each. `square_sum` is over finite
-entries. `deviation` is the sum of squared distances from each unit's mean over the batch: NaN where it has no meaning, as of
-one example, or where something is not finite. A unit is *dead* where it is 0 for every example. *Saturated* are the entries
-at or beyond `low` or `high`, NaN where the range has no ends. Sums of several calls add up to those of all their entries.
+The first axis is the batch; a *unit* is an entry of one example, at the same place in each. `norm` is the root of the sum of
+squares of the finite entries. `deviation` is the root of the sum of squared distances from each unit's mean over the batch:
+NaN where it has no meaning, as of one example, or where something is not finite. A unit is *dead* where it is 0 for every
+example. *Saturated* are the entries at or beyond `low` or `high`, NaN where the range has no ends. Sums of several calls add
+up to those of all their entries (`activations.added`).
 
 The native kernel reads plain tensors on the CPU, whose examples lie one behind the other in memory, in any order within
-each. `sums_by_torch` is the definition, and reads the others.
+each. `sums_by_torch` is the definition, and reads the others: float64 too large or too small for its squares among them.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ from torch import Tensor
 from gradlens._torch import local_part, modes_are_active
 from gradlens.kernels import native
 from gradlens.kernels.tensors import PLAIN
+
+#: Sizes of float64 entries, beyond which they are scaled before they are squared.
+SMALLEST, LARGEST = 1e-130, 1e130
 
 _READ = ("nonfinite", "square_sum", "deviation", "dead", "saturated")  # as the library has them
 
@@ -67,15 +71,23 @@ def sums_by_torch(made: Tensor, axis: int = 0, low: float = -math.inf, high: flo
     x = x.reshape(len(x), -1).double()
     finite = torch.isfinite(x)
     kept = torch.where(finite, x, 0.0)
+    unit = _unit(kept) if made.dtype == torch.float64 else torch.ones_like(kept[0, 0])
+    kept = kept / unit
     nonfinite = (~finite).sum().double()
-    deviation = (kept - kept.mean(0)).square().sum()
+    deviation = (kept - kept.mean(0)).square().sum().sqrt() * unit
     deviation = torch.where(nonfinite > 0, math.nan, deviation) if len(x) > 1 else torch.full_like(deviation, math.nan)
     saturated = (finite & ((x <= low) | (x >= high))).sum().double()
     if not _has_ends(low, high):
         saturated = torch.full_like(saturated, math.nan)
     entries, units = (torch.full_like(nonfinite, float(n)) for n in (x.numel(), x.shape[1]))
     dead = (x == 0).all(0).sum().double()
-    return torch.stack([entries, nonfinite, kept.square().sum(), deviation, units, dead, saturated])
+    return torch.stack([entries, nonfinite, kept.square().sum().sqrt() * unit, deviation, units, dead, saturated])
+
+
+def _unit(kept: Tensor) -> Tensor:
+    """What entries are divided by before they are squared: their largest, where squares would leave the range of float64."""
+    largest = kept.abs().amax()
+    return torch.where((largest > LARGEST) | ((largest < SMALLEST) & (largest > 0)), largest, 1.0)
 
 
 def _by_library(kernel: native.Native, made: Tensor, axis: int, low: float, high: float) -> list[float] | None:
@@ -84,8 +96,7 @@ def _by_library(kernel: native.Native, made: Tensor, axis: int, low: float, high
         return None
     rows, entries = made.shape[axis], made.numel()
     columns = entries // rows
-    with torch._C.DisableTorchFunction():
-        pointer = _address(made, entries) if _by_example(made, axis, columns) else 0
+    pointer = _address(made, entries) if _by_example(made, axis, columns) else 0
     if not pointer:
         return None
     read = (ctypes.c_double * len(_READ))()
@@ -95,9 +106,11 @@ def _by_library(kernel: native.Native, made: Tensor, axis: int, low: float, high
     output = _Output(pointer, native._CODES[made.dtype], rows, columns, low, high, ctypes.addressof(read))
     library.gradlens_output(ctypes.byref(output), threads, kernel.variant)
     nonfinite, square_sum, deviation, dead, saturated = read
-    known = rows > 1 and not nonfinite
+    if made.dtype == torch.float64 and not SMALLEST**2 < square_sum < LARGEST**2 and (square_sum or dead < columns):
+        return None
+    deviation = math.sqrt(deviation) if rows > 1 and not nonfinite else math.nan
     saturated = saturated if _has_ends(low, high) else math.nan
-    return [entries, nonfinite, square_sum, deviation if known else math.nan, columns, dead, saturated]
+    return [entries, nonfinite, math.sqrt(square_sum), deviation, columns, dead, saturated]
 
 
 def _has_ends(low: float, high: float) -> bool:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from typing import NamedTuple
 
@@ -266,24 +267,9 @@ class _Run:
         return result
 
     def _detail(self, piece: Piece) -> Detail:
-        array, parameters, n = _host(piece.numbers), self._first.parameters, self._shape[1]
         kept, _ = _kept(self._first)
-        rows = self._rows(self._key.rows)
-
-        def detail() -> tuple[np.ndarray | None, Top | None]:
-            histogram = None
-            if array.shape[1] == fields.WIDTH:
-                histogram = np.zeros((n, 2 * fields.BUCKETS), np.int64)
-                histogram[rows] = array[:, fields.HISTOGRAM]
-            top = Top(np.full((n, fields.TOP), -1), *np.full((2, n, fields.TOP), np.nan))
-            index = array[:, fields.TOP_INDEX]
-            top.index[rows] = whole_index(parameters, piece.rows, np.where(np.isnan(index), -1, index).astype(np.int64))
-            top.partial[rows], top.value[rows] = array[:, fields.TOP_PARTIAL], array[:, fields.TOP_VALUE]
-            if isinstance(kept, slice):
-                return histogram, top
-            return None if histogram is None else histogram[kept], top.take(kept)
-
-        return detail
+        parameters = self._first.parameters
+        return partial(_detail, _host(piece.numbers), parameters, tuple(piece.rows), self._rows(self._key.rows), kept)
 
     # --- updates ----------------------------------------------------------------------------------------------------
 
@@ -356,6 +342,30 @@ class _Run:
             elif note == "gone":
                 status[:, row] = CODES[Status.UNCAPTURED]
         return status
+
+
+def _detail(
+    numbers: np.ndarray,
+    parameters: Parameters,
+    pieces: tuple[int, ...],
+    rows: np.ndarray | slice,
+    kept: np.ndarray | slice,
+) -> tuple[np.ndarray | None, Top | None]:
+    """What is large of one table: its histogram and its most sensitive weights.
+
+    A function of that table's numbers alone. The newest moments keep it, and would keep all tables that came with them.
+    """
+    n, histogram = len(parameters), None
+    if numbers.shape[1] == fields.WIDTH:
+        histogram = np.zeros((n, 2 * fields.BUCKETS), np.int64)
+        histogram[rows] = numbers[:, fields.HISTOGRAM]
+    top = Top(np.full((n, fields.TOP), -1), *np.full((2, n, fields.TOP), np.nan))
+    index = numbers[:, fields.TOP_INDEX]
+    top.index[rows] = whole_index(parameters, pieces, np.where(np.isnan(index), -1, index).astype(np.int64))
+    top.partial[rows], top.value[rows] = numbers[:, fields.TOP_PARTIAL], numbers[:, fields.TOP_VALUE]
+    if isinstance(kept, slice):
+        return histogram, top
+    return None if histogram is None else histogram[kept], top.take(kept)
 
 
 def uniform_ratios(before: np.ndarray, after: np.ndarray, precision: float) -> np.ndarray:

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from gradlens import fields, frames
-from gradlens.activations import SUMS, frame_of, measured
+from gradlens.activations import SUMS, added, frame_of, measured
 from gradlens.errors import ArgumentError, CorruptRunError, nearest
 from gradlens.records import COMPLEX, Parameters, Snapshot, Top
 from gradlens.store.rows import Found
@@ -169,13 +169,12 @@ def modules(found: Found, patterns: Sequence[str] | None) -> pd.DataFrame:
         c, module = {name: values[kept] for name, values in c.items()}, module[kept]
     rows = np.stack([c["step"].astype(np.int64), c["backward"].astype(np.int64), module])
     (step, backward, module), at = np.unique(rows, axis=1, return_inverse=True)
-    sums = {name: np.zeros(len(step)) for name in ("calls", *SUMS)}
-    for name, total in sums.items():
-        np.add.at(total, at.reshape(-1), c[name])
+    calls = np.bincount(at.reshape(-1), c["calls"], len(step)).astype(np.int64)
+    sums = added(np.stack([c[name] for name in SUMS], 1), at.reshape(-1), len(step))
     words = list(known)
     keys = {"step": step, "backward": backward}
     keys |= {name: [words[i][j] for i in module.tolist()] for j, name in enumerate(("module", "type"))}
-    return frame_of(keys, measured(sums.pop("calls").astype(np.int64), sums))
+    return frame_of(keys, measured(calls, dict(zip(SUMS, sums.T, strict=True))))
 
 
 # --- scalars --------------------------------------------------------------------------------------------------------

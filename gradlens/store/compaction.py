@@ -1,13 +1,18 @@
 """Files to fewer files: a full tail becomes a Parquet part, eight parts of a size become one.
 
-So the number of files grows with the logarithm of the run's length, up to parts of `LARGEST` rows.
+So the number of files grows with the logarithm of the run's length, up to parts of `LARGEST` rows. Each takes 100 MB for
+a moment, which `give_back` hands to the system again: allocators would keep it, and a long training would seem to grow.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+
+import pyarrow as pa
 
 from gradlens.errors import CorruptRunError
 from gradlens.store import parts, tables, tail
@@ -41,6 +46,15 @@ def to_part(table: str, part: Part, rows: Rows, owner: Segment) -> None:
         to = tables.part(part.path.parent, part.key, part.first, part.first)
         parts.write(to, table, part.key, list(owner.names(table)), [rows], count)
     part.path.unlink()
+
+
+def give_back() -> None:
+    """What was freed goes back to the system, as far as this one's allocators can be asked to."""
+    pa.default_memory_pool().release_unused()
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, musl does not
+        if trim is not None:
+            trim(0)
 
 
 class Compactor:

@@ -139,23 +139,30 @@ def _arrow(rows: Rows, key: Key, names: Sequence[str], schema: pa.Schema) -> pa.
     columns = []
     for field in schema:
         if field.name in ("segment", "rank"):
-            columns.append(pa.array(np.full(count, getattr(key, field.name), np.int32)))
+            columns.append(_array(np.full(count, getattr(key, field.name)), field.type))
         elif field.name in ("parameter", *NAMED.values()):
             columns.append(_words(rows["entry"], names))
         elif field.name in _WORDS:
             columns.append(_words(rows[field.name], _WORDS[field.name]))
-        elif field.name == "time":
-            columns.append(pa.array(rows["time"]).cast(field.type))
         else:
-            columns.append(pa.array(rows[field.name]))
+            columns.append(_array(rows[field.name], field.type))
     return pa.Table.from_arrays(columns, schema=schema)
+
+
+def _array(values: np.ndarray, kind: pa.DataType) -> pa.Array:
+    """Numbers as they are. `pa.array` would import pandas, and `cast` pyarrow.compute, while somebody trains."""
+    dtype = np.dtype(np.int64) if pa.types.is_timestamp(kind) else np.dtype(kind.to_pandas_dtype())
+    return pa.Array.from_buffers(kind, len(values), [None, pa.py_buffer(np.ascontiguousarray(values, dtype))])
 
 
 def _words(codes: np.ndarray, words: Sequence[str]) -> pa.DictionaryArray:
     """With those that occur alone: a group's dictionary is written out."""
     occurring, places = np.unique(codes, return_inverse=True)
-    chosen = pa.array([words[code] for code in occurring.tolist()], pa.string())
-    return pa.DictionaryArray.from_arrays(pa.array(places.astype(np.int32)), chosen)
+    chosen = [words[code].encode() for code in occurring.tolist()]
+    ends = np.cumsum([0, *map(len, chosen)])
+    buffers = [None, pa.py_buffer(ends.astype(np.int32)), pa.py_buffer(b"".join(chosen))]
+    text = pa.Array.from_buffers(pa.string(), len(chosen), buffers)
+    return pa.DictionaryArray.from_arrays(_array(places, pa.int32()), text)
 
 
 def _sync(path: Path) -> None:

@@ -30,7 +30,7 @@ from gradlens.blocks import Block, block_of
 from gradlens.errors import ArgumentError, CorruptRunError, RunDirectoryError
 from gradlens.records import Finding, Record
 from gradlens.store import segment, tables
-from gradlens.store.compaction import ROLL, Compactor, read_checked
+from gradlens.store.compaction import ROLL, Compactor, give_back, read_checked
 from gradlens.store.encoding import RowEncoder
 from gradlens.store.lock import Lock
 from gradlens.store.tables import TABLES, Key, Part
@@ -266,6 +266,7 @@ class Store:
             self._seal(table)
         while self._sealed or self._left:
             self._roll_one()
+        give_back()
 
     # --- threads ------------------------------------------------------------------------------------------------------
 
@@ -281,6 +282,7 @@ class Store:
             try:
                 while (self._sealed or self._left) and not self._stop.is_set():
                     self._compactor.merge(self._roll_one())
+                give_back()
             except Exception as error:  # noqa: BLE001 - raised to the next caller
                 self._error = self._error or error
                 return

@@ -48,8 +48,9 @@ class Delivery:
         self._on_finding = on_finding
         self._entering = entering
         self._times: Counter[str] = Counter()
-        self.durable = Fanout([writer for writer in writers if _durable(writer)], self._writer_failed, entering)
-        self.others = Fanout([writer for writer in writers if not _durable(writer)], self._writer_failed, entering)
+        told = self._writer_failed, entering, self._activations_failed
+        self.durable = Fanout([writer for writer in writers if _durable(writer)], *told)
+        self.others = Fanout([writer for writer in writers if not _durable(writer)], *told)
         self._broken: list[Finding] = []  # writers that failed, of which nobody has heard yet
         self._step = 0
 
@@ -129,6 +130,10 @@ class Delivery:
 
     def _writer_failed(self, writer: Writer, error: BaseException) -> None:
         self._broken.append(findings.writer_failed(self._step, type(writer).__name__, error, durable=_durable(writer)))
+
+    def _activations_failed(self, writer: Writer, error: BaseException) -> None:
+        text = f"the activations of the writer {type(writer).__name__}, which gets no more: {type(error).__name__}: {error}"
+        self._broken.append(findings.fault(self._step, text))
 
     def tell_failures(self) -> None:
         """Say which writers have failed since it was last said: in memory, in those that work, and in the report."""

@@ -8,14 +8,14 @@ the meantime does not matter.
 
     hidden   an observed step (and the one after it, which tidies up) against steps that are not: torch's calls of the hooks
              on each parameter, which are too short to be timed, and gradients that it copies for them; caches
-    share    steps during which our own threads worked against steps during which they rested: the share of their processor
-             time that training waits for, since Python's lock is theirs meanwhile
+    share    steps during which our own threads worked against steps during which they rested: what training waits for a
+             second of theirs, since Python's lock is theirs meanwhile
 
-`hidden` needs steps that are not observed, as a schedule or a budget makes them; where every step is observed it is taken to
-be `HOOK` for each watched parameter. `share` is near 1 where training is Python,
-and less where it is long native operations; before it was measured it is taken to be `EXPECTED`. A step that is not observed
-costs a little too, the `floor`. Time is step time: of a pause, such as an evaluation between two steps, only the length of
-some steps is counted.
+`hidden` needs steps that are not observed, as a schedule or a budget makes them; where every step is observed it is taken
+to be `HOOK` for each watched parameter. `share` is near 1 where training is Python, less where it is long native
+operations, and more where other processes take the core from the thread that has the lock; before it was measured it is
+taken to be `EXPECTED`. A step that is not observed costs a little too, the `floor`. Time is step time: of a pause, such as
+an evaluation between two steps, only the length of some steps is counted.
 """
 
 from __future__ import annotations
@@ -36,10 +36,8 @@ PAUSE = 10  #: typical steps without a hook, from which it is a pause
 SETTLED = 20  #: quiet steps, before the floor is believed
 WORKED = 0.01  #: of a typical step, from which our own threads worked during it
 
-EXPECTED, SPREAD = (
-    0.8,
-    0.3,
-)  #: the share of our threads' time that is felt, before it was measured: five models had 0.6 to 1.1
+#: The share of our threads' time that is felt, before it was measured: five models had 0.6 to 1.1.
+EXPECTED, SPREAD = 0.8, 0.3
 #: Seconds that a parameter's hooks take and no stopwatch sees, before that was measured. By processor time of the training
 #: thread, against a bare copy in turns: 18 us a parameter of 8, 7 and 14 of 42, 7 of 202; by the clock 12 of 8 and 9 of 42.
 HOOK, HOOK_SPREAD = 9e-6, 4e-6
@@ -61,7 +59,7 @@ class Overhead:
     floor: float | None = None  #: seconds of ours in a quiet step, measured directly; None where none was quiet
     budget: float | None = None  #: the share that was asked for
     background: float = 0.0  #: processor seconds of our own threads
-    contention: float = 0.0  #: the share of these that training waited for
+    contention: float = 0.0  #: seconds that training waited for each of these
     contention_uncertainty: float = 0.0  #: one standard error of that
     hooks: float = 0.0  #: seconds that an observed step is expected to take beside `look`, where nothing is compared
     hooks_uncertainty: float = 0.0  #: one standard error of that
@@ -98,8 +96,8 @@ class Overhead:
             text += f"; {1e3 * self.floor:.3f} ms a step that is not observed"
         if self.background > 0:
             text += (
-                f"; {self.background / self.elapsed:.1%} of a core on threads of its own, of which training waited for "
-                f"{self.contention:.0%} +- {self.contention_uncertainty:.0%}"
+                f"; {self.background / self.elapsed:.1%} of a core on threads of its own, each second of which training "
+                f"felt as {self.contention:.2f} +- {self.contention_uncertainty:.2f}"
             )
         return text + self._verdict()
 

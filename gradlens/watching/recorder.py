@@ -16,35 +16,28 @@ from memory after `PATIENCE` seconds, and `close()` says who it was.
 
 from __future__ import annotations
 
-import itertools
 import os
 import threading
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
-import numpy as np
 from torch import Tensor
 
 from gradlens import findings
-from gradlens.activations import Activations
 from gradlens.analysis.diagnosis import Diagnosis, diagnose
 from gradlens.analysis.history import History
 from gradlens.analysis.ruleset import RuleSet
 from gradlens.analysis.trend import trend
 from gradlens.errors import GradlensWarning
 from gradlens.facts import Fact
-from gradlens.moments import Moments, together
 from gradlens.records import Finding
-from gradlens.statistics.table import Table, settle
-from gradlens.statistics.transfer import Transfer
-from gradlens.statistics.unpacking import Arrival, unpack
+from gradlens.statistics.table import Table
+from gradlens.watching.batches import TableBatch, Unpacked, joined, portions, unpacked
 from gradlens.watching.delivery import Delivery
 from gradlens.watching.failures import Failures
-from gradlens.watching.isolation import isolated_compute
 from gradlens.watching.stopwatch import ThreadClock
 from gradlens.writers.base import Writer
 from gradlens.writers.inbox import Inbox
@@ -55,48 +48,6 @@ REST = 50  #: times as long as it worked, that the recorder rests
 SHORTEST, LONGEST = 0.05, 5.0  #: seconds that it rests at least and at most
 RECORDED = 0.4  #: seconds after which what came is with the durable writers; those take up to half a second more
 PATIENCE = 15.0  #: seconds without any progress, after which a rule, a writer or a callback is not waited for
-
-
-@dataclass(eq=False)
-class TableBatch:
-    """Tables on their way to the recorder's thread."""
-
-    step: int
-    nbytes: int
-    tables: list[Table]
-    losses: Sequence[float | Tensor | None]  # by table
-    scalars: dict[str, Any]
-    findings: Sequence[Finding]
-    facts: Sequence[Fact] = ()
-    transfer: Transfer | None = None  # of what a device has
-    slots: Sequence[tuple[object, str]] = ()  # where that belongs
-
-    def arrived(self) -> bool:
-        """Whether every number is there."""
-        return self.transfer is None or self.transfer.arrived()
-
-    def arrivals(self) -> list[Arrival]:
-        """The tables with their numbers; waits for those that a device has."""
-        if self.transfer is not None:
-            settle(self.slots, self.transfer.wait())
-            self.transfer = None
-        scalars = {name: float(value) for name, value in self.scalars.items()}
-        return [Arrival(table, _with_loss(scalars, loss)) for table, loss in zip(self.tables, self.losses, strict=True)]
-
-
-def _with_loss(scalars: dict[str, float], loss: float | Tensor | None) -> dict[str, float]:
-    return scalars if loss is None or "loss" in scalars else {"loss": float(loss), **scalars}
-
-
-class Unpacked(NamedTuple):
-    """Moments; and facts, each with the place of the first moment that knows it."""
-
-    moments: Moments
-    facts: list[tuple[int, Fact]]
-
-
-def _rows(unpacked: Unpacked) -> int:
-    return sum(block.rows for block in unpacked.moments.blocks)
 
 
 class Recorder:
@@ -151,19 +102,8 @@ class Recorder:
         facts, self._facts = self._facts, []
         batch = TableBatch(step, size, tables, losses or [None] * len(tables), dict(scalars), findings[:], facts)
         del findings[: len(batch.findings)]
-        observed = [name for name, value in batch.scalars.items() if isinstance(value, Tensor) and not value.is_cpu]
-        late = [i for i, loss in enumerate(batch.losses) if isinstance(loss, Tensor) and not loss.is_cpu]
-        if observed or late or not all(table.on_host() for table in tables):
-            with isolated_compute():
-                self._transfer(batch, observed, late)
+        batch.begin_transfer()
         self.inbox.append(batch)
-
-    @staticmethod
-    def _transfer(batch: TableBatch, observed: Sequence[str], late: Sequence[int]) -> None:
-        batch.losses = list(batch.losses)
-        boxes = [_Box(batch.scalars, name) for name in observed] + [_Box(batch.losses, i) for i in late]
-        batch.slots = [slot for table in batch.tables for slot in table.slots()] + [(box, "value") for box in boxes]
-        batch.transfer = Transfer([getattr(holder, name).detach() for holder, name in batch.slots])
 
     def diagnosis(self) -> Diagnosis:
         """What was found so far, in order."""
@@ -273,20 +213,16 @@ class Recorder:
                 for finding in [item] if isinstance(item, Finding) else item.findings:
                     self._delivery.record_finding(finding)
                     self._recorded.append(finding)
-            for portion in _portions([item for item in taken if isinstance(item, TableBatch)]):
-                for unpacked in self._unpacked(portion):
-                    if unpacked.moments or unpacked.facts:
-                        self._delivery.record(unpacked.moments, unpacked.facts)
-                    self._recorded.append(unpacked)
+            for portion in portions([item for item in taken if isinstance(item, TableBatch)], ROWS):
+                for each in self._unpacked(portion):
+                    if each.moments or each.facts:
+                        self._delivery.record(each.moments, each.facts)
+                    self._recorded.append(each)
 
     def _unpacked(self, batches: Sequence[TableBatch]) -> list[Unpacked]:
         """What batches hold, together; one by one where something is wrong with one of them."""
         try:
-            facts, arrivals = [], list[Arrival]()
-            for batch in batches:
-                facts += [(len(arrivals), on_host(fact)) for fact in batch.facts]
-                arrivals += batch.arrivals()
-            return [Unpacked(unpack(arrivals), facts)]
+            return [unpacked(batches, self._failures)]
         except Exception as error:  # noqa: BLE001 - a fault of ours costs the step that it touched
             if len(batches) == 1:
                 self._failures("unpacking", error)
@@ -344,15 +280,13 @@ class Recorder:
     def _with_the_next(self, first: Unpacked) -> Unpacked:
         """What was recorded one after the other as if it had come at once: rules and writers cost the most a block."""
         parts = [first]
-        while self._recorded and sum(map(_rows, parts)) < TOGETHER:
+        while self._recorded and sum(part.rows for part in parts) < TOGETHER:
             following = self._recorded[0]
             if not isinstance(following, Unpacked):
                 break
             parts.append(following)
             self._recorded.popleft()
-        starts = itertools.accumulate([0, *(len(part.moments) for part in parts[:-1])])
-        facts = [(at + place, fact) for at, part in zip(starts, parts, strict=True) for place, fact in part.facts]
-        return Unpacked(together([part.moments for part in parts]), facts)
+        return joined(parts)
 
     def _close_durable(self) -> None:
         with self._recording:
@@ -370,42 +304,3 @@ class Recorder:
             call(*args)
         except BaseException as error:  # noqa: BLE001 - the thread must live, and say what it lost
             self._failures(where, error)
-
-
-def _portions(batches: Sequence[TableBatch]) -> Iterator[list[TableBatch]]:
-    """Batches of some `ROWS` rows together: a block is made of one portion, and handed on whole."""
-    portion: list[TableBatch] = []
-    rows = 0
-    for batch in batches:
-        portion.append(batch)
-        rows += sum(len(table.parameters) for table in batch.tables)
-        if rows >= ROWS:
-            yield portion
-            portion, rows = [], 0
-    if portion:
-        yield portion
-
-
-def on_host(fact: Fact) -> Fact:
-    """The fact without tensors: numbers that a device had are waited for, on this thread."""
-    if isinstance(fact, Activations):
-        sums = [row.tolist() if isinstance(row, Tensor) else row for row in fact.sums]
-        return replace(fact, sums=np.array(sums, np.float64))
-    moved = {f.name: float(value) for f in fields(fact) if isinstance(value := getattr(fact, f.name), Tensor)}
-    return replace(fact, **moved) if moved else fact  # type: ignore[arg-type]
-
-
-class _Box:
-    """A place in a dictionary or a list, as an attribute."""
-
-    def __init__(self, holder: Any, key: Any) -> None:
-        self._holder, self._key = holder, key
-
-    @property
-    def value(self) -> Any:
-        """What is there."""
-        return self._holder[self._key]
-
-    @value.setter
-    def value(self, value: Any) -> None:
-        self._holder[self._key] = value

@@ -25,6 +25,7 @@ class Fanout:
         writers: Where records go.
         on_failure: Told of each writer that failed, beside the warning.
         entering: Told whose function is called next.
+        on_loss: Told of each writer that could not take activations: it gets no more of those, and all else.
     """
 
     def __init__(
@@ -32,9 +33,11 @@ class Fanout:
         writers: Sequence[Writer],
         on_failure: Callable[[Writer, BaseException], None] = lambda writer, error: None,
         entering: Callable[[str], None] = lambda whose: None,
+        on_loss: Callable[[Writer, BaseException], None] = lambda writer, error: None,
     ) -> None:
         self._writers = list(writers)
-        self._on_failure, self._entering = on_failure, entering
+        self._on_failure, self._entering, self._on_loss = on_failure, entering, on_loss
+        self._without: list[Writer] = []  # that get no activations any more
         self.failed: list[tuple[Writer, BaseException]] = []
 
     def write(self, record: Any) -> None:
@@ -47,9 +50,17 @@ class Fanout:
             self._each(lambda writer: _write_moments(writer, moments))
 
     def write_activations(self, passes: Sequence[Activations]) -> None:
-        """To the writers that take them."""
-        if passes:
-            self._each(lambda writer: getattr(writer, "write_activations", _ignore)(passes))
+        """To the writers that take them. A fault there costs the writer its activations, and nothing else."""
+        for writer in self._writers if passes else ():
+            if hasattr(writer, "write_activations") and not any(writer is each for each in self._without):
+                self._entering(f"the writer {type(writer).__name__}")
+                try:
+                    writer.write_activations(passes)
+                except BaseException as error:
+                    if isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
+                        raise  # the user's own Ctrl-C
+                    self._without.append(writer)
+                    self._on_loss(writer, error)
 
     def flush(self) -> None:
         """Each writer."""
@@ -76,10 +87,6 @@ class Fanout:
                 self.failed.append((writer, error))
                 _warn(writer, error)
                 self._on_failure(writer, error)
-
-
-def _ignore(passes: Sequence[Activations]) -> None:
-    """Most writers are about gradients."""
 
 
 def _write_moments(writer: Any, moments: Sequence[tuple[Block, int]]) -> None:

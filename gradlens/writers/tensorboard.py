@@ -239,13 +239,12 @@ class TensorBoard:
         self._write(self._waiting)
 
     def write_activations(self, passes: Sequence[Activations]) -> None:
-        """Take what modules made. Of a step the first pass counts."""
+        """Take what modules made, before the moments of the same steps. Of a step the first pass counts."""
+        self._made = {step: values for step, values in self._made.items() if step >= self._open.step}
         for each in passes:
             if each.step not in self._made:
                 values = extremes(each)
                 self._made[each.step] = {f"{tags.HEALTH}/activations_{name}": value for name, value in values.items()}
-        for step in list(self._made)[:-EACH]:
-            del self._made[step]
 
     def _due(self, now: float) -> bool:
         """Whether the numbers of the next step are written."""

@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 
+from tests.forks import expected, forked
+
 
 def call(*arguments, cwd=None, code=0, text=True, env=None, stdin=None):
     """`gradlens ARGUMENTS`; the exit code must be `code`."""
@@ -17,5 +19,9 @@ def call(*arguments, cwd=None, code=0, text=True, env=None, stdin=None):
         check=False,
         input=stdin,
     )
-    assert done.returncode == code, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
-    return done
+    return expected(done, code)
+
+
+def forked_call(*arguments, cwd=None, code=0, env=None):
+    """`gradlens ARGUMENTS`, the same way: for what is asked of the script and not of the command's start."""
+    return forked("-m", "gradlens", *arguments, cwd=cwd, code=code, env=env)

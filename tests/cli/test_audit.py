@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.cli.helpers import call
+from tests.cli.helpers import call, forked_call
 
 SCRIPT = """
 import sys, torch
@@ -43,7 +43,7 @@ def test_a_softmax_too_many_is_named_before_the_first_step(tmp_path):
 
 def test_a_sound_script_has_nothing(tmp_path):
     """And says how much of the model the loss reaches."""
-    done = call("audit", _script(tmp_path))
+    done = forked_call("audit", _script(tmp_path))
     assert "it reaches 4 of the model's 4 parameters" in done.stdout
     assert "nothing looks wrong" in done.stdout
 
@@ -54,14 +54,14 @@ def test_the_function_backward_is_a_backward(tmp_path):
     path.write_text(
         SCRIPT.format(softmax="").replace("loss.backward()", "torch.autograd.backward([loss, net[0].bias.sum()])")
     )
-    done = call("audit", path)
+    done = forked_call("audit", path)
     assert "it reaches 4 of the model's 4 parameters" in done.stdout
     assert "after" not in done.stdout + done.stderr
 
 
 def test_json_and_the_exit_code_are_for_ci(tmp_path):
     """--fail-on exits with 1; the output is JSON and nothing else."""
-    done = call("audit", "--json", "--fail-on", "warning", _script(tmp_path, ", nn.Softmax(1)"), code=1)
+    done = forked_call("audit", "--json", "--fail-on", "warning", _script(tmp_path, ", nn.Softmax(1)"), code=1)
     content = json.loads(done.stdout)
     assert not content["ok"]
     assert any("softmax" in finding["seen"].lower() for finding in content["findings"])
@@ -71,10 +71,10 @@ def test_a_script_without_a_backward_is_an_error(tmp_path):
     """Exit code 2, and why."""
     path = tmp_path / "none.py"
     path.write_text("import torch; print('done')")
-    assert "ended before any backward" in call("audit", path, code=2).stderr
+    assert "ended before any backward" in forked_call("audit", path, code=2).stderr
 
 
 @pytest.mark.parametrize("arguments", [["nothing.py"], ["-m", "nosuchmodule"]])
 def test_a_script_that_is_not_there_is_an_error(tmp_path, arguments):
     """As for `gradlens run`."""
-    assert "Error" in call("audit", *arguments, cwd=tmp_path, code=2).stderr
+    assert "Error" in forked_call("audit", *arguments, cwd=tmp_path, code=2).stderr

@@ -11,7 +11,7 @@ import time
 import pytest
 
 from gradlens.store.run import open_run
-from tests.cli.helpers import call
+from tests.cli.helpers import call, forked, forked_call
 
 NET = """
 import sys, torch
@@ -65,15 +65,20 @@ def _script(folder, text, name="train.py"):
     return path
 
 
-def _unwatched(path, *arguments, **options):
+def _by_python(path, *arguments):
     """The script as Python runs it."""
     command = [sys.executable, path, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False, cwd=path.parent, **options)
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False, cwd=path.parent)
 
 
-def _watched(path, *arguments, code=0, options=(), env=None):
+def _alone(path):
+    """The same, without the time that torch takes to import: for what does not depend on how Python starts."""
+    return forked(path, cwd=path.parent)
+
+
+def _watched(path, *arguments, code=0, options=(), start=forked_call):
     """The script under `gradlens run`, and its run."""
-    done = call("run", "--run", "out", *options, path.name, *arguments, cwd=path.parent, code=code, env=env)
+    done = start("run", "--run", "out", *options, path.name, *arguments, cwd=path.parent, code=code)
     return done, path.parent / "out"
 
 
@@ -85,7 +90,7 @@ def test_training_is_bit_identical_and_every_step_is_seen(tmp_path):
     """Weights, random state, output and exit code are those of the script alone; the first backward is in the records, under
     the model's own names, and the end says what was seen."""
     path = _script(tmp_path, PLAIN + "    print(sys.argv, __file__, __name__, sys.path[0]); sys.exit(7)\n")
-    alone = _unwatched(path, "--lr", "x y")
+    alone = _by_python(path, "--lr", "x y")
     done = call("run", "--run", "out", str(path), "--lr", "x y", cwd=tmp_path, code=7)
     assert done.stdout == alone.stdout
     assert alone.returncode == 7
@@ -100,7 +105,7 @@ def test_training_is_bit_identical_and_every_step_is_seen(tmp_path):
 def test_the_run_is_named_after_the_script_and_the_time(tmp_path):
     """Without --run: runs/train-DATE-TIME below the working directory."""
     path = _script(tmp_path, PLAIN)
-    call("run", path.name, cwd=tmp_path)
+    forked_call("run", path.name, cwd=tmp_path)
     (run,) = (tmp_path / "runs").iterdir()
     assert re.fullmatch(r"train-\d{8}-\d{6}", run.name)
 
@@ -108,7 +113,7 @@ def test_the_run_is_named_after_the_script_and_the_time(tmp_path):
 def test_a_traceback_is_the_scripts_own(tmp_path):
     """No frame of ours is in it, and the exit code is Python's."""
     path = _script(tmp_path, PLAIN + "    raise ValueError('mine')\n")
-    alone = _unwatched(path)
+    alone = _by_python(path)
     done = call("run", "--run", "out", str(path), cwd=tmp_path, code=1)
     theirs = alone.stderr[alone.stderr.index("Traceback") :]
     assert theirs in done.stderr
@@ -150,9 +155,9 @@ def test_what_main_defines_can_be_pickled_and_spawned(tmp_path):
             print(pool.map(double, [1, 2]))
     """
     path = _script(tmp_path, PLAIN + textwrap.dedent(body))
-    done, run = _watched(path)
+    done, run = _watched(path, start=call)
     assert "[2, 4]" in done.stdout
-    assert done.stdout == _unwatched(path).stdout
+    assert done.stdout == _by_python(path).stdout
     assert len(_names(run)) == 4
     assert not (tmp_path / "out-2").exists()
 
@@ -190,7 +195,7 @@ def test_python_keeps_its_own_options(tmp_path):
 def test_a_script_without_torch_is_left_alone(tmp_path):
     """Nothing is imported, printed or written."""
     path = _script(tmp_path, "import sys; print('torch' in sys.modules, 'gradlens' in sys.modules, 'numpy' in sys.modules)")
-    done, run = _watched(path)
+    done, run = _watched(path, start=call)
     assert (done.stdout, done.stderr) == ("False False False\n", "")
     assert not run.exists()
 
@@ -236,7 +241,7 @@ def test_without_an_optimizer_each_backward_is_a_step(tmp_path):
     """
     path = _script(tmp_path, _body(body))
     done, run = _watched(path)
-    assert done.stdout == _unwatched(path).stdout
+    assert done.stdout == _alone(path).stdout
     assert open_run(run).steps("backward") == list(range(8))
     assert len(_names(run)) == 4
 
@@ -269,7 +274,7 @@ def test_the_function_backward_is_watched_from_the_first_one(tmp_path, losses):
     gradients, and weights and random state are those of the script alone."""
     path = _script(tmp_path, TRAIN + _function(losses))
     done, run = _watched(path)
-    assert done.stdout == _unwatched(path).stdout
+    assert done.stdout == _alone(path).stdout
     opened = open_run(run)
     assert opened.steps("backward") == opened.steps("used") == list(range(8))
     assert set(opened.table(0, stage="backward")["status"]) == {"ok"}
@@ -282,7 +287,7 @@ def test_the_function_backward_without_an_optimizer_reaches_all_its_losses(tmp_p
     losses = "[net(x).square().mean(), last(x.detach()).square().mean()]"
     path = _script(tmp_path, TRAIN + _function(losses, move, "last = nn.Linear(8, 1)"))
     done, run = _watched(path)
-    assert done.stdout == _unwatched(path).stdout
+    assert done.stdout == _alone(path).stdout
     assert open_run(run).steps("backward") == list(range(8))
     assert {name.split(".")[0] for name in _names(run)} == {"net", "last"}
 
@@ -318,7 +323,7 @@ def test_torch_is_as_it_was_after_the_first_backward(tmp_path):
     path = _script(tmp_path, _body(body))
     done, run = _watched(path)
     assert done.stdout.split() == ["False", "True", "True", "function"]
-    assert _unwatched(path).stdout.split() == ["True", "True", "True", "function"]
+    assert _alone(path).stdout.split() == ["True", "True", "True", "function"]
     assert open_run(run).steps("backward") == [0]
 
 
@@ -336,8 +341,8 @@ def test_the_traceback_of_the_function_backward_is_torchs_own(tmp_path, losses):
             raise ValueError("mine")
     """
     path = _script(tmp_path, _body(body) + _function(losses))
-    alone = _unwatched(path)
-    done = call("run", "--run", "out", str(path), cwd=tmp_path, code=1)
+    alone = _alone(path)
+    done = forked_call("run", "--run", "out", str(path), cwd=tmp_path, code=1)
     theirs = alone.stderr[alone.stderr.index("Traceback") :]
     assert theirs in done.stderr
     assert "gradlens/integrations" not in done.stderr
@@ -365,7 +370,7 @@ def test_two_models_are_named_after_the_scripts_variables(tmp_path):
     """
     path = _script(tmp_path, _body(body))
     done, run = _watched(path)
-    assert done.stdout == _unwatched(path).stdout
+    assert done.stdout == _alone(path).stdout
     assert {name.split(".")[0] for name in _names(run)} == {"netD", "netG"}
     assert len(open_run(run).steps("used")) >= 6
     assert not (tmp_path / "out-2").exists()
@@ -388,7 +393,7 @@ def test_accumulation_with_a_scaler_is_unscaled(tmp_path):
     """
     path = _script(tmp_path, _body(body))
     done, run = _watched(path)
-    assert done.stdout == _unwatched(path).stdout
+    assert done.stdout == _alone(path).stdout
     history = open_run(run).history()
     assert history[history["stage"] == "backward"].groupby("step")["backward"].nunique().tolist() == [2] * 5
     assert history[history["stage"] == "used"]["abs_max"].max() < 10
@@ -408,7 +413,7 @@ def test_plain_tensors_are_watched_from_the_first_step(tmp_path):
     """
     path = _script(tmp_path, _body(body))
     done, run = _watched(path)
-    assert done.stdout == _unwatched(path).stdout
+    assert done.stdout == _alone(path).stdout
     opened = open_run(run)
     assert set(opened.names()) == {"scale", "offset"}
     assert opened.steps("used") == list(range(6))
@@ -428,7 +433,7 @@ def test_an_optimizer_that_comes_late_continues_the_run(tmp_path):
     """
     path = _script(tmp_path, _body(body))
     done, run = _watched(path)
-    assert done.stdout == _unwatched(path).stdout
+    assert done.stdout == _alone(path).stdout
     assert "Traceback" not in done.stderr
     opened = open_run(run)
     assert opened.steps("backward") == list(range(14))
@@ -449,7 +454,7 @@ def test_what_is_trained_later_gets_a_run_of_its_own(tmp_path):
     """
     path = _script(tmp_path, _body(body))
     done, run = _watched(path)
-    assert done.stdout == _unwatched(path).stdout
+    assert done.stdout == _alone(path).stdout
     for each in (run, tmp_path / "out-2"):
         assert open_run(each).steps("used") == list(range(12))
 
@@ -478,7 +483,7 @@ def test_a_compiled_model_keeps_its_names(tmp_path):
     """
     path = _script(tmp_path, _body(body))
     done, run = _watched(path)
-    assert done.stdout == _unwatched(path).stdout
+    assert done.stdout == _alone(path).stdout
     assert _names(run) == ["fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias"]
     assert open_run(run).steps("used") == list(range(4))
 
@@ -506,7 +511,7 @@ def test_a_backward_within_a_compiled_step_trains_as_it_does_alone(tmp_path, cal
     """
     path = _script(tmp_path, _body(body.replace("CALL", call_of)))
     done, run = _watched(path)
-    assert done.stdout == _unwatched(path).stdout
+    assert done.stdout == _alone(path).stdout
     assert open_run(run).steps("used") == open_run(run).steps("backward") == list(range(4))
 
 
@@ -545,7 +550,7 @@ def test_lightning_trains_as_it_does_alone(tmp_path):
     """Its sanity check, which is without gradients, does not count; names are those of the LightningModule."""
     path = _script(tmp_path, LIGHTNING)
     done, run = _watched(path)
-    assert done.stdout == _unwatched(path).stdout
+    assert done.stdout == _alone(path).stdout
     assert open_run(run).steps("used") == list(range(16))
     assert _names(run)[0] == "net.fc1.weight"
 
@@ -574,7 +579,7 @@ def test_the_trainer_of_transformers_trains_as_it_does_alone(tmp_path):
     path = _script(tmp_path, TRANSFORMERS)
     done, run = _watched(path)
     weights = done.stdout.splitlines()[-1]  # before it stands how many seconds the training took
-    assert weights == _unwatched(path).stdout.splitlines()[-1]
+    assert weights == _alone(path).stdout.splitlines()[-1]
     opened = open_run(run)
     assert opened.steps("used") == list(range(8))
     assert opened.history(stage="backward").groupby("step")["backward"].nunique().tolist() == [2] * 8

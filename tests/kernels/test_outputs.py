@@ -23,7 +23,15 @@ def by_library(made, *args):
 def test_a_small_batch_worked_out_by_hand():
     """Three examples of two units, one of which is always 0: every sum has its own number."""
     made = torch.tensor([[0.0, 1.0], [0.0, 2.0], [0.0, 6.0]])
-    expected = {"entries": 6, "nonfinite": 0, "square_sum": 41, "deviation": 14, "units": 2, "dead": 1, "saturated": 4}
+    expected = {
+        "entries": 6,
+        "nonfinite": 0,
+        "norm": math.sqrt(41),
+        "deviation": math.sqrt(14),
+        "units": 2,
+        "dead": 1,
+        "saturated": 4,
+    }
     for found in (by_library(made, 0, 0.0, 6.0), sums_by_torch(made, 0, 0.0, 6.0)):
         assert dict(zip(SUMS, found.tolist(), strict=True)) == expected
 
@@ -44,7 +52,7 @@ def test_what_differs_is_not_lost_beside_what_is_shared():
     """Examples that differ by 1e-5 of their size have that deviation, to eight digits."""
     torch.manual_seed(1)
     made = 1000 + 0.01 * torch.randn(32, 100, dtype=torch.float64)
-    true = float((made - made.mean(0)).square().sum())
+    true = float((made - made.mean(0)).square().sum().sqrt())
     assert by_library(made)[AT["deviation"]] == pytest.approx(true, rel=1e-8)
 
 
@@ -60,7 +68,7 @@ def test_what_is_not_finite_is_counted_and_left_out(bad):
     assert mine[AT["dead"]] == 1
     assert math.isnan(mine[AT["deviation"]])
     torch.testing.assert_close(mine, other, rtol=1e-12, atol=0.0, equal_nan=True)
-    assert mine[AT["square_sum"]] == pytest.approx(float(made[made.isfinite()].double().square().sum()), rel=1e-12)
+    assert mine[AT["norm"]] == pytest.approx(float(made[made.isfinite()].double().norm()), rel=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import gradlens
 from gradlens.statistics import transfer
 from gradlens.statistics.table import Table
 from gradlens.statistics.transfer import Transfer
-from gradlens.watching import recorder
+from gradlens.watching import batches
 from tests.launches import Launches
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -89,7 +89,7 @@ def test_a_step_is_one_transfer(options, monkeypatch):
             started.append(len(tensors))
             super().__init__(tensors)
 
-    monkeypatch.setattr(recorder, "Transfer", Counted)
+    monkeypatch.setattr(batches, "Transfer", Counted)
     for backwards, expected in ((1, 5), (3, 15)):
         started.clear()
         for _ in watched(5, backwards, **options):
@@ -98,7 +98,7 @@ def test_a_step_is_one_transfer(options, monkeypatch):
 
 def test_a_step_on_the_cpu_is_no_transfer(monkeypatch):
     """Its numbers are where they are wanted."""
-    monkeypatch.setattr(recorder, "Transfer", None)
+    monkeypatch.setattr(batches, "Transfer", None)
     for lens in watched(5):
         assert lens.history()["step"].unique().tolist() == list(range(5))
 

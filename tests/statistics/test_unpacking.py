@@ -1,5 +1,7 @@
 """Many tables at once are what each is by itself."""
 
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -103,3 +105,19 @@ def test_alike_steps_are_one_block():
 def test_what_is_odd_is_unpacked_by_itself(odd):
     """A scale, a scale that was on a device, no gradient at all."""
     assert likeness(Table(0, 0, "backward", PARAMETERS, 0.0, **odd)) is None
+
+
+def test_what_is_large_of_one_moment_keeps_no_other_moment_alive():
+    """A block whose other moments were lightened has the numbers of one table, not of all that came with it."""
+    weights = [torch.randn(2, 3), torch.randn(4), torch.randn((), dtype=torch.complex64)]
+    tables = [
+        Table(step, 0, "backward", PARAMETERS, float(step), pieces=[Piece([0, 1, 2], kernels.summarize(weights, weights))])
+        for step in range(5)
+    ]
+    numbers = [weakref.ref(table.pieces[0].numbers) for table in tables]
+    block = unpack([Arrival(table, {}) for table in tables]).blocks[0]
+    del tables
+    for moment in range(4):
+        block.lighten(moment)
+    assert [ref() is None for ref in numbers] == [True, True, True, True, True]
+    assert block.snapshot(4).top.index.shape == (3, fields.TOP)

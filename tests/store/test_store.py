@@ -123,6 +123,30 @@ def test_memory_does_not_wait_for_the_clock(tmp_path):
         assert len(open_run(tmp_path).steps()) >= 8
 
 
+IMPORTS = """
+    import sys
+    from pathlib import Path
+    from tests.store import made
+    from gradlens.store.store import Store
+    records = made.training(40)
+    store = Store(sys.argv[1], {}, interval=3600, roll=10)
+    before = set(sys.modules)
+    for record in records:
+        store.write(record)
+    store.close()
+    parts = [path.stem for path in (Path(sys.argv[1]) / "history").glob("*.parquet")]
+    assert len(parts) > 1 and any(part.split("-")[-1] != part.split("-")[-2] for part in parts), parts
+    print(sorted(set(sys.modules) - before))
+"""
+
+
+def test_making_parts_imports_nothing(tmp_path):
+    """Tails become parts and parts one in the middle of a training: pandas would take 30 MB and a second of its time."""
+    script = textwrap.dedent(IMPORTS)
+    done = subprocess.run([sys.executable, "-c", script, tmp_path], capture_output=True, text=True)
+    assert (done.stdout, done.returncode) == ("[]\n", 0), done.stderr
+
+
 KILLED = """
     import os, signal, sys
     from tests.store import made

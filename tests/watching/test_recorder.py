@@ -13,9 +13,10 @@ import pytest
 
 import gradlens
 from gradlens import Finding, open_run
+from gradlens import lens as lens_module
 from gradlens.errors import GradlensWarning
 from gradlens.testing import RecordingWriter, healthy
-from gradlens.watching import delivery, recorder
+from gradlens.watching import delivery, outputs_read, recorder
 from gradlens.writers import inbox
 
 QUIET = pytest.mark.filterwarnings("ignore::gradlens.errors.GradlensWarning")
@@ -112,6 +113,53 @@ def test_whatever_is_raised_is_named_once_and_the_rest_goes_on(error, who, tmp_p
     named = [finding for finding in found if type(error).__name__ in finding.seen]
     assert len(named) == 1
     assert {record.step for record in good.records if not isinstance(record, Finding)} == set(range(20))
+
+
+BAD_ROWS = {
+    "too short": lambda row: [*row[:-1]],
+    "no number": lambda row: ["none", *row[1:]],
+    "several": lambda row: [row, row],
+}
+
+
+@QUIET
+@pytest.mark.parametrize("bad", BAD_ROWS)
+def test_a_bad_row_of_activations_costs_no_gradient(bad, tmp_path, monkeypatch):
+    """Every step has its gradients, on disk too, the other steps have their activations, and it is said once."""
+    case, calls = healthy(), []
+
+    def read(made, axis, low, high):
+        calls.append(made)
+        row = outputs_read.read_output(made, axis, low, high)
+        return BAD_ROWS[bad](row) if len(calls) == 7 else row
+
+    monkeypatch.setattr(lens_module, "read_output", read)
+    lens = gradlens.watch(case.model, case.optimizer, run=tmp_path, features="activations")
+    case.train(6)
+    lens.close()
+    modules = sum(not list(module.children()) for module in case.model.modules())
+    assert len(calls) == 6 * modules
+    run = open_run(tmp_path)
+    assert set(run.history()["step"]) == set(range(6))
+    assert len(run.history()) == 6 * 2 * len(list(case.model.parameters()))
+    assert sorted(set(run.activations()["step"])) == [0, 2, 3, 4, 5]
+    found = [finding.seen for finding in lens.findings() if finding.rule == "gradlens-fault"]
+    assert len(found) == 1
+    assert "activations" in found[0]
+
+
+@QUIET
+def test_a_fault_of_the_store_in_activations_costs_no_gradient(tmp_path, monkeypatch):
+    """What cannot be encoded is lost alone: the run has every gradient of every step, and the finding."""
+    case = healthy()
+    lens = gradlens.watch(case.model, case.optimizer, run=tmp_path, features="activations")
+    monkeypatch.setattr(lens._store._rows, "take_activations", lambda passes: 1 / 0)
+    case.train(6)
+    lens.close()
+    run = open_run(tmp_path)
+    assert len(run.history()) == 6 * 2 * len(list(case.model.parameters()))
+    assert not len(run.activations())
+    assert ["division by zero" in f.seen for f in run.findings() if f.rule == "gradlens-fault"] == [True]
 
 
 @QUIET

@@ -54,3 +54,25 @@ def test_a_writer_that_raises_is_left_out(fails_at):
     assert [type(error) for _, error in fanout.failed] == [OSError]
     assert bad.calls.count("close") == 1
     assert (3 in bad.calls) is (fails_at == "close")
+
+
+class Reader(Recorder):
+    """A writer that takes activations too, until it fails."""
+
+    def write_activations(self, passes):
+        self._call(passes[0])
+
+
+def test_a_writer_that_cannot_take_activations_keeps_all_else():
+    """It gets no more of those, everything else as before, and is told of once; writers without them are not asked."""
+    lost, bad, good, plain = [], Reader("bad"), Reader(), Recorder()
+    fanout = Fanout([bad, good, plain], on_loss=lambda writer, error: lost.append((writer, str(error))))
+    for passes in (["fine"], ["bad"], ["later"], []):
+        fanout.write_activations(passes)
+        fanout.write(1)
+    fanout.close()
+    assert bad.calls == ["fine", 1, "bad", 1, 1, 1, "close"]
+    assert good.calls == ["fine", 1, "bad", 1, "later", 1, 1, "close"]
+    assert plain.calls == [1, 1, 1, 1, "close"]
+    assert lost == [(bad, "broken")]
+    assert not fanout.failed

@@ -1,11 +1,13 @@
 """The page of text: what it says of few and of many parameters, and of one weight."""
 
 import math
+import re
 
 import numpy as np
 import pytest
 
 from gradlens import fields
+from gradlens.activations import Activations
 from gradlens.analysis.history import History
 from gradlens.records import Finding, Severity, Stage, Top
 from gradlens.writers import report
@@ -403,3 +405,61 @@ def test_the_blocks_of_a_deep_model_stay_apart():
     assert all(len(name) <= report.NAME for name in cut)
     assert cut[0] == "tra..h.0.attn.c_attn.weight"
     assert report._cut("0.weight", report.NAME) == "0.weight"
+
+
+def made(step, *modules):
+    """A pass: modules as (name, type, rms, spread, dead, saturated), of 10 units and 8 examples."""
+    names, kinds, rms, spread, dead, saturated = zip(*modules, strict=True)
+    norm = np.array(rms) * math.sqrt(80)
+    sums = np.stack(
+        [np.full(len(names), 80.0), np.zeros(len(names)), norm, norm * spread, np.full(len(names), 10.0),
+         10 * np.array(dead), 80 * np.array(saturated)], 1,
+    )  # fmt: skip
+    return Activations(step, 0, 0.0, names, kinds, (1,) * len(names), sums)
+
+
+def of_activations(*passes):
+    seen = history(used())
+    for each in passes:
+        seen.note(each)
+    return rows_of(report.text(seen, []), "ACTIVATIONS")
+
+
+def test_activations_are_those_of_the_newest_pass_in_order():
+    """By module: size, spread, dead and saturated share; a spread that is not known is a dash, a share is left empty."""
+    pages = of_activations(
+        made(0, ("fc", "Linear", 9.0, 0.9, 0.0, math.nan)),
+        made(
+            4,
+            ("fc", "Linear", 2.0, 0.5, 0.0, math.nan),
+            ("act", "ReLU", 1.25, 0.01, 0.9, math.nan),
+            ("gate", "Sigmoid", 0.7, math.nan, 0.0, 0.75),
+        ),
+    )
+    assert [re.split(r"\s{2,}", line.strip()) for line in pages[-3:]] == [
+        ["fc", "Linear", "2", "0.5", "0 %"],
+        ["act", "ReLU", "1.25", "0.01", "90 %"],
+        ["gate", "Sigmoid", "0.7", "-", "0 %", "75 %"],
+    ]
+    assert pages[-4].split() == ["rms", "spread", "dead", "saturated"]
+    head = report.text(history(used()), [])
+    assert "ACTIVATIONS" not in head
+
+
+def test_of_many_modules_those_that_stand_out():
+    """Little spread, much dead, much saturated; in the order of the forward pass, and the rest is counted."""
+    plain = [(f"m{i}", "Linear", 1.0, 0.9, 0.0, math.nan) for i in range(60)]
+    plain[7] = ("m7", "ReLU", 1.0, 0.8, 1.0, math.nan)
+    plain[30] = ("m30", "Linear", 1.0, 0.0, 0.0, math.nan)
+    plain[55] = ("m55", "Tanh", 1.0, 0.9, 0.0, 0.99)
+    lines = of_activations(made(2, *plain))
+    named = [line.split()[0] for line in lines if line.split()[0].startswith("m")]
+    assert {"m7", "m30", "m55"} <= set(named)
+    assert named == sorted(named, key=lambda name: int(name[1:]))
+    assert lines[-1].strip() == f"and {60 - len(named)} more: lens.activations() has them all"
+
+
+def test_a_pass_in_which_nothing_is_known():
+    """A row whose shares are all NaN costs no report."""
+    (line,) = of_activations(made(0, ("odd", "Odd", math.nan, math.nan, math.nan, math.nan)))[-1:]
+    assert line.split()[:2] == ["odd", "Odd"]

@@ -1,5 +1,6 @@
 """The TensorBoard writer, read back with TensorBoard's own loaders."""
 
+import math
 import os
 import subprocess
 import sys
@@ -9,10 +10,13 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+import torch
 from tensorboard.compat.proto.event_pb2 import SessionLog
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 
+import gradlens
 from gradlens import fields
+from gradlens.activations import Activations
 from gradlens.blocks import block_of, concatenate
 from gradlens.errors import ArgumentError, RunDirectoryError
 from gradlens.moments import Moments
@@ -175,6 +179,67 @@ def test_what_a_user_observes_is_shown(tmp_path):
     assert read[f"{tags.HEALTH}/loss"] == [(3, 0.5)]
     assert read[f"{tags.OBSERVED}/accuracy"] == [(3, 0.75)]
     assert read[f"{tags.OBSERVED}/val\\x2ff1"] == [(3, 0.25)]
+
+
+ACTIVATIONS = tuple(f"{tags.HEALTH}/activations_{name}" for name in ("least_spread", "most_dead", "most_saturated"))
+
+
+def made(step, spread, dead, saturated, backward=0):
+    """One pass of two modules, of 10 units and 8 examples: the first has nothing that stands out."""
+    sums = [[80, 0, 4.0, 4.0, 10, 0, math.nan], [80, 0, 2.0, 2 * spread, 10, 10 * dead, 80 * saturated]]
+    return Activations(step, backward, 0.0, ("a", "b"), ("Linear", "Tanh"), (1, 1), np.array(sums))
+
+
+def test_what_stands_out_in_what_modules_make(tmp_path):
+    """Three numbers a step: the least spread, the most dead and saturated of the first pass; none that is unknown."""
+    writer = TensorBoard(tmp_path)
+    writer.write_activations([made(0, 0.25, 0.5, 0.75), made(0, 0.0, 1.0, 1.0, backward=1), made(1, 0.5, 0.0, math.nan)])
+    for record in [*step(0), *step(1)]:
+        writer.write(record)
+    writer.write_activations([made(2, math.nan, 0.125, 0.0)])
+    for record in step(2):
+        writer.write(record)
+    writer.close()
+    spread, dead, saturated = (scalars(tmp_path, tag) for tag in ACTIVATIONS)
+    assert spread == [(0, 0.25), (1, 0.5), (2, 1.0)]
+    assert dead == [(0, 0.5), (1, 0.0), (2, 0.125)]
+    assert saturated == [(0, 0.75), (2, 0.0)]
+
+
+def test_many_steps_that_come_at_once_keep_their_activations(tmp_path):
+    """A fast run hands over hundreds of steps together; what is over is not kept."""
+    writer = TensorBoard(tmp_path)
+    first = [snapshot for n in range(300) for snapshot in step(n, time=float(n))]
+    blocks = [(block_of(each), 0) for each in first]
+    writer.write_activations([made(n, 0.5, n / 512, 0.0) for n in range(300)])
+    writer.write_moments(blocks)
+    writer.write_activations([])
+    assert len(writer._made) <= 1
+    writer.close()
+    dead = dict(scalars(tmp_path, ACTIVATIONS[1]))
+    assert dead.keys() == dict(scalars(tmp_path, f"{tags.HEALTH}/gradient_norm")).keys()
+    assert len(dead) >= 200
+    assert all(value == n / 512 for n, value in dead.items())
+
+
+def test_a_watched_training_shows_its_activations(tmp_path):
+    """From the modules to the event file: the numbers are those of `lens.activations()`; without the feature, none."""
+    for name, features in (("with", "activations"), ("without", ())):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 8), torch.nn.Tanh())
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        writer = TensorBoard(tmp_path / name)
+        with gradlens.watch(model, optimizer, features=features, writers=[writer], rules=()) as lens:
+            for _ in range(5):
+                optimizer.zero_grad()
+                model(torch.randn(16, 4)).square().mean().backward()
+                optimizer.step()
+            if features:
+                frame = lens.activations().groupby("step")
+                told = (frame["spread"].min(), frame["dead"].max(), frame["saturated"].max())
+    for tag, series in zip(ACTIVATIONS, told, strict=True):
+        assert scalars(tmp_path / "with", tag) == [(n, pytest.approx(value, rel=1e-6)) for n, value in series.items()]
+        assert tag not in points(next((tmp_path / "without").glob("events*")))
 
 
 # --- stages and steps -----------------------------------------------------------------------------------------------

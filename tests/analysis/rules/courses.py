@@ -46,7 +46,7 @@ def passes(steps, **modules):
     found = []
     for i, step in enumerate(steps):
         rows = [each[i] if isinstance(each, list) else each for each in modules.values()]
-        sums = [[1600, 0, 1600, 1600 * spread**2, 100, 100 * dead, 1600 * at_end] for _, spread, dead, at_end in rows]
+        sums = [[1600, 0, 40, 40 * spread, 100, 100 * dead, 1600 * at_end] for _, spread, dead, at_end in rows]
         kinds = tuple(row[0] for row in rows)
         found.append(Activations(step, 0, 0.0, tuple(modules), kinds, (1,) * len(rows), np.array(sums)))
     return found
