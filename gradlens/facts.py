@@ -10,7 +10,7 @@ for its forward: `LogSoftmax` of shape `[64, 10]`. What it needs from the forwar
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -64,6 +64,10 @@ class Leaf:
     still: bool = True  #: it did not change between two looks, or there was one look only
 
 
+#: From an operation to those next to it, on one side.
+Neighbours = Callable[[int], Sequence[int]]
+
+
 @dataclass(frozen=True, eq=False)
 class Graph:
     """The graph of one loss, the loss's own operation first."""
@@ -102,66 +106,64 @@ class Graph:
 
     def sources(self, at: int, through: frozenset[str] = LAYOUT) -> Iterator[int]:
         """Where the inputs of an operation come from, past those that only lay out."""
-        seen, waiting = {at}, [j for j in self.operations[at].inputs if j >= 0]
-        while waiting:
-            i = waiting.pop(0)
-            if i in seen:
-                continue
-            seen.add(i)
-            if self.operations[i].name in through:
-                waiting = [j for j in self.operations[i].inputs if j >= 0] + waiting
-            else:
-                yield i
+        return self._next(at, self._inputs, through)
 
     def users(self, at: int, through: frozenset[str] = LAYOUT) -> Iterator[int]:
         """Who takes what an operation made, past those that only lay out."""
-        seen, waiting = {at}, list(self.consumers[at])
+        return self._next(at, self.consumers.__getitem__, through)
+
+    def below(self, at: int) -> set[int]:
+        """Everything that an operation was computed from, itself included."""
+        return self._reached(at, self._inputs)
+
+    def above(self, at: int) -> set[int]:
+        """Everything that was computed from an operation, itself included."""
+        return self._reached(at, self.consumers.__getitem__)
+
+    def layers_below(self, at: int) -> set[int]:
+        """The last layers that an operation was computed from, itself included, without those before them."""
+        found = self._reached(at, lambda i: () if self.is_layer(i) else self._inputs(i))
+        return {i for i in found if self.is_layer(i)}
+
+    def is_layer(self, at: int) -> bool:
+        """Whether it is a layer: a product with a leaf."""
+        return self.operations[at].name in LAYERS and any(leaf is not None for leaf in self._leaves_at(at))
+
+    def layer_of(self, at: int) -> tuple[str, ...]:
+        """The names of the parameters of a layer."""
+        return tuple(name for name in self._leaves_at(at) if name)
+
+    def _leaves_at(self, at: int) -> list[str | None]:
+        """The leaf that each input of an operation is, or lays out; None for one that is no leaf."""
+        direct = self._inputs(at)
+        within = [j for i in direct if self.operations[i].name in LAYOUT for j in self._inputs(i)]
+        return [self.operations[j].leaf for j in (*direct, *within)]
+
+    def _inputs(self, at: int) -> list[int]:
+        return [j for j in self.operations[at].inputs if j >= 0]
+
+    def _next(self, at: int, neighbours: Neighbours, through: frozenset[str]) -> Iterator[int]:
+        """The neighbours of an operation, depth first; in the place of one `through` which to look, its own."""
+        seen, waiting = {at}, list(neighbours(at))
         while waiting:
             i = waiting.pop(0)
             if i in seen:
                 continue
             seen.add(i)
             if self.operations[i].name in through:
-                waiting = list(self.consumers[i]) + waiting
+                waiting = [*neighbours(i), *waiting]
             else:
                 yield i
 
-    def below(self, at: int) -> set[int]:
-        """Everything that an operation was computed from, itself included."""
-        seen, waiting = set[int](), [at]
-        while waiting:
-            i = waiting.pop()
-            if i >= 0 and i not in seen:
-                seen.add(i)
-                waiting += self.operations[i].inputs
-        return seen
-
-    def above(self, at: int) -> set[int]:
-        """Everything that was computed from an operation, itself included."""
+    def _reached(self, at: int, neighbours: Neighbours) -> set[int]:
+        """The operation, its neighbours, and theirs."""
         seen, waiting = set[int](), [at]
         while waiting:
             i = waiting.pop()
             if i not in seen:
                 seen.add(i)
-                waiting += self.consumers[i]
+                waiting += neighbours(i)
         return seen
-
-    def is_layer(self, at: int) -> bool:
-        """Whether it is a layer: a product with a leaf."""
-        op = self.operations[at]
-        if op.name not in LAYERS:
-            return False
-        direct = [j for j in op.inputs if j >= 0]
-        within = [j for i in direct if self.operations[i].name in LAYOUT for j in self.operations[i].inputs if j >= 0]
-        return any(self.operations[j].leaf is not None for j in (*direct, *within))
-
-    def layer_of(self, at: int) -> tuple[str, ...]:
-        """The names of the parameters of a layer."""
-        op = self.operations[at]
-        direct = [j for j in op.inputs if j >= 0]
-        within = [j for i in direct if self.operations[i].name in LAYOUT for j in self.operations[i].inputs if j >= 0]
-        names = (self.operations[j].leaf for j in (*direct, *within))
-        return tuple(name for name in names if name)
 
     def path(self, at: int) -> tuple[str, ...]:
         """The operations from the loss down to this one, the shortest way."""

@@ -27,7 +27,7 @@ from gradlens.errors import (
     ClosedError,
     StepError,
 )
-from gradlens.noise import DECAY, NoiseScale, effective_size, measured
+from gradlens.noise import DECAY, NoiseScale, measured
 from gradlens.records import Finding
 from gradlens.schedules import Schedule
 from gradlens.selection import Select
@@ -35,13 +35,14 @@ from gradlens.statistics.evidence import Evidence
 from gradlens.statistics.memory import Plan
 from gradlens.watching import process_group
 from gradlens.watching import settings as arguments
+from gradlens.watching.batch_sizes import BatchSizes
 from gradlens.watching.budget import BudgetedSchedule
 from gradlens.watching.failures import Failures
 from gradlens.watching.live_questions import LiveQuestions
 from gradlens.watching.outputs import run_writers
 from gradlens.watching.outputs_read import read_output
 from gradlens.watching.overhead import Meter, Overhead
-from gradlens.watching.partials import PartialRecorder, check_keep
+from gradlens.watching.partials import record_partials
 from gradlens.watching.recorder import Recorder
 from gradlens.watching.settings import LensSettings
 from gradlens.watching.stopwatch import Stopwatch
@@ -62,7 +63,7 @@ _open_lenses: set[Lens] = set()
 class Lens:
     """A watched model. Made by `watch`; every question may be asked at any time, in the middle of a step too.
 
-    On another thread than the one that trains, the answers are of the steps that are over.
+    On a thread other than the training thread, answers cover the steps that are over.
     """
 
     def __init__(self, target: Target, settings: LensSettings) -> None:
@@ -97,10 +98,10 @@ class Lens:
             self._live = LiveQuestions(self._watcher, self._tables, self._recorder)
             self._failures.step = lambda: self._watcher.step.number
             self._closed = False
-            self._micro_batches: tuple[int, list[float]] = (-1, [])  # a step, and the sizes that observe() was told
+            self._batch_sizes = BatchSizes()
             self._closing, self._ended = threading.Lock(), threading.Event()
             self._closer: threading.Thread | None = None
-            self._partials = self._keep_partials(settings.optimizers)
+            self._partials = record_partials(settings, self._live.held, self._watcher, self._store, self._failures)
             self._watcher.attach()
         except BaseException:
             for writer in own:
@@ -263,17 +264,9 @@ class Lens:
                 loss = None  # it was the root of a backward whose step is over, and stands there
             else:
                 self._watcher.auditor.observed(loss, self._watcher.step.number)
-        given = {"loss": loss, "batch_size": self._batch_size(batch_size), **scalars}
+        size = self._batch_sizes.add(self._watcher.step.number, batch_size)
+        given = {"loss": loss, "batch_size": size, **scalars}
         self._watcher.observe({name: arguments.number_of(name, value) for name, value in given.items() if value is not None})
-
-    def _batch_size(self, given: float | None) -> float | None:
-        """The examples of one backward of this step: of several, the harmonic mean."""
-        if not isinstance(given, int | float):
-            return given
-        step, sizes = self._micro_batches
-        sizes = [*sizes, given] if step == self._watcher.step.number else [given]
-        self._micro_batches = self._watcher.step.number, sizes
-        return given if len(set(sizes)) == 1 or not all(size > 0 for size in sizes) else effective_size(sizes)
 
     def step(self) -> None:
         """The step ends here: for loops without an optimizer."""
@@ -345,24 +338,6 @@ class Lens:
         self._failures.findings.append(
             findings.floor_above_budget(self._watcher.step.number, share, self._settings.budget or 0.0)
         )
-
-    def _keep_partials(self, optimizers: Sequence[torch.optim.Optimizer]) -> PartialRecorder | None:
-        run = self._settings.run
-        names = check_keep(self._settings.keep, self._live.held(), run, optimizers)
-        if not names or run is None:
-            return None
-        watcher = self._watcher
-        recorder = PartialRecorder(
-            run,
-            self._store.key,
-            names,
-            self._live.held,
-            lambda: watcher.step.number if watcher.step.observed else None,
-            self._failures,
-            self._watcher.guard,
-        )
-        recorder.attach(optimizers)
-        return recorder
 
     def _require_open(self, call: str) -> None:
         if self._closed:

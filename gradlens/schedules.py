@@ -58,6 +58,11 @@ class Growing:
         self.count = 0  #: how often it was asked
         self.next = 1  #: the count at which it is due again
 
+    @property
+    def next_is_due(self) -> bool:
+        """Whether `due` will say yes when it is asked the next time."""
+        return self.count + 1 >= self.next
+
     def due(self, always: bool = False) -> bool:
         """Count one more: is it due? `always`: this one is, whatever the count."""
         self.count += 1

@@ -97,6 +97,17 @@ def test_imports_go_one_way(path):
     assert not unexpected, f"{module} may not import {sorted(unexpected)}"
 
 
+LONGEST = 300
+
+
+@pytest.mark.parametrize("path", files(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_class_is_longer_than_a_reader_can_hold(path):
+    """A class of more than 300 lines has a second idea in it."""
+    classes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ClassDef)]
+    lengths = {node.name: node.end_lineno - node.lineno + 1 for node in classes}
+    assert {name: lines for name, lines in lengths.items() if lines > LONGEST} == {}
+
+
 @pytest.mark.parametrize(
     "module", ["fields", "records", "findings", "frames", "noise", "pooling", "analysis", "store", "writers", "page", "cli"]
 )

@@ -31,6 +31,15 @@ def test_what_is_due_as_a_count_grows():
     assert [next_grown(n, 1.2, 10) for n in (0, 10, 100)] == [10, 20, 120]
 
 
+@pytest.mark.parametrize("growth", [1.0, 1.1, 1.5])
+def test_what_is_due_next_is_known_before_it_is_counted(growth):
+    """And to ask does not count."""
+    growing = Growing(growth)
+    for _ in range(100):
+        announced = growing.next_is_due
+        assert announced == growing.next_is_due == growing.due()
+
+
 @pytest.mark.parametrize("make", [lambda: every(0), lambda: log_spaced(0)])
 def test_numbers_that_make_no_schedule(make):
     """Zero is refused, with the reason."""

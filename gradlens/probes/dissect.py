@@ -271,7 +271,7 @@ class Dissection:
                 for v, w, dw in zip(isolated.weights, start, move, strict=True):
                     with torch.no_grad():
                         v.copy_(w + node * dw)
-                isolated.rewind()
+                isolated.draws.rewind()
                 loss, gradient = isolated.gradient()
                 losses.append(loss.item())
                 products = [torch.zeros_like(dw) if g is None else g * dw for g, dw in zip(gradient, move, strict=True)]
@@ -292,7 +292,7 @@ class Dissection:
             for v, w, dw in zip(isolated.weights, start, move, strict=True):
                 with torch.no_grad():
                     v.copy_(w + node * dw)
-            isolated.rewind()
+            isolated.draws.rewind()
             values.append(isolated.gradient()[0].item())
         return (values[0] - values[1]) / 2e-4
 

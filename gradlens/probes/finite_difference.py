@@ -218,7 +218,7 @@ def check_partials(
         allowed.check(isolated.all_names)
         _state_memory(isolated, progress)
         loss, partials = isolated.gradient(sparse=True)
-        isolated.settle_randomness()
+        isolated.draws.settle()
         rows = [Rows.of(g, w) for g, w in zip(partials, isolated.weights, strict=True)]
         gradient = [
             None if g is None else r.gradient(g, w) for r, g, w in zip(rows, partials, isolated.weights, strict=True)
@@ -246,7 +246,7 @@ def _state_memory(isolated: IsolatedLoss, progress: bool | None) -> None:
 
 
 def _evaluate(isolated: IsolatedLoss) -> float:
-    isolated.rewind()
+    isolated.draws.rewind()
     return isolated.loss()
 
 

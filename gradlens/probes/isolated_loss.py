@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from gradlens.errors import ArgumentError, GradlensWarning, ProbeError
 from gradlens.probes import float64
+from gradlens.probes.draws import Draws
 from gradlens.probes.interrupts import OPEN, uninterrupted
 from gradlens.probes.loss import Loss, Target, check_arguments, varies
 from gradlens.probes.stand_ins import StandIns
@@ -33,12 +34,6 @@ from gradlens.probes.untouched import (
     ModuleState,
     ProcessState,
     compiled,
-    drawn_since,
-    randomness,
-    set_randomness,
-    set_torch_randomness,
-    torch_drawn_since,
-    torch_randomness,
 )
 from gradlens.records import Parameters
 from gradlens.selection import Select, check, predicate
@@ -83,12 +78,12 @@ class IsolatedLoss:
         self._wide = wide
         self._generators: list[Any] = []
         self._differentiates: bool | None = None  # whether the loss itself needs gradients; None: not tried
-        self._draws = True  # whether it draws from numpy's or Python's generator
-        self._draws_torch = True  # and from torch's
+        self.draws = Draws()
         self._closed = True
 
     def __enter__(self) -> Self:
         self._process = ProcessState([*self._loss.reach.generators.values(), *self._generators])
+        self.draws.begin(self._process, own=bool(self._loss.reach.generators))
         modules = self._modules()
         self._state = ModuleState(modules)
         self._inside = False
@@ -96,11 +91,10 @@ class IsolatedLoss:
         OPEN.blocks.append(self)
         try:
             self._process.enter(self._wide, compiled())
-            self.weights = [_real(self._copy(name, tensor)).contiguous() for name, tensor, _ in self._chosen]
+            self.weights = [_real(_copy(name, tensor, self._cast)).contiguous() for name, tensor, _ in self._chosen]
             reached = self._loss.reach.tensors
-            self._stand_ins = StandIns(
-                modules, self._state, self._chosen_copies(), self.tensors(), self._loss.plain, reached, self._cast
-            )
+            places = {id(tensor): place for place, tensor in enumerate(self.tensors())}
+            self._stand_ins = StandIns(modules, self._state, places, self.tensors(), self._loss.plain, reached, self._cast)
             self.weights = [nn.Parameter(w) for w in self.weights]
             self._stand_ins.born(self.weights)
         except BaseException:
@@ -138,13 +132,13 @@ class IsolatedLoss:
         if self._in_place is None:
             return self._evaluated(then, batch, weights)
         # A branch that is taken for the first time may bring a narrow tensor, or write into an input.
-        drawn, versions = self.draw(), self._in_place.versions()
+        drawn, versions = self.draws.state(), self._in_place.versions()
         with suppress(RuntimeError, TypeError):  # what is wrong in earnest is raised below
             result = self._evaluated(then, batch, weights)
             if self._in_place.versions() == versions:
                 return result
         self.watch_operations()
-        self.draw_again(drawn)
+        self.draws.put_back(drawn)
         return self._evaluated(then, batch, weights)
 
     def _evaluated(self, then: Callable[[Tensor], T], batch: tuple, weights: Sequence[Tensor]) -> T:
@@ -201,7 +195,7 @@ class IsolatedLoss:
                 if self.again(without_gradients, lambda found: found == first) == first:
                     self._differentiates = False
                     return first
-        self.rewind()
+        self.draws.rewind()
         return self.loss(*batch)
 
     def again(self, compute: Callable[[], T], same: Callable[[T], bool]) -> T:
@@ -211,13 +205,13 @@ class IsolatedLoss:
         inputs = self._mode.inputs(held) if self._mode is not None and self._in_place is None else None
         if inputs is not None:
             self._in_place = float64.InPlace(inputs)
-            self.rewind()
+            self.draws.rewind()
             with suppress(RuntimeError, TypeError):  # what is wrong in earnest is raised just below
                 found = compute()
                 if same(found):
                     return found
             self.watch_operations()
-        self.rewind()
+        self.draws.rewind()
         return compute()
 
     def watch_operations(self) -> bool:
@@ -282,36 +276,6 @@ class IsolatedLoss:
         modes = {module.training for module in self._loss.modules()}
         return "mixed" if len(modes) > 1 else "eval" if modes == {False} else "train"
 
-    def rewind(self) -> None:
-        """Set the random states back to where they were on entering: the next evaluation draws the same numbers."""
-        if self._draws_torch or self._draws:
-            self._process.rewind(self._draws)
-
-    def draw(self) -> tuple[Any, ...]:
-        """The random states as they are now, for `draw_again`; numpy's and Python's only where the loss draws from them."""
-        if self._draws:
-            return randomness()
-        return (torch_randomness(),) if self._draws_torch else ()
-
-    def draw_again(self, drawn: tuple[Any, ...]) -> None:
-        """Set them back: the next evaluation draws the same numbers."""
-        if drawn:
-            set_randomness(drawn) if len(drawn) > 1 else set_torch_randomness(*drawn)
-
-    def settle_draws(self, drawn: tuple[Any, ...]) -> None:
-        """After an evaluation from `draw()`: whether later ones need any generator put back at all."""
-        self._draws = drawn_since(drawn)
-        self._draws_torch = self._own_generators or torch_drawn_since(drawn)
-
-    def settle_randomness(self) -> None:
-        """After an evaluation from the start: whether later ones need to rewind any generator at all."""
-        self.settle_draws(self._process.random)
-
-    @property
-    def _own_generators(self) -> bool:
-        """Whether the loss reaches generators of its own, whose state is not looked at."""
-        return bool(self._loss.reach.generators)
-
     @property
     def narrow(self) -> tuple[str, ...]:
         """Operations that gave results of less than float64 in spite of `wide`."""
@@ -330,10 +294,6 @@ class IsolatedLoss:
         for other in self._loss.reach.modules.values():
             found.update((id(module), module) for module in other.modules() if _protectable(module))
         return list(found.values())
-
-    def _chosen_copies(self) -> dict[int, int]:
-        """From the identity of a live parameter to its place in `weights`."""
-        return {id(tensor): i for i, (_, tensor, _) in enumerate(self._chosen)}
 
     def _put_back(self) -> None:
         """After an evaluation: the modules, and the modes that the evaluation may have been stopped in."""
@@ -379,12 +339,13 @@ class IsolatedLoss:
     def _cast(self, tensor: Tensor) -> Tensor:
         return float64.widen(tensor) if self._wide else tensor
 
-    def _copy(self, name: str, tensor: Tensor) -> Tensor:
-        try:
-            wide = self._cast(tensor.detach())
-            return wide.clone() if wide.dtype == tensor.dtype else wide
-        except RuntimeError as error:
-            raise ProbeError(f"parameter {name!r} ({tensor.dtype}) cannot be copied for a probe: {error}") from error
+
+def _copy(name: str, tensor: Tensor, cast: Callable[[Tensor], Tensor]) -> Tensor:
+    try:
+        wide = cast(tensor.detach())
+        return wide.clone() if wide.dtype == tensor.dtype else wide
+    except RuntimeError as error:
+        raise ProbeError(f"parameter {name!r} ({tensor.dtype}) cannot be copied for a probe: {error}") from error
 
 
 def _number(loss: Tensor) -> float:

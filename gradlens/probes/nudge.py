@@ -140,11 +140,11 @@ def nudge(
         moved, predicted, counts = _moved(isolated, verdicts, float(size))
         rows: list[tuple[float | None, float, float]] = []
         for batch, n in counted(batches, "nudging", progress, sizes):
-            random = isolated.draw()
+            random = isolated.draws.state()
             before = isolated.loss(batch)
             if not rows:
-                isolated.settle_draws(random)
-            isolated.draw_again(random)
+                isolated.draws.settle(random)
+            isolated.draws.put_back(random)
             rows.append((n, before, isolated.loss(batch, at=moved)))
         precision = max(torch.finfo(w.dtype).eps for w in isolated.weights)
     if not rows:

@@ -146,7 +146,7 @@ class Differences:
         check_finite(loss)
         if all(g is None for g in gradient):
             raise depends_on_none()
-        isolated.settle_randomness()
+        isolated.draws.settle()
         self.loss = loss.item()
         self.rows = [Rows.of(g, w) for g, w in zip(gradient, isolated.weights, strict=True)]
         self.gradient = self._compact(gradient)
@@ -195,7 +195,7 @@ class Differences:
                 else:
                     rows.write(w, torch.add(start, d, alpha=step))
         try:
-            self.isolated.rewind()
+            self.isolated.draws.rewind()
             loss, gradient = self.isolated.gradient(sparse=True)
             return loss.item(), self._compact(gradient)
         finally:
@@ -348,7 +348,7 @@ def self_test(model: Target, loss_fn: Callable[[Any], Tensor], select: Select, s
         if any(rows.index is not None for rows in differences.rows):
             return Agreement(float("nan"), 0.0, "a sparse gradient has no second derivative in torch")
         direction = differences.random(torch.Generator().manual_seed(seed))
-        isolated.rewind()
+        isolated.draws.rewind()
         try:
             twice = differentiated(isolated, lambda loss, gradient: product(isolated, gradient, direction))
         except NoSecondDerivativeError as error:

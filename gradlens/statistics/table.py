@@ -24,7 +24,7 @@ UNTOUCHED = (Status.FROZEN, Status.EXCLUDED, Status.ABSENT, Status.UNDEFINED)
 
 @dataclass(eq=False)
 class Piece:
-    """Numbers of some rows."""
+    """The numbers of some of the table's rows."""
 
     rows: Sequence[int]
     numbers: Tensor  # [len(rows), width]
@@ -34,7 +34,7 @@ class Piece:
 
 @dataclass(eq=False)
 class UpdatePiece:
-    """What the optimizer did to some rows."""
+    """What the optimizer did to the parameters of some of the table's rows."""
 
     piece: Piece
     moved: Sequence[bool]
@@ -82,7 +82,7 @@ class Table:
         return slots
 
     def slots(self) -> list[tuple[object, str]]:
-        """Where the tensors of `pack` are: attributes of holders, which tables may share."""
+        """Which attribute of which object holds each tensor of `pack`; tables may share these objects."""
         return [(holder, name) for holder, name in self._slots() if isinstance(getattr(holder, name), Tensor)]
 
     def on_host(self) -> bool:
@@ -295,7 +295,7 @@ class _Assembly:
 
 
 def settle(slots: Iterable[tuple[object, str]], arrays: Iterable[np.ndarray]) -> None:
-    """Put numbers that have arrived where a device's were."""
+    """Replace device tensors by the arrays that have arrived on the host."""
     for (holder, name), array in zip(slots, arrays, strict=True):
         setattr(holder, name, torch.from_numpy(array) if name == "numbers" else float(array.reshape(-1)[0]))
 

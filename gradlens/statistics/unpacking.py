@@ -38,7 +38,7 @@ class Arrival:
 
 
 class Likeness(NamedTuple):
-    """What alike tables share."""
+    """What tables must have in common to be unpacked together."""
 
     stage: str
     parameters: int  #: by identity
@@ -52,7 +52,7 @@ class Likeness(NamedTuple):
 
 
 def likeness(table: Table) -> Likeness | None:
-    """What a table has to share with others to be unpacked with them; None: it is unpacked by itself."""
+    """The likeness of a table; None if it has to be unpacked by itself."""
     if len(table.pieces) != 1 or table.flips or len(table.updates) > 1 or not table.on_host():
         return None
     (piece,) = table.pieces

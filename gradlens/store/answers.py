@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import functools
 from collections.abc import Iterable, Sequence
 from itertools import groupby, pairwise
@@ -15,6 +14,7 @@ from gradlens import fields, frames
 from gradlens.activations import SUMS, added, frame_of, measured
 from gradlens.errors import ArgumentError, CorruptRunError, nearest
 from gradlens.records import COMPLEX, Parameters, Snapshot, Top
+from gradlens.store.filters import fitting
 from gradlens.store.rows import Found
 from gradlens.store.tables import STAGES, STATUSES
 
@@ -164,7 +164,8 @@ def modules(found: Found, patterns: Sequence[str] | None) -> pd.DataFrame:
     place = np.array([known.setdefault(module, len(known)) for module in everyone], np.int64)
     module = place[starts[c["owner"]] + c["entry"]] if len(found) else np.empty(0, np.int64)
     if patterns is not None:
-        wanted = [any(fnmatch.fnmatchcase(name, pattern) or name == pattern for pattern in patterns) for name, _ in known]
+        fits = fitting(patterns)
+        wanted = [fits(name) for name, _ in known]
         kept = np.array(wanted, bool)[module] if known else np.zeros(len(module), bool)
         c, module = {name: values[kept] for name, values in c.items()}, module[kept]
     rows = np.stack([c["step"].astype(np.int64), c["backward"].astype(np.int64), module])

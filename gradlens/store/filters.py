@@ -7,7 +7,7 @@ Condition                                 what that means for the rows of one se
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +22,17 @@ Steps = int | range | slice | Sequence[int] | None
 Names = str | Iterable[str] | None
 
 _GLOB = frozenset("*?[")  #: a pattern without these fits its own name alone
+
+
+def listed(names: Names) -> list[str] | None:
+    """One or several names or glob patterns, as a list; None: all."""
+    return None if names is None else [names] if isinstance(names, str) else list(names)
+
+
+def fitting(patterns: Sequence[str]) -> Callable[[str], bool]:
+    """Whether a name is one of these, or fits one that is a glob pattern."""
+    exact, globs = set(patterns), [pattern for pattern in patterns if not _GLOB.isdisjoint(pattern)]
+    return lambda name: name in exact or any(fnmatch.fnmatchcase(name, pattern) for pattern in globs)
 
 
 @dataclass(frozen=True)
@@ -91,7 +102,7 @@ class Filter:
         if stage is not None and stage not in list(Stage):
             raise choice("stage", str(stage), list(Stage))
         self.rank, self.superseded = rank, superseded
-        self._patterns = None if parameters is None else [parameters] if isinstance(parameters, str) else list(parameters)
+        self._patterns = listed(parameters)
         self._steps = _steps(steps)
         self._stage = None if stage is None else STAGES.index(stage)
         self._entries: dict[Key, tuple[Segment, np.ndarray]] = {}
@@ -102,7 +113,7 @@ class Filter:
             return
         names = dict.fromkeys(name for each in segments for name, *_ in each.parameters)
         for pattern in self._patterns:
-            if names and pattern not in names and not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+            if names and not any(map(fitting([pattern]), names)):
                 raise ArgumentError(f"there is no parameter {pattern!r} in this run{nearest(pattern, names)}")
 
     @property
@@ -124,9 +135,8 @@ class Filter:
             return None
         known = self._entries.get(owner.key)
         if known is None or known[0] is not owner:
-            named = enumerate(name for name, *_ in owner.parameters)
-            exact, globs = set(self._patterns), [p for p in self._patterns if not _GLOB.isdisjoint(p)]
-            entries = [i for i, name in named if name in exact or any(fnmatch.fnmatchcase(name, p) for p in globs)]
+            fits = fitting(self._patterns)
+            entries = [entry for entry, (name, *_) in enumerate(owner.parameters) if fits(name)]
             known = self._entries[owner.key] = owner, np.array(entries, np.int64)
         return known[1]
 

@@ -8,6 +8,7 @@ fall: files that are older than one that begins before the steps asked for are n
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import TypeVar
 import numpy as np
 
 from gradlens.errors import ArgumentError, CorruptRunError, RunDirectoryError
-from gradlens.store import segment, tables, tail
+from gradlens.store import lock, segment, tables, tail
 from gradlens.store.filters import Condition, Filter
 from gradlens.store.parts import Reader
 from gradlens.store.segment import Segment
@@ -296,3 +297,18 @@ def _too_much(run: Path, table: str, max_bytes: int) -> ArgumentError:
         f"the rows asked for take more than {most}; ask for less with columns=, parameters= or steps=, or "
         f"have DuckDB or polars read {run / table}/*.parquet"
     )
+
+
+def torn(run: Path) -> list[str]:
+    """What a crash has left incomplete: a note on each tail that ends in the middle of a record, and has no writer."""
+    notes = []
+    for part in (part for table in TABLES for part in tables.parts(run / table)):
+        if part.tail and not lock.held(run, part.key.rank):
+            with contextlib.suppress(FileNotFoundError):  # a new writer has just made a part of it
+                _, lost = tail.read(part.path, {})
+                if lost:
+                    notes.append(
+                        f"{part.path} ends in the middle of a record, as after a crash: {lost:,} bytes were left out; "
+                        "all before them reads"
+                    )
+    return notes

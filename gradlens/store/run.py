@@ -12,7 +12,6 @@ A segment that resumed at step s replaces what earlier ones say of s and later s
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
 import warnings
@@ -38,14 +37,14 @@ from gradlens.noise import DECAY, NoiseScale
 from gradlens.pooling import pool
 from gradlens.progress import tracked
 from gradlens.records import Finding, Snapshot
-from gradlens.store import answers, lock, partials, rows, segment, tables, tail
+from gradlens.store import answers, partials, rows, segment
 from gradlens.store.answers import Columns
-from gradlens.store.filters import Filter, Names, Steps
+from gradlens.store.filters import Filter, Names, Steps, listed
 from gradlens.store.partials import Partials
 from gradlens.store.ranks import merged
 from gradlens.store.rows import Found
 from gradlens.store.segment import Segment
-from gradlens.store.tables import STAGES, TABLES
+from gradlens.store.tables import STAGES
 
 if TYPE_CHECKING:
     import numpy as np
@@ -80,7 +79,7 @@ class Run:
     def __init__(self, path: str | os.PathLike[str], *, max_bytes: int | None = None) -> None:
         self.path, self._max_bytes = Path(path), max_bytes
         self.created = segment.marked(self.path).get("created")
-        self.notes = self._torn()  #: what a crash has left incomplete
+        self.notes = rows.torn(self.path)  #: what a crash has left incomplete
         for note in self.notes:
             warnings.warn(GradlensWarning(note), stacklevel=3)
 
@@ -205,9 +204,8 @@ class Run:
         Columns of `gradlens.activations.COLUMNS`. `modules` are names or glob patterns. Ranks have batches of their own:
         their sums are added.
         """
-        patterns = None if modules is None else [modules] if isinstance(modules, str) else list(modules)
         found = self._find("activations", ["calls", *SUMS], Filter(None, steps, None, rank, superseded))
-        return answers.modules(found, patterns)
+        return answers.modules(found, listed(modules))
 
     def scalars(self, *, steps: Steps = None) -> pd.DataFrame:
         """Observed numbers: one row a step, one column a name (`loss`, ...)."""
@@ -350,19 +348,6 @@ class Run:
 
     def _segments(self) -> list[Segment]:
         return segment.segments(self.path)
-
-    def _torn(self) -> list[str]:
-        notes = []
-        for part in (part for table in TABLES for part in tables.parts(self.path / table)):
-            if part.tail and not lock.held(self.path, part.key.rank):
-                with contextlib.suppress(FileNotFoundError):  # a new writer has just made a part of it
-                    _, torn = tail.read(part.path, {})
-                    if torn:
-                        notes.append(
-                            f"{part.path} ends in the middle of a record, as after a crash: {torn:,} bytes were left out; "
-                            "all before them reads"
-                        )
-        return notes
 
     def _find(self, table: str, values: Sequence[str], asked: Filter) -> Found:
         return rows.find(self.path, table, values, asked, self._max_bytes)

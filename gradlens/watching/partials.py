@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from gradlens.capture.guards import Guard, guarded
+from gradlens.capture.watcher import Watcher
 from gradlens.errors import ArgumentError, ArgumentTypeError, nearest
 from gradlens.records import Stage
 from gradlens.schedules import Growing
@@ -30,6 +31,7 @@ from gradlens.store.tables import Key
 from gradlens.watching.failures import Failures
 from gradlens.watching.isolation import capturing_cuda_graph, isolated_compute
 from gradlens.watching.live_weights import LiveParameter
+from gradlens.watching.settings import LensSettings
 
 LEAST = 4  #: steps that the allowance has to hold
 WAITING = 64 << 20  #: bytes that may wait for the disk
@@ -160,6 +162,26 @@ class PartialRecorder:
         error, self._error = self._error, None
         if error is not None:
             self._failures(_WHERE, error)
+
+
+def record_partials(
+    settings: LensSettings,
+    parameters: Callable[[], Sequence[LiveParameter]],
+    watcher: Watcher,
+    store: Any,
+    failures: Failures,
+) -> PartialRecorder | None:
+    """The recorder of what `settings.keep` names, at work; None where it names nothing."""
+    names = check_keep(settings.keep, parameters(), settings.run, settings.optimizers)
+    if not names or settings.run is None:
+        return None
+
+    def step() -> int | None:
+        return watcher.step.number if watcher.step.observed else None
+
+    recorder = PartialRecorder(settings.run, store.key, names, parameters, step, failures, watcher.guard)
+    recorder.attach(settings.optimizers)
+    return recorder
 
 
 def _readable(tensor: Tensor) -> Tensor:

@@ -299,8 +299,8 @@ def registries():
 
 @pytest.mark.slow
 @pytest.mark.trap(32)
-def test_ten_thousand_cycles_of_watch_and_close_leave_nothing(capsys):
-    """After 10,000 cycles there are as many objects, hooks, threads and open files as after the first hundred."""
+def test_many_cycles_of_watch_and_close_leave_nothing(capsys):
+    """After 2,500 cycles there are as many objects, hooks, threads and open files as after the first hundred."""
     model = nn.Linear(2, 1)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     before = registries()
@@ -317,8 +317,8 @@ def test_ten_thousand_cycles_of_watch_and_close_leave_nothing(capsys):
         return len(gc.get_objects()), threading.active_count(), len(os.listdir("/proc/self/fd"))
 
     objects, threads, files = cycles(100)
-    more_objects, more_threads, more_files = cycles(10_000)
-    assert more_objects - objects < 200  # less than one for fifty cycles
+    more_objects, more_threads, more_files = cycles(2500)
+    assert more_objects - objects < 50  # less than one for fifty cycles
     assert (more_threads, more_files) == (threads, files)
     assert registries() == before
     assert all(p._backward_hooks is None and p._post_accumulate_grad_hooks is None for p in model.parameters())

@@ -1,5 +1,7 @@
 """What tests of both kinds of FSDP train, and what its tables are held to."""
 
+from contextlib import contextmanager, nullcontext
+
 import numpy as np
 import torch
 
@@ -16,6 +18,18 @@ def exact():
     return model().double()
 
 
+@contextmanager
+def unsynchronised(net):
+    """Backwards whose gradients stay on this rank: FSDP2 has a switch for it, FSDP1 a block; in one process they do."""
+    if hasattr(net, "set_requires_gradient_sync"):
+        net.set_requires_gradient_sync(False)
+        yield
+        net.set_requires_gradient_sync(True)
+    else:
+        with net.no_sync() if hasattr(net, "no_sync") else nullcontext():
+            yield
+
+
 def accumulate(net, batches, stages, watched):
     """Each step has three micro-batches; the first two are not synchronised."""
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
@@ -24,9 +38,8 @@ def accumulate(net, batches, stages, watched):
     for _ in range(3):
         optimizer.zero_grad()
         for i, x in enumerate(batches):
-            if hasattr(net, "set_requires_gradient_sync"):
-                net.set_requires_gradient_sync(i == 2)
-            loss(net, x).backward()
+            with unsynchronised(net) if i < 2 else nullcontext():
+                loss(net, x).backward()
         optimizer.step()
     if watched:
         lens.close()

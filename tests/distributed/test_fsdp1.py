@@ -1,7 +1,6 @@
 """FSDP1 (`FullyShardedDataParallel`): no hook on an original parameter fires, so the averaged shard is read at the step."""
 
 import warnings
-from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -26,7 +25,6 @@ from tests.distributed.made import (
     same,
     snapshots,
     train,
-    weights,
 )
 from tests.distributed.sharded import accumulate, check, exact, reference
 
@@ -60,24 +58,8 @@ def whole():
     return twice(sharding_strategy=ShardingStrategy.NO_SHARD)
 
 
-def unsynchronised(net, batches, stages, watched):
-    """Each step has three micro-batches; the first two are not averaged."""
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
-    keep = Keep()
-    lens = gradlens.watch(net, optimizer, stage=stages, writers=[keep], rules=()) if watched else None
-    for _ in range(3):
-        optimizer.zero_grad()
-        for i, x in enumerate(batches):
-            with net.no_sync() if i < 2 else nullcontext():
-                loss(net, x).backward()
-        optimizer.step()
-    if watched:
-        lens.close()
-    return keep, weights(net)
-
-
 def no_sync():
-    return twice(unsynchronised)
+    return twice(accumulate)
 
 
 def flat():

@@ -112,7 +112,7 @@ def test_evaluations_start_from_the_same_state():
     with IsolatedLoss(model, lambda m: noisy(m, x)) as isolated:
         first = isolated.loss()
         assert isolated.loss() != first
-        isolated.rewind()
+        isolated.draws.rewind()
         assert isolated.loss() == first
 
 

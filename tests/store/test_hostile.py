@@ -100,9 +100,10 @@ def damaged(draw, data):
 
 
 @pytest.mark.filterwarnings("ignore::gradlens.errors.GradlensWarning")
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "seeds", [range(40), pytest.param(range(40, 300), marks=pytest.mark.slow)], ids=["some", "many"]
-)  # fmt: skip
+    "seeds", [range(first, first + 50) for first in range(0, 300, 50)], ids=lambda seeds: f"{seeds[0]}-"
+)
 def test_a_damaged_file_gives_an_error_or_the_truth(tmp_path, runs, seeds):
     """Cut, flipped, overwritten: never another error, and no answer that is wrong without a word.
 

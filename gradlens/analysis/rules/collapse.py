@@ -114,25 +114,10 @@ def _compares_itself(graph: Graph) -> bool:
     for at in range(min(len(graph.operations), NEAR)):
         op = graph.operations[at]
         if op.name in _DISTANCES and len(op.inputs) == 2 and min(op.inputs) >= 0 and _before_layers(graph, at):
-            one, other = (_layers_of(graph, i) for i in op.inputs)
+            one, other = ({graph.layer_of(layer) for layer in graph.layers_below(i)} for i in op.inputs)
             if one and one == other:
                 return True
     return False
-
-
-def _layers_of(graph: Graph, at: int) -> set[tuple[str, ...]]:
-    """The layers that what an operation made comes from, without those before them."""
-    found, seen, waiting = set(), set[int](), [at]
-    while waiting:
-        i = waiting.pop()
-        if i < 0 or i in seen:
-            continue
-        seen.add(i)
-        if graph.is_layer(i):
-            found.add(graph.layer_of(i))
-        else:
-            waiting += graph.operations[i].inputs
-    return found
 
 
 def _before_layers(graph: Graph, at: int) -> bool:
