@@ -12,6 +12,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 PACKAGE = HERE.parent / "gradlens"
 PAGE = HERE / "architecture.md"
+FILE = re.compile(r"`([\w/]+\.(?:py|c))`")
 REFERENCE = re.compile(r"`([\w/]+\.py):([\w.]+)`")  #: `capture/watcher.py:Watcher.pass_ended`
 
 
@@ -69,6 +70,20 @@ def _words(names) -> str:
 def dangling() -> list[str]:
     """References of the page, `file.py:name`, whose file or name is not there."""
     return [f"{file}:{name}" for file, name in REFERENCE.findall(PAGE.read_text()) if not _defined(PACKAGE / file, name)]
+
+
+def absent() -> list[str]:
+    """Files that the page names without a name in them, as `capture/engine.py` or `native.c`, and that are not there."""
+    files = {path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*") if path.suffix in (".py", ".c")}
+    ends = files | {file.rsplit("/", 1)[-1] for file in files}
+    return [name for name in FILE.findall(PAGE.read_text()) if name not in ends and not (PACKAGE.parent / name).exists()]
+
+
+def homeless() -> list[str]:
+    """Packages that the part written by hand leaves out: the page would not say where their lines belong."""
+    by_hand = PAGE.read_text().partition("<!-- imports -->")[0]
+    packages = {path.parent.relative_to(PACKAGE).parts[:1] for path in PACKAGE.rglob("*/__init__.py")} - {()}
+    return sorted(name for (name,) in packages if f"`{name}/" not in by_hand)
 
 
 def _defined(path: Path, name: str) -> bool:

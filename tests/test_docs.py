@@ -31,6 +31,13 @@ def test_the_page_of_architecture_names_code_that_exists():
     assert _writer("architecture").dangling() == []
 
 
+def test_the_page_of_architecture_says_where_the_lines_of_each_package_belong():
+    """Each package is in the part that is written by hand, and each file that the page names is there."""
+    page = _writer("architecture")
+    assert page.absent() == []
+    assert page.homeless() == []
+
+
 def test_every_module_opens_by_saying_what_it_is():
     """The list of modules has all of them: those without a docstring would be missing."""
     architecture = _writer("architecture")

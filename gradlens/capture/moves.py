@@ -17,7 +17,7 @@ from gradlens.capture.optimizers import CallStack, WatchedOptimizer, found_inf
 from gradlens.capture.readings import gradients_at
 from gradlens.capture.scaling import Scaling
 from gradlens.capture.step import Phase, Step
-from gradlens.capture.steps import Steps
+from gradlens.capture.steps import Due, Steps
 from gradlens.capture.workings import Workings
 
 
@@ -43,7 +43,7 @@ class Moves:
             if closure is None:
                 self._steps.finish_passes()
         if self._steps.due:
-            self._steps.finish_due()
+            self._steps.finish_due(watched, [method.owner for method in stack.methods])
         if outside and closure is not None:
             self._steps.backward_comes()
         elif outside and self._steps.current.stepped:
@@ -167,7 +167,7 @@ class Moves:
                 return
             if around is not None:
                 watched.wrapped = True
-                self._steps.due.append((step, watched, skipped))
+                self._steps.due.append(Due(step, watched, skipped, id(around)))
             else:
                 self._step_reader.read_update(step, watched, optimizer, skipped)
 
@@ -177,7 +177,7 @@ class Moves:
             names = [slot.name for slot in moved]
             self._tell(findings.unknown_optimizer(self._steps.current.number, type(optimizer).__name__, names))
         elif self._steps.due:
-            self._steps.finish_due()
+            self._steps.finish_due_within(optimizer)
         elif not self._optimizers.watched:
             self._look_again()
 

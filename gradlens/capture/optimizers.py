@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
@@ -90,8 +90,18 @@ def may_move(wrapper: Any) -> bool:
 
 
 def holds(wrapper: Any, optimizer: Optimizer) -> bool:
-    """Whether an attribute of the object is this optimizer."""
-    return any(value is optimizer for value in getattr(wrapper, "__dict__", {}).values())
+    """Whether an attribute of the object is this optimizer. One that has a list of them is taken to be a loop's."""
+    return any(value is optimizer for value in attributes(wrapper))
+
+
+def attributes(owner: Any) -> Iterator[Any]:
+    """What an object keeps, in slots too."""
+    yield from list(getattr(owner, "__dict__", {}).values())
+    for kind in type(owner).__mro__:
+        slots = kind.__dict__.get("__slots__", ())
+        for name in [slots] if isinstance(slots, str) else slots:
+            if hasattr(kind.__dict__.get(name), "__get__") and hasattr(owner, name):
+                yield getattr(owner, name)
 
 
 def is_active(optimizer: Optimizer) -> bool:

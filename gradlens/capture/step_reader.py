@@ -71,7 +71,7 @@ class StepReader:
         """Something around an optimizer may move weights before its step begins: they are kept when backward ends."""
         with self._attachment.cache:
             for watched in self._optimizers.watched:
-                if watched.wrapped:
+                if watched.wrapped and watched.step is None:  # else its call is under way, and began with the weights kept
                     held = self._optimizers.held(watched)
                     step.kept.update(dict.fromkeys(held, step.used_key))
                     self._sink(self.before(held))

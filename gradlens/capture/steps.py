@@ -5,8 +5,8 @@ The sole owner of the open `Step`: passes and optimizers say here that it begins
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 from gradlens import findings
 from gradlens.capture.arrivals import HELD_BYTES
@@ -24,6 +24,15 @@ from gradlens.records import Stage
 SCAN_EVERY = 16
 
 
+class Due(NamedTuple):
+    """The update of an optimizer that stepped inside another object's `step`."""
+
+    step: Step
+    optimizer: WatchedOptimizer
+    skipped: Any
+    around: int  #: that object's id
+
+
 class Steps:
     """Opens, closes and lets go of steps."""
 
@@ -38,7 +47,7 @@ class Steps:
         self.current = Step(first, observed=self._ask(first))
         self.lingering: Step | None = None  #: closed, and an optimizer that has not stepped may still belong to it
         self._without_backward: list[Step] = []  # that closed while it lingers: an optimizer stepped again on its gradients
-        self.due: list[tuple[Step, WatchedOptimizer, Any]] = []  #: updates whose wrapper may still move weights
+        self.due: list[Due] = []  #: updates whose wrapper may still move weights
         self.dirty = False  #: something was registered since the model was last scanned
         self._scan_at = _next_scan(first)  # the step before which the model is scanned next
         self._rests = not workings.optimizers.watched or Stage.REDUCED in workings.stages  # steps' ends have more to be done
@@ -190,7 +199,7 @@ class Steps:
 
     def awaited(self, step: Step) -> bool:
         """Whether an optimizer that has not stepped may still belong to the step that was closed."""
-        if self.due and any(due is step for due, _, _ in self.due):
+        if self.due and any(due.step is step for due in self.due):
             return True
         if not self._used or len(step.stepped) >= len(self._optimizers.watched):
             return False  # each of them has stepped
@@ -199,6 +208,8 @@ class Steps:
     def let_go(self) -> None:
         """Nothing more comes of the step that was closed last."""
         step, self.lingering = self.lingering, None
+        if self.due:
+            self._read_due(self.due)  # the weights before their steps are dropped now
         if step is not None:
             if self.scaling.scaler is not None:
                 self._safely("end of a step", self._read_skipped, step)
@@ -207,16 +218,31 @@ class Steps:
             self._sink(StepClosed(closed.number, closed.scalars))
         self._without_backward.clear()
 
-    def finish_due(self) -> None:
-        """Read the updates of optimizers that were inside another object's step, which is over now."""
-        due, self.due = self.due, []
-        for step, watched, skipped in due:
+    def finish_due(self, begins: WatchedOptimizer | None = None, within: Sequence[Any] = ()) -> None:
+        """Read the updates of optimizers that were inside another object's step, which is over now.
+
+        Where an optimizer `begins` within such a step, those of the other optimizers that it holds are not over.
+        """
+        around = set(map(id, within))
+        due = [each for each in self.due if each.around not in around or each.optimizer is begins]
+        self._finish(due)
+
+    def finish_due_within(self, wrapper: Any) -> None:
+        """The step of this object is over: read the updates of the optimizers that stepped inside it."""
+        self._finish([each for each in self.due if each.around == id(wrapper)])
+
+    def _finish(self, due: Sequence[Due]) -> None:
+        self._read_due(due)
+        if due and self.lingering is not None and not self.awaited(self.lingering) and not self.within_a_call:
+            self.let_go()
+
+    def _read_due(self, due: Sequence[Due]) -> None:
+        self.due = [each for each in self.due if each not in due]
+        for step, watched, skipped, _ in due:
             optimizer = watched.ref()
             if optimizer is not None:
                 with self._engine.lock, self._attachment.cache:
                     self._step_reader.read_update(step, watched, optimizer, skipped)
-        if due and self.lingering is not None and not self.awaited(self.lingering):
-            self.let_go()
 
     # --- the end of a step ------------------------------------------------------------------------------------------
 

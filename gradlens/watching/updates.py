@@ -50,10 +50,12 @@ class UpdateMeter:
         self._reading = kernels.StableTensors()  # what was read at the end of a pass, until its samples were taken
         self._ended: Samples = {}  # `.grad` as the last backward left it
         self._consumed: Samples = {}  # as the optimizer got it
+        self._consumed_before: list[Piece] = []  # what other optimizers got, whose moves may not be measured yet
 
     def forget(self) -> None:
         """The step is over."""
         self._ended, self._consumed, self._reading = {}, {}, kernels.StableTensors()
+        self._consumed_before.clear()
         self._before.forget()
 
     # --- gradients --------------------------------------------------------------------------------------------------
@@ -72,7 +74,19 @@ class UpdateMeter:
 
     def consumed(self, rows: Sequence[int], gradients: Sequence[Tensor]) -> None:
         """Sample what an optimizer is given."""
-        self._consumed.update(_sample(rows, gradients))
+        for device, piece in _sample(rows, gradients).items():
+            last = self._consumed.get(device)
+            if last is not None and last.rows and piece.rows and last.rows[0] not in piece.rows:
+                self._consumed_before.append(last)
+            self._consumed[device] = piece
+
+    def _samples_of(self, rows: Sequence[int], device: torch.device) -> Piece | None:
+        """The samples of what the optimizer of these rows was given."""
+        last = self._consumed.get(device)
+        if last is not None and self._consumed_before and set(rows).isdisjoint(last.rows):
+            earlier = [p for p in reversed(self._consumed_before) if not set(rows).isdisjoint(p.rows)]
+            return earlier[0] if earlier else last
+        return last
 
     def still_as_backward_left(self, rows: Sequence[int]) -> bool:
         """Whether samples of what the optimizer was given are those of what backward left.
@@ -142,7 +156,7 @@ class UpdateMeter:
                         skipped=update.skipped,
                         kept=kept,
                         ended=self._ended.get(device) if update.facts.own else None,
-                        used=self._consumed.get(device),
+                        used=self._samples_of(rows, device),
                         same=source is Source.USED,
                         scale=update.scale,
                     )
@@ -153,7 +167,7 @@ class UpdateMeter:
         self, rows: Sequence[int], used: Sequence[Tensor | None], device: torch.device, copies: Buffer | None
     ) -> list[Tensor | None]:
         """The gradients as the optimizer was given them; None where it wrote over one and there is no copy."""
-        sampled = self._consumed.get(device)
+        sampled = self._samples_of(rows, device)
         if sampled is None:
             return list(used)
         overwritten = {row for row, g in zip(rows, used, strict=True) if g is None}

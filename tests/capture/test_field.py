@@ -236,6 +236,60 @@ def test_the_update_is_that_of_the_outermost_step(moves_before, asked, given):
     assert lens.findings() == []
 
 
+class Slotted:
+    """Holds its optimizers in slots."""
+
+    __slots__ = ("first", "second")
+
+    def __init__(self, first, second):
+        self.first, self.second = first, second
+
+    def step(self):
+        shrink_after([self.first, self.second])
+
+
+class Paired:
+    """Holds its optimizers in attributes."""
+
+    def __init__(self, first, second):
+        self.first, self.second = first, second
+
+    def step(self):
+        shrink_after([self.first, self.second])
+
+
+@torch.no_grad()
+def shrink_after(optimizers):
+    for each in optimizers:
+        each.step()
+    for each in optimizers:
+        for p in each.param_groups[0]["params"]:
+            p.mul_(0.9)
+
+
+@pytest.mark.parametrize("kind", [Slotted, Paired])
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_wrapper_of_several_optimizers_moves_the_weights_of_all(kind, order):
+    """Each update is whole, that of the first one too, though the second steps before the wrapper is done."""
+    model, x = net(4, 4, 4), torch.randn(8, 4)
+    inner = [torch.optim.Adam(model[0].parameters(), 0.01), torch.optim.SGD(model[1].parameters(), 0.1)]
+    optimizer = kind(*inner)
+    with gradlens.watch(model, inner[::order], rules=()) as lens:
+        moved = []
+        for _ in range(4):
+            model.zero_grad()
+            model(x).pow(2).mean().backward()
+            before = weights_of(model)
+            optimizer.step()
+            moved.append(moves(model, before))
+    rows = used(lens).set_index(["step", "parameter"])
+    assert len(rows) == 4 * 4
+    for step in range(4):
+        for name, dw in moved[step].items():
+            assert rows.loc[(step, name), "update_l2"] == pytest.approx(norm(dw), rel=1e-5)
+    assert lens.findings() == []
+
+
 def test_a_closures_gradient_is_read_when_it_returns():
     """An optimizer that calls its closure several times is one step: the last call's gradient is the used one."""
     model, x = net(6, 4), torch.randn(8, 6)

@@ -172,7 +172,9 @@ class Middle:
         self.world.parameter(i).requires_grad_(False)
 
     def hook(self, i):
-        self.world.hook = self.world.hook or self.world.parameter(i).register_hook(lambda g: g * 2)
+        parameter = self.world.parameter(i)
+        if parameter.requires_grad:  # an earlier disturbance may have frozen it
+            self.world.hook = self.world.hook or parameter.register_hook(lambda g: g * 2)
 
     def again(self, i):
         self.world.backward()

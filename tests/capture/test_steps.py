@@ -71,8 +71,10 @@ KINDS = [
 class Book:
     """A training of several parts, and what a person would write down beside it."""
 
-    def __init__(self, model, optimizers):
+    def __init__(self, model, optimizers, wraps=False):
         self.model, self.optimizers = model, optimizers
+        if wraps:  # an object with a `step` that holds an optimizer may move weights itself
+            vars(self).update({f"optimizer_{i}": optimizer for i, optimizer in enumerate(optimizers)})
         self.backwards = {name: [] for name, _ in model.named_parameters()}
         self.used = {name: [] for name in self.backwards}
 
@@ -130,7 +132,7 @@ def test_every_call_of_an_optimizer_is_one_row_of_what_it_did(seed):
     numbers = range(len(model))
     optimizers = [draw.choice(KINDS)(list(part.parameters())) for part in model]
     listed = draw.sample(optimizers, len(optimizers))
-    book = Book(model, optimizers)
+    book = Book(model, optimizers, wraps=draw.random() < 0.5)
     features = draw.choice([("updates",), ("updates", "flips")])
     with gradlens.watch(model, listed, features=features, rules=()) as lens:
         for _ in range(draw.randint(8, 30)):
