@@ -126,6 +126,7 @@ BY_NAME: dict[str, Field] = {field.name: field for field in SCALARS}
 #: parameter and step, so histograms add and compare. What lies below or above falls into the first or last bucket.
 EXPONENT_MIN, EXPONENT_MAX = -96, 31
 BUCKETS = EXPONENT_MAX - EXPONENT_MIN + 1  # of each sign: 128
+POWERS = np.ldexp(1.0, np.arange(EXPONENT_MIN, EXPONENT_MAX + 2))  #: the bounds of the buckets of one sign, rising
 TOP = 16  #: weights kept of each parameter, by sensitivity
 QUANTILES: dict[str, float] = {f"quantile_{round(100 * q):02d}": q for q in (0.05, 0.25, 0.5, 0.75, 0.95)}
 LARGE, STRATA, LINE = 2**16, 2**10, 16  #: see above; 16 entries of float32 are a cache line
@@ -172,6 +173,19 @@ def without_nothing(columns: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {name: np.where(empty, np.nan, values) if name in _SUMS else values for name, values in columns.items()}
 
 
+def unknown(columns: Mapping[str, np.ndarray], rows: np.ndarray) -> dict[str, np.ndarray]:
+    """The same columns, with nothing known of the partials of some rows: none is counted, what rests on them is empty."""
+    result = {}
+    for name, values in columns.items():
+        result[name] = values if name == "numel" else values.copy()
+        if name in ("positive", "negative", "zero", "nan", "inf"):
+            result[name][..., rows] = 0
+        elif name in _OF_PARTIALS:
+            result[name][..., rows] = np.nan
+    return without_nothing(result)
+
+
+_OF_PARTIALS = {"dot", *QUANTILES} | {field.name for field in MOMENTS}
 _SUMS = ("sum", "abs_sum", "square_sum", "weight_square_sum", "dot")
 
 
@@ -275,12 +289,6 @@ DERIVED_BY_NAME: dict[str, Derived] = {field.name: field for field in DERIVED}
 # --- quantiles, from a histogram ----------------------------------------------------------------------------------------
 
 
-def bucket_edges() -> np.ndarray:
-    """The `2 * BUCKETS + 1` ascending edges of the signed histogram, in the order of `ascending(histogram)`."""
-    powers = np.ldexp(1.0, np.arange(EXPONENT_MIN, EXPONENT_MAX + 2))
-    return np.concatenate([-powers[::-1][:-1], [-0.0], powers[1:]])
-
-
 def ascending(histogram: np.ndarray, zero: np.ndarray) -> np.ndarray:
     """Counts by rising value, `[n, 2 * BUCKETS + 1]`: negatives, zeros, positives."""
     return np.concatenate([histogram[:, :BUCKETS][:, ::-1], zero[:, None], histogram[:, BUCKETS:]], axis=1)
@@ -311,7 +319,6 @@ def _occupied(histogram: np.ndarray, zero: np.ndarray) -> tuple[np.ndarray, np.n
 
     Gradients of a model spread over some 30 of the 256.
     """
-    powers = np.ldexp(1.0, np.arange(EXPONENT_MIN, EXPONENT_MAX + 2))
     seen = np.flatnonzero(histogram.any(axis=0))
     negative, positive = seen[seen < BUCKETS][::-1], seen[seen >= BUCKETS]
     counts = np.empty((len(histogram), len(seen) + 1))
@@ -319,8 +326,8 @@ def _occupied(histogram: np.ndarray, zero: np.ndarray) -> tuple[np.ndarray, np.n
     counts[:, len(negative)] = zero
     counts[:, len(negative) + 1 :] = histogram[:, positive]
     up = positive - BUCKETS
-    low = np.concatenate([-powers[negative + 1], [0.0], powers[up]])
-    return counts, low, np.concatenate([-powers[negative], [0.0], powers[up + 1]])
+    low = np.concatenate([-POWERS[negative + 1], [0.0], POWERS[up]])
+    return counts, low, np.concatenate([-POWERS[negative], [0.0], POWERS[up + 1]])
 
 
 # --- frames ---------------------------------------------------------------------------------------------------------

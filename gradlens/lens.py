@@ -63,7 +63,7 @@ _open_lenses: set[Lens] = set()
 class Lens:
     """A watched model. Made by `watch`; every question may be asked at any time, in the middle of a step too.
 
-    On another thread than the one that trains, the answers are of the steps that are over.
+    On a thread other than the training thread, answers cover the steps that are over.
     """
 
     def __init__(self, target: Target, settings: LensSettings) -> None:

@@ -85,7 +85,7 @@ def _unbiased(k: int, alone: Any, together: Any) -> Noise:
 
 
 @dataclass(frozen=True)
-class Smoothed:
+class EMA:
     """Noise and signal smoothed over steps, each by itself; a step's weight falls by `decay` with each one after it."""
 
     decay: float = DECAY
@@ -97,7 +97,7 @@ class Smoothed:
         if not 0 <= self.decay < 1:
             raise ArgumentError(f"decay is the weight of a step against the one after it, in [0, 1), not {self.decay!r}")
 
-    def after(self, noise: Noise) -> Smoothed:
+    def after(self, noise: Noise) -> EMA:
         """With one more step; an estimate that tells nothing (K = 1, or not finite) changes nothing."""
         known = np.isfinite(noise.signal) & np.isfinite(noise.trace)
         if not np.any(known):
@@ -315,7 +315,7 @@ class Row:
     share: float  #: of the weights that it rests on
 
 
-class Gauge:
+class NoiseScaleEstimator:
     """Follows the noise scale over the snapshots of a run, as they come."""
 
     def __init__(
@@ -324,9 +324,9 @@ class Gauge:
         self._ranks, self._sizes, self._weighted = ranks, sizes, weighted
         self._open = self._step(-1)
         self.alike = Alike()
-        self.smoothed = Smoothed(decay)
-        self.in_examples = Smoothed(decay)  #: the trace is that of one example's gradient
-        self.parameters = Smoothed(decay)
+        self.smoothed = EMA(decay)
+        self.in_examples = EMA(decay)  #: the trace is that of one example's gradient
+        self.parameters = EMA(decay)
         self.names: tuple[str, ...] = ()
         self.last: Step | None = None  #: of those with most backwards
 
@@ -354,7 +354,7 @@ class Gauge:
         if not share or self.alike.ratio > 1:
             return None
         if step.names != self.names:
-            self.names, self.parameters = step.names, Smoothed(self.smoothed.decay)
+            self.names, self.parameters = step.names, EMA(self.smoothed.decay)
         self.smoothed, self.parameters = self.smoothed.after(noise), self.parameters.after(step.each())
         self.in_examples = self.in_examples.after(Noise(noise.signal, noise.trace * step.examples))
         scale = float((self.smoothed if math.isnan(step.examples) else self.in_examples).scale())
@@ -374,7 +374,7 @@ class NoiseScale:
     trace: float  #: tr(Sigma) of one micro-batch, smoothed
     rows: tuple[Row, ...]  #: the steps that it rests on
     names: tuple[str, ...]
-    parameters: Smoothed  #: an entry a parameter
+    parameters: EMA  #: an entry a parameter
     reason: str  #: why there is no step to rest on; empty where there is
 
     def __float__(self) -> float:
@@ -442,33 +442,33 @@ def measured(
     `sizes`: the examples of each of a step's micro-batches, where they are unequal; `weighted` says that their losses
     counted by size (a sum over examples), and not alike.
     """
-    gauge, rows = Gauge(decay, ranks, sizes=check_sizes(sizes), weighted=weighted), []
+    estimator, rows = NoiseScaleEstimator(decay, ranks, sizes=check_sizes(sizes), weighted=weighted), []
     for _, group in groupby(snapshots, key=lambda snapshot: snapshot.step):
         for snapshot in group:
-            gauge.take(snapshot)
-        rows.append(gauge.end())
-    known = tuple(row for row in rows if row is not None) if gauge.alike.ratio == 1 else ()
+            estimator.take(snapshot)
+        rows.append(estimator.end())
+    known = tuple(row for row in rows if row is not None) if estimator.alike.ratio == 1 else ()
     micro = not known or math.isnan(known[-1].batch_size)
-    found = gauge.smoothed
+    found = estimator.smoothed
     return NoiseScale(
-        value=float((found if micro else gauge.in_examples).scale()) if known else math.nan,
+        value=float((found if micro else estimator.in_examples).scale()) if known else math.nan,
         unit="micro-batches" if micro else "examples",
         signal=float(found.signal / found.weight) if known else math.nan,
         trace=float(found.trace / found.weight) if known else math.nan,
         rows=known,
-        names=gauge.names,
-        parameters=gauge.parameters,
-        reason="" if known else _reason(gauge),
+        names=estimator.names,
+        parameters=estimator.parameters,
+        reason="" if known else _reason(estimator),
     )
 
 
-def _reason(gauge: Gauge) -> str:
-    if gauge.last is None:
+def _reason(estimator: NoiseScaleEstimator) -> str:
+    if estimator.last is None:
         return "nothing was captured yet"
-    if gauge.alike.ratio > 1:
+    if estimator.alike.ratio > 1:
         return (
-            f"the backwards of a step are not alike: the gradient of one is {gauge.alike.ratio:.2g} times that of "
+            f"the backwards of a step are not alike: the gradient of one is {estimator.alike.ratio:.2g} times that of "
             f"another, step after step, as with the two losses of a GAN or the passes of SAM; for micro-batches of "
             f"unequal size give sizes="
         )
-    return gauge.last.reason
+    return estimator.last.reason

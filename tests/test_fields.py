@@ -1,6 +1,7 @@
 """Columns: their formulas, how they merge, how they unscale."""
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -122,12 +123,14 @@ def test_quantiles_are_within_a_factor_of_two(values):
             assert 0.499 <= value[0] / exact <= 2.001, (name, value[0], exact)
 
 
-def test_bucket_edges_bracket_the_buckets():
-    """Ascending edges: as many as buckets plus one, in order, symmetric."""
-    edges = fields.bucket_edges()
-    assert len(edges) == 2 * fields.BUCKETS + 1
-    assert (np.diff(edges) > 0).all()
-    assert (edges == -edges[::-1]).all()
+def test_powers_bracket_the_buckets():
+    """One more than buckets, rising; what lies on a bound is in the bucket above it, of either sign."""
+    assert len(fields.POWERS) == fields.BUCKETS + 1
+    assert (np.diff(fields.POWERS) > 0).all()
+    for bucket, (low, high) in enumerate(pairwise(fields.POWERS)):
+        inside = histogram_of([low, np.nextafter(high, 0), -low, -np.nextafter(high, 0)])
+        assert np.flatnonzero(inside).tolist() == [bucket, bucket + fields.BUCKETS]
+        assert inside[0, [bucket, bucket + fields.BUCKETS]].tolist() == [2, 2]
 
 
 @given(st.lists(st.floats(1e-6, 1e6), max_size=20), st.integers(-10, 10))

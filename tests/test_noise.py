@@ -12,7 +12,7 @@ from torch import nn
 import gradlens
 from gradlens.errors import ArgumentError
 from gradlens.lens import _open_lenses
-from gradlens.noise import Alike, Noise, Smoothed, estimate, measured
+from gradlens.noise import EMA, Alike, Noise, estimate, measured
 from gradlens.writers import tags
 
 from .analysis.made import snapshot
@@ -54,7 +54,7 @@ def test_the_smoothed_ratio_approaches_the_true_noise_scale():
     """With |G|^2 = 2 and a noise trace of 50, single steps are all over the place and the smoothed scale is 25."""
     random = np.random.default_rng(0)
     mean = np.full(50, 0.2)
-    scale = Smoothed(decay=0.999)
+    scale = EMA(decay=0.999)
     single = []
     for _ in range(4000):
         g = mean + random.normal(size=(4, 50))
@@ -68,7 +68,7 @@ def test_the_smoothed_ratio_approaches_the_true_noise_scale():
 
 def test_numerator_and_denominator_are_smoothed_apart():
     """The scale is the ratio of the decayed sums, not a decayed ratio."""
-    scale = Smoothed(decay=0.5).after(Noise(1.0, 4.0)).after(Noise(3.0, 2.0))
+    scale = EMA(decay=0.5).after(Noise(1.0, 4.0)).after(Noise(3.0, 2.0))
     assert scale.scale() == (0.25 * 4 + 0.5 * 2) / (0.25 * 1 + 0.5 * 3)
     assert scale.weight == 0.75
 
@@ -78,21 +78,21 @@ def test_one_micro_batch_tells_nothing():
     alone = estimate([4.0], summed=4.0)
     assert np.isnan(alone.signal)
     assert np.isnan(alone.trace)
-    before = Smoothed().after(Noise(1.0, 2.0))
+    before = EMA().after(Noise(1.0, 2.0))
     assert before.after(alone) is before
-    assert np.isnan(Smoothed().scale())
+    assert np.isnan(EMA().scale())
 
 
 def test_a_negative_signal_has_no_scale():
     """Where noise swamps the signal the scale is empty, not negative; other parameters keep theirs."""
-    scale = Smoothed().after(Noise(np.array([-1.0, 2.0]), np.array([3.0, 4.0]))).scale()
+    scale = EMA().after(Noise(np.array([-1.0, 2.0]), np.array([3.0, 4.0]))).scale()
     assert np.isnan(scale[0])
     assert scale[1] == pytest.approx(2)
 
 
 def test_each_parameter_skips_what_it_does_not_know():
     """A step that is empty for one parameter counts for the others."""
-    scale = Smoothed(decay=0.5).after(Noise(np.array([1.0, np.nan]), np.array([3.0, 1.0])))
+    scale = EMA(decay=0.5).after(Noise(np.array([1.0, np.nan]), np.array([3.0, 1.0])))
     scale = scale.after(Noise(np.array([1.0, 2.0]), np.array([5.0, 8.0])))
     assert scale.weight.tolist() == [0.75, 0.5]
     assert scale.scale().tolist() == pytest.approx([(0.25 * 3 + 0.5 * 5) / 0.75, 4])
@@ -106,7 +106,7 @@ def test_bad_input_is_explained():
     with pytest.raises(ArgumentError):
         estimate([], summed=1.0)
     with pytest.raises(ArgumentError, match=r"\[0, 1\)"):
-        Smoothed(decay=1.0)
+        EMA(decay=1.0)
 
 
 # --- from what a lens saw ---------------------------------------------------------------------------------------------

@@ -251,10 +251,12 @@ class Anchor:
     """A part of the target, held weakly, and what is in it.
 
     A container may be made in the call of `watch` and end with it: `watch(nn.ModuleDict({"G": g, "D": d}))`. What is in it
-    is watched under the same names.
+    is watched under the same names. Parameters are held so, weakly, only of a list or dictionary of parameters that is a
+    part itself: a weak reference keeps torch from swapping a parameter.
     """
 
     def __init__(self, name: str, part: nn.Module | Tensor, seen: set[int] | None = None) -> None:
+        listed = seen is None and isinstance(part, nn.ParameterList | nn.ParameterDict)
         seen = set() if seen is None else seen
         seen.add(id(part))
         self._name, self._part = name, weakref.ref(part)
@@ -263,6 +265,9 @@ class Anchor:
             if inner is not None and id(inner) not in seen:
                 path = name if is_wrapper(part, child) else f"{name}.{child}" if name else child  # type: ignore[arg-type]
                 self._within.append(Anchor(path, inner, seen))
+        for leaf, parameter in part._parameters.items() if listed and isinstance(part, nn.Module) else ():
+            if parameter is not None:
+                self._within.append(Anchor(f"{name}.{leaf}" if name else leaf, parameter, seen))
 
     def alive(self) -> Iterator[tuple[str, nn.Module | Tensor]]:
         """The part by its name; where it is gone, those within it that are left."""

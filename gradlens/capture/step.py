@@ -112,7 +112,3 @@ class Step:
     def used_key(self) -> TableKey:
         """Of the `used` table: its backward is the step's last."""
         return TableKey(self.number, max(self.passes - 1, 0), Stage.USED)
-
-    def waits_for(self, optimizer: Hashable) -> bool:
-        """Whether this optimizer has not stepped since the step's last backward."""
-        return self.open and self.stepped.get(optimizer, -1) < self.passes

@@ -44,6 +44,11 @@ class Steps:
         self._rests = not workings.optimizers.watched or Stage.REDUCED in workings.stages  # steps' ends have more to be done
 
     @property
+    def within_a_call(self) -> bool:
+        """Whether the step of an optimizer is under way, as while it calls its closure."""
+        return any(watched.step is not None for watched in self._optimizers.watched)
+
+    @property
     def watches(self) -> bool:
         """Whether this step has hooks on the parameters. Without an optimizer a backward counts steps, so they stay."""
         return self.current.observed or not self._optimizers.watched
@@ -146,8 +151,8 @@ class Steps:
 
     def backward_comes(self) -> None:
         """A backward begins, or a closure is called that has one: what optimizers did without one is over."""
-        step, under_way = self.current, any(watched.step is not None for watched in self._optimizers.watched)
-        if step.stepped and not step.passes and not self._engine.passes and not under_way:
+        step = self.current
+        if step.stepped and not step.passes and not self._engine.passes and not self.within_a_call:
             self.close()
         if self.lingering is not None:
             self.let_go()

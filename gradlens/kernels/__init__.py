@@ -85,7 +85,7 @@ def _triton() -> Backend:
 
 
 class Standby:
-    """A backend, and another one from the first failure on: Triton wants a C compiler, and a GPU that it knows."""
+    """A backend that another replaces at its first failure: Triton needs a C compiler, and a GPU that it supports."""
 
     def __init__(self, first: Backend, second: Backend) -> None:
         self._first: Backend | None = first
@@ -208,17 +208,17 @@ def prepare(
 
 
 def add_moments(gradient: Tensor, kept: Sequence[Tensor], divisor: float | Tensor, share: float, weight: float) -> bool:
-    """As `accumulate.add_moments`: whether there is a kernel that did it."""
+    """As `accumulate.add_moments`; False, and nothing done, where the native kernel cannot."""
     return accumulate.add_moments(_kernel_for(kept[0]), gradient, kept, divisor, share, weight)
 
 
 def fold_decayed(gradient: Tensor, kept: Sequence[Tensor], share: float) -> bool:
-    """As `accumulate.fold_decayed`: whether there is a kernel that did it."""
+    """As `accumulate.fold_decayed`; False, and nothing done, where the native kernel cannot."""
     return accumulate.fold_decayed(_kernel_for(kept[0]), gradient, kept, share)
 
 
 def output_sums(made: Tensor, axis: int = 0, low: float = -math.inf, high: float = math.inf) -> list[float] | None:
-    """As `outputs.sums_of`: runs no operation of torch. None where there is no kernel that reads it."""
+    """As `outputs.sums_of`, without any operation of torch. None without a kernel that reads this tensor."""
     return outputs.sums_of(_kernel_for(made), made, axis, low, high)
 
 

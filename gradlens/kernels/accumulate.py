@@ -54,7 +54,7 @@ def add_moments(
 
 
 def fold_decayed(kernel: native.Native | None, gradient: Tensor, kept: Sequence[Tensor], share: float) -> bool:
-    """Move `mean, square, sign, seen, flips, moving` towards what a float64 gradient says; count `steps`, note `last`."""
+    """Let `mean, square, sign, seen, flips, moving` decay towards a float64 gradient's; count `steps`, store `last`."""
     facts = _plain(kernel, gradient)
     if kernel is None or facts is None or gradient.dtype != torch.float64 or not 0 < share < 0.5:
         return False

@@ -1,4 +1,4 @@
-"""The numbers of a lot of entries, said in torch: what every kernel computes.
+"""The numbers that every kernel computes from some entries, in torch operations.
 
 Entries are the last axis of float64 tensors: `[..., L]` in, `[...]` out, by field name. The reference asks for a piece of a
 tensor at a time, `batched` for many pieces, one a row.
@@ -147,7 +147,7 @@ def _histogram(g: Tensor, where: Tensor) -> Tensor:
 
 
 def stride(entries: int, contiguous: bool, detail: bool) -> int:
-    """How many lines a stratum of the sample has that quantiles rest on; 1 where every entry counts."""
+    """How many cache lines make one stratum of the sample behind the quantiles; 1 where every entry counts."""
     lines = -(-entries // fields.LINE)
     return 1 if detail or not contiguous or entries <= fields.LARGE else -(-lines // fields.STRATA)
 
@@ -182,7 +182,7 @@ def quantiles(numbers: Numbers) -> Tensor:
 
 
 def row(numbers: Numbers, top: Tensor, detail: bool) -> Tensor:
-    """Rows of `fields`, from the numbers and the largest of tensors."""
+    """Rows of `fields`, from the numbers of tensors and their largest entries."""
     parts = [closed(numbers, fields.SUMMARY), quantiles(numbers), *top[1:]]
     return torch.cat([*parts, numbers[HISTOGRAM]] if detail else parts, -1)
 
@@ -196,7 +196,7 @@ def rule(name: str) -> str:
 
 
 def identity(names: Sequence[str], device: torch.device, *rows: int) -> Numbers:
-    """The numbers of nothing at all, `[*rows]`."""
+    """The numbers of no entries, `[*rows]`: merged with others they change nothing."""
     shapes = {name: (*rows, 2 * fields.BUCKETS) if name == HISTOGRAM else rows for name in names}
     return {
         name: torch.full(shape, _NEUTRAL[rule(name)], dtype=torch.float64, device=device) for name, shape in shapes.items()
@@ -204,13 +204,13 @@ def identity(names: Sequence[str], device: torch.device, *rows: int) -> Numbers:
 
 
 def merge(numbers: Numbers, more: Numbers) -> None:
-    """Add what other entries of the same tensors gave."""
+    """Merge with the numbers of other entries of the same tensors."""
     for name, value in more.items():
         numbers[name] = _MERGE[rule(name)](numbers[name], value)
 
 
 def closed(numbers: Numbers, columns: Sequence[fields.Field]) -> Tensor:
-    """Rows of the columns. A count nobody took is 0, a value nobody took and an extreme over nothing are NaN."""
+    """Rows of the columns. A count not taken is 0; a value not taken, or an extreme of no entries, is NaN."""
     like = next(iter(numbers.values()))
     row = []
     for field in columns:
@@ -249,7 +249,7 @@ def largest(g: Tensor, w: Tensor | None, start: Tensor | int) -> Tensor:
 
 
 def candidates(g: Tensor, index: Tensor, w: Tensor) -> Tensor:
-    """Of entries at the given indices; nothing where they are not finite."""
+    """Entries at the given indices as candidates for the largest; those that are not finite never win."""
     nothing = torch.arange(4, device=g.device).view(4, *(1 for _ in g.shape)) % 2 == 0
     matrix = torch.stack([g.abs(), g + 0.0, index.to(torch.float64), w])
     return torch.where(torch.isfinite(g), matrix, torch.where(nothing, -1.0, torch.nan))

@@ -53,8 +53,10 @@ Column = Sequence[Any] | None
 
 
 class StableTensors(tuple[Tensor, ...]):
-    """Tensors that stay where they are while this is in use: gradlens' own, or others between two lines of code that reads
-    them. Each is asked once where it is."""
+    """Tensors whose memory does not move while this list is in use, so each is asked for its address once.
+
+    These are gradlens' own, or others for the duration of one call.
+    """
 
     facts: _Facts | None = None
 
@@ -99,7 +101,7 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
 
 
 class Introspector(NamedTuple):
-    """What the library asks torch's tensors itself, of a list that is plain and contiguous."""
+    """Reads the facts of tensors in C: for lists of plain contiguous tensors."""
 
     fill: Callable[[Sequence[Any], array, int], bool]  #: writes an operand into tasks, if all are plain
     same: Callable[[Sequence[Any], array, int], bool]  #: whether all are where and what the tasks say
@@ -118,7 +120,7 @@ class _Exchange(ctypes.Structure):
 
 
 def _introspector(path: Path) -> Introspector | None:
-    """The library's way to ask torch's tensors what they are; None where torch has no such table."""
+    """An `Introspector`; None where this torch lacks the C functions that it calls."""
     capsule = getattr(Tensor, "__dlpack_c_exchange_api__", None)
     if capsule is None:
         return None
@@ -223,6 +225,10 @@ class Native:
         """As `reference.sample`."""
         return self._rows(self.library.gradlens_sample, reference.sample, [tensors], reference.SAMPLES)
 
+    def library_for(self, entries: int) -> ctypes.CDLL:
+        """The calls for so many entries: brief ones keep Python's lock, where that is possible."""
+        return self.holding if self.holding is not None and entries < BRIEF else self.library
+
     def fill(self, column: Sequence[Tensor], tasks: array, operand: int) -> bool:
         """Write an operand into tasks, if all tensors are plain, contiguous and as large as the operands before them."""
         if not set(map(type, column)) <= PLAIN:
@@ -298,33 +304,33 @@ def empty_tasks(n: int) -> array:
 
 
 def addresses(tasks: array, operand: int) -> array:
-    """Of an operand, in each row."""
+    """The addresses of an operand, one a row."""
     return tasks[operand::_TASK]
 
 
 def set_addresses(tasks: array, operand: int, pointers: array) -> None:
-    """Write them."""
+    """Write the addresses of an operand, one a row."""
     tasks[operand::_TASK] = pointers
 
 
 def types(tasks: array, operand: int) -> array:
-    """Codes of an operand's types, in each row."""
+    """The codes of an operand's types, one a row."""
     return tasks[_OPERANDS + operand :: _TASK]
 
 
 def copy_operand(tasks: array, operand: int, others: array, other: int) -> None:
-    """Write an operand of some tasks into others."""
+    """Copy an operand from some tasks to others."""
     others[other::_TASK] = tasks[operand::_TASK]
     others[_OPERANDS + other :: _TASK] = tasks[_OPERANDS + operand :: _TASK]
 
 
 def total(tasks: array) -> int:
-    """Entries of all rows."""
+    """The number of entries in all rows together."""
     return sum(tasks[2 * _OPERANDS :: _TASK])
 
 
 def own_memory(rooms: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
-    """Whether each room has a storage that no other tensor here has."""
+    """Whether none of these rooms shares its storage with another tensor of the call."""
     mine = _storages(rooms)
     return len(mine) == sum(room.numel() > 0 for room in rooms) and mine.isdisjoint(_storages(others))
 
@@ -338,7 +344,7 @@ def threads_for(entries: int) -> int:
 
 
 def modes_are_active() -> bool:
-    """Whether what is made here would be no ordinary tensor."""
+    """Whether a mode is active in which new tensors are not ordinary ones."""
     return bool(_dispatching()) or _transforming() is not None
 
 

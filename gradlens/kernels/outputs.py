@@ -41,7 +41,7 @@ class _Output(ctypes.Structure):
 
 
 def readable(made: Tensor) -> bool:
-    """Whether it has numbers that these sums are about."""
+    """Whether these sums are defined for it."""
     return (
         not made.is_nested
         and made.is_floating_point()
@@ -100,11 +100,9 @@ def _by_library(kernel: native.Native, made: Tensor, axis: int, low: float, high
     if not pointer:
         return None
     read = (ctypes.c_double * len(_READ))()
-    brief = entries < native.BRIEF
-    library = kernel.holding if brief and kernel.holding is not None else kernel.library
     threads = native.threads_for(entries)
     output = _Output(pointer, native._CODES[made.dtype], rows, columns, low, high, ctypes.addressof(read))
-    library.gradlens_output(ctypes.byref(output), threads, kernel.variant)
+    kernel.library_for(entries).gradlens_output(ctypes.byref(output), threads, kernel.variant)
     nonfinite, square_sum, deviation, dead, saturated = read
     if made.dtype == torch.float64 and not SMALLEST**2 < square_sum < LARGEST**2 and (square_sum or dead < columns):
         return None

@@ -38,8 +38,8 @@ _USED, _BEFORE, _AFTER, _LOSS = range(4)  # operands of a comparison
 TOGETHER, MOST = 2**15, 64
 
 
-class Reading(NamedTuple):
-    """What `read` gives: rows of `kernels.summarize`, and what `kernels.sample` gives of the gradients and the weights."""
+class GradientRows(NamedTuple):
+    """The result of `read`: rows as of `kernels.summarize`, and samples of gradients and weights as of `kernels.sample`."""
 
     rows: Tensor
     samples: Tensor  #: of a gradient and of its weight, side by side
@@ -52,14 +52,14 @@ class Reading(NamedTuple):
 
 
 class Rooms:
-    """Rooms for rows of one width, some made at once: to make a tensor takes 10 us where torch's code is not in a cache."""
+    """Memory for rows of one width, made for several steps at once: a new tensor takes 10 us when the caches are cold."""
 
     def __init__(self, n: int, width: int, part: int) -> None:
         self._shape, self._part = (max(min(TOGETHER // max(n * width, 1), MOST), 1), n, width), min(part, width)
         self._left: list[tuple[Tensor, Tensor]] = []
 
     def take(self) -> tuple[Tensor, Tensor]:
-        """Room for `[n, width]`, and the first `part` columns of it: ordinary tensors, in inference mode too."""
+        """A tensor `[n, width]`, and its first `part` columns; ordinary tensors, in inference mode too."""
         if not self._left:
             with torch.inference_mode(False), torch.no_grad():
                 made = torch.empty(self._shape, dtype=torch.float64, device="cpu")
@@ -72,11 +72,11 @@ class Prepared(Protocol):
 
     apart: bool  #: they keep apart from the user's modes by themselves, and cost less than the general calls
 
-    def read(self, gradients: Sequence[Tensor], detail: bool = True, copy: bool = True) -> Reading | None:
-        """Read the gradients; None where they are not as they were. `copy`: whether the weights are copied."""
+    def read(self, gradients: Sequence[Tensor], detail: bool = True, copy: bool = True) -> GradientRows | None:
+        """Read the gradients; None where these calls fit gradients or weights no longer. `copy`: copy the weights too."""
 
     def unchanged(self, gradients: Sequence[Tensor]) -> tuple[bool, bool]:
-        """Whether the samples of the gradients, and those of the weights, are what they were when `read` took them.
+        """Whether the samples of the gradients, and of the weights, equal those that `read` took.
 
         Of few weights that `read` copied, every one may be compared with its copy.
 
@@ -105,9 +105,9 @@ class GeneralPrepared:
     ) -> None:
         self._backend, self._weights, self._previous, self._before = backend, list(weights), previous, before
         self._loss = loss
-        self._read: Reading | None = None
+        self._read: GradientRows | None = None
 
-    def read(self, gradients: Sequence[Tensor], detail: bool = True, copy: bool = True) -> Reading | None:
+    def read(self, gradients: Sequence[Tensor], detail: bool = True, copy: bool = True) -> GradientRows | None:
         """As `Prepared.read`."""
         if len(gradients) != len(self._weights):
             return None
@@ -116,7 +116,7 @@ class GeneralPrepared:
             with reference.quiet():
                 torch._foreach_copy_(self._before, self._weights)
         samples = torch.cat([self._backend.sample(gradients), self._backend.sample(self._weights)], 1)
-        self._read = Reading(rows, samples, samples[:, : reference.SAMPLES])
+        self._read = GradientRows(rows, samples, samples[:, : reference.SAMPLES])
         return self._read
 
     def unchanged(self, gradients: Sequence[Tensor]) -> tuple[bool, bool]:
@@ -194,8 +194,7 @@ class NativePrepared:
         self._copying = True
         self._kept_types = native.types(tasks, _KEEP)
         entries = native.total(tasks)
-        holding = self._kernel.holding
-        self._calls = holding if holding is not None and entries < native.BRIEF else self._kernel.library
+        self._calls = self._kernel.library_for(entries)
         self._brief, self._threaded = entries < native.BRIEF, entries >= native.THREADED
         return native.own_memory([room for rooms in self._rooms for room in rooms], self._weights)
 
@@ -206,7 +205,7 @@ class NativePrepared:
             return 0
         return self._kernel.unchanged(list(gradients), self._weights, tasks, samples, exact=exact)
 
-    def read(self, gradients: Sequence[Tensor], detail: bool = True, copy: bool = True) -> Reading | None:
+    def read(self, gradients: Sequence[Tensor], detail: bool = True, copy: bool = True) -> GradientRows | None:
         """As `Prepared.read`."""
         self._samples, tasks, n = None, self._tasks, len(self._weights)
         with torch._C.DisableTorchFunction():
@@ -224,7 +223,7 @@ class NativePrepared:
             at, threads, variant = tasks.buffer_info()[0], self._threads(), self._kernel.variant
             self._calls.gradlens_read(at, n, rows.data_ptr(), samples.data_ptr(), threads, variant, detail)
             self._samples = samples
-            return Reading(rows, samples, gradient_samples)
+            return GradientRows(rows, samples, gradient_samples)
 
     def unchanged(self, gradients: Sequence[Tensor]) -> tuple[bool, bool]:
         """As `Prepared.unchanged`."""

@@ -69,7 +69,7 @@ def sample(tensors: Sequence[Tensor]) -> Tensor:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """No graph, results that are ordinary tensors, and no detour through the user's tensor classes."""
+    """Compute without a graph, with ordinary tensors as results, past the overrides of the user's tensor classes."""
     with torch.no_grad(), torch.inference_mode(False), torch._C.DisableTorchFunctionSubclass():
         yield
 
@@ -225,7 +225,7 @@ class _Touched:
         self._width = math.prod(self.values.shape[1:]) * (2 if tensor.is_complex() else 1)
 
     def of(self, tensor: Tensor) -> Tensor:
-        """What a dense tensor has at the same entries, in the shape of `values`."""
+        """The entries of a dense tensor at the places of this piece, in the shape of `values`."""
         return tensor[tuple(self.axes)]
 
     def index(self, at: Tensor) -> Tensor:
@@ -236,7 +236,7 @@ class _Touched:
         return self.places[row] * self._width + at - row * self._width
 
     def first_untouched(self, count: int) -> Tensor:
-        """The indices of the first `count` entries that the sparse tensor does not have."""
+        """The indices of the first `count` entries that the sparse tensor does not store."""
         at = torch.arange(count, dtype=torch.int64, device=self.places.device)
         rank = torch.div(at, self._width, rounding_mode="floor")
         # Before the k-th touched place lie places[k] - k untouched ones.

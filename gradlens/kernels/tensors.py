@@ -1,4 +1,4 @@
-"""What a tensor is, as far as kernels ask: a plain one, or one of a type with a behaviour of its own."""
+"""What kernels must know of a tensor: whether it is a plain one, or of a type with a behaviour of its own."""
 
 from __future__ import annotations
 

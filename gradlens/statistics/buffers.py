@@ -17,10 +17,10 @@ _DTYPE, _LAYOUT = attrgetter("dtype"), attrgetter("layout")
 
 
 class Buffer:
-    """A copy of each parameter, or of its sample; empty where nothing was kept yet.
+    """A copy of each parameter, or of a sample of its entries; a row is empty until it is first kept.
 
-    Rows mean what they meant when they were kept as long as the `Parameters` object is the same: it changes with any name,
-    shape, dtype or device, and then everything kept is of another time.
+    A row number stands for the same parameter as long as the `Parameters` object is the same. That object is replaced when
+    any name, shape, dtype or device changes; the buffer is then cleared.
     """
 
     def __init__(self, plan: Plan) -> None:
@@ -33,25 +33,25 @@ class Buffer:
         )
 
     def use(self, parameters: Parameters) -> Buffer:
-        """The buffer, for rows of these parameters."""
+        """This buffer, cleared first if it held rows of other parameters."""
         if parameters is not self._parameters:
             self._parameters, self._rooms, self._kept, self._last = parameters, {}, {}, None
             self._samples = self._plan.samples_of(parameters)
         return self
 
     def together(self, rows: Sequence[int], tensors: Sequence[Tensor]) -> kernels.StableTensors | None:
-        """What is kept of these rows, if they were last kept all at once and whole: as from one step to the next."""
+        """The copies of these rows, if one call kept exactly these rows, every entry of them: the usual case in training."""
         rooms = self._rooms_of(rows, tensors)
         return rooms if rooms is not None and all(map(self._kept.__contains__, rows)) else None
 
     def rooms(self, rows: Sequence[int], *, kept: bool) -> kernels.StableTensors | None:
-        """Where these rows are kept whole, all at once; with `kept`, only if something is kept in each."""
+        """The memory for these rows, if one call kept exactly these, whole. `kept`: only if each holds a copy."""
         if self._last is None or self._last[0] != rows or (kept and len(self._kept) != len(rows)):
             return None
         return self._last[2]
 
     def fill(self, rooms: kernels.StableTensors) -> None:
-        """These, which are all, have been written."""
+        """Mark all rows as kept: the caller has written to their memory."""
         self._kept.update(enumerate(rooms))
 
     def _rooms_of(self, rows: Sequence[int], tensors: Sequence[Tensor]) -> kernels.StableTensors | None:
@@ -61,7 +61,7 @@ class Buffer:
         return self._last[2] if set(map(_LAYOUT, asked)) == {torch.strided} else None
 
     def remember(self, rows: Sequence[int], tensors: Sequence[Tensor]) -> None:
-        """These have been kept all at once."""
+        """Note that one call kept exactly these rows."""
         rooms = kernels.StableTensors(self._rooms[row] for row in rows)
         whole = all(self._samples[row].whole for row in rows)
         self._last = (list(rows), [tensor.dtype for tensor in tensors], rooms) if whole else None
@@ -71,15 +71,15 @@ class Buffer:
         return self._samples[row].whole
 
     def view(self, row: int, tensor: Tensor) -> Tensor:
-        """The entries of the tensor that the buffer has."""
+        """The entries of the tensor that the buffer copies."""
         return self._samples[row].view(tensor)
 
     def get(self, row: int) -> Tensor | None:
-        """What is kept of this row."""
+        """The copy of this row; None where it is empty."""
         return self._kept.get(row)
 
     def room(self, row: int, view: Tensor) -> Tensor:
-        """Where this row is to be kept."""
+        """The memory for the copy of this row, allocated at first use."""
         room = self._rooms.get(row)
         if room is None or room.dtype != view.dtype:
             self._last = None
@@ -88,7 +88,7 @@ class Buffer:
         return room
 
     def filled(self, rows: Sequence[int]) -> None:
-        """The rooms of these rows have been written."""
+        """Mark these rows as kept: the caller has written to their memory."""
         self._kept.update((row, self._rooms[row]) for row in rows)
 
     def keep(self, rows: Sequence[int], tensors: Sequence[Tensor]) -> None:
@@ -106,7 +106,7 @@ class Buffer:
         self.remember(rows, tensors)
 
     def forget(self) -> None:
-        """What is kept is of another time; the rooms stay."""
+        """Invalidate the copies; keep the allocated memory."""
         self._kept.clear()
 
 
@@ -122,7 +122,10 @@ def summarize(
     last: Buffer | None,
     detail: bool = True,
 ) -> tuple[Tensor, tuple[list[int], Tensor] | None]:
-    """Rows of the gradients, and separately the flips of those that are kept by sample; the buffer then has these."""
+    """Rows of the gradients compared with those in `last`, which then holds these.
+
+    Second: the rows of which `last` holds a sample, and their `FLIPS` columns.
+    """
     if last is None:
         return kernels.summarize(gradients, weights, detail=detail), None
     rooms = last.together(rows, gradients)

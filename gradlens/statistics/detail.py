@@ -10,7 +10,7 @@ from gradlens.schedules import Growing
 
 
 class DetailSteps:
-    """Asked once for each observed step, and again for what else is read of it."""
+    """Decides once for each observed step; asked again about a step, it gives the same answer."""
 
     def __init__(self) -> None:
         self._answers: dict[int, bool] = {}  # of the last steps: those of two may take turns

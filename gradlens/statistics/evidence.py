@@ -103,12 +103,12 @@ class Moments:
             self.negative[i][at] += g < 0
 
     def leave_out(self, parameter: int) -> None:
-        """This parameter has no evidence, until `clear`: as after a partial that was not finite."""
+        """Drop the evidence on this parameter until `clear`, as after a partial that is not finite."""
         block, entries = self.place(parameter)
         self.mean[block][entries] = math.nan
 
     def grow(self, like: Sequence[Tensor]) -> None:
-        """More parameters; so far their partials were 0, which is what the zeros they begin with say."""
+        """Add parameters. Their partials so far count as 0."""
         more = Moments(like)
         shift = len(self.sizes)
         self.indices += more.indices
@@ -155,7 +155,7 @@ def _blocks(sizes: Sequence[int], devices: Sequence[torch.device]) -> list[slice
 
 
 def chunks(tensor: Tensor) -> Iterator[slice]:
-    """Ranges of the entries that are worked on at once."""
+    """Ranges of entries, each small enough to work on at once."""
     size = CHUNK if tensor.device.type == "cpu" else CHUNK_ELSEWHERE
     for start in range(0, tensor.numel(), size):
         yield slice(start, min(start + size, tensor.numel()))
@@ -172,7 +172,7 @@ def reals(gradient: Tensor, index: Tensor | None = None) -> Tensor:
 
 
 def flat(gradient: Tensor, index: Tensor | None = None) -> Tensor:
-    """The same as float64."""
+    """As `reals`, in float64."""
     return reals(gradient, index).double()
 
 
@@ -226,7 +226,7 @@ test_means.__test__ = False  # type: ignore[attr-defined]  # pytest, this is no 
 
 
 def check_level(q: float, method: str) -> None:
-    """Raise for a level of control that is none, or an unknown method."""
+    """Raise if `q` is not between 0 and 1, or the method is unknown."""
     if not isinstance(q, Real) or not 0 < q < 1:
         raise ArgumentError(f"q is the share of wrong verdicts to allow among those kept, between 0 and 1, not {q!r}")
     if method not in METHODS:
@@ -298,7 +298,7 @@ class Evidence:
         self._ended = False
 
     def grow(self, like: Sequence[Tensor]) -> None:
-        """More parameters."""
+        """Add parameters, as `Moments.grow`."""
         self.moments.grow(like)
         self._steps += [_Decayed(mean) for mean in self.moments.mean[len(self._steps) :]]
 

@@ -67,8 +67,8 @@ class Plan:
     """How much of each parameter the buffers hold.
 
     `allowance` bytes are shared by `buffers` copies of the parameters, and by `more` bytes a number for `what` needs them. A
-    common cap on entries per parameter is chosen as large as the allowance permits, by bisection; anew, when the model has
-    got other parameters.
+    common cap on entries per parameter is chosen by bisection, as large as the allowance permits, and chosen again when the
+    model gets other parameters.
     """
 
     samples: list[Sample]

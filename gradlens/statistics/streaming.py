@@ -29,8 +29,8 @@ Q = 0.1  #: the false discovery rate of the verdicts
 
 
 @dataclass(frozen=True, eq=False)
-class Followed:
-    """Evidence on the weights of one parameter that are followed, one entry each."""
+class ParameterEvidence:
+    """Evidence on one parameter: an entry for each weight that is followed."""
 
     index: np.ndarray  #: int64, into the flattened parameter; a complex entry is two weights
     backwards: int  #: that the verdicts rest on
@@ -59,7 +59,7 @@ class Followed:
         return result
 
 
-class Streaming:
+class EvidenceCollector:
     """The feature `evidence`: takes each backward's partials, and answers for each parameter."""
 
     def __init__(self, plan: Plan) -> None:
@@ -109,7 +109,7 @@ class Streaming:
         self._evidence.moments.add({self._at[row]: g for row, g in views.items()}, divisor)
 
     def ended(self, missed: Collection[int] = ()) -> None:
-        """The backward under way is over: what it did not reach had partials of 0, but for what it did not compute."""
+        """The backward under way is over: what it did not reach had partials of 0, except those in `missed`."""
         if self._backward is not None:
             if not self._spoiled:
                 self._evidence.moments.add({at: None for row, at in self._at.items() if row not in self._seen})
@@ -125,7 +125,7 @@ class Streaming:
                 self._evidence.moments.leave_out(self._at[row])
 
     def failed(self, backward: int) -> None:
-        """This backward raised: what was taken of it counts for nothing, and cannot be taken back."""
+        """This backward raised. Partials that were already added cannot be subtracted, so the step has no evidence."""
         if backward == self._backward:
             self._spoil("a backward failed after some of its partials were taken")
             self._backward, self._seen = None, set()
@@ -134,7 +134,7 @@ class Streaming:
         self._spoiled, self.left_out = True, why
 
     def moving(self) -> None:
-        """A backward ran while the weights may move: it is left out."""
+        """A backward ran while the weights may move: leave it out."""
         self.left_out = "backwards ran while the weights may move within the step (a closure, another optimizer's step)"
 
     def step_done(self) -> None:
@@ -149,8 +149,8 @@ class Streaming:
     def _view(self, row: int, g: Tensor) -> Tensor:
         return self._samples[row].view(g.to_dense() if g.is_sparse else g)
 
-    def of(self, name: str) -> Followed | None:
-        """What is known of a parameter's weights; None where nothing is."""
+    def of(self, name: str) -> ParameterEvidence | None:
+        """The evidence on a parameter; None where there is none."""
         row = None if self._parameters is None else self._parameters.position.get(name)
         at = None if row is None else self._at.get(row)
         if at is None or row is None or self._parameters is None or self._spoiled:
@@ -161,7 +161,7 @@ class Streaming:
         mine = slice(start, start + size)
         over = self._evidence.over_time(at)
         empty = np.full(size, np.nan)
-        return Followed(
+        return ParameterEvidence(
             index=self._index(row, size),
             backwards=moments.count,
             verdict=np.full(size, None, object) if judged is None else np.asarray(VERDICTS, object)[judged.verdict[mine]],
@@ -191,7 +191,7 @@ class Streaming:
 
 
 def describe(found: dict[str, np.ndarray], backwards: int) -> str:
-    """What the evidence says of one weight, in sentences; empty where it says nothing."""
+    """The evidence on one weight in sentences; empty where there is none."""
     verdict, q, agree, flips = (found[name][0] for name in ("verdict", "q", "agree", "flips"))
     sentences = []
     if verdict == Verdict.UNDECIDED.value:

@@ -52,7 +52,7 @@ def _size(shape: tuple[int, ...]) -> int:
 
 
 def known(tensor: Tensor) -> Tensor:
-    """The tensor, as one of a type that numpy has."""
+    """The tensor, converted if numpy has no such type."""
     return tensor if tensor.dtype in (torch.float64, torch.float32, torch.bool) else tensor.to(torch.float64)
 
 

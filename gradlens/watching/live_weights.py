@@ -21,7 +21,7 @@ from gradlens.capture.sharding import summand
 from gradlens.errors import ArgumentError, choice
 from gradlens.kernels import reference
 from gradlens.records import Parameters, Snapshot
-from gradlens.statistics.streaming import Followed, Q
+from gradlens.statistics.streaming import ParameterEvidence, Q
 from gradlens.watching.largest import Largest
 
 if TYPE_CHECKING:
@@ -34,12 +34,11 @@ ROWS = 1_000_000  #: no more rows than this without `top` or `name`: a DataFrame
 CHUNK = 2**17
 
 #: Of a parameter, what is known of its weights over several backwards.
-Follow = Callable[[str], Followed | None]
+Follow = Callable[[str], ParameterEvidence | None]
 
 
 class Workspace:
-    """Rooms for a chunk's intermediate results, each allocated once: where they come and go, malloc was measured to keep
-    hundreds of MiB of them."""
+    """A chunk's intermediate results, allocated once: malloc was measured to keep hundreds of MiB of freed ones."""
 
     def __init__(self) -> None:
         self._rooms: dict[tuple, Tensor] = {}
@@ -66,12 +65,12 @@ class LiveParameter:
 
     @property
     def gradient(self) -> Tensor | None:
-        """`.grad`; None where there is none, or where one that is left over means nothing."""
+        """`.grad`; None where there is none, or where it is left over from an earlier step."""
         return self.slot.gradient()
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the whole parameter."""
+        """The shape of the whole parameter."""
         shape, _ = self.slot.extent(self._tensor)
         return (*shape, 2) if self._tensor.is_complex() else shape
 
@@ -148,13 +147,13 @@ class LiveParameter:
         return out
 
     def place(self) -> Parameters:
-        """Which entries of the whole these are."""
+        """Which entries of the whole parameter this rank holds."""
         dtype = str(self._tensor.dtype).removeprefix("torch.")
         shape, piece = self.slot.extent(self._tensor)
         return Parameters((self.name,), (shape,), (dtype,), (piece,))
 
     def at(self, index: tuple[int, ...]) -> tuple[int, int]:
-        """Where a weight is: its flat index in the whole, and in what is here.
+        """Where a weight is: its flat index in the whole parameter, and in this rank's part.
 
         Raises:
             ArgumentError: there is no such weight, or its partial is not this rank's to tell.
@@ -188,7 +187,7 @@ class LiveParameter:
 
 
 def check_order(top: int | None, by: str) -> None:
-    """Raise unless these say how many weights are wanted, and in which order."""
+    """Raise unless `top` is a number of weights and `by` an order."""
     if by not in ORDERS:
         raise choice("by", by, ORDERS)
     if top is not None and (isinstance(top, bool) or not isinstance(top, int) or top < 1):
@@ -196,7 +195,7 @@ def check_order(top: int | None, by: str) -> None:
 
 
 def check_rows(held: Sequence[LiveParameter]) -> None:
-    """Raise where a row for each weight would be too many."""
+    """Raise if one row a weight would be too many."""
     count = sum(each.numel(here=True) for each in held)
     if count > ROWS:
         raise ArgumentError(
@@ -206,7 +205,7 @@ def check_rows(held: Sequence[LiveParameter]) -> None:
 
 
 def check_whole(held: Sequence[LiveParameter]) -> None:
-    """Raise where this rank has not got all partials."""
+    """Raise if this rank does not hold all partials."""
     parts = [each.name for each in held if each.place().piece(0) or each.summand]
     if parts:
         few = ", ".join(parts[:3]) + (", ..." if len(parts) > 3 else "")
@@ -265,7 +264,7 @@ def joined(parts: Sequence[pd.DataFrame], top: int | None, by: str) -> pd.DataFr
 
 
 def kept(snapshot: Snapshot, held: Sequence[LiveParameter], top: int | None, by: str) -> pd.DataFrame:
-    """The most sensitive weights that a snapshot has: what is left to tell of when the gradients are gone."""
+    """The most sensitive weights in a snapshot: what can be shown once the gradients are gone."""
     parts = []
     for each in held:
         row = snapshot.parameters.position.get(each.name)
@@ -278,7 +277,7 @@ def kept(snapshot: Snapshot, held: Sequence[LiveParameter], top: int | None, by:
 
 def add_evidence(frame: pd.DataFrame, held: Sequence[LiveParameter], follow: Follow) -> None:
     """The columns of the feature `evidence`; empty for weights that are not followed, or not yet."""
-    for column in Followed.COLUMNS:
+    for column in ParameterEvidence.COLUMNS:
         frame[column] = np.full(len(frame), None, object) if column == "verdict" else np.nan
     for each in held:
         mine = np.flatnonzero(frame["parameter"] == each.name)
@@ -287,7 +286,9 @@ def add_evidence(frame: pd.DataFrame, held: Sequence[LiveParameter], follow: Fol
             at = each.place().local_index(0, _flat_index(frame["index"].iloc[mine], each.shape))
             for column, values in followed.columns(at).items():
                 frame.iloc[mine, frame.columns.get_loc(column)] = values  # type: ignore[index]
-            frame.attrs.update(backwards=followed.backwards, false_discovery_rate=Q, over_steps=list(Followed.OVER_STEPS))
+            frame.attrs.update(
+                backwards=followed.backwards, false_discovery_rate=Q, over_steps=list(ParameterEvidence.OVER_STEPS)
+            )
 
 
 def _flat_index(index: pd.Series, shape: tuple[int, ...]) -> np.ndarray:

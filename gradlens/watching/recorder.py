@@ -74,6 +74,7 @@ class Recorder:
         self._facts: list[Fact] = []
         self._requests: deque[threading.Event] = deque()
         self._within, self._progress = "", 0  # whose function is running, and how many have
+        self._stuck = -1  # how many had when one was waited for in vain
         self._closed = False
         self._spent = self._recording_spent = 0.0  # processor seconds, of each thread
         self._pid = os.getpid()
@@ -159,14 +160,15 @@ class Recorder:
             self._close_without_recorder()
 
     def _wait(self, done: threading.Event) -> bool:
-        """Whether it was done; not after `PATIENCE` seconds in which nothing went on."""
+        """Whether it was done; not after `PATIENCE` seconds in which nothing went on, which are waited for once."""
         seen, since = self._progress, time.monotonic()
         while not done.wait(0.1):
-            if not self._threads[0].is_alive():
+            if not self._threads[0].is_alive() or self._progress == self._stuck:
                 return done.is_set()
             if self._progress != seen:
                 seen, since = self._progress, time.monotonic()
             elif self._within and time.monotonic() - since > PATIENCE:
+                self._stuck = seen
                 return False
         return True
 

@@ -16,8 +16,7 @@ from torch import Tensor
 from gradlens import kernels
 from gradlens.capture.events import Steady, SteadyReading, SteadyStart, SteadyUpdate, SteadyUsed
 from gradlens.capture.provenance import loss_gradient
-from gradlens.kernels.prepared import Prepared
-from gradlens.kernels.prepared import Reading as Rows
+from gradlens.kernels.prepared import GradientRows, Prepared
 from gradlens.records import Parameters, Source, Stage, TableKey
 from gradlens.statistics.buffers import Buffer
 from gradlens.statistics.table import Piece
@@ -65,7 +64,7 @@ class PreparedCalls:
         previous: kernels.StableTensors | None,
         before: kernels.StableTensors | None,
         detail: bool,
-    ) -> Rows | None:
+    ) -> GradientRows | None:
         """The gradients' rows; None where they cannot be read so."""
         route, calls = event.route, event.route.calls
         if calls is None or calls.previous is not previous or calls.before is not before:

@@ -32,7 +32,7 @@ from gradlens.records import PARTIAL, Finding, Note, Parameters, Stage
 from gradlens.statistics.buffers import Buffer, summarize
 from gradlens.statistics.detail import DetailSteps
 from gradlens.statistics.memory import Plan
-from gradlens.statistics.streaming import Streaming
+from gradlens.statistics.streaming import EvidenceCollector
 from gradlens.statistics.table import Piece, Table
 from gradlens.watching import process_group
 from gradlens.watching.failures import Failures
@@ -62,7 +62,7 @@ class TableBuilder:
         self.open = OpenTables(recorder)
         self._flips: dict[str, Buffer] = {}
         self._meter = UpdateMeter(plan)
-        self.evidence = Streaming(plan) if "evidence" in features else None
+        self.evidence = EvidenceCollector(plan) if "evidence" in features else None
         self._marked: tuple[Parameters, frozenset[int], Parameters] | None = None
         self._told: set[str] = set()  # parameters whose gradients were found to be summands, why evidence left something out
         self.detail = DetailSteps()
@@ -178,7 +178,7 @@ class TableBuilder:
             self._told.add(key)
             self.failures.findings.append(finding)
 
-    def _fold(self, evidence: Streaming, step: int) -> None:
+    def _fold(self, evidence: EvidenceCollector, step: int) -> None:
         evidence.step_done()
         if evidence.left_out:
             self._tell_once(evidence.left_out, findings.evidence_left_out(step, evidence.left_out))
@@ -231,7 +231,7 @@ class TableBuilder:
             last.notes[i] if i in wanted and last.notes else None if i in wanted else notes[i] for i in everything
         ]
 
-    def _gather(self, evidence: Streaming, reading: Reading) -> None:
+    def _gather(self, evidence: EvidenceCollector, reading: Reading) -> None:
         if reading.moving:
             evidence.moving()
             return

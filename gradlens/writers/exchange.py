@@ -32,7 +32,7 @@ import numpy as np
 
 from gradlens import fields, findings
 from gradlens.errors import GradlensWarning
-from gradlens.noise import Gauge
+from gradlens.noise import NoiseScaleEstimator
 from gradlens.pooling import pool
 from gradlens.records import Finding, Parameters, Record, Snapshot, Stage, Status, Top
 from gradlens.writers.base import Writer
@@ -340,7 +340,7 @@ class Pooled:
         self._bytes, self._measured = 0, time.monotonic()
         self._said: dict[int, bytes] = {}
         self._lost = 0
-        self._gauge = Gauge(ranks=ranks)
+        self._noise = NoiseScaleEstimator(ranks=ranks)
         self._alone = False
 
     def write(self, record: Record) -> None:
@@ -457,8 +457,8 @@ class Pooled:
         if any(own.parameters.pieces):
             return pooled
         for snapshot in [own, *(alone for _, alone in there)] if own.stage == Stage.BACKWARD else [pooled]:
-            self._gauge.take(snapshot)
-        row = self._gauge.end() if own.stage == Stage.USED else None
+            self._noise.take(snapshot)
+        row = self._noise.end() if own.stage == Stage.USED else None
         return pooled if row is None else replace(pooled, scalars={**pooled.scalars, "noise_scale": row.noise_scale})
 
 

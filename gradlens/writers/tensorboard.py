@@ -35,7 +35,7 @@ from gradlens.analysis.rules.base import judged
 from gradlens.blocks import Block, block_of
 from gradlens.errors import ArgumentError, RunDirectoryError
 from gradlens.moments import Moment, Moments, as_moments
-from gradlens.noise import Gauge
+from gradlens.noise import NoiseScaleEstimator
 from gradlens.records import Finding, Severity, Snapshot, Stage
 from gradlens.schedules import next_grown
 from gradlens.writers import events, heatmap, markdown, numbers, tags
@@ -85,7 +85,7 @@ class _Step:
         self._backwards = 0
         self._alone: list[tuple[Block, int]] = []  # moments that the noise scale has not got, while one backward came
 
-    def take(self, block: Block, at: int, time_: float, backward: int, gauge: Gauge) -> None:
+    def take(self, block: Block, at: int, time_: float, backward: int, estimator: NoiseScaleEstimator) -> None:
         """The next moment. The noise scale wants those of steps with several backwards alone."""
         self._last[block.stage, block.names] = block, at
         self._backwards = max(self._backwards, backward + 1)
@@ -93,7 +93,7 @@ class _Step:
         self._alone.append((block, at))
         if self._backwards > 1:
             for other, place in self._alone:
-                gauge.take(other.snapshot(place))
+                estimator.take(other.snapshot(place))
             self._alone = []
         del self._alone[:-8]
 
@@ -193,7 +193,7 @@ class TensorBoard:
         self._open = _Step(-1, due=False)
         self._count = 0  # steps that were observed, the open one included
         self._grid = Grid()
-        self._gauge = Gauge()
+        self._noise = NoiseScaleEstimator()
         self._waiting: list[_Waiting] = []
         self._unplotted: list[Moment] = []  # of steps that are over, and not in the pictures' table
         self._made: dict[int, dict[str, float]] = {}  # by step, what stands out in what modules made
@@ -234,7 +234,7 @@ class TensorBoard:
                     continue
                 self._open = _Step(step, due=due, looks=looks)
             for at in of:
-                self._open.take(*came[at], times[at], backwards[at], self._gauge)
+                self._open.take(*came[at], times[at], backwards[at], self._noise)
         self._plot()
         self._write(self._waiting)
 
@@ -291,7 +291,7 @@ class TensorBoard:
     def _finish(self, last: bool = False) -> None:
         if self._open.over:
             return
-        noise, place = self._gauge.end(), self._open.gradient()
+        noise, place = self._noise.end(), self._open.gradient()
         if place is not None:
             self._unplotted.append(place)
         histograms, pictures = (True, True) if last else self._open.looks or self._looks(self._open.time)
@@ -431,9 +431,8 @@ def _observed(gradient: Mapping[str, float], used: Mapping[str, float]) -> dict[
 
 # --- histograms -----------------------------------------------------------------------------------------------------
 
-_POWERS = np.ldexp(1.0, np.arange(fields.EXPONENT_MIN, fields.EXPONENT_MAX + 2))
-_LEFT = np.concatenate([-_POWERS[1:][::-1], [0.0], _POWERS[:-1]])
-_RIGHT = np.concatenate([-_POWERS[:-1][::-1], [0.0], _POWERS[1:]])
+_LEFT = np.concatenate([-fields.POWERS[1:][::-1], [0.0], fields.POWERS[:-1]])
+_RIGHT = np.concatenate([-fields.POWERS[:-1][::-1], [0.0], fields.POWERS[1:]])
 
 
 def buckets(counts: np.ndarray, low: float, high: float) -> np.ndarray:

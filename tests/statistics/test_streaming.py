@@ -12,7 +12,7 @@ import gradlens
 from gradlens.records import Parameters
 from gradlens.statistics.evidence import Evidence
 from gradlens.statistics.memory import Plan
-from gradlens.statistics.streaming import Streaming
+from gradlens.statistics.streaming import EvidenceCollector
 
 
 def make():
@@ -285,7 +285,7 @@ def test_a_failed_backward_whose_partials_were_not_taken_costs_nothing():
 def test_backwards_beside_each_other_are_left_out():
     """Parts of two passes in turn cannot be told apart afterwards: the step has no verdicts, and says so."""
     plan = Plan([(3,)] * 2, [4] * 2, 1 << 20, 0, more=Evidence.BYTES)
-    streaming = Streaming(plan)
+    streaming = EvidenceCollector(plan)
     parameters = Parameters(("a", "b"), ((3,), (3,)), ("float32",) * 2)
     for backward, row in ((0, 0), (1, 0), (0, 1), (1, 1)):
         streaming.add(parameters, backward, [row], [torch.ones(3)], 1.0)

@@ -275,7 +275,7 @@ def test_the_noise_scale_comes_from_the_ranks_own_gradients(store):
     assert [s.stage for s in recorder.snapshots] == ["backward", "reduced", "used"] * 3
     assert [sent for sent, _ in senders[0]._sent][-3:] == [1 + 8 * len(exchange.ALONE), 0, 0]
     assert "noise_scale" not in recorder.snapshots[0].scalars
-    gauged = pooled._gauge
+    gauged = pooled._noise
     assert gauged.last.backwards == 3
     whole, share = gauged.last.whole()
     assert share == 1
