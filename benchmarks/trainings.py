@@ -35,7 +35,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
-from studies import base, loops, mistakes, ranks, written
+from studies import asked, base, loops, mistakes, ranks, written
 from studies.base import STUDIES, Study
 
 import gradlens
@@ -45,7 +45,7 @@ from gradlens.analysis.diagnosis import level_of
 from gradlens.errors import GradlensWarning
 from gradlens.records import Finding, Severity
 
-__all__ = ["STUDIES", "Study", "base", "loops", "main", "mistakes", "ranks", "studied", "written"]
+__all__ = ["STUDIES", "Study", "asked", "base", "loops", "main", "mistakes", "ranks", "studied", "written"]
 
 HEAD = (
     *(

@@ -173,6 +173,19 @@ def without_nothing(columns: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {name: np.where(empty, np.nan, values) if name in _SUMS else values for name, values in columns.items()}
 
 
+def unknown(columns: Mapping[str, np.ndarray], rows: np.ndarray) -> dict[str, np.ndarray]:
+    """The same columns, with nothing known of the partials of some rows: none is counted, what rests on them is empty."""
+    result = {}
+    for name, values in columns.items():
+        result[name] = values if name == "numel" else values.copy()
+        if name in ("positive", "negative", "zero", "nan", "inf"):
+            result[name][..., rows] = 0
+        elif name in _OF_PARTIALS:
+            result[name][..., rows] = np.nan
+    return without_nothing(result)
+
+
+_OF_PARTIALS = {"dot", *QUANTILES} | {field.name for field in MOMENTS}
 _SUMS = ("sum", "abs_sum", "square_sum", "weight_square_sum", "dot")
 
 

@@ -190,6 +190,7 @@ def drawn_together(data: Data, width: int, act: Callable[[], nn.Module] = nn.ReL
 enter("triplets_digits", "tuned", "contrastive", functools.partial(triplets, digits, 64, 16))
 enter("views_digits", "tuned", "contrastive", functools.partial(views, digits, 64))
 enter("triplets_spirals", "unseen", "contrastive", functools.partial(triplets, spirals, 48, 8))
+enter("triplets_wine", "unseen", "contrastive", functools.partial(triplets, wine, 32, 32, 32, 8, rate=0.05), steps=300)
 enter("views_wine", "unseen", "contrastive", functools.partial(views, wine, 48))
 enter("views_patches", "unseen", "contrastive", functools.partial(views, patches, 48))
 COLLAPSED = "collapse too_fast update_ratio"
@@ -202,7 +203,7 @@ enter(
     300,
 )
 enter(
-    "triplets_wine__fast", "unseen", "collapse", functools.partial(triplets, wine, 32, 32, 32, 8, rate=0.05), COLLAPSED, 300
+    "triplets_wine__fast", "unseen", "collapse", functools.partial(triplets, wine, 32, 32, 32, 8, rate=0.4), COLLAPSED, 300
 )
 enter(
     "triplets_spirals__fast",

@@ -40,6 +40,7 @@ MADE = (
     "softmax-of-one",
     "broadcast",
     "target-with-gradient",
+    "out-of-range",
     "masked-row",
     "edge",
     "batchnorm-of-one",

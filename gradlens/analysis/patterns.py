@@ -8,6 +8,7 @@ What needs numbers of tensors (a square root of 0) is found where the graph was 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -61,6 +62,8 @@ class Pattern:
             "edge": ops[0].saved.get("edge", 0),
             "of": ops[0].saved.get("of", 0),
             "row": ops[0].saved.get("row", -1),
+            "loss": f"{graph.loss:.3g}" if graph.loss is not None else "?",
+            "most": f"{_at_most(graph, chain):.3g}",
         }
         return Finding(
             rule=self.rule,
@@ -255,6 +258,34 @@ def _bootstrapped(graph: Graph, chain: Chain) -> bool:
     return any("Add" in seen and "Mul" in seen and {"Max", "Amax", "Gather", "Select"} & set(seen) for seen in sides)
 
 
+#: How far two values can be apart that both lie in the range of an operation.
+_SPAN = {"Sigmoid": 1.0, "Hardsigmoid": 1.0, "Softmax": 1.0, "Tanh": 2.0}
+
+
+def _at_most(graph: Graph, chain: Chain) -> float:
+    """What a loss of such outputs can be, for targets in their range; infinite for other operations."""
+    first, last = graph.operations[chain[0]], graph.operations[chain[-1]]
+    entries = last.numel if first.saved.get("reduction") == SUMMED else 1
+    return _SPAN.get(last.name, math.inf) ** 2 * entries
+
+
+def _out_of_range(graph: Graph, chain: Chain) -> bool:
+    """Whether the loss is larger than any target in the output's range could make it."""
+    first, differ = graph.operations[chain[0]], graph.operations[chain[-2]]
+    above = {graph.operations[at].name for at in graph.above(chain[0]) - {chain[0]}}
+    if graph.loss is None or above - {"Mean"} or sum(at >= 0 for at in differ.inputs) != 1:
+        return False
+    if first.name == "Pow" and first.saved.get("exponent") != 2:
+        return False
+    return math.isfinite(graph.loss) and graph.loss > _at_most(graph, chain)
+
+
+def _divisor(graph: Graph, chain: Chain) -> bool:
+    """Whether the second operation is what a logarithm is taken of, or what is divided by."""
+    op = graph.operations[chain[0]]
+    return op.name != "Div" or (len(op.inputs) > 1 and op.inputs[1] == chain[-1])
+
+
 # --- the table ------------------------------------------------------------------------------------------------------
 
 
@@ -434,6 +465,27 @@ PATTERNS: tuple[Pattern, ...] = (
         ("a target r + gamma * max Q(s') that the gradient passes through",),
         "compute the target under torch.no_grad(), or detach() it",
         when=_bootstrapped,
+    ),
+    *(
+        Pattern(
+            "out-of-range",
+            (*chain, _any(*_SPAN)),
+            f"the loss compares an output that has ends with targets beyond them ({{0}} <- {{{len(chain)}}}{{layer}}): for "
+            "targets within it is {most} at most, and it is {loss}",
+            ("targets that were not scaled to the range of the output: pixels of 0 to 255 for a sigmoid of 0 to 1",),
+            "scale the targets to the output's range, or leave the last layer without a sigmoid or tanh",
+            when=_out_of_range,
+        )
+        for chain in ((_any("MseLoss", "SmoothL1Loss", "HuberLoss"),), (_any("Pow", "Abs"), _any("Sub")))
+    ),
+    Pattern(
+        "edge",
+        (_any("Log", "Log2", "Log10", "Div"), _any("Relu")),
+        "{0} of a ReLU of shape {shape}{layer}, which is 0 for many inputs: the result or its derivative is infinite",
+        ("a ReLU before a logarithm or below a division, where something above 0 is needed",),
+        "softplus(x) + 1e-6 or exp(x) instead of the ReLU",
+        severity=Severity.INFO,
+        when=_divisor,
     ),
     Pattern(
         "summed-loss",

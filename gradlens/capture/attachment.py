@@ -11,9 +11,11 @@ and its dictionaries of hooks as they were and disconnects them, which only a gr
 from __future__ import annotations
 
 import contextlib
+import itertools
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from operator import attrgetter
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from operator import attrgetter, methodcaller
 from types import TracebackType
 from typing import Any
 
@@ -35,6 +37,7 @@ class Slot:
 
     __slots__ = (
         "_hooks",
+        "_kept",
         "_leaf",
         "_owner",
         "_restore",
@@ -58,6 +61,7 @@ class Slot:
         self.read_in_hook = False  # its gradient was gone by the end of a pass once: it is read inside the hook from then on
         self._restore: tuple[bool, bool] = (False, False)
         self._hooks: Callable[[], Any] = lambda: None  # the dictionary that has our hook, while its tensor lives
+        self._kept: tuple[Any, Any, Any] | None = None  # both dictionaries and the post hook, while they are off
         self._shard: weakref.ref[Any] | None = None
         self.place: _Place | None = None  # what was there when something last was
         self.flat_slice: sharding.FlatSlice | None = None  # FSDP1 has flattened it, and lets no hook on it fire
@@ -108,7 +112,10 @@ class Slot:
 
     def attach(self, tensor: Tensor, on_gradient: Callable | None, on_accumulated: Callable) -> None:
         """Put both hooks on the tensor."""
-        self._restore = (_only_ours(tensor._backward_hooks), _only_ours(tensor._post_accumulate_grad_hooks))
+        self._kept, self._restore = (
+            None,
+            (_only_ours(tensor._backward_hooks), _only_ours(tensor._post_accumulate_grad_hooks)),
+        )
         if not tensor._post_accumulate_grad_hooks:
             tensor._post_accumulate_grad_hooks = None  # type: ignore[assignment]
         if not tensor._backward_hooks:
@@ -119,17 +126,47 @@ class Slot:
             self.handles.append(tensor.register_hook(on_gradient))
         self.hooked = id(tensor)
 
+    def attach_again(self, tensor: Tensor) -> bool:
+        """Put the hooks on that were taken off together, a tenth of the work; False where that does not do.
+
+        The dictionaries go with the tensor: that one of them is alive says that the tensor is.
+        """
+        kept, self._kept = self._kept, None
+        free = tensor._backward_hooks is None and tensor._post_accumulate_grad_hooks is None
+        if kept is None or not free or type(tensor) not in PLAIN:
+            return False
+        own, accumulated, hook = kept
+        accumulated[self.handles[0].id] = hook
+        tensor._backward_hooks, tensor._post_accumulate_grad_hooks = own, accumulated
+        self._restore, self._hooks, self.hooked = (True, True), weakref.ref(accumulated), id(tensor)
+        return True
+
     def detach(self) -> None:
         """Take them off and leave the hook dictionaries as they were."""
+        tensor = self.tensor()
+        if tensor is not None and id(tensor) == self.hooked and self._detach_together(tensor):
+            return
         for handle in self.handles:
             handle.remove()
-        tensor = self.tensor()
         if tensor is not None and id(tensor) == self.hooked:
             if self._restore[0] and not tensor._backward_hooks and tensor.is_leaf:
                 tensor._backward_hooks = None
             if self._restore[1] and not tensor._post_accumulate_grad_hooks:
                 tensor._post_accumulate_grad_hooks = None  # type: ignore[assignment]
-        self.handles, self.hooked = [], 0
+        self.handles, self.hooked, self._kept = [], 0, None
+
+    def _detach_together(self, tensor: Tensor) -> bool:
+        """Take both dictionaries off, where they are ours alone. torch goes on to call the second one, so it is emptied."""
+        own, accumulated = tensor._backward_hooks, tensor._post_accumulate_grad_hooks
+        if self._restore != (True, True) or len(self.handles) != 2 or type(tensor) not in PLAIN or not tensor.is_leaf:
+            return False
+        if not own or not accumulated or len(own) != 1 or len(accumulated) != 1 or accumulated is not self._hooks():
+            return False
+        if self.handles[0].id not in accumulated or self.handles[1].id not in own:
+            return False
+        self._kept, self.hooked = (own, accumulated, accumulated.pop(self.handles[0].id)), 0
+        tensor._backward_hooks = tensor._post_accumulate_grad_hooks = None  # type: ignore[assignment]
+        return True
 
     def is_hooked(self, tensor: Tensor) -> bool:
         """Whether our hooks are on this tensor: an id alone may be that of another, which was freed."""
@@ -143,6 +180,7 @@ class Slot:
         tensor = self.tensor()
         if tensor is not None and self.hooked == id(tensor) and not self.shared(tensor):
             self.detach()
+            self.handles, self._kept = [], None
 
     def shared(self, tensor: Tensor) -> bool:
         """Whether somebody else also hooked it: then `.grad` may not be this pass's own gradient when the pass ends."""
@@ -213,10 +251,12 @@ class Anchor:
     """A part of the target, held weakly, and what is in it.
 
     A container may be made in the call of `watch` and end with it: `watch(nn.ModuleDict({"G": g, "D": d}))`. What is in it
-    is watched under the same names.
+    is watched under the same names. Parameters are held so, weakly, only of a list or dictionary of parameters that is a
+    part itself: a weak reference keeps torch from swapping a parameter.
     """
 
     def __init__(self, name: str, part: nn.Module | Tensor, seen: set[int] | None = None) -> None:
+        listed = seen is None and isinstance(part, nn.ParameterList | nn.ParameterDict)
         seen = set() if seen is None else seen
         seen.add(id(part))
         self._name, self._part = name, weakref.ref(part)
@@ -225,6 +265,9 @@ class Anchor:
             if inner is not None and id(inner) not in seen:
                 path = name if is_wrapper(part, child) else f"{name}.{child}" if name else child  # type: ignore[arg-type]
                 self._within.append(Anchor(path, inner, seen))
+        for leaf, parameter in part._parameters.items() if listed and isinstance(part, nn.Module) else ():
+            if parameter is not None:
+                self._within.append(Anchor(f"{name}.{leaf}" if name else leaf, parameter, seen))
 
     def alive(self) -> Iterator[tuple[str, nn.Module | Tensor]]:
         """The part by its name; where it is gone, those within it that are left."""
@@ -242,6 +285,17 @@ class Anchor:
             yield part
         for inner in self._within:
             yield from inner.everything()
+
+
+def contents(modules: Sequence[nn.Module | None]) -> tuple[list[Any], ...] | None:
+    """What modules have, by identity and name: parameters and modules; None where one is gone, or does not tell."""
+    if None in modules:
+        return None
+    held: Any = [*map(attrgetter("_parameters"), modules), *map(attrgetter("_modules"), modules)]
+    if not set(map(type, held)) <= {dict, OrderedDict}:
+        return None  # a scripted module's
+    values = itertools.chain.from_iterable(map(methodcaller("values"), held))
+    return list(map(id, values)), list(itertools.chain.from_iterable(held)), list(map(len, held))
 
 
 #: Tensors without a placement or a shape to come.
@@ -289,6 +343,9 @@ class Attachment:
         self._listed: list[Slot] | None = None
         self._direct = False  # each slot is a plain parameter of a module
         self.cache = SlotCache()  # `with attachment.cache:`, under the lock of `Gradients`
+        self._named = not callable(select)  # what is chosen depends on names alone
+        self._modules: list[weakref.ref[nn.Module]] = []
+        self._contents: tuple[list[Any], ...] | None = None  # of the modules, at the last scan; None where they do not tell
         self.rescan()
         self.refresh()
         if not any((t := slot.tensor()) is not None and t.requires_grad for slot in self.slots):
@@ -364,8 +421,24 @@ class Attachment:
             )
         return self.parameters
 
-    def rescan(self) -> bool:
-        """Look for parameters that came, went or were renamed; True when any did. Slots that stay keep their hooks."""
+    def _same_contents(self) -> bool:
+        """Whether every module has what it had at the last scan, under the same names; asked of all in a few calls."""
+        return self._contents is not None and self._contents == contents([ref() for ref in self._modules])
+
+    def _note_contents(self) -> None:
+        """Remember what the modules have, where that alone says which parameters there are."""
+        modules = [m for part in self.target().values() if isinstance(part, nn.Module) for m in part.modules()]
+        whole = self._direct and self._named and not self.flat and not self._cut and not self.ignored
+        self._modules = list(map(weakref.ref, modules)) if whole else []
+        self._contents = contents(modules) if whole else None
+
+    def rescan(self, *, sure: bool = True) -> bool:
+        """Look for parameters that came, went or were renamed; True when any did. Slots that stay keep their hooks.
+
+        Not `sure`: a look at the modules' contents comes first, and often says that nothing did.
+        """
+        if not sure and self._same_contents():
+            return False
         self.cache.seen = None
         old = {slot.name: slot for slot in self.slots}
         fresh: list[Slot] = []
@@ -400,6 +473,7 @@ class Attachment:
                 if id(slot) not in kept:
                     slot.detach()
             self.slots, self.rows = fresh, {slot: row for row, slot in enumerate(fresh)}
+        self._note_contents()
         return changed
 
     def alive(self) -> bool:
@@ -423,7 +497,9 @@ class Attachment:
         for i in missing:
             slot = self.slots[i]
             tensor = slot.tensor()
-            if tensor is not None and not isinstance(tensor, UninitializedTensorMixin):
+            if tensor is None or (not slot.hooked and slot.attach_again(tensor)):
+                continue
+            if not isinstance(tensor, UninitializedTensorMixin):
                 slot.detach()
                 slot.attach(tensor, *make(slot))
         return missing

@@ -234,7 +234,7 @@ def _left(leaves: Mapping[int, Tensor], owned: set[int]) -> float:
         gradient = None if leaf.grad is None else local_part(leaf.grad.detach())
         if gradient is not None and gradient.layout == torch.strided and gradient.numel() and not gradient.is_meta:
             with torch.no_grad():
-                found.append((gradient.reshape(-1)[:: max(gradient.numel() // SAMPLED, 1)] != 0).any())
+                found.append((gradient.reshape(-1)[:: stride(gradient.numel())] != 0).any())
     if not some:
         return math.nan
     if not found or len({each.device for each in found}) > 1:
@@ -243,6 +243,18 @@ def _left(leaves: Mapping[int, Tensor], owned: set[int]) -> float:
 
 
 SAMPLED = 16  #: parameters, and entries of each
+
+
+def stride(n: int) -> int:
+    """From one sampled entry of `n` to the next, without a common factor: else all may be of one column, of one input.
+
+    An input that is always 0, as the corner of an image, leaves its whole column of a gradient 0.
+    """
+    step = max(n // SAMPLED, 1)
+    while math.gcd(step, n) > 1:
+        step += 1
+    return step
+
 
 _DECOUPLED = frozenset({"AdamW", "SGDW", "Lion", "Adafactor", "Muon", "LAMB", "RAdamW"})
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from gradlens import findings
+from gradlens import _torch, findings
 from gradlens.capture.attachment import Slot
 from gradlens.capture.callers import NOBODY, wrapper
 from gradlens.capture.engine import running
@@ -49,7 +49,7 @@ class Moves:
         elif outside and self._steps.current.stepped:
             self._steps.close_repeated(watched)
         with self._engine.lock:
-            step = watched.step = self._step_of(watched)
+            step = watched.step = self._steps.current if self._steps.lingering is None else self._step_of(watched)
             watched.read, watched.closure_key, watched.steady = False, None, False
             if closure is not None:
                 step.moves()
@@ -122,6 +122,13 @@ class Moves:
             step.moves()
             self._after_step(step, watched)
 
+    def quiet_step_ended(self) -> bool:
+        """The optimizer that ends a quiet step has stepped; False where more is to be done than to count it."""
+        if running():
+            return False
+        self._threads.note(self._steps.current.number)
+        return self._steps.close_quiet()
+
     def _after_step(self, step: Step, watched: WatchedOptimizer) -> None:
         if step is self._steps.lingering:
             held = self._optimizers.held(watched)
@@ -134,9 +141,17 @@ class Moves:
             return
         if idle is not self._optimizers.ender.current is not self._optimizers.ender.listed:
             self._tell_idle(step)
-        if running():
-            step.phase = Phase.DUE
-        else:
+        if not running():
+            self._steps.close()
+            return
+        step.phase = Phase.DUE
+        if not self._engine.passes:  # no hook is on any parameter
+            _torch.queue_callback(self.backward_ended)
+
+    @guarded("end of a backward that is not observed")
+    def backward_ended(self) -> None:
+        """A backward is over in which an optimizer ended the step, and none of whose hooks is ours."""
+        if self._steps.current.phase is Phase.DUE:
             self._steps.close()
 
     def _read_after(self, step: Step, watched: WatchedOptimizer, optimizer: Optimizer, stack: CallStack) -> None:

@@ -26,8 +26,9 @@ from gradlens import _torch
 from gradlens.capture.attachment import Attachment, Slot
 from gradlens.capture.callers import STEP, Method, method_of
 from gradlens.capture.engine import running
-from gradlens.capture.guards import Guard, guarded
+from gradlens.capture.guards import Guard, guarded, untraced
 from gradlens.capture.marks import Marks
+from gradlens.capture.quiet import Quiet
 
 #: Steps of another optimizer, since the one that ends steps did so, before that one is taken to be idle: critics take some.
 PATIENCE = 8
@@ -173,6 +174,9 @@ class StepListener(Protocol):
     def foreign_step_ended(self, optimizer: Optimizer, moved: Sequence[Slot], *, reported: bool) -> None:
         """An optimizer that is none of the lens' has stepped; `reported`: that it moves watched weights is news."""
 
+    def quiet_step_ended(self) -> bool:
+        """The optimizer that ends a quiet step has stepped; False where more is to be done than to count it."""
+
     def may_raise(self) -> None:
         """An update is over, and the training thread may be interrupted: the one call that may raise."""
 
@@ -192,14 +196,18 @@ class Optimizers:
         self._attachment, self.guard = attachment, guard
         self.watched = [WatchedOptimizer(o, wrapped=w) for o, w in zip(given, wrapped, strict=True)]
         self._by_id = {id(optimizer): w for optimizer, w in zip(given, self.watched, strict=True)}
-        self.ender = StepEnder(self.watched)
+        self.ender, self.quiet = StepEnder(self.watched), Quiet()
         self._foreign: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # that were looked at, and are none of ours
         self._handles: list[Any] = []
         self._index: tuple[int, dict[int, Slot]] = (-1, {})
 
     def attach(self) -> None:
         """Listen to every optimizer's step; those that are not ours pass by."""
-        before, after, listener = self.before, self.after, weakref.ref(self.listener)
+        before, after, listener, quiet = self.before, self.after, weakref.ref(self.listener), self.quiet
+
+        def pre(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            watched = quiet.watched
+            return None if watched is not None and watched.ref() is optimizer else before(optimizer, args, kwargs)
 
         def post(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if after(optimizer, args, kwargs):
@@ -207,7 +215,8 @@ class Optimizers:
                 if told is not None:
                     told.may_raise()
 
-        self._handles = [register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(post)]
+        untraced(pre)
+        self._handles = [register_optimizer_step_pre_hook(pre), register_optimizer_step_post_hook(post)]
 
     def detach(self) -> None:
         """Stop listening."""
@@ -226,7 +235,7 @@ class Optimizers:
         stack = call_stack(optimizer)
         if stack.calls > 1:
             return None
-        closure = closure_of(args, kwargs)
+        closure = closure_of(args, kwargs) if kwargs or len(args) > 1 else None
         instead = self.listener.step_begins(watched, optimizer, stack, closure)
         if instead is None:
             return None
@@ -237,7 +246,9 @@ class Optimizers:
     @guarded("after the optimizer's step")
     def after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """The hook after a step; True where the user may be interrupted."""
-        watched = self.find(optimizer)
+        watched = self.quiet.watched
+        quiet = watched is not None and watched.ref() is optimizer
+        watched = watched if quiet else self.find(optimizer)
         if watched is None:
             if optimizer in self._foreign or not self.watched:
                 self.listener.foreign_step_ended(optimizer, (), reported=False)
@@ -245,7 +256,12 @@ class Optimizers:
         stack = call_stack(optimizer)
         if stack.calls > 1:
             return False
-        self.listener.step_ended(watched, optimizer, stack, closure_of(args, kwargs))
+        if quiet:
+            if stack.scaler is None and self.listener.quiet_step_ended():
+                return True
+            self.listener.step_begins(watched, optimizer, stack, None)  # nothing is read of it: late is early enough
+        closure = closure_of(args, kwargs) if kwargs or len(args) > 1 else None
+        self.listener.step_ended(watched, optimizer, stack, closure)
         return True
 
     def find(self, optimizer: Optimizer) -> WatchedOptimizer | None:

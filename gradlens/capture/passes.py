@@ -51,7 +51,7 @@ class Passes:
             self._hooks.plain.start(_torch.current_task(), entered.arrivals, set(), onto=entered.onto)
             return
         with self._attachment.cache:
-            if step.open and step.stepped and self._used:
+            if step.open and step.stepped and self._used and not self._steps.within_a_call:
                 self._sink(TableDone(step.used_key))
             entered.step, entered.read = step, not step.full
             if entered.read:

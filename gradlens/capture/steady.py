@@ -40,7 +40,7 @@ STAGES = frozenset({Stage.BACKWARD, Stage.USED})
 
 _GRAD, _REQUIRES = attrgetter("grad"), attrgetter("requires_grad")
 _OWN, _ACCUMULATED = attrgetter("_backward_hooks"), attrgetter("_post_accumulate_grad_hooks")
-_PARAMETERS = attrgetter("_parameters")
+_PARAMETERS, _HOOKED = attrgetter("_parameters"), attrgetter("hooked")
 _SHAPE, _TYPE, _DEVICE = FACTS
 _NUMBERS = {float, int}
 _POSITIVE = (0.0).__lt__
@@ -72,7 +72,7 @@ class Route:
         self.lr_positive = [True] * len(weights)
         self.nbytes = sum(w.numel() * w.element_size() for w in weights)
         self.calls: Any = None  #: what the sink has prepared for these parameters; it goes with the route
-        self._accumulated, self._own = list(map(id, map(_ACCUMULATED, weights))), list(map(id, map(_OWN, weights)))
+        self._accumulated, self._own = list[int](), list[int]()
 
     def there(self) -> bool:
         """Whether the parameters are where they were."""
@@ -96,6 +96,14 @@ class Route:
             and list(map(_TYPE, weights)) == types
             and list(map(_DEVICE, weights)) == devices
         )
+
+    def hooked_again(self) -> bool:
+        """Whether our hooks, and no others, are on every parameter, now that they were put on."""
+        weights = self.weights
+        if not self.there() or list(map(_HOOKED, self.slots)) != list(map(id, weights)):
+            return False
+        self._accumulated, self._own = list(map(id, map(_ACCUMULATED, weights))), list(map(id, map(_OWN, weights)))
+        return self.hooked_alone()
 
     def hooked_alone(self) -> bool:
         """Whether our hooks, and no others, are on every parameter."""
@@ -267,9 +275,12 @@ class SteadyRoute:
         return given.marks(route.slots) if route.hooked() else None
 
     def follow(self, closed: Step, optimizers: Sequence[WatchedOptimizer], *, plain: bool, next_observed: bool) -> None:
-        """A step is over: the route stays, is compiled, or is dropped."""
-        if not (next_observed and plain and self.allowed):
+        """A step is over: the route stays, is compiled, or is dropped. It waits while steps are not observed."""
+        if not (plain and self.allowed):
             self.route = None
+        elif not closed.observed:
+            if next_observed and self.route is not None and not self.route.hooked_again():
+                self.route = None
         elif closed.left is None or self.route is None:
             self.route = self._compiled(closed, optimizers)
 
@@ -290,7 +301,5 @@ class SteadyRoute:
                 return None
         if not set(map(type, weights)) <= PLAIN:
             return None
-        if any(slot.hooked != id(w) for slot, w in zip(attachment.slots, weights, strict=True)):
-            return None
         route = Route(attachment, weights, optimized)
-        return route if route.hooked_alone() and route.trained() else None
+        return route if route.hooked_again() and route.trained() else None

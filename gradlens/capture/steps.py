@@ -40,6 +40,13 @@ class Steps:
         self._without_backward: list[Step] = []  # that closed while it lingers: an optimizer stepped again on its gradients
         self.due: list[tuple[Step, WatchedOptimizer, Any]] = []  #: updates whose wrapper may still move weights
         self.dirty = False  #: something was registered since the model was last scanned
+        self._scan_at = _next_scan(first)  # the step before which the model is scanned next
+        self._rests = not workings.optimizers.watched or Stage.REDUCED in workings.stages  # steps' ends have more to be done
+
+    @property
+    def within_a_call(self) -> bool:
+        """Whether the step of an optimizer is under way, as while it calls its closure."""
+        return any(watched.step is not None for watched in self._optimizers.watched)
 
     @property
     def watches(self) -> bool:
@@ -62,15 +69,18 @@ class Steps:
 
     def rescan(self) -> None:
         """Scan the model, if it may have changed."""
-        if self.dirty or self._attachment.lost or self.current.number % SCAN_EVERY == 0:
+        if self.dirty or self._attachment.lost or self.current.number >= self._scan_at:
+            sure = self.dirty or self._attachment.lost
             if self.dirty:
                 self._activations.look_again()
-            self.dirty = False
-            if self._attachment.rescan():
+            self.dirty, self._scan_at = False, _next_scan(self.current.number)
+            if self._attachment.rescan(sure=sure):
                 self._attachment.refresh()
 
     def finish_passes(self) -> None:
         """Finish the passes whose end nobody called; outside a backward."""
+        if not self._engine.passes and not self.dirty:
+            return
         self._engine.finish_ended_passes()
         if self.dirty and not running():
             with self._engine.lock:
@@ -83,11 +93,23 @@ class Steps:
         if self._guard.forked():
             return  # whose parent may have held the lock
         step = self.current
-        self._safely("end of a step", self._read_rest, step)
+        if self._rests or self.scaling.scaler is not None or self._step_reader.notes.read_at_step or self._attachment.flat:
+            self._safely("end of a step", self._read_rest, step)
         if self._activations.heard:
             self._safely("a step's activations", self._activations.step_ended, step.number, step.passes)
-        self.current = Step(step.number + 1, observed=self._ask(step.number + 1))
+        self._open_next(step, observed=self._ask(step.number + 1))
+        if self.lingering is None and not self.due and len(step.stepped) == len(self._optimizers.watched):
+            self._sink(StepClosed(step.number, step.scalars))
+        else:
+            self._let_go_of(step)
+        self._optimizers.quiet.watched = None if self.current.observed else self._quiet()
+
+    def _open_next(self, step: Step, *, observed: bool) -> None:
+        self.current = Step(step.number + 1, observed=observed)
         self._safely("start of a step", self._prepare, step)
+
+    def _let_go_of(self, step: Step) -> None:
+        """Hand the step over, now or when nothing can belong to it any more."""
         if self.lingering is not None:
             if not step.passes and self.awaited(self.lingering) and len(self._without_backward) < PATIENCE:
                 self._without_backward.append(step)
@@ -96,6 +118,27 @@ class Steps:
         self.lingering = step
         if not self.awaited(step):
             self.let_go()
+
+    def _quiet(self) -> WatchedOptimizer | None:
+        """The optimizer that ends the open step, where that one is quiet."""
+        if self.watches or len(self._optimizers.watched) > 1 or self.scaling.scaler is not None:
+            return None
+        return self._optimizers.watched[0] if self.lingering is None and not self.due else None
+
+    def close_quiet(self) -> bool:
+        """Close a quiet step; False where `close` has to."""
+        step, engine = self.current, self._engine
+        if self.dirty or step.open or engine.passes or self.scaling.scaler is not None or self._attachment.lost:
+            return False
+        with engine.lock:
+            observed, closed = self._ask(step.number + 1), StepClosed(step.number, step.scalars)
+            if observed:
+                self._optimizers.quiet.watched = None
+                self._open_next(step, observed=True)
+            else:
+                step.number, step.scalars = step.number + 1, {}
+        self._sink(closed)
+        return True
 
     def close_repeated(self, watched: WatchedOptimizer) -> None:
         """Close the step if this optimizer, which is about to step, did so and there was no backward since.
@@ -108,8 +151,8 @@ class Steps:
 
     def backward_comes(self) -> None:
         """A backward begins, or a closure is called that has one: what optimizers did without one is over."""
-        step, under_way = self.current, any(watched.step is not None for watched in self._optimizers.watched)
-        if step.stepped and not step.passes and not self._engine.passes and not under_way:
+        step = self.current
+        if step.stepped and not step.passes and not self._engine.passes and not self.within_a_call:
             self.close()
         if self.lingering is not None:
             self.let_go()
@@ -126,11 +169,13 @@ class Steps:
         opening = self._steady.opening(closed) if self.current.observed and not self._step_reader.notes.written else None
         if opening is not None:
             self.current.opening = opening
-        else:
+        elif self.watches:
             self.open_marks()
             self.follow_schedule()
         plain = self.scaling.scaler is None and not self.explicit
         self._steady.follow(closed, self._optimizers.watched, plain=plain, next_observed=self.current.observed)
+        if not self.watches:
+            self.follow_schedule()
 
     def open_marks(self) -> None:
         """Remember what `.grad` is now, which matters only if the step has hooks."""
@@ -219,3 +264,8 @@ class Steps:
             elif self._local and attachment.ignored:
                 ignored = [slot.name for slot in attachment.slots if slot in attachment.ignored]
                 self._tell(findings.not_sharded(step.number, ignored))
+
+
+def _next_scan(step: int) -> int:
+    """The step before which the model is scanned, after it was before this one."""
+    return (step // SCAN_EVERY + 1) * SCAN_EVERY

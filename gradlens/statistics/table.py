@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from gradlens import fields
-from gradlens.records import COMPLEX, Parameters, Snapshot, Status, Top
+from gradlens.records import COMPLEX, Note, Parameters, Snapshot, Status, Top
 
 UNTOUCHED = (Status.FROZEN, Status.EXCLUDED, Status.ABSENT, Status.UNDEFINED)
 
@@ -141,6 +141,7 @@ class _Assembly:
             if not self._number(update, "skipped"):
                 self._fill_update(update)
         status = self._status()
+        self._empty_unknown()
         snapshot = Snapshot(
             step=table.step,
             backward=table.backward,
@@ -166,6 +167,7 @@ class _Assembly:
         return (
             len(snapshot) == len(self.covered)
             and table.parameters is mine.parameters
+            and Note.GONE not in (*table.notes, *mine.notes)
             and (table.pieces, table.flips) == (mine.pieces, mine.flips)
             and self._number(mine, "divisor") == 1.0
             and isinstance(table.divisor, float)
@@ -204,6 +206,12 @@ class _Assembly:
             self.columns[name] = np.full(len(numel), np.nan)
         for name in ("min", "max", "abs_max", *fields.QUANTILES):
             self.columns[name][numel > 0] = 0.0
+
+    def _empty_unknown(self) -> None:
+        """What nobody could read is empty, not the 0 of a parameter that no gradient reached."""
+        rows = [row for row, note in enumerate(self.table.notes) if note == Note.GONE and not self.covered[row]]
+        if rows:
+            self.columns = fields.unknown(self.columns, np.asarray(rows))
 
     def _fill_group(self, piece: Piece, array: np.ndarray, group: Sequence[fields.Field], first: int = 0) -> None:
         rows = self._rows(piece)

@@ -21,7 +21,7 @@ from torch import Tensor
 from gradlens import fields
 from gradlens.blocks import CODES, Block, Detail, block_of, concatenate, grouped
 from gradlens.moments import Moments
-from gradlens.records import Parameters, Snapshot, Status, Top
+from gradlens.records import Note, Parameters, Snapshot, Status, Top
 from gradlens.statistics.table import UNTOUCHED, Piece, Table, numel_of, precision_of, whole_index
 from gradlens.statistics.transfer import known
 
@@ -200,7 +200,7 @@ class _Run:
 
     def block(self) -> Block:
         summary = self._summary()
-        columns = summary.columns | self._updates()
+        columns = self._with_unknown(summary.columns) | self._updates()
         kept, parameters = _kept(self._first)
         status = self._status(columns)
         if not isinstance(kept, slice):
@@ -241,6 +241,11 @@ class _Run:
             values = values.astype(dtype, copy=False)
             columns[name] = values if isinstance(rows, slice) else self._spread(self._untouched(name, dtype), rows, values)
         return fields.without_nothing(columns)
+
+    def _with_unknown(self, columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Rows that nobody could read are empty, not 0."""
+        gone = set(np.flatnonzero([note == Note.GONE for note in self._key.notes]).tolist()) - set(self._key.rows)
+        return fields.unknown(columns, np.asarray(sorted(gone))) if gone else columns
 
     def _rows(self, rows: tuple[int, ...]) -> np.ndarray | slice:
         return slice(None) if rows == tuple(range(self._shape[1])) else np.asarray(rows, np.int64)

@@ -25,9 +25,11 @@ class Failures:
         self._left_out: dict[str, int] = {}  # calls that are still to be left out
         self.findings: list[Finding] = []
         self.step: Callable[[], int] = lambda: 0
+        self.any = False  #: whether anything failed and has not worked since, or is left out
 
     def __call__(self, where: str, error: BaseException) -> None:
         count = self.counts[where] = self.counts.get(where, 0) + 1
+        self.any = True
         row = self._in_a_row[where] = self._in_a_row.get(where, 0) + 1
         if row >= FAULTS:
             self._left_out[where] = min(PAUSE << (row - FAULTS), LONGEST)
@@ -37,19 +39,14 @@ class Failures:
             with contextlib.suppress(Exception):  # warnings may be turned into errors; not in a training step
                 warnings.warn(GradlensWarning(f"gradlens failed in {text}; training goes on"), stacklevel=2)
 
-    @property
-    def any(self) -> bool:
-        """Whether anything failed and has not worked since, or is left out."""
-        return bool(self._in_a_row or self._left_out)
-
     def lately(self, parts: frozenset[str]) -> bool:
         """Whether one of these failed, and has not worked since."""
         return not self._in_a_row.keys().isdisjoint(parts)
 
     def worked(self, where: str) -> None:
         """This part did what it should."""
-        if self._in_a_row:
-            self._in_a_row.pop(where, None)
+        self._in_a_row.pop(where, None)
+        self.any = bool(self._in_a_row or self._left_out)
 
     def off(self, where: str) -> bool:
         """Whether this part has failed too often in a row, and is left out of this call."""

@@ -22,6 +22,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from operator import attrgetter
 from typing import Any
 
 from torch import Tensor
@@ -49,6 +50,8 @@ SHORTEST, LONGEST = 0.05, 5.0  #: seconds that it rests at least and at most
 RECORDED = 0.4  #: seconds after which what came is with the durable writers; those take up to half a second more
 PATIENCE = 15.0  #: seconds without any progress, after which a rule, a writer or a callback is not waited for
 
+_NUMBERS, _HOST = {float, type(None)}, attrgetter("host")
+
 
 class Recorder:
     """Takes tables on the training thread; history, rules and writers get them on another."""
@@ -63,6 +66,7 @@ class Recorder:
         self.history = History()
         self._failures = failures
         self._delivery = Delivery(self.history, RuleSet(rules), writers, on_finding, failures, self._enter)
+        self.interrupt = self._delivery.interrupt  #: raises what is to be raised, on the training thread
         self._wake = threading.Event()
         self.inbox = Inbox(self._wake.set)
         self._recording = threading.Lock()  # one thread takes from the inbox at a time
@@ -70,6 +74,7 @@ class Recorder:
         self._facts: list[Fact] = []
         self._requests: deque[threading.Event] = deque()
         self._within, self._progress = "", 0  # whose function is running, and how many have
+        self._stuck = -1  # how many had when one was waited for in vain
         self._closed = False
         self._spent = self._recording_spent = 0.0  # processor seconds, of each thread
         self._pid = os.getpid()
@@ -101,16 +106,13 @@ class Recorder:
         facts, self._facts = self._facts, []
         batch = TableBatch(step, size, tables, losses or [None] * len(tables), dict(scalars), findings[:], facts)
         del findings[: len(batch.findings)]
-        batch.begin_transfer()
+        if scalars or not (set(map(type, batch.losses)) <= _NUMBERS and all(map(_HOST, tables))):
+            batch.begin_transfer()
         self.inbox.append(batch)
 
     def diagnosis(self) -> Diagnosis:
         """What was found so far, in order."""
         return diagnose(list(self.found), trend(self.history.course, self.history.facts))
-
-    def interrupt(self) -> None:
-        """Raise what the user asked to be raised: called in the training thread, after an update."""
-        self._delivery.interrupt()
 
     # --- questions --------------------------------------------------------------------------------------------------
 
@@ -158,14 +160,15 @@ class Recorder:
             self._close_without_recorder()
 
     def _wait(self, done: threading.Event) -> bool:
-        """Whether it was done; not after `PATIENCE` seconds in which nothing went on."""
+        """Whether it was done; not after `PATIENCE` seconds in which nothing went on, which are waited for once."""
         seen, since = self._progress, time.monotonic()
         while not done.wait(0.1):
-            if not self._threads[0].is_alive():
+            if not self._threads[0].is_alive() or self._progress == self._stuck:
                 return done.is_set()
             if self._progress != seen:
                 seen, since = self._progress, time.monotonic()
             elif self._within and time.monotonic() - since > PATIENCE:
+                self._stuck = seen
                 return False
         return True
 

@@ -66,7 +66,7 @@ class TableBuilder:
         self._marked: tuple[Parameters, frozenset[int], Parameters] | None = None
         self._told: set[str] = set()  # parameters whose gradients were found to be summands, why evidence left something out
         self.detail = DetailSteps()
-        self._timed = timed
+        self._timed, self._touched = timed, False  # by an event of a step that has not closed
         self.steady = SteadyTables(self.open, self._meter, self._flips, self._last_of, self._detail)
         self._steady_handlers = self.steady.handlers if self.evidence is None else {}
         self._handlers: dict[type, Callable[[Any], None]] = {
@@ -83,13 +83,16 @@ class TableBuilder:
             SteadyStart: self._on_steady,
             SteadyUsed: self._on_steady,
             SteadyUpdate: self._on_steady,
-            StepClosed: self._on_step_closed,
             Finding: self._on_finding,
         }
 
     def __call__(self, event: Event) -> None:
         """Take one event."""
-        self._handlers[type(event)](event)
+        if type(event) is StepClosed:
+            self._on_step_closed(event)
+        else:
+            self._touched = True
+            self._handlers[type(event)](event)
 
     # --- events -----------------------------------------------------------------------------------------------------
 
@@ -105,7 +108,8 @@ class TableBuilder:
         if answer is not None and fine and not capturing_cuda_graph():
             try:
                 if answer(event):
-                    failures.worked(_PREPARED)
+                    if failures.any:
+                        failures.worked(_PREPARED)
                     return
             except Exception as error:  # noqa: BLE001 - nothing of ours is raised in a training step
                 event.route.calls = None
@@ -135,12 +139,15 @@ class TableBuilder:
         step = event.step
         if self.evidence is not None:
             self._do("evidence", self._fold, self.evidence, step)
+        elif not (self._touched or self.failures.findings):
+            return
         if self.open.tables:
             self._try("end of a step", self.open.release, step, event.scalars)
         self.open.forget(step)
         if self.failures.findings:
             self._try("findings", self.open.send, [], {})  # what could not be sent with the step
         self._meter.forget()
+        self._touched = bool(self.open.tables or self.open.losses)
 
     def _do(self, where: str, call: Callable[..., None], *args: Any) -> None:
         """Call what computes, apart from the user's computing."""
@@ -152,7 +159,8 @@ class TableBuilder:
             call(*args)
 
     def _try(self, where: str, call: Callable[..., None], *args: Any) -> None:
-        if self.failures.off(where):
+        failures = self.failures
+        if failures.any and failures.off(where):
             return
         with self._timed:
             if capturing_cuda_graph():
@@ -160,9 +168,10 @@ class TableBuilder:
                 return
             try:
                 call(*args)
-                self.failures.worked(where)
+                if failures.any:
+                    failures.worked(where)
             except Exception as error:  # noqa: BLE001 - nothing of ours is raised in a training step
-                self.failures(where, error)
+                failures(where, error)
 
     def _tell_once(self, key: str, finding: Finding) -> None:
         if key not in self._told:

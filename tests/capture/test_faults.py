@@ -84,8 +84,11 @@ FEATURES = ("updates", "flips", "activations")
 #: What is guarded, and called in special trainings only.
 SPECIAL = ("a parameter's replacement", "a closure's return", "whole partials", "a module's output")
 
+#: And this where a schedule leaves out steps that end inside a backward.
+UNSEEN = "end of a backward that is not observed"
+
 #: What torch calls of ours and is guarded: each may fail as a whole.
-HOOKS = {where: (entry, "call") for where, entry in GUARDED.items() if where not in SPECIAL}
+HOOKS = {where: (entry, "call") for where, entry in GUARDED.items() if where not in (*SPECIAL, UNSEEN)}
 
 #: What else may fail: functions of ours that something in a training step calls.
 WITHIN = {
@@ -103,7 +106,7 @@ WITHIN = {
     "a step has ended": (Moves, "_read_after"),
     "the used gradients": (StepReader, "read_used"),
     "passes are finished": (Steps, "finish_passes"),
-    "the step closes": (Steps, "_read_rest"),
+    "the next step opens": (Steps, "_prepare"),
     "marks are set": (Steps, "open_marks"),
     "the schedule is followed": (Steps, "follow_schedule"),
     "a step is made": (Step, "begin"),
@@ -176,6 +179,36 @@ def special(model, optimizer, steps):
 
         losses.append(float(optimizer.step(closure)))
     return losses
+
+
+def test_the_end_of_a_backward_that_is_not_observed_may_fail_too(monkeypatch):
+    """The optimizer steps inside backward, in steps that are left out: the same bits, a finding, and the steps go on."""
+
+    def inside(model, optimizer, steps):
+        model[0].weight.register_post_accumulate_grad_hook(lambda p: optimizer.step())
+        for step in range(steps):
+            model(data(step)).pow(2).sum().backward()
+            optimizer.zero_grad()
+
+    model, optimizer = training()
+    inside(model, optimizer, 7)
+    expected = bits(model, optimizer)
+    model, optimizer = training()
+    real, calls = GUARDED[UNSEEN].call, []
+
+    def fails(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise RuntimeError("made to fail")
+        return real(*args)
+
+    monkeypatch.setattr(GUARDED[UNSEEN], "call", fails)
+    with faults_allowed(), gradlens.watch(model, optimizer, schedule=lambda step: step in (0, 5)) as lens:
+        inside(model, optimizer, 7)
+        assert len(calls) > 2
+        assert set(lens.history()["step"]) == {0, 5}
+        assert "gradlens-fault" in [finding.rule for finding in lens.findings()]
+    same_bits(bits(model, optimizer), expected)
 
 
 @pytest.mark.parametrize("where", SPECIAL)

@@ -359,11 +359,11 @@ def test_gradients_that_are_written_by_hand_have_a_steady_status():
 
 @pytest.mark.parametrize("clear", ["none", "nothing", "zero"])
 @pytest.mark.parametrize("explicit", [False, True])
-def test_without_an_optimizer_used_is_what_the_loop_consumed(clear, explicit):
-    """Clipped and then dropped: known. Zeroed in place before we could look: marked, and an info names the way out."""
+def test_without_an_optimizer_used_is_what_the_loop_consumed(clear, explicit, tmp_path):
+    """Clipped and then dropped: known. Zeroed in place before we could look: empty, marked, and an info says what to do."""
     model, x = net(6, 4), 10 * torch.randn(8, 6)
     consumed = []
-    with gradlens.watch(model) as lens:
+    with gradlens.watch(model, run=tmp_path) as lens:
         for _ in range(4):
             model(x).pow(2).mean().backward()
             nn.utils.clip_grad_norm_(model.parameters(), 0.25)
@@ -383,10 +383,16 @@ def test_without_an_optimizer_used_is_what_the_loop_consumed(clear, explicit):
         if clear == "zero" and not explicit:
             assert row["status"] == "uncaptured"
             assert not row["loss_change_exact"]
+            assert row[["l2", "rms", "mean", "max", "quantile_50", "hold_share", "increase_share"]].isna().all()
+            assert row["numel"] == 24
+            assert row["update_l2"] > 0
         elif clear != "nothing":
             assert row["l2"] == pytest.approx(consumed[step], rel=1e-5)
             assert row["status"] == "ok"
     assert {f.rule for f in lens.findings()} <= {"used-unknown"}
+    assert "the whole model" in lens.report()
+    stored = gradlens.open_run(tmp_path).history()
+    assert stored["l2"].isna().sum() == lens.history()["l2"].isna().sum() == (8 if clear == "zero" and not explicit else 0)
 
 
 # --- memory, containers, many backwards -----------------------------------------------------------------------------
@@ -420,7 +426,13 @@ def test_a_released_weight_costs_its_own_columns_only():
 
 
 @pytest.mark.parametrize(
-    "make", [lambda g, d: nn.ModuleDict({"G": g, "D": d}), lambda g, d: nn.Sequential(nn.Sequential(g, d))]
+    "make",
+    [
+        lambda g, d: nn.ModuleDict({"G": g, "D": d}),
+        lambda g, d: nn.Sequential(nn.Sequential(g, d)),
+        lambda g, d: nn.ParameterList([*g.parameters(), *d.parameters()]),
+        lambda g, d: nn.ParameterDict({"g": g[0].weight, "d": d[0].weight}),
+    ],
 )
 def test_a_container_that_is_made_in_the_call(make):
     """The container ends with the call; what is in it is watched under the same names until it is gone itself."""

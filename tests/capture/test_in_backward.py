@@ -1,6 +1,7 @@
 """The optimizer's step inside backward: each gradient is used and freed before the next one is there."""
 
 import contextlib
+import math
 import weakref
 
 import pytest
@@ -144,6 +145,7 @@ def test_a_gradient_that_is_freed_before_we_can_read_it():
             model[0].weight.grad = None
         history = lens.history().set_index(["stage", "step", "parameter"])
         assert history.loc[("backward", 0, "1.weight"), "status"] == "uncaptured"
+        assert math.isnan(history.loc[("backward", 0, "1.weight"), "l2"])
         assert history.loc[("backward", 0, "0.weight"), "status"] == "ok"
         row = history.loc[("backward", 1, "1.weight")]
         assert row["status"] == "ok"

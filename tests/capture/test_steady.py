@@ -27,7 +27,7 @@ RULES = [each for each in rules.DEFAULT if not isinstance(each, Occasional)]
 class World:
     """One training, a function of the calls made: watched by the steady route, by the general one, or not at all."""
 
-    def __init__(self, kind, optimizers, features):
+    def __init__(self, kind, optimizers, features, schedule=1):
         torch.manual_seed(0)
         self.model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 6), nn.Tanh(), nn.Linear(6, 3))
         parameters = list(self.model.parameters())
@@ -37,10 +37,11 @@ class World:
             self.optimizers = [torch.optim.SGD([{"params": parameters[:2], "lr": 0.1}, {"params": parameters[2:]}], 0.05)]
         else:
             self.optimizers = [torch.optim.SGD(parameters[:4], 0.1), torch.optim.Adam(parameters[4:], 0.01)]
-        self.writer, self.lens, self.hook = RecordingWriter(), None, None
+        self.writer, self.lens, self.hook, self.alive = RecordingWriter(), None, None, []
         self.generator = torch.Generator().manual_seed(1)
         if kind != "bare":
-            self.lens = gradlens.watch(self.model, self.optimizers, writers=[self.writer], features=features, rules=RULES)
+            options = {"writers": [self.writer], "features": features, "rules": RULES, "schedule": schedule}
+            self.lens = gradlens.watch(self.model, self.optimizers, **options)
             self.lens._watcher.steady.allowed = kind == "steady"
 
     @property
@@ -98,7 +99,7 @@ class World:
         """
         p = self.parameter(i)
         if p.requires_grad and self.hook is None:
-            self.alive = self.gradients()
+            self.alive += self.gradients()
             self.zero()
             torch.utils.swap_tensors(p, nn.Parameter(p.detach().clone() + 0.25))
 
@@ -195,11 +196,12 @@ class Programs(RuleBasedStateMachine):
     @initialize(
         optimizers=st.sampled_from([1, 1, "sgd", 2]),
         features=st.sampled_from([("updates", "flips"), ("updates",), ("flips",), (), ("updates", "flips", "evidence")]),
+        every=st.sampled_from([1, 1, 1, 2, 5]),
     )
-    def watch(self, optimizers, features):
+    def watch(self, optimizers, features, every):
         self.single, self.prepares = optimizers != 2, "evidence" not in features
-        self.parts = 3 if "updates" in features else 2
-        self.worlds = [World(kind, optimizers, features) for kind in ("steady", "general", "bare")]
+        self.parts, self.every = 3 if "updates" in features else 2, every
+        self.worlds = [World(kind, optimizers, features, every) for kind in ("steady", "general", "bare")]
         self.hindered = False  # whether steps are not straight, however they are made
 
     def all(self, call, *args):
@@ -210,7 +212,7 @@ class Programs(RuleBasedStateMachine):
     def straight(self, n):
         before = self.worlds[0].parts
         self.all(World.straight, n)
-        if self.single and not self.hindered and n > 3:
+        if self.single and not self.hindered and n > 3 and self.every == 1:
             captured, prepared = (b - a for a, b in zip(before, self.worlds[0].parts, strict=True))
             assert captured >= 3 * (n - 3)
             if self.prepares and not self.worlds[0].lens._tables._flips.get("used"):
@@ -257,6 +259,8 @@ class Programs(RuleBasedStateMachine):
                 world.step()
 
         self.all(call)
+        if self.every > 1:
+            return
         if not self.single and not self.hindered and n > 4:
             assert self.worlds[0].parts[0] - before[0] >= n - 4  # each first backward
         if self.single and not self.hindered and n > 4:
@@ -434,10 +438,10 @@ TestPrograms = pytest.mark.filterwarnings("ignore")(Programs.TestCase)
 
 
 @contextlib.contextmanager
-def world(kind="steady", optimizers=1, features=("updates", "flips")):
+def world(kind="steady", optimizers=1, features=("updates", "flips"), schedule=1):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        made = World(kind, optimizers, features)
+        made = World(kind, optimizers, features, schedule)
     try:
         yield made
     finally:
@@ -450,6 +454,14 @@ def test_a_straight_training_goes_by_the_book():
         made.straight(10)
         assert made.parts[0] == 3 * 9
         assert made.parts[1] >= 3 * 8
+
+
+@pytest.mark.parametrize("every", [2, 10])
+def test_the_route_waits_for_the_next_observed_step(every):
+    """Steps in between that are not observed leave it as it was: each observed one goes by the book but for the first."""
+    with world(schedule=every) as made:
+        made.straight(10 * every)
+        assert made.parts == (3 * 9, 3 * 9)
 
 
 def test_the_steady_route_is_not_taken_where_it_is_not_allowed():

@@ -61,6 +61,7 @@ KINDS = [
     lambda ps: torch.optim.SGD(ps, 0.05),
     lambda ps: torch.optim.SGD(ps, 0.02, momentum=0.9, weight_decay=0.1),
     lambda ps: torch.optim.AdamW(ps, 0.01),
+    lambda ps: torch.optim.LBFGS(ps, 0.1, max_iter=3),
     *(lambda ps, way=way: Rewrites(ps, way) for way in ("zeroed", "removed", "through data")),
     lambda ps: Shrinks(torch.optim.SGD(ps, 0.05)),
     lambda ps: Shrinks(Shrinks(torch.optim.Adam(ps, 0.01))),
@@ -141,7 +142,7 @@ def test_every_call_of_an_optimizer_is_one_row_of_what_it_did(seed):
                 book.backward(reached)
                 if draw.random() < 0.2:
                     nn.utils.clip_grad_norm_(model.parameters(), 0.1)
-            elif kind < 0.6:
+            elif kind < 0.6 or isinstance(optimizers[which], torch.optim.LBFGS):
                 book.step(which, sorted({which, *reached}), clip=draw.random() < 0.3)
             elif book.backwards["0.weight"]:
                 book.step(which)

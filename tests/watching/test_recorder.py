@@ -165,7 +165,7 @@ def test_a_fault_of_the_store_in_activations_costs_no_gradient(tmp_path, monkeyp
 @QUIET
 @pytest.mark.parametrize("who", ["on_finding", "rule", "writer"])
 def test_who_never_returns_is_named_and_the_lens_closes(who, tmp_path, monkeypatch):
-    """close() is bounded, says who it was, and every step is on disk."""
+    """close() is bounded, and so is each question before and after; it says who it was, and every step is on disk."""
     monkeypatch.setattr(recorder, "PATIENCE", 1.0)
     never, case = threading.Event(), healthy()
 
@@ -180,8 +180,10 @@ def test_who_never_returns_is_named_and_the_lens_closes(who, tmp_path, monkeypat
     lens = gradlens.watch(case.model, case.optimizer, run=tmp_path, rules=rules, writers=[writer], **options)
     case.train(10)
     bounded(lens.flush)
+    monkeypatch.setattr(recorder, "PATIENCE", 1000.0)  # it is waited for once, and not by each question
     case.train(10, first=10)
     bounded(lens.close)
+    bounded(lens.report)
     stuck = [finding for finding in lens.findings() if finding.rule == "recorder-stuck"]
     assert stuck
     assert {"on_finding": "on_finding", "rule": "a rule", "writer": "RecordingWriter"}[who] in stuck[-1].seen

@@ -13,6 +13,8 @@ from gradlens.analysis.rules.base import check_steps, format_number, judged, on_
 from gradlens.analysis.rules.occasional import Occasional, graphs, loss_trend, settings
 from gradlens.records import Finding, Severity, Snapshot, Stage, Status
 
+#: Updates that are looked at, the last of which may be NaN.
+LOOKED = 24
 #: How far equal sums may be apart, beside their sizes.
 EQUAL = 1e-6
 
@@ -62,7 +64,7 @@ class LastOnly(Occasional):
 
 def _passes(history: History, now: Snapshot) -> list[Snapshot]:
     """The backward passes of a step up to its update."""
-    own = [s for s in history.recent(8, Stage.BACKWARD) if s.step == now.step and s.backward <= now.backward]
+    own = [s for s in history.recent(LOOKED, Stage.BACKWARD) if s.step == now.step and s.backward <= now.backward]
     return own if len(own) > 1 and all(s.names == now.names for s in own) else []
 
 
@@ -92,7 +94,8 @@ def _near(a: np.ndarray, b: np.ndarray, size: np.ndarray) -> np.ndarray:
 class Undivided(Occasional):
     """Micro-batches whose gradients add up, of losses that were not divided: the step is that many times too large.
 
-    An info where the training learns all the same, as a smaller learning rate makes up for it.
+    An info where the training learns all the same, as a smaller learning rate makes up for it. Where it ended in NaN, the
+    last steps before are asked.
     """
 
     least: int = 3
@@ -112,7 +115,8 @@ class Undivided(Occasional):
         looked = graphs(history)
         if not looked or any(_divided(graph.operations[0].name) for graph in looked if graph.operations):
             return
-        recent = history.recent(self.steps, Stage.USED)
+        known = [now for now in history.recent(LOOKED, Stage.USED) if not now.has(Status.NONFINITE).any()]
+        recent = known[-self.steps :]
         if len(recent) < self.steps or not all(_added(_passes(history, now), now) for now in recent):
             return
         trend = loss_trend(history)

@@ -31,7 +31,8 @@ class Dead(ColumnRule):
     A layer of rectifiers that are all shut passes nothing back (Lu et al. 2019): it and all layers before it are dead, and
     the weight behind it too, as its inputs are 0. The culprit is the last layer that is dead as a whole. A bias whose
     weight has a gradient is not dead: what it gets from the examples cancels out, as in the output of a Wasserstein critic.
-    Where no weight has a gradient the loss is a constant: it is said so, and nothing is said of a loss that is exactly 0.
+    Where no weight has a gradient the loss is a constant: it is said so. A step whose loss is exactly 0, a hinge that every
+    example meets, speaks for no death: there is nothing left to learn.
     """
 
     steps: int = 10
@@ -42,8 +43,10 @@ class Dead(ColumnRule):
         check_steps(self)
 
     def holds(self, columns: Columns) -> np.ndarray:
-        """Where all partials are 0."""
-        return tristate(columns.has(Status.ZERO) & (columns.columns["numel"] > 0), judged(columns))
+        """Where all partials are 0, and the loss is not."""
+        met = np.array([scalars.get("loss") == 0 for scalars in columns.scalars], bool)
+        zero = columns.has(Status.ZERO) & (columns.columns["numel"] > 0) & ~met[:, None]
+        return tristate(zero, judged(columns))
 
     def findings(self, history: History, rows: Sequence[int]) -> Iterable[Finding]:
         """One a parameter."""
@@ -54,8 +57,8 @@ class Dead(ColumnRule):
         cancels = cancelled(newest)
         rows = [row for row in rows if not cancels[row]]
         everything = len(rows) == int((judged(newest) & ~cancels).sum())
-        if not rows or (everything and newest.loss == 0):
-            return ()  # a hinge that is met by every example: there is nothing left to learn
+        if not rows:
+            return ()
         culprit = "" if everything else last_layer(newest, rows)
         first = _CONSTANT if everything else ()
         return RowFindings(self.name, Severity.WARNING, newest, rows, lambda row: self._finding(newest, row, culprit, first))

@@ -23,7 +23,7 @@ def _found(graph: Graph) -> tuple[Finding, ...]:
 
 
 #: What may be meant, and is no info where the loss does not fall.
-LOUD_IF_ILL = ("unregistered", "summed-loss")
+LOUD_IF_ILL = ("unregistered", "summed-loss", "edge")
 
 
 @dataclass(frozen=True)

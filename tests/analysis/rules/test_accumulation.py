@@ -88,6 +88,18 @@ def test_a_sum_of_losses_that_were_not_divided(loss, severity):
     assert "the gradients of 3 backwards are summed and their losses are not divided by 3" in finding.seen
 
 
+def test_a_sum_that_ended_in_nan():
+    """The last steps before it are asked, and it is what made the loss NaN."""
+    loss = np.append(flat(steps=190), np.full(10, np.nan))
+    asked = history_of(loss, graph("NllLoss", "LogSoftmax", "Addmm"), settings(), newest=made(step=0))
+    for number in range(180, 200):
+        for each in step(number, sum(PARTS)):
+            if number >= 190:
+                each = one(number, np.full(2, np.nan), each.stage, backward=each.backward, status=["nonfinite"] * 2)
+            asked.append(each)
+    assert rules_of(rules.Undivided(), asked) == [("undivided", "warning")]
+
+
 @pytest.mark.parametrize(
     "asked",
     [

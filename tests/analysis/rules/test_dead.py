@@ -46,6 +46,14 @@ def test_other_statuses_are_not_dead(status):
     assert last(Dead(steps=1), snapshot(0, status=[status, "ok"])) == []
 
 
+def test_a_bias_that_cancels_is_not_dead_once_the_loss_is_met():
+    """Of triplets the last bias gets nothing, and the weights nothing where all are met: neither is a death."""
+    steps = [shut(n, "ok", "ok", "ok", "ok", "ok", "zero", loss=0.1) for n in range(10)]
+    steps += [shut(n, *["zero"] * 6, loss=0.0) for n in range(10, 30)]
+    assert [findings for findings in asked(Dead(), *steps) if findings] == []
+    assert last(Dead(), *steps, *[shut(n, *["zero"] * 6, loss=0.5) for n in range(30, 40)])
+
+
 def test_an_empty_parameter_is_not_dead():
     """A shard without entries has all its partials 0, and none."""
     assert last(Dead(steps=1), snapshot(0, status=["zero", "ok"], numel=[0, 100])) == []

@@ -1,5 +1,7 @@
 """The optimizer's settings, and the modules' mode."""
 
+import math
+
 import pytest
 
 from gradlens import rules
@@ -64,3 +66,24 @@ def test_a_graph_that_is_well_says_nothing():
     assert rules_of(rules.GraphAudit(), history_of(flat(), well)) == []
     twice = [graph("NllLoss", "LogSoftmax", "Softmax", "Addmm", step=step) for step in (0, 1, 2)]
     assert rules_of(rules.GraphAudit(), history_of(flat(), *twice)) == [("softmax-twice", "warning")]
+
+
+@pytest.mark.parametrize(
+    ("loss", "chain", "said"),
+    [
+        (flat(), ("Mean", "Log", "Relu", "Addmm"), [("edge", "warning")]),
+        (falling(), ("Mean", "Log", "Relu", "Addmm"), [("edge", "info")]),
+        (flat(), ("Mean", "Log", "Add", "Relu"), []),
+        (flat(), ("Mean", "Div", "Relu"), []),  # which is divided, and does not divide
+    ],
+)
+def test_a_relu_where_something_above_0_is_needed(loss, chain, said):
+    """The logarithm of a ReLU is an info in a training that learns, and a cause where it does not."""
+    assert rules_of(rules.GraphAudit(), history_of(loss, graph(*chain))) == said
+
+
+@pytest.mark.parametrize(("loss", "said"), [(1.01, True), (0.99, False), (math.nan, False), (None, False)])
+def test_targets_beyond_the_output_are_known_by_the_size_of_the_loss(loss, said):
+    """A sigmoid is at most 1 from any target that it can say."""
+    found = rules_of(rules.GraphAudit(), history_of(falling(), graph("MseLoss", "Sigmoid", "Addmm", loss=loss)))
+    assert found == [("out-of-range", "warning")] * said
