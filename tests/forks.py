@@ -19,7 +19,7 @@ class Mother:
 
     def __init__(self):
         self._process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("mother.py"))],
+            [sys.executable, "-P", str(Path(__file__).with_name("mother.py"))],  # `tests.statistics` is not Python's
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             start_new_session=True,
             stdin=subprocess.PIPE,

@@ -17,6 +17,7 @@ import sys
 import types
 
 COSTLY = ["torch", "torch._dynamo", "pandas", "pyarrow.parquet", "tensorboard.compat.proto.event_pb2", "click", "rich"]
+PATH = list(sys.path)  #: started with -P, without a folder of its own
 
 
 class Executed(BaseException):
@@ -50,15 +51,17 @@ def customize():
 
 def prepared(words):
     """The code of `python WORDS`, for which there is a `__main__` now."""
+    sys.orig_argv = [sys.executable, *words]
     if words[0] == "-c":
         sys.modules["__main__"] = types.ModuleType("__main__")
-        sys.argv, sys.path[0] = ["-c", *words[2:]], ""
+        sys.argv, sys.path[:] = ["-c", *words[2:]], ["", *PATH]
         return compile(words[1], "<string>", "exec")
     if words[:2] == ["-m", "gradlens"]:
-        path, sys.argv = importlib.util.find_spec("gradlens.__main__").origin, words[1:]
+        sys.argv, sys.path[:] = words[1:], [os.getcwd(), *PATH]
+        path = importlib.util.find_spec("gradlens.__main__").origin
     else:
         path, sys.argv = words[0], words
-        sys.path[0] = os.path.dirname(os.path.abspath(path))
+        sys.path[:] = [os.path.dirname(os.path.abspath(path)), *PATH]
         customize()
     main = sys.modules["__main__"] = types.ModuleType("__main__")
     main.__file__, main.__builtins__ = path, builtins
@@ -85,5 +88,6 @@ while words:  # at the top level: a script looks for its models in the frames be
     except Executed as executed:
         words = executed.args[0][1:]
     except Exception as error:
-        sys.excepthook(type(error), error, error.__traceback__.tb_next)
+        own = error.with_traceback(error.__traceback__.tb_next)  # without this frame
+        sys.excepthook(type(own), own, own.__traceback__)
         sys.exit(1)
