@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -113,7 +114,9 @@ class ClippedScaled(ColumnRule):
     norm at each of the last steps, and backward gave far more.
 
     `scaler.unscale_(optimizer)` has to come before `clip_grad_norm_`, or the clipped gradient is divided by the scale once
-    more (PyTorch's AMP examples): the training hardly moves. `most` is the largest norm that people clip at.
+    more (PyTorch's AMP examples): the training hardly moves. `most` is the largest norm that people clip at. While the scale
+    stays, the right order gives the same norm at each step too; people clip at 0.05 and not at 51.2, so of the two norms the
+    one with at most two digits is taken for theirs.
     """
 
     steps: int = 3
@@ -147,6 +150,8 @@ class ClippedScaled(ColumnRule):
         own = np.asarray([given.get(snapshot.step, np.nan) for snapshot in used])
         if not (own > 2 * norms).all() or not (clipped <= self.most).all() or np.ptp(clipped) > 0.01 * clipped.max():
             return
+        if np.ptp(norms) <= 0.01 * norms.max() and _is_round(norms[-1]) and not _is_round(clipped[-1]):
+            return
         yield Finding(
             rule=self.name,
             step=newest.step,
@@ -159,6 +164,11 @@ class ClippedScaled(ColumnRule):
             remedy="scaler.unscale_(optimizer) before torch.nn.utils.clip_grad_norm_(...), then scaler.step(optimizer)",
             value=float(clipped[-1]),
         )
+
+
+def _is_round(norm: float) -> bool:
+    """Whether a number has at most two digits, up to what rounding leaves of a norm that was clipped."""
+    return math.isclose(norm, float(f"{norm:.1e}"), rel_tol=1e-3)
 
 
 def _norm(rows: Rows) -> np.ndarray:

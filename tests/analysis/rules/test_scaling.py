@@ -123,6 +123,13 @@ def test_clipping_in_the_right_place_is_well():
     assert last(ClippedScaled(), *clipped(1e-5, 1e-5, 1e-5, used=1e-5)) == []
 
 
+def test_the_norm_that_is_round_is_the_one_that_somebody_clips_at():
+    """Under a small scale both are small: 0.05 is what people write, and 51.2 is not; 50 is, and 0.0488 is not."""
+    assert last(ClippedScaled(), *clipped(0.3, 0.5, 0.2, scale=1024.0, used=0.05 * (1 - 1e-4))) == []
+    (finding,) = last(ClippedScaled(), *clipped(0.3, 0.5, 0.2, scale=1024.0, used=50 / 1024))
+    assert finding.value == pytest.approx(50.0)
+
+
 def test_a_norm_that_varies_was_not_clipped():
     """Nor one under no scale, or under a scale that is not known."""
     first, second = clipped(0.3, 0.3, 0.3), clipped(0.3, 0.3, 0.3, used=2e-5)
