@@ -129,7 +129,7 @@ def diagnosis(value: Any) -> str:
     sure = f" ({value.confidence:.0%} sure)" if value.origin is not None else ""
     rest = [
         element("div", element("i", f"{said}:"), " ", words(", ".join(dict.fromkeys(each.rule for each in found))))
-        for said, found in (("follows from it", value.follows), ("beside it", value.beside))
+        for said, found in value.groups()
         if found
     ]
     head = element("div", element("b", words(value.verdict)), sure)

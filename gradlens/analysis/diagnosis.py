@@ -7,6 +7,9 @@ taken twice, a schedule that ran out) explains what goes wrong in its steps, and
 `EXPLAINS` has the pairs for which that order is not enough. **Onset**: of two on one level the earlier one. **Severity**:
 an info is no origin, unless the loss is known not to fall and nothing louder was found.
 
+What says something of the watching alone (a writer that failed, a feature that cannot be had) is no origin: it is told
+beside the verdict on the training.
+
 Where nothing loud was found, the loss decides what may be said: "nothing looks ill" is said only of a loss that falls, or
 one that cannot be judged, and then that is said too.
 
@@ -17,7 +20,7 @@ rule at its origin, and less where other findings stand beside it unexplained, o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from gradlens import markup
 from gradlens.analysis.confidence import MEASURED
@@ -80,6 +83,36 @@ DOES = (
 #: What becomes of it.
 BECOMES = ("update_ratio", "spike", "nonfinite", "collapse", "dead", "dead_units", "saturated", "shrunk")
 
+#: What says nothing of the training: what could not be read, shown or kept of it.
+WATCHING = frozenset(
+    {
+        "evidence-unavailable",
+        "evidence-left-out",
+        "updates-unavailable",
+        "activations-unavailable",
+        "reduced-unavailable",
+        "memory",
+        "scaler-found",
+        "watched-already",
+        "used-unknown",
+        "partial-gradient",
+        "read-at-step",
+        "flat-parameters",
+        "ranks-apart",
+        "ranks-missing",
+        "cuda-graph",
+        "budget",
+        "records-thinned",
+        "records-torn",
+        "records-damaged",
+        "writer-failed",
+        "recorder-stuck",
+        "findings-bounded",
+        "findings-left-out",
+        "gradlens-fault",
+    }
+)
+
 _LARGE = frozenset(
     {
         "cut",
@@ -132,6 +165,7 @@ class Diagnosis:
     origin: Finding | None  #: None where nothing was found that is more than an info
     follows: tuple[Finding, ...]  #: what the origin explains, by onset
     beside: tuple[Finding, ...]  #: warnings and errors that it does not explain
+    watching: tuple[Finding, ...] = field(default=(), kw_only=True)  #: those that say nothing of the training
     confidence: float  #: from 0 to 1: how often such a verdict was right
     loss: Trend
 
@@ -140,11 +174,16 @@ class Diagnosis:
         """Whether something is wrong: a warning or an error was found, or the loss is known not to fall."""
         return self.origin is not None or self.loss.ill
 
+    def groups(self) -> tuple[tuple[str, tuple[Finding, ...]], ...]:
+        """Everything but the origin, by what it is to it, in words."""
+        return ("follows from it", self.follows), ("beside it", self.beside), ("gradlens itself", self.watching)
+
     def line(self) -> str:
         """The verdict in one line, with how sure it is where something was found."""
+        ours = f"; gradlens itself: {_names(self.watching)}" if self.watching else ""
         if self.origin is None:
-            return self.verdict
-        return f"{self.verdict}; {self.confidence:.0%} sure, print(lens.diagnosis()) says what to do"
+            return self.verdict + ours
+        return f"{self.verdict}; {self.confidence:.0%} sure, print(lens.diagnosis()) says what to do{ours}"
 
     def __str__(self) -> str:
         lines = [self.verdict]
@@ -153,18 +192,28 @@ class Diagnosis:
             if self.origin.remedy:
                 lines.append(f"  do: {self.origin.remedy}")
             if self.follows:
-                lines.append(f"  follows from it: {', '.join(dict.fromkeys(finding.rule for finding in self.follows))}")
+                lines.append(f"  follows from it: {_names(self.follows)}")
             if self.beside:
-                lines.append(f"  beside it: {', '.join(dict.fromkeys(finding.rule for finding in self.beside))}")
+                lines.append(f"  beside it: {_names(self.beside)}")
             lines.append(f"  confidence: {self.confidence:.0%}")
+        lines += [f"  gradlens itself ({finding.rule}): {finding.seen}" for finding in self.watching]
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
         return markup.diagnosis(self)
 
 
+def _names(found: Sequence[Finding]) -> str:
+    return ", ".join(dict.fromkeys(finding.rule for finding in found))
+
+
 def diagnose(found: Sequence[Finding], loss: Trend) -> Diagnosis:
     """Put the findings of a run in order."""
+    watching = tuple(f for f in found if f.rule in WATCHING and f.severity != Severity.INFO)
+    return replace(_of_training([f for f in found if f.rule not in WATCHING], loss), watching=watching)
+
+
+def _of_training(found: Sequence[Finding], loss: Trend) -> Diagnosis:
     loud = [finding for finding in found if finding.severity != Severity.INFO]
     if not loud and loss.ill:
         loud = [finding for finding in found if finding.rule in _LEVEL]

@@ -173,11 +173,10 @@ def _diagnosed(diagnosis: Diagnosis) -> list[str]:
     origin = diagnosis.origin
     sure = f" ({diagnosis.confidence:.0%} sure)" if origin is not None else ""
     lines = [f"DIAGNOSIS{sure}", *_wrapped(diagnosis.verdict)]
-    if origin is None:
-        return lines
-    lines += _wrapped(f"seen: {origin.seen}", "    ")
-    lines += _wrapped(f"do: {origin.remedy}", "    ") if origin.remedy else []
-    for words, found in (("follows from it", diagnosis.follows), ("beside it", diagnosis.beside)):
+    if origin is not None:
+        lines += _wrapped(f"seen: {origin.seen}", "    ")
+        lines += _wrapped(f"do: {origin.remedy}", "    ") if origin.remedy else []
+    for words, found in diagnosis.groups():
         if found:
             lines += _wrapped(f"{words}: {', '.join(dict.fromkeys(f.rule for f in found))}", "    ")
     return lines

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from gradlens.analysis.confidence import MEASURED, Counts
-from gradlens.analysis.diagnosis import BECOMES, DOES, MADE, diagnose, explains
+from gradlens.analysis.diagnosis import BECOMES, DOES, MADE, WATCHING, diagnose, explains
 from gradlens.analysis.trend import State, Trend, judged
+from gradlens.findings import CATALOGUE
 from gradlens.records import Finding, Severity
 
 RNG = np.random.default_rng(0)
@@ -89,6 +90,25 @@ def test_the_origin_comes_first_and_the_rest_follows(origin, others):
         assert diagnosis.origin.rule == origin
         assert {each.rule for each in diagnosis.follows} == set(others)
         assert diagnosis.beside == ()
+
+
+def test_what_is_said_of_the_watching_is_no_verdict_on_the_training():
+    """A full disk makes no training ill, and hides nothing that is."""
+    disk = finding("writer-failed", 1, Severity.ERROR)
+    healthy = diagnose([disk], FALLS)
+    assert (healthy.origin, healthy.ill, healthy.beside, healthy.watching) == (None, False, (), (disk,))
+    assert healthy.verdict == diagnose([], FALLS).verdict
+    assert healthy.line() == f"{healthy.verdict}; gradlens itself: writer-failed"
+    assert str(healthy).splitlines()[1:] == [f"  gradlens itself (writer-failed): {disk.seen}"]
+    ill = diagnose([disk, finding("stale", 3)], FLAT)
+    assert (ill.origin.rule, ill.beside, ill.watching) == ("stale", (), (disk,))
+    assert ill.confidence == diagnose([finding("stale", 3)], FLAT).confidence
+
+
+def test_each_of_those_findings_is_in_the_catalogue():
+    """And none of them has a place among causes."""
+    assert set(CATALOGUE) >= WATCHING
+    assert WATCHING.isdisjoint({*MADE, *DOES, *BECOMES})
 
 
 def test_an_error_is_worse_than_a_warning_and_earlier_is_before_later():
