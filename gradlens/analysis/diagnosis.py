@@ -7,8 +7,8 @@ taken twice, a schedule that ran out) explains what goes wrong in its steps, and
 `EXPLAINS` has the pairs for which that order is not enough. **Onset**: of two on one level the earlier one. **Severity**:
 an info is no origin, unless the loss is known not to fall and nothing louder was found.
 
-What says something of the watching alone (a writer that failed, a feature that cannot be had) is no origin: it is told
-beside the verdict on the training.
+What says something of the watching alone (a writer that failed, a feature that cannot be had) is told beside the verdict on
+the training. It is an origin where it is an error and nothing loud was found of the training: nothing is on disk then.
 
 Where nothing loud was found, the loss decides what may be said: "nothing looks ill" is said only of a loss that falls, or
 one that cannot be judged, and then that is said too.
@@ -210,7 +210,12 @@ def _names(found: Sequence[Finding]) -> str:
 def diagnose(found: Sequence[Finding], loss: Trend) -> Diagnosis:
     """Put the findings of a run in order."""
     watching = tuple(f for f in found if f.rule in WATCHING and f.severity != Severity.INFO)
-    return replace(_of_training([f for f in found if f.rule not in WATCHING], loss), watching=watching)
+    training = [f for f in found if f.rule not in WATCHING]
+    diagnosis = _of_training(training, loss)
+    lost = [f for f in watching if f.severity == Severity.ERROR]
+    if diagnosis.origin is None and lost:
+        diagnosis, watching = _of_training([*training, *lost], loss), tuple(f for f in watching if f not in lost)
+    return replace(diagnosis, watching=watching)
 
 
 def _of_training(found: Sequence[Finding], loss: Trend) -> Diagnosis:

@@ -93,16 +93,25 @@ def test_the_origin_comes_first_and_the_rest_follows(origin, others):
 
 
 def test_what_is_said_of_the_watching_is_no_verdict_on_the_training():
-    """A full disk makes no training ill, and hides nothing that is."""
-    disk = finding("writer-failed", 1, Severity.ERROR)
-    healthy = diagnose([disk], FALLS)
-    assert (healthy.origin, healthy.ill, healthy.beside, healthy.watching) == (None, False, (), (disk,))
+    """A writer that failed makes no training ill, and hides nothing that is."""
+    curves = finding("writer-failed", 1)
+    healthy = diagnose([curves], FALLS)
+    assert (healthy.origin, healthy.ill, healthy.beside, healthy.watching) == (None, False, (), (curves,))
     assert healthy.verdict == diagnose([], FALLS).verdict
     assert healthy.line() == f"{healthy.verdict}; gradlens itself: writer-failed"
-    assert str(healthy).splitlines()[1:] == [f"  gradlens itself (writer-failed): {disk.seen}"]
+    assert str(healthy).splitlines()[1:] == [f"  gradlens itself (writer-failed): {curves.seen}"]
+    ill = diagnose([curves, finding("stale", 3)], FLAT)
+    assert (ill.origin.rule, ill.beside, ill.watching) == ("stale", (), (curves,))
+    assert ill.confidence == diagnose([finding("stale", 3)], FLAT).confidence
+
+
+def test_that_nothing_is_on_disk_is_the_verdict_where_the_training_has_none():
+    """An error of ours is never behind "nothing looks ill"; a cause in the training comes first."""
+    disk = finding("writer-failed", 1, Severity.ERROR)
+    alone = diagnose([disk, finding("budget", 2)], FALLS)
+    assert (alone.origin, [each.rule for each in alone.watching]) == (disk, ["budget"])
     ill = diagnose([disk, finding("stale", 3)], FLAT)
     assert (ill.origin.rule, ill.beside, ill.watching) == ("stale", (), (disk,))
-    assert ill.confidence == diagnose([finding("stale", 3)], FLAT).confidence
 
 
 def test_each_of_those_findings_is_in_the_catalogue():
