@@ -3,6 +3,7 @@
     pip install -c constraints.txt -r benchmarks/requirements.txt   # the peers; those that are missing are left out
     python benchmarks/overhead.py                                   # everything: an hour or two; overhead.csv and the plot
     python benchmarks/overhead.py --model mlp-8 gpt --minutes 3 --only 'bare*' 'gradlens*' '*norm*'
+    python benchmarks/overhead.py --model gpt --only 'gradlens*' --warm-up 100 --dry    # later in a training
     python benchmarks/overhead.py --budget                          # whether budget=0.01 is kept
     python benchmarks/overhead.py --plot                            # docs/images/overhead.png from overhead.csv
 
@@ -308,6 +309,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=8.0, help="for each model and number of threads")
     parser.add_argument("--only", nargs="+", default=[], help="contenders by glob pattern")
     parser.add_argument("--quick", action="store_true", help="five models, six contenders, one thread: some 13 minutes")
+    parser.add_argument("--warm-up", type=int, help="steps before those that count; each has a histogram at first")
     parser.add_argument("--budget", action="store_true", help="whether budget=0.01 is kept")
     parser.add_argument("--plot", action="store_true", help="only draw what overhead.csv has")
     parser.add_argument("--dry", action="store_true", help="print, store nothing")
@@ -325,6 +327,8 @@ def main() -> None:
                 print(kept(name, 0.01, 60 * given.minutes), flush=True)
                 continue
             task = shorter(TASKS[name]) if given.quick else TASKS[name]
+            if given.warm_up is not None:
+                task = replace(task, warm_up=given.warm_up)
             fresh = rows(task, name, threads, chosen(given.only), 60 * given.minutes)
             show(fresh)
             sys.stdout.flush()

@@ -11,11 +11,11 @@ always = every(1)
 class Training:
     """A training whose time passes as it is told: what a step takes, and what looking at it costs."""
 
-    def __init__(self, schedule=always, budget=None, parameters=0):
+    def __init__(self, schedule=always, budget=None, hidden=0.0):
         self.clock, self.background = 100.0, 0.0
         self.told, self.seen, self.costs, self.starts = [], [], [], []
         self.stopwatch = Stopwatch(lambda: self.clock)
-        self.meter = Meter(self.stopwatch, lambda: self.background, now=lambda: self.clock, parameters=parameters)
+        self.meter = Meter(self.stopwatch, lambda: self.background, now=lambda: self.clock, hidden=hidden)
         self.pace = BudgetedSchedule(schedule, budget, self.meter, tell=self.told.append)
         self.observed = self.pace(0)
 
