@@ -200,6 +200,10 @@ class History:
                 return
             newest = self._moments[-1]
             first = self._first(newest)
+            light = max(newest.seq + 1 - self._keep, first)
+            for moment in self._between(self._heavy, light):  # those that leave now too: their block may stay
+                moment.block.lighten(moment.at)
+            self._heavy = max(light, self._heavy)
             gone = bisect_left(self._moments, first, key=_SEQ)
             for moment in self._moments[:gone]:
                 if moment is moment.block.moments[-1]:
@@ -208,10 +212,6 @@ class History:
             for stage in list(self._by_stage) if gone else ():
                 known = self._by_stage[stage]
                 del known[: bisect_left(known, first, key=_SEQ)]
-            light = max(newest.seq + 1 - self._keep, first)
-            for moment in self._between(max(self._heavy, first), light):
-                moment.block.lighten(moment.at)
-            self._heavy = max(light, self._heavy)
             settled = [fact for seq, fact in self._fresh if seq <= first]
             if settled:
                 others, activations = _told_apart(settled)

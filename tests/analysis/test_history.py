@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gradlens.analysis.history import History
+from gradlens.blocks import block_of, concatenate
 from gradlens.errors import ArgumentError, NothingCapturedError
 from gradlens.records import Parameters, Stage
 
@@ -42,6 +43,17 @@ def test_only_the_newest_keep_what_is_large():
     history = filled(*(snapshot(step, top=True, histogram=True) for step in range(6)), keep_histograms=2)
     assert [s.histogram is not None for s in history] == [False] * 4 + [True] * 2
     assert [s.top is not None for s in history] == [False] * 4 + [True] * 2
+
+
+def test_moments_that_leave_at_once_keep_nothing_large_either():
+    """A block that is longer than the history stays while one of its moments does: the rest of it is as light."""
+    block = concatenate([block_of(snapshot(step, top=True, histogram=True)) for step in range(10)])
+    history = History(maxlen=4, keep_histograms=2)
+    (columns,) = history.extend([(block, at) for at in range(10)])
+    assert [detail is not None for detail in columns.details] == [True] * 10
+    history.trim()
+    assert [detail is not None for detail in columns.details] == [False] * 8 + [True] * 2
+    assert [s.step for s in history] == [6, 7, 8, 9]
 
 
 def test_nothing_is_kept_of_what_is_large_when_asked():
