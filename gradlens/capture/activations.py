@@ -162,7 +162,8 @@ class ForwardWatch:
     def _keep(self, call: Call, nodes: Sequence[Any]) -> None:
         """The call lives as long as the nodes do."""
         if not nodes:
-            self._loose = [*self._loose[1 - LOOSE :], call] if len(self._loose) >= LOOSE else [*self._loose, call]
+            self._loose.append(call)
+            del self._loose[:-LOOSE]
             return
         call.before, self._loose = self._loose, []
         for node in nodes:
@@ -212,7 +213,7 @@ class ForwardWatch:
         return Activations(step, backward, time.time(), tuple(rows), kinds, tuple(map(len, sums)), sums)
 
     def step_ended(self, step: int, passes: int) -> None:
-        """A step is over: where modules were called and no backward pass came, there is no row, and that is said."""
+        """A step ended: say so if modules were called in it and no backward pass came, as then there is no row of them."""
         if self.heard and not passes and not self._came:
             self._tell(findings.activations_without_backward(step))
         self.heard = False

@@ -112,10 +112,8 @@ class Slot:
 
     def attach(self, tensor: Tensor, on_gradient: Callable | None, on_accumulated: Callable) -> None:
         """Put both hooks on the tensor."""
-        self._kept, self._restore = (
-            None,
-            (_only_ours(tensor._backward_hooks), _only_ours(tensor._post_accumulate_grad_hooks)),
-        )
+        self._kept = None
+        self._restore = (_only_ours(tensor._backward_hooks), _only_ours(tensor._post_accumulate_grad_hooks))
         if not tensor._post_accumulate_grad_hooks:
             tensor._post_accumulate_grad_hooks = None  # type: ignore[assignment]
         if not tensor._backward_hooks:

@@ -22,7 +22,6 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from operator import attrgetter
 from typing import Any
 
 from torch import Tensor
@@ -49,8 +48,6 @@ REST = 50  #: times as long as it worked, that the recorder rests
 SHORTEST, LONGEST = 0.05, 5.0  #: seconds that it rests at least and at most
 RECORDED = 0.4  #: seconds after which what came is with the durable writers; those take up to half a second more
 PATIENCE = 15.0  #: seconds without any progress, after which a rule, a writer or a callback is not waited for
-
-_NUMBERS, _HOST = {float, type(None)}, attrgetter("host")
 
 
 class Recorder:
@@ -106,8 +103,7 @@ class Recorder:
         facts, self._facts = self._facts, []
         batch = TableBatch(step, size, tables, losses or [None] * len(tables), dict(scalars), findings[:], facts)
         del findings[: len(batch.findings)]
-        if scalars or not (set(map(type, batch.losses)) <= _NUMBERS and all(map(_HOST, tables))):
-            batch.begin_transfer()
+        batch.begin_transfer()
         self.inbox.append(batch)
 
     def diagnosis(self) -> Diagnosis:

@@ -9,7 +9,7 @@ import gradlens
 from gradlens.statistics import transfer
 from gradlens.statistics.table import Table
 from gradlens.statistics.transfer import Transfer
-from gradlens.watching import batches, recorder
+from gradlens.watching import batches
 from tests.launches import Launches
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -83,7 +83,7 @@ def test_a_step_is_one_transfer(options, monkeypatch):
     """
     started = []
     monkeypatch.setattr(Table, "on_host", lambda table: False)
-    monkeypatch.setattr(recorder, "_HOST", lambda table: False)
+    monkeypatch.setattr(batches, "_HOST", lambda table: False)
 
     class Counted(Transfer):
         def __init__(self, tensors):
