@@ -18,3 +18,19 @@ def same(seen, expected):
     assert set(seen) == set(expected)
     for name in expected:
         assert torch.equal(seen[name], expected[name]), name
+
+
+class Rewriting(torch.optim.Optimizer):
+    """Calls its closure, then rewrites each gradient and moves the weights, as `move` of a subclass does it."""
+
+    def __init__(self, parameters, way):
+        super().__init__(parameters, {"lr": 0.05})
+        self.way = way
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        if closure is not None:
+            with torch.enable_grad():
+                closure()
+        for p in self.param_groups[0]["params"]:
+            self.move(p)

@@ -242,11 +242,7 @@ class Optimizer(torch.optim.Optimizer):
         super().__init__(parts.optimizer.param_groups, {})
         self.model, self.inner = parts.model, parts.optimizer
 
-    def step(self, closure=None):
-        loss = None if closure is None else closure()
-        self.inner.step()
-        clamp(self.model)
-        return loss
+    step = Around.step
 
 
 class Told(Around):

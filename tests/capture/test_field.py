@@ -12,6 +12,7 @@ from torch.amp import GradScaler
 import gradlens
 from gradlens.capture.step import READ_PASSES
 from gradlens.errors import ArgumentError
+from tests.capture.helpers import Rewriting
 
 
 def net(*sizes):
@@ -125,26 +126,17 @@ def test_the_last_critic_step_is_not_lost_at_close():
 # --- optimizers that rewrite and wrap -------------------------------------------------------------------------------
 
 
-class Rewrites(torch.optim.Optimizer):
+class Rewrites(Rewriting):
     """Weight decay is written into `.grad`, in one of three ways."""
 
-    def __init__(self, parameters, way):
-        super().__init__(parameters, {"lr": 0.05})
-        self.way = way
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        if closure is not None:
-            with torch.enable_grad():
-                closure()
-        for p in self.param_groups[0]["params"]:
-            if self.way == "data":
-                p.grad.data.add_(p.data, alpha=0.5)
-            elif self.way == "new tensor":
-                p.grad = p.grad + 0.5 * p
-            else:
-                p.grad.mul_(3.0)
-            p.data.add_(p.grad, alpha=-0.05)
+    def move(self, p):
+        if self.way == "data":
+            p.grad.data.add_(p.data, alpha=0.5)
+        elif self.way == "new tensor":
+            p.grad = p.grad + 0.5 * p
+        else:
+            p.grad.mul_(3.0)
+        p.data.add_(p.grad, alpha=-0.05)
 
 
 @pytest.mark.parametrize("way", ["data", "new tensor", "in place"])

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import gradlens
+from tests.capture.helpers import Rewriting
 
 
 def norm(tensor):
@@ -19,28 +20,19 @@ def parts(count):
     return nn.ModuleList(nn.Linear(3, 3) for _ in range(count))
 
 
-class Rewrites(torch.optim.Optimizer):
+class Rewrites(Rewriting):
     """Leaves no gradient as it was given."""
 
-    def __init__(self, parameters, way):
-        super().__init__(parameters, {"lr": 0.05})
-        self.way = way
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        if closure is not None:
-            with torch.enable_grad():
-                closure()
-        for p in self.param_groups[0]["params"]:
-            if p.grad is not None:
-                given = p.grad.clone()
-                if self.way == "zeroed":
-                    p.grad.zero_()
-                elif self.way == "removed":
-                    p.grad = None
-                else:
-                    p.grad.data.add_(p.data)
-                p.add_(given, alpha=-0.05)
+    def move(self, p):
+        if p.grad is not None:
+            given = p.grad.clone()
+            if self.way == "zeroed":
+                p.grad.zero_()
+            elif self.way == "removed":
+                p.grad = None
+            else:
+                p.grad.data.add_(p.data)
+            p.add_(given, alpha=-0.05)
 
 
 class Shrinks(torch.optim.Optimizer):
