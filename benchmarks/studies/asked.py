@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from studies.base import Training, _seed
 from studies.loops import drawn, enter, single
+from studies.recipes import scaled
 
 
 def both(name: str, kind: str, rules: str, make: Callable[..., Training], steps: int = 200, half: str = "unseen") -> None:
@@ -28,36 +29,32 @@ def generator(k: int) -> torch.Generator:
     return torch.Generator().manual_seed(k + 1_000_003 * _seed[0])
 
 
-def standard(x: Tensor) -> Tensor:
-    return (x - x.mean(0)) / x.std(0)
-
-
 @cache
 def iris() -> tuple[Tensor, Tensor]:
     """`[150, 4]` measures of flowers, standardised, and their kind."""
     x, y = load_iris(return_X_y=True)
-    return standard(torch.tensor(x, dtype=torch.float32)), torch.tensor(y)
+    return scaled(torch.tensor(x, dtype=torch.float32)), torch.tensor(y)
 
 
 @cache
 def roll() -> tuple[Tensor, Tensor]:
     """`[1000, 3]` points of a rolled sheet, and `[1000]` how far along the roll, standardised."""
     x, y = make_swiss_roll(1000, noise=0.1, random_state=0)
-    return standard(torch.tensor(x, dtype=torch.float32)), standard(torch.tensor(y, dtype=torch.float32))
+    return scaled(torch.tensor(x, dtype=torch.float32)), scaled(torch.tensor(y, dtype=torch.float32))
 
 
 @cache
 def rings() -> tuple[Tensor, Tensor]:
     """`[600, 2]` points of two rings, and which ring."""
     x, y = make_circles(600, noise=0.05, factor=0.5, random_state=0)
-    return standard(torch.tensor(x, dtype=torch.float32)), torch.tensor(y)
+    return scaled(torch.tensor(x, dtype=torch.float32)), torch.tensor(y)
 
 
 @cache
 def clouds() -> tuple[Tensor, Tensor]:
     """`[800, 6]` points of five clouds, and which cloud."""
     x, y = make_blobs(800, n_features=6, centers=5, cluster_std=2.0, random_state=0)
-    return standard(torch.tensor(x, dtype=torch.float32)), torch.tensor(y)
+    return scaled(torch.tensor(x, dtype=torch.float32)), torch.tensor(y)
 
 
 # --- a segmentation whose output is squashed twice --------------------------------------------------------------------
