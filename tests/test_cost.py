@@ -105,19 +105,23 @@ def test_micro_batches_cost_no_operation_that_reads():
 
 
 def test_reading_inside_hooks_is_one_reading_a_parameter():
-    """Somebody else's hooks may change what ends up in `.grad`: then each parameter is read on its own."""
-    few, many = (added(layers, hooks=True, features=())["empty"] for layers in (5, 40))
-    assert many - few == 2 * 35
+    """Other hooks may change what ends up in `.grad`: each parameter is read by itself, into a room made before."""
+    for features in ((), ("updates", "flips")):
+        few, many = (added(layers, hooks=True, features=features) for layers in (5, 40))
+        assert (many - few).keys() <= {"empty", "copy_"} | VIEWS  # the weights before the step are copied
+        assert many["empty"] - few["empty"] <= 2  # of many parameters
 
 
 # --- calls of Python and of the kernel ----------------------------------------------------------------------------------
 
 
-def training(layers, micro=1, clip=False, **watch):
+def training(layers, micro=1, clip=False, hooks=False, **watch):
     """A watched training that goes by the book: its lens, and one step of it."""
     torch.manual_seed(0)
     model, x = nn.Sequential(*(nn.Linear(8, 8) for _ in range(layers))), torch.randn(4, 8)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for parameter in model.parameters() if hooks else ():
+        parameter.register_post_accumulate_grad_hook(lambda p: None)
     lens = gradlens.watch(model, optimizer, **watch)
 
     def step():
@@ -186,6 +190,13 @@ def test_two_calls_a_parameter_and_backward(micro, clip):
     assert (many - few).total() <= 2 * micro * 70
 
 
+def test_a_parameter_that_is_read_in_its_hook_costs_a_call_of_the_kernel(monkeypatch):
+    """One reading a parameter; and its samples with those of all others."""
+    seen = native_calls(monkeypatch, hooks=True)
+    assert seen["summarize"] + seen["summarize_light"] == 2 * 10 + 1  # and once what the optimizer is given
+    assert seen["sample"] <= 3
+
+
 class Counting:
     """A library whose calls are counted."""
 
@@ -202,7 +213,7 @@ class Counting:
         return counted
 
 
-def native_calls(monkeypatch, micro=1, clip=False):
+def native_calls(monkeypatch, micro=1, clip=False, hooks=False):
     """Of one step, not among the first."""
     counts, kernel = Counter(), kernels._native()
     asking = kernel.introspector
@@ -214,7 +225,7 @@ def native_calls(monkeypatch, micro=1, clip=False):
     counting = replace(kernel, library=Counting(kernel.library, counts), holding=Counting(kernel.holding, counts))
     counting = replace(counting, introspector=asking and asking._replace(stayed=stayed))
     monkeypatch.setattr(kernels, "_native", lambda: counting)
-    lens, step = training(10, micro, clip)
+    lens, step = training(10, micro, clip, hooks)
     counts.clear()
     step()
     lens.close()

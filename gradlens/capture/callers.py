@@ -48,8 +48,7 @@ def loops(caller: FrameType | None) -> frozenset[Key]:
         code = caller.f_code
         if code.co_name == STEP and code.co_argcount:
             owner = method_of(caller).owner
-            given = [*_arguments(caller), *_kept(owner)]
-            if not _is_optimizer(owner) and within.isdisjoint(map(code_of, given)):
+            if not _is_optimizer(owner) and within.isdisjoint(_codes([*_arguments(caller), *_kept(owner)])):
                 found.add((id(owner), code))
         within.add(code)
         caller = caller.f_back
@@ -74,11 +73,15 @@ def _arguments(frame: FrameType) -> Iterator[Any]:
         yield from packed if kind == "*" else packed.values()
 
 
-def _kept(owner: Any) -> Iterator[Any]:
+def _kept(owner: Any) -> list[Any]:
     """What an object keeps, but for methods of its own."""
-    for value in getattr(owner, "__dict__", {}).values():
-        if type(value) is not MethodType or value.__self__ is not owner:
-            yield value
+    values = getattr(owner, "__dict__", {}).values()
+    return [value for value in values if type(value) is not MethodType or value.__self__ is not owner]
+
+
+def _codes(values: Sequence[Any]) -> list[CodeType | None]:
+    """The code of those that can be called: most of what an object keeps cannot, and is not looked at further."""
+    return [code_of(value) for value in values if callable(value)]
 
 
 def _is_optimizer(owner: Any) -> bool:

@@ -22,17 +22,20 @@ from torch import Tensor
 from gradlens.errors import ArgumentError, GradlensWarning
 from gradlens.kernels import accumulate, batched, native, outputs
 from gradlens.kernels.native import StableTensors
-from gradlens.kernels.prepared import GeneralPrepared, NativePrepared, Prepared
+from gradlens.kernels.prepared import GeneralPrepared, NativePrepared, Prepared, RowCall, RowRooms
 
 __all__ = [
     "summarize",
     "compare",
     "sample",
     "prepare",
+    "prepare_row",
     "add_moments",
     "fold_decayed",
     "output_sums",
     "Prepared",
+    "RowCall",
+    "RowRooms",
     "StableTensors",
 ]
 
@@ -205,6 +208,18 @@ def prepare(
         if fast is not None:
             return fast
     return GeneralPrepared(_backend(weights), weights, previous, before, loss)
+
+
+def prepare_row(weight: Tensor, previous: Tensor | None, rooms: RowRooms) -> RowCall | None:
+    """The call for a parameter whose gradients are read one by one; None where only `summarize` reads them.
+
+    Args:
+        weight: The parameter, or one like it.
+        previous: Gradlens' own copy of its last gradient: compared with, and overwritten.
+        rooms: Memory for the rows.
+    """
+    kernel = _native() if weight.is_cpu else None
+    return RowCall.of(kernel, previous, rooms) if isinstance(kernel, native.Native) else None
 
 
 def add_moments(gradient: Tensor, kept: Sequence[Tensor], divisor: float | Tensor, share: float, weight: float) -> bool:

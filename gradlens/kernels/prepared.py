@@ -11,6 +11,8 @@ costs two native calls and a few questions that are asked of all gradients at on
 a size, a place in memory, a storage that is too small. The general calls serve then. What a prepared call returns is bit for
 bit what the general calls return; `GeneralPrepared` makes it from these, for every device and kernel.
 
+Gradients that are read one by one, inside hooks, have a `RowCall` each: a task of one row. It refers to the room alone.
+
 Weights and rooms are referred to as long as this lives, gradients only during a call. A room belongs to gradlens alone: that
 no gradient lies in one is not checked.
 """
@@ -245,3 +247,54 @@ class NativePrepared:
 
     def _threads(self) -> int:
         return torch.get_num_threads() if self._threaded else 1
+
+
+class RowRooms:
+    """Memory for single rows, which the calls of all parameters share."""
+
+    def __init__(self) -> None:
+        self.detailed, self.light = (Rooms(1, reference.width(detail), 1) for detail in (True, False))
+
+
+class RowCall:
+    """The native kernel's task for one gradient at a time, and the copy of the last one."""
+
+    def __init__(self, kernel: native.Native, previous: StableTensors | None, rooms: RowRooms) -> None:
+        self._kernel, self._previous, self._rooms = kernel, previous, rooms
+        self._task = native.empty_tasks(1)
+        self._kept_type, self._weighed = array("q"), False  # whether the task has a weight
+
+    @classmethod
+    def of(cls, kernel: native.Native, previous: Tensor | None, rooms: RowRooms) -> RowCall | None:
+        """None where the copy is not plain and contiguous."""
+        made = cls(kernel, None if previous is None else StableTensors((previous,)), rooms)
+        with torch._C.DisableTorchFunction():
+            return made if made._fill() else None
+
+    def _fill(self) -> bool:
+        if self._previous is None:
+            return True
+        fill, task = self._kernel.fill, self._task
+        if not (fill(self._previous, task, _PREVIOUS) and fill(self._previous, task, _KEEP)):
+            return False
+        self._kept_type = native.types(task, _KEEP)
+        return True
+
+    def read(self, gradient: Tensor, weight: Tensor, detail: bool) -> Tensor | None:
+        """The row of `summarize`; the last gradient is replaced. None, and nothing done, where the task does not fit."""
+        kernel, task, weights = self._kernel, self._task, [weight]
+        with torch._C.DisableTorchFunction():
+            if native.modes_are_active():
+                return None
+            if not (self._weighed and kernel.is_same(weights, task, _W)):
+                self._weighed = kernel.fill(weights, task, _W)
+            if not (self._weighed and kernel.fill([gradient], task, _G)):
+                return None
+            if self._previous is not None and native.types(task, _G) != self._kept_type:
+                return None
+            rows = (self._rooms.detailed if detail else self._rooms.light).take()[0]
+            entries = gradient.numel()
+            calls, threads = kernel.library_for(entries), native.threads_for(entries)
+            call = calls.gradlens_summarize if detail else calls.gradlens_summarize_light
+            done = call(task.buffer_info()[0], 1, native.NO_LAYOUTS, rows.data_ptr(), threads, kernel.variant)
+        return rows if done else None

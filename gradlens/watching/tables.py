@@ -39,6 +39,7 @@ from gradlens.watching.failures import Failures
 from gradlens.watching.isolation import capturing_cuda_graph, isolated_compute
 from gradlens.watching.open_tables import OpenTables
 from gradlens.watching.recorder import Recorder
+from gradlens.watching.row_calls import RowCalls, joined
 from gradlens.watching.steady import SteadyTables
 from gradlens.watching.stopwatch import Stopwatch
 from gradlens.watching.updates import UpdateMeter, by_device, present
@@ -61,7 +62,7 @@ class TableBuilder:
         self._plan, self._features = plan, features
         self.open = OpenTables(recorder)
         self._flips: dict[str, Buffer] = {}
-        self._meter = UpdateMeter(plan)
+        self._meter, self._row_calls = UpdateMeter(plan), RowCalls()
         self.evidence = EvidenceCollector(plan) if "evidence" in features else None
         self._marked: tuple[Parameters, frozenset[int], Parameters] | None = None
         self._told: set[str] = set()  # parameters whose gradients were found to be summands, why evidence left something out
@@ -207,6 +208,12 @@ class TableBuilder:
         detail = self._detail(reading.key.step)
         if last is not None and reading.replaces is not None:
             last.forget()  # what it has is of this very step
+        if len(reading.rows) == 1 and not (reading.complete or reading.late):
+            row, weight = reading.rows[0], reading.weights[0]
+            read = self._row_calls.read(reading.parameters, row, reading.tensors[0], weight, last, detail)
+            if read is not None:
+                table.pieces.append(Piece(list(reading.rows), read, reading.skipped))
+                return
         for rows, tensors, now in by_device(reading.rows, reading.tensors, reading.weights):
             fixed = kernels.StableTensors(tensors)
             if reading.complete and reading.key.stage == Stage.BACKWARD:
@@ -250,6 +257,8 @@ class TableBuilder:
         elif table.notes:
             old_new = zip(table.notes, reading.notes, strict=True)
             table.notes = [old if new == Note.ELSEWHERE else new for old, new in old_new]
+        if len(table.pieces) > 1:
+            table.pieces = joined(table.pieces)
         if table.stage == Stage.BACKWARD:
             self.open.ended(table)
 

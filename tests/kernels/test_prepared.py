@@ -216,3 +216,46 @@ def test_the_general_calls_stay_on_their_device():
     call = GeneralPrepared(batched, [torch.randn(3)], None, None)
     assert call.unchanged([torch.randn(3)]) == (False, False)
     assert reference.SAMPLES == 16
+
+
+# --- one parameter at a time ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("detail", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("flips", [True, False])
+def test_a_row_call_gives_what_summarize_gives(dtype, detail, flips):
+    """Row and last gradient, bit for bit, step after step, where weights and gradients move in memory too."""
+    rooms, seen = kernels.RowRooms(), []
+    for at, weight in enumerate(some(dtype, 10)):
+        previous, other = (fixed([some(dtype, 20)[at]])[0] if flips else None for _ in range(2))
+        call = kernels.prepare_row(weight, previous, rooms)
+        for step in range(3):
+            g, w = some(dtype, 40 + step)[at], weight.clone()
+            row, columns = call.read(g, w, detail), None if other is None else [other]
+            seen.append((row, kernels.summarize([g], [w], columns, columns, detail)))
+            assert not flips or same([previous], [other])
+    assert all(torch.equal(bits(row), bits(expected)) for row, expected in seen)
+
+
+def test_a_row_call_reads_only_what_it_fits():
+    """Nothing is done for another size or type than the copy's, and for what is not contiguous."""
+    previous = torch.ones(4, 4)
+    call = kernels.prepare_row(torch.ones(4, 4), previous, kernels.RowRooms())
+    w = torch.ones(4, 4)
+    for g in (torch.rand(3, 4), torch.rand(4, 4).double(), torch.rand(4, 4).t(), torch.rand(4, 4).to_sparse()):
+        assert call.read(g, w, True) is None
+    assert call.read(torch.rand(4, 4), w.double(), True) is not None
+    assert call.read(torch.rand(4, 4), w.t(), True) is None
+    assert call.read(torch.rand(4, 4), w, True) is not None
+
+
+def test_a_row_call_keeps_no_parameter_alive():
+    """It refers to gradlens' own memory alone."""
+    weight, gradient = nn.Parameter(torch.ones(3)), torch.ones(3)
+    call = kernels.prepare_row(weight, torch.zeros(3), kernels.RowRooms())
+    assert call.read(gradient, weight, False) is not None
+    references = weakref.ref(weight), weakref.ref(gradient)
+    del weight, gradient
+    gc.collect()
+    assert [reference() for reference in references] == [None, None]
