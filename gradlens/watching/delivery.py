@@ -73,7 +73,9 @@ class Delivery:
         """To the history, the rules, the other writers: all moments of some blocks, in the order in which they came."""
         self.others.write_activations(_activations(came.facts))
         moments = came.moments
-        found: list[tuple[int, Finding, bool]] = [(place, finding, True) for place, finding in came.findings]
+        found: list[
+            tuple[int, Finding, bool]
+        ] = []  # with how many of the moments come before it, and whether it is recorded
         if len(moments):
             first = self._history.extend(moments, came.facts)[0].moments[0].seq
             self._entering("a rule")
@@ -81,6 +83,7 @@ class Delivery:
         else:
             for _, fact in came.facts:
                 self._history.note(fact)
+        found += [(place, finding, True) for place, finding in came.findings]
         at = 0
         for place, finding, recorded in sorted(found, key=itemgetter(0)):
             stop = min(place, len(moments))

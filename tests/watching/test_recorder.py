@@ -375,7 +375,7 @@ def test_what_the_training_thread_finds_comes_at_its_moment():
         return [finding.rule for finding in lens.findings() if finding.rule.startswith(("seen", "noticed"))]
 
     together = found(8)
-    assert together[9:12] == ["noticed", "seen at 4 used", "seen at 5 backward"]  # it comes with the table that is next
+    assert together[9:12] == ["seen at 4 used", "noticed", "seen at 5 backward"]
     assert found(3, 5) == found(5, 3) == found(*[1] * 8) == together
 
 
