@@ -73,9 +73,7 @@ class Delivery:
         """To the history, the rules, the other writers: all moments of some blocks, in the order in which they came."""
         self.others.write_activations(_activations(came.facts))
         moments = came.moments
-        found: list[
-            tuple[int, Finding, bool]
-        ] = []  # with how many of the moments come before it, and whether it is recorded
+        found: list[tuple[int, Finding, bool]] = []  # how many moments come before it; whether it is recorded
         if len(moments):
             first = self._history.extend(moments, came.facts)[0].moments[0].seq
             self._entering("a rule")
