@@ -96,6 +96,19 @@ def hooked(training: Training) -> Iterator[None]:
         handle.remove()
 
 
+@contextlib.contextmanager
+def distributed(training: Training) -> Iterator[None]:
+    """Within `DistributedDataParallel`, in a group of one process: its hooks and its buckets, without any network."""
+    from torch import distributed as dist
+    from torch.nn.parallel import DistributedDataParallel
+
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    inner, training.model = training.model, DistributedDataParallel(training.model)
+    yield
+    training.model = inner
+
+
 def _nothing(parameter: Tensor) -> None:
     return
 
@@ -300,6 +313,14 @@ ALL = [
     Contender("gradlens, 4 micro-batches", gradlens(), "gradlens", baseline="bare, 4 micro-batches", micro=4),
     Contender("bare, hooked by others", hooked, "bare"),
     Contender("gradlens, reading in the hooks", gradlens(before=hooked), "gradlens", baseline="bare, hooked by others"),
+    Contender("bare, under DDP", distributed, "bare"),
+    Contender("gradlens, under DDP", gradlens(before=distributed), "gradlens", baseline="bare, under DDP"),
+    Contender(
+        "gradlens, local gradients under DDP",
+        gradlens(before=distributed, stage=("backward", "reduced", "used")),
+        "gradlens",
+        baseline="bare, under DDP",
+    ),
     Contender("one norm a parameter, by hand", norms, "peer"),
     Contender("Composer-like gradient norms", composer, "peer"),
     Contender("Lightning grad_norm", lightning, "peer"),

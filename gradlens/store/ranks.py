@@ -61,9 +61,10 @@ def _merge(rows: Found, begins: np.ndarray, values: Sequence[str], empty: np.nda
 
 
 def _sum(column: np.ndarray, begins: np.ndarray) -> np.ndarray:
-    """NaN is left out; a sum over nothing is empty, not 0."""
+    """NaN is left out; a sum over nothing is empty, not 0. Of both infinities it is NaN, and no warning."""
     if column.dtype.kind != "f":
         return np.add.reduceat(column, begins)
     empty = np.isnan(column)
-    sums = np.add.reduceat(np.where(empty, 0.0, column), begins)
+    with np.errstate(invalid="ignore"):
+        sums = np.add.reduceat(np.where(empty, 0.0, column), begins)
     return np.where(np.logical_and.reduceat(empty, begins), np.nan, sums)

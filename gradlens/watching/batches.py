@@ -1,6 +1,6 @@
 """Tables on their way from the training thread to the recorder's: what waits in the inbox, and what becomes of it.
 
-    tables of a step -> TableBatch, in the inbox -> portions -> Unpacked: moments and facts, in the order in which they came
+    tables of a step -> TableBatch, in the inbox -> portions -> Unpacked: moments, facts and findings, as they came
 
 Numbers that a device has are on their way to the host meanwhile; who unpacks a batch waits for them.
 """
@@ -94,6 +94,11 @@ class _Box:
         self._holder[self._key] = value
 
 
+def findings_alone(findings: Sequence[Finding], step: int) -> TableBatch:
+    """What was found, without any tables."""
+    return TableBatch(step, 0, [], [], {}, findings)
+
+
 def portions(batches: Sequence[TableBatch], most: int) -> Iterator[list[TableBatch]]:
     """Batches of some `most` rows together: a block is made of one portion, and handed on whole."""
     portion: list[TableBatch] = []
@@ -109,10 +114,11 @@ def portions(batches: Sequence[TableBatch], most: int) -> Iterator[list[TableBat
 
 
 class Unpacked(NamedTuple):
-    """Moments; and facts, each with the place of the first moment that knows it."""
+    """Moments; and facts and the training thread's findings, each with the place of the first moment that knows it."""
 
     moments: Moments
     facts: list[tuple[int, Fact]]
+    findings: list[tuple[int, Finding]]
 
     @property
     def rows(self) -> int:
@@ -122,22 +128,24 @@ class Unpacked(NamedTuple):
 
 def unpacked(batches: Sequence[TableBatch], failed: Callable[[str, Exception], object]) -> Unpacked:
     """What batches hold, together. A fact that is bad is left out, and `failed` told: it costs no gradient."""
-    facts, arrivals = [], list[Arrival]()
+    facts, found, arrivals = [], list[tuple[int, Finding]](), list[Arrival]()
     for batch in batches:
+        found += [(len(arrivals), finding) for finding in batch.findings]
         for each in batch.facts:
             try:
                 facts.append((len(arrivals), on_host(each)))
             except Exception as error:  # noqa: BLE001
                 failed(f"what {type(each).__name__.lower()} say", error)
         arrivals += batch.arrivals()
-    return Unpacked(unpack(arrivals), facts)
+    return Unpacked(unpack(arrivals), facts, found)
 
 
 def joined(parts: Sequence[Unpacked]) -> Unpacked:
     """What was unpacked one after the other, as if it had come at once."""
-    starts = itertools.accumulate([0, *(len(part.moments) for part in parts[:-1])])
+    starts = list(itertools.accumulate([0, *(len(part.moments) for part in parts[:-1])]))
     facts = [(at + place, fact) for at, part in zip(starts, parts, strict=True) for place, fact in part.facts]
-    return Unpacked(together([part.moments for part in parts]), facts)
+    found = [(at + place, finding) for at, part in zip(starts, parts, strict=True) for place, finding in part.findings]
+    return Unpacked(together([part.moments for part in parts]), facts, found)
 
 
 def on_host(fact: Fact) -> Fact:

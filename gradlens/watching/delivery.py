@@ -12,6 +12,7 @@ import contextlib
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
+from operator import itemgetter
 
 from gradlens import findings
 from gradlens.activations import Activations
@@ -19,8 +20,8 @@ from gradlens.analysis.history import History
 from gradlens.analysis.ruleset import RuleSet
 from gradlens.errors import FindingError, GradlensWarning
 from gradlens.facts import Fact
-from gradlens.moments import Moments
 from gradlens.records import Finding, Severity
+from gradlens.watching.batches import Unpacked
 from gradlens.watching.failures import Failures
 from gradlens.writers.base import Writer
 from gradlens.writers.fanout import Fanout
@@ -56,35 +57,37 @@ class Delivery:
 
     # --- records ----------------------------------------------------------------------------------------------------
 
-    def record(self, moments: Moments, facts: Facts = ()) -> None:
+    def record(self, came: Unpacked) -> None:
         """To the durable writers, at once."""
-        if len(moments):
-            block, at = moments[-1]
+        for _, finding in came.findings:
+            self.durable.write(finding)
+        if len(came.moments):
+            block, at = came.moments[-1]
             self._step = int(block.step[at])
-        self.durable.write_moments(moments)
-        self.durable.write_activations(_activations(facts))
-
-    def record_finding(self, finding: Finding) -> None:
-        """The same of a finding that is no rule's."""
-        self.durable.write(finding)
+            self.durable.write_moments(came.moments)
+        self.durable.write_activations(_activations(came.facts))
 
     # --- everything else --------------------------------------------------------------------------------------------
 
-    def deliver(self, moments: Moments, facts: Facts = ()) -> None:
-        """To the history, the rules, the other writers: all moments of some blocks, in the order in which they came.
-
-        A fact comes with the place of the first moment that knows it.
-        """
-        self.others.write_activations(_activations(facts))
-        first = self._history.extend(moments, facts)[0].moments[0].seq
-        self._entering("a rule")
-        new = self._rules.ask(self._history)
+    def deliver(self, came: Unpacked) -> None:
+        """To the history, the rules, the other writers: all moments of some blocks, in the order in which they came."""
+        self.others.write_activations(_activations(came.facts))
+        moments = came.moments
+        found: list[tuple[int, Finding, bool]] = []  # how many moments come before it; whether it is recorded
+        if len(moments):
+            first = self._history.extend(moments, came.facts)[0].moments[0].seq
+            self._entering("a rule")
+            found += [(max(seq - first + 1, 0), finding, False) for seq, finding in self._rules.ask(self._history)]
+        else:
+            for _, fact in came.facts:
+                self._history.note(fact)
+        found += [(place, finding, True) for place, finding in came.findings]
         at = 0
-        for seq, finding in new:
-            stop = min(max(seq - first + 1, at), len(moments))
+        for place, finding, recorded in sorted(found, key=itemgetter(0)):
+            stop = min(place, len(moments))
             self.others.write_moments(moments[at:stop])
             at = stop
-            self.tell(finding)
+            self.tell(finding, recorded=recorded)
         self.others.write_moments(moments[at:])
         self._history.trim()
         self.tell_failures()

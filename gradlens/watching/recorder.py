@@ -35,7 +35,7 @@ from gradlens.errors import GradlensWarning
 from gradlens.facts import Fact
 from gradlens.records import Finding
 from gradlens.statistics.table import Table
-from gradlens.watching.batches import TableBatch, Unpacked, joined, portions, unpacked
+from gradlens.watching.batches import TableBatch, Unpacked, findings_alone, joined, portions, unpacked
 from gradlens.watching.delivery import Delivery
 from gradlens.watching.failures import Failures
 from gradlens.watching.stopwatch import ThreadClock
@@ -48,6 +48,11 @@ REST = 50  #: times as long as it worked, that the recorder rests
 SHORTEST, LONGEST = 0.05, 5.0  #: seconds that it rests at least and at most
 RECORDED = 0.4  #: seconds after which what came is with the durable writers; those take up to half a second more
 PATIENCE = 15.0  #: seconds without any progress, after which a rule, a writer or a callback is not waited for
+
+
+def rest_after(worked: float) -> float:
+    """Seconds that the recorder rests after so many processor seconds of work."""
+    return min(max(REST * worked, SHORTEST), LONGEST)
 
 
 class Recorder:
@@ -67,7 +72,7 @@ class Recorder:
         self._wake = threading.Event()
         self.inbox = Inbox(self._wake.set)
         self._recording = threading.Lock()  # one thread takes from the inbox at a time
-        self._recorded: deque[Unpacked | Finding] = deque()  # that were not delivered
+        self._recorded: deque[Unpacked] = deque()  # that were not delivered
         self._facts: list[Fact] = []
         self._requests: deque[threading.Event] = deque()
         self._within, self._progress = "", 0  # whose function is running, and how many have
@@ -182,7 +187,7 @@ class Recorder:
             return
         self._recording.release()
         self._record(wait=True)
-        waiting = sum(1 if isinstance(each, Finding) else len(each.moments) for each in self._recorded)
+        waiting = sum(len(each.moments) + len(each.findings) for each in self._recorded)
         finding = self._say_stuck(
             f"the lens was closed without it, and {waiting:,} records reached neither the rules nor the writers that "
             "are not durable"
@@ -204,16 +209,10 @@ class Recorder:
         self._enter("the durable writers")
         with self._recording:
             taken = self.inbox.take(lambda item: wait or isinstance(item, Finding) or item.arrived())
-            if not taken:
-                return
-            for item in taken:
-                for finding in [item] if isinstance(item, Finding) else item.findings:
-                    self._delivery.record_finding(finding)
-                    self._recorded.append(finding)
-            for portion in portions([item for item in taken if isinstance(item, TableBatch)], ROWS):
+            batches = [findings_alone([each], each.step) if isinstance(each, Finding) else each for each in taken]
+            for portion in portions(batches, ROWS):
                 for each in self._unpacked(portion):
-                    if each.moments or each.facts:
-                        self._delivery.record(each.moments, each.facts)
+                    self._delivery.record(each)
                     self._recorded.append(each)
 
     def _unpacked(self, batches: Sequence[TableBatch]) -> list[Unpacked]:
@@ -223,7 +222,7 @@ class Recorder:
         except Exception as error:  # noqa: BLE001 - a fault of ours costs the step that it touched
             if len(batches) == 1:
                 self._failures("unpacking", error)
-                return []
+                return [unpacked([findings_alone(batches[0].findings, batches[0].step)], self._failures)]
         return [each for batch in batches for each in self._unpacked([batch])]
 
     # --- the recorder's thread --------------------------------------------------------------------------------------
@@ -245,7 +244,7 @@ class Recorder:
                 done.set()
             if closing:
                 break
-            rest = min(max(REST * spent, SHORTEST), LONGEST)
+            rest = rest_after(spent)
         self._guarded("recorder", self._delivery.end)
         self._guarded("writers", self._delivery.others.close)
         self._guarded("findings", self._say_the_last)
@@ -261,16 +260,7 @@ class Recorder:
 
     def _deliver(self) -> None:
         while self._recorded:
-            each = self._recorded.popleft()
-            if isinstance(each, Unpacked):
-                each = self._with_the_next(each)
-            if isinstance(each, Finding):
-                self._delivery.tell(each, recorded=True)
-            elif len(each.moments):
-                self._delivery.deliver(each.moments, each.facts)
-            else:
-                for _, fact in each.facts:
-                    self.history.note(fact)
+            self._delivery.deliver(self._with_the_next(self._recorded.popleft()))
         self._delivery.tell_failures()
         self._enter("")
 
@@ -278,11 +268,7 @@ class Recorder:
         """What was recorded one after the other as if it had come at once: rules and writers cost the most a block."""
         parts = [first]
         while self._recorded and sum(part.rows for part in parts) < TOGETHER:
-            following = self._recorded[0]
-            if not isinstance(following, Unpacked):
-                break
-            parts.append(following)
-            self._recorded.popleft()
+            parts.append(self._recorded.popleft())
         return joined(parts)
 
     def _close_durable(self) -> None:

@@ -1,5 +1,6 @@
 """The recorder's thread: bounded work, answers to whoever asks, and nothing that stops it."""
 
+import itertools
 import os
 import signal
 import subprocess
@@ -329,18 +330,53 @@ def test_a_full_inbox_leaves_out_whole_steps_and_says_which():
     assert gap.step == 15
 
 
-def test_the_recorder_rests_fifty_times_as_long_as_it_works():
-    """Its processor time is a small share of the time that passes, at any step rate."""
+@pytest.mark.parametrize(
+    ("worked", "rests"), [(0.0, 0.05), (0.0005, 0.05), (0.002, 0.1), (0.02, 1.0), (0.1, 5.0), (60.0, 5.0)]
+)
+def test_the_recorder_rests_fifty_times_as_long_as_it_works(worked, rests):
+    """Within bounds: a twentieth of a second, and five."""
+    assert recorder.rest_after(worked) == pytest.approx(rests)
+
+
+def test_work_is_rare_at_any_step_rate(monkeypatch):
+    """What takes a fiftieth of a second is done once a second, however many steps come."""
+    clock = itertools.count()
     case = healthy()
     with gradlens.watch(case.model, case.optimizer) as lens:
-        case.train(20)
-        lens.flush()
-        before, began, steps = lens._recorder.seconds, time.monotonic(), 20
-        while time.monotonic() - began < 3.0:
+        monkeypatch.setattr(recorder.time, "thread_time", lambda: next(clock) / 50)
+        rounds, deliver = [], lens._recorder._deliver
+        monkeypatch.setattr(lens._recorder, "_deliver", lambda: rounds.append(1) or deliver())
+        began, steps = time.monotonic(), 0
+        while time.monotonic() - began < 2.5:
             case.train(20, first=steps)
             steps += 20
-        share = (lens._recorder.seconds - before) / (time.monotonic() - began)
-    assert share < 0.06  # 2 % by construction, and one question at most within these seconds
+        passed = time.monotonic() - began
+        assert 1 <= len(rounds) <= passed + 2
+
+
+def test_what_the_training_thread_finds_comes_at_its_moment():
+    """Among what rules find, in one order however steps fall into blocks."""
+
+    def seen(history):
+        newest = history.latest()
+        yield Finding(f"seen at {newest.step} {newest.stage}", newest.step, "info", "")
+
+    def found(*blocks):
+        case, first = healthy(), 0
+        with gradlens.watch(case.model, case.optimizer, rules=[seen]) as lens:
+            for steps in blocks:
+                with lens._recorder._recording:  # so that all of it waits
+                    for step in range(first, first + steps):
+                        if step == 5:
+                            lens._failures.findings.append(Finding("noticed", 5, "info", ""))
+                        case.train(1, first=step)
+                lens._recorder.flush()
+                first += steps
+        return [finding.rule for finding in lens.findings() if finding.rule.startswith(("seen", "noticed"))]
+
+    together = found(8)
+    assert together[9:12] == ["seen at 4 used", "noticed", "seen at 5 backward"]
+    assert found(3, 5) == found(5, 3) == found(*[1] * 8) == together
 
 
 def test_many_steps_are_taken_in_portions(tmp_path, monkeypatch):
