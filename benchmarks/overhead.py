@@ -36,7 +36,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -65,7 +65,7 @@ class Stretch(NamedTuple):
     thread: float
     others: float  # processor time of other threads, as a share of the wall time
     says: float
-    end: float  # seconds, once
+    end: float = 0.0  # seconds, once
 
 
 class Round(NamedTuple):
@@ -95,19 +95,24 @@ def stretch(task: Task, contender: Contender, template: torch.nn.Module) -> Stre
         training = Training(model, task.optimizer(model), task.loss(), Path(directory), contender.micro)
         steps = max(task.steps // contender.micro, 2)
         with contender.attach(training):
-            for _ in range(task.warm_up):
-                training.step()
-            gc.collect()
-            said = training.says()
-            wall, thread, process = time.perf_counter(), time.thread_time(), time.process_time()
-            for _ in range(steps):
-                training.step()
-            wall, thread, process = time.perf_counter() - wall, time.thread_time() - thread, time.process_time() - process
-            (took, of), closing = training.says(), time.perf_counter()
-        says = (took - said[0]) / (of - said[1]) if of > said[1] else math.nan
-        end = time.perf_counter() - closing
+            own = timed(training.step, training.says, task.warm_up, steps)
+            closing = time.perf_counter()
+        return own._replace(end=time.perf_counter() - closing)
+
+
+def timed(step: Callable[[], object], says: Callable[[], tuple[float, float]], warm_up: int, steps: int) -> Stretch:
+    """Some steps to warm up, then those that count."""
+    for _ in range(warm_up):
+        step()
+    gc.collect()
+    said = says()
+    wall, thread, process = time.perf_counter(), time.thread_time(), time.process_time()
+    for _ in range(steps):
+        step()
+    wall, thread, process = time.perf_counter() - wall, time.thread_time() - thread, time.process_time() - process
+    took, of = (now - before for now, before in zip(says(), said, strict=True))
     others = (process - thread) / wall if torch.get_num_threads() == 1 else math.nan
-    return Stretch(wall / steps, thread / steps, others, says, end)
+    return Stretch(wall / steps, thread / steps, others, took / of if of > 0 else math.nan)
 
 
 def compared(before: Stretch, own: Stretch, after: Stretch) -> Round:
@@ -162,12 +167,12 @@ def rows(task: Task, name: str, threads: int, contenders: Sequence[Contender], s
         elif not times[contender.name]:
             continue
         else:
-            row |= _figures(times[contender.name]) | {"note": f"beside {contender.baseline}"}
+            row |= figures(times[contender.name]) | {"note": f"beside {contender.baseline}"}
         result.append(row)
     return result
 
 
-def _figures(own: Sequence[Round]) -> dict[str, object]:
+def figures(own: Sequence[Round]) -> dict[str, object]:
     middle = Round(*(statistics.median(values) for values in zip(*own, strict=True)))
     added = sorted(one.added for one in own)
     low, _, high = statistics.quantiles(added, n=4, method="inclusive") if len(added) > 1 else (added * 3)

@@ -1,4 +1,4 @@
-"""Writes the tables of docs/performance.md from benchmarks/overhead.csv and memory.csv: run `python docs/performance.py`.
+"""Writes the tables of docs/performance.md from CSV files of benchmarks/: run `python docs/performance.py`.
 
 What stands between a table's two marks is replaced, where the benchmark has rows for it; else it stays as it is.
 """
@@ -81,6 +81,22 @@ def said() -> list[str]:
     return lines
 
 
+def scripts() -> list[str]:
+    """Small trainings of public kinds, a row each."""
+    there = rows("scripts.csv")
+    lines = [
+        "| training | parameters | a bare step | added, median (quartiles) | bare again | says | felt | bit-identical |"
+    ]
+    lines.append("|---" * 8 + "|")
+    for row in there:
+        again, says, felt = (100 * float(row[name]) for name in ("again", "says", "felt"))
+        cells = [row["title"], row["parameters"], duration(float(row["bare_us"])), added(row)]
+        cells += [f"{again:+.1f} %", f"{says:.1f} %", f"{felt:.1f} %", f"in {row['identical']}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    machines = sorted({row["machine"] for row in there})
+    return [*lines, "", f"Torch on one thread. {'; '.join(machines)}."] if there else []
+
+
 def memory() -> list[str]:
     """Whether anything grows."""
     there = rows("memory.csv")
@@ -91,7 +107,13 @@ def memory() -> list[str]:
     return lines if there else []
 
 
-TABLES = {"cost, one thread": lambda: cost(1), "cost, two threads": lambda: cost(2), "says": said, "memory": memory}
+TABLES = {
+    "cost, one thread": lambda: cost(1),
+    "cost, two threads": lambda: cost(2),
+    "says": said,
+    "scripts": scripts,
+    "memory": memory,
+}
 
 
 def text(page: str) -> str:
