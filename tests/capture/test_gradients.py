@@ -465,6 +465,7 @@ def test_the_model_is_freed_and_left_as_it_was():
     del model, p
     gc.collect()
     assert all(ref() is None for ref in gone + params)
+    bench.capture.detach()  # or it would listen to the optimizers of other tests
 
 
 def test_copies_are_not_watched(watched):
