@@ -135,9 +135,13 @@ def unpack(arrivals: Sequence[Arrival]) -> Moments:
     """The moments, in the order given: of each its block, and its place in it."""
     alike = _likenesses(arrivals)
     alone = _alone(arrivals, alike)
+    kept: dict[int, tuple[np.ndarray | slice, Parameters]] = {}  # by the identity of likenesses, of which there are few
+    for arrival, key in zip(arrivals, alike, strict=True):
+        if id(key) not in kept and key is not None:
+            kept[id(key)] = _kept(arrival.table)
     kinds = [
-        (arrival.table.stage, alone[i].parameters if i in alone else _kept(arrival.table)[1])
-        for i, arrival in enumerate(arrivals)
+        (arrival.table.stage, alone[i].parameters if key is None else kept[id(key)][1])
+        for i, (arrival, key) in enumerate(zip(arrivals, alike, strict=True))
     ]
     numbers = np.array(grouped(kinds), np.int64)
     memory: dict[tuple[int, ...], _Summary] = {}
@@ -150,7 +154,7 @@ def unpack(arrivals: Sequence[Arrival]) -> Moments:
             if key is None:
                 parts += [block_of(alone[i]) for i in run]
             else:
-                parts.append(_Run([arrivals[i] for i in run], key, memory).block())
+                parts.append(_Run([arrivals[i] for i in run], key, kept[id(key)], memory).block())
         blocks.append(concatenate(parts))
     return Moments(blocks, numbers, places)
 
@@ -187,8 +191,15 @@ class _Summary(NamedTuple):
 class _Run:
     """Alike tables."""
 
-    def __init__(self, arrivals: Sequence[Arrival], key: Likeness, memory: dict[tuple[int, ...], _Summary]) -> None:
+    def __init__(
+        self,
+        arrivals: Sequence[Arrival],
+        key: Likeness,
+        kept: tuple[np.ndarray | slice, Parameters],
+        memory: dict[tuple[int, ...], _Summary],
+    ) -> None:
         self._arrivals, self._key, self._memory = arrivals, key, memory
+        self._kept = kept
         self._tables = [arrival.table for arrival in arrivals]
         self._first = self._tables[0]
         self._shape = len(arrivals), len(self._first.parameters)
@@ -201,7 +212,7 @@ class _Run:
     def block(self) -> Block:
         summary = self._summary()
         columns = self._with_unknown(summary.columns) | self._updates()
-        kept, parameters = _kept(self._first)
+        kept, parameters = self._kept
         status = self._status(columns)
         if not isinstance(kept, slice):
             columns = {name: values[:, kept] for name, values in columns.items()}
@@ -228,8 +239,7 @@ class _Run:
         same = tuple(id(piece.numbers) for piece in pieces)
         if same not in self._memory:
             columns = self._gradients(pieces)
-            details: list[Detail | None] = [self._detail(piece) for piece in pieces]
-            self._memory[same] = _Summary(columns, details)
+            self._memory[same] = _Summary(columns, self._details(pieces))
         return self._memory[same]
 
     def _gradients(self, pieces: Sequence[Piece]) -> dict[str, np.ndarray]:
@@ -266,10 +276,9 @@ class _Run:
         result[:, rows] = values
         return result
 
-    def _detail(self, piece: Piece) -> Detail:
-        kept, _ = _kept(self._first)
-        parameters = self._first.parameters
-        return partial(_detail, _host(piece.numbers), parameters, tuple(piece.rows), self._rows(self._key.rows), kept)
+    def _details(self, pieces: Sequence[Piece]) -> list[Detail | None]:
+        of = self._first.parameters, self._key.rows, self._rows(self._key.rows), self._kept[0]
+        return [partial(_detail, _host(piece.numbers), *of) for piece in pieces]
 
     # --- updates ----------------------------------------------------------------------------------------------------
 
