@@ -144,7 +144,7 @@ def unpack(arrivals: Sequence[Arrival]) -> Moments:
         for i, (arrival, key) in enumerate(zip(arrivals, alike, strict=True))
     ]
     numbers = np.array(grouped(kinds), np.int64)
-    memory: dict[tuple[int, ...], _Summary] = {}
+    memory: _Memory = {}
     blocks, places = [], np.zeros(len(arrivals), np.int64)
     for number in range(int(numbers.max(initial=-1)) + 1):
         own = np.flatnonzero(numbers == number)
@@ -181,11 +181,8 @@ def _kept(table: Table) -> tuple[np.ndarray | slice, Parameters]:
     return np.asarray(rows, np.int64), table.parameters.take(rows)
 
 
-class _Summary(NamedTuple):
-    """What does not depend on updates; shared by tables that rest on the same numbers."""
-
-    columns: dict[str, np.ndarray]
-    details: list[Detail | None]
+#: Columns that do not depend on updates, by the numbers, rows and parameters that they are of: tables share them.
+_Memory = dict[tuple[object, ...], dict[str, np.ndarray]]
 
 
 class _Run:
@@ -196,7 +193,7 @@ class _Run:
         arrivals: Sequence[Arrival],
         key: Likeness,
         kept: tuple[np.ndarray | slice, Parameters],
-        memory: dict[tuple[int, ...], _Summary],
+        memory: _Memory,
     ) -> None:
         self._arrivals, self._key, self._memory = arrivals, key, memory
         self._kept = kept
@@ -210,8 +207,7 @@ class _Run:
         return np.stack([_host(piece.numbers)[:, :stop] for piece in pieces])
 
     def block(self) -> Block:
-        summary = self._summary()
-        columns = self._with_unknown(summary.columns) | self._updates()
+        columns = self._with_unknown(self._summary()) | self._updates()
         kept, parameters = self._kept
         status = self._status(columns)
         if not isinstance(kept, slice):
@@ -227,19 +223,18 @@ class _Run:
             status,
             np.repeat(np.array([table.scale for table in tables], np.float64), len(parameters)).reshape(status.shape),
             columns,
-            list(summary.details),
+            self._details(),
             [arrival.scalars for arrival in self._arrivals],
             self._key.rank,
         )
 
     # --- gradients --------------------------------------------------------------------------------------------------
 
-    def _summary(self) -> _Summary:
+    def _summary(self) -> dict[str, np.ndarray]:
         pieces = [table.pieces[0] for table in self._tables]
-        same = tuple(id(piece.numbers) for piece in pieces)
+        same = self._key.rows, self._key.parameters, *(id(piece.numbers) for piece in pieces)
         if same not in self._memory:
-            columns = self._gradients(pieces)
-            self._memory[same] = _Summary(columns, self._details(pieces))
+            self._memory[same] = self._gradients(pieces)
         return self._memory[same]
 
     def _gradients(self, pieces: Sequence[Piece]) -> dict[str, np.ndarray]:
@@ -276,9 +271,9 @@ class _Run:
         result[:, rows] = values
         return result
 
-    def _details(self, pieces: Sequence[Piece]) -> list[Detail | None]:
+    def _details(self) -> list[Detail | None]:
         of = self._first.parameters, self._key.rows, self._rows(self._key.rows), self._kept[0]
-        return [partial(_detail, _host(piece.numbers), *of) for piece in pieces]
+        return [partial(_detail, _host(table.pieces[0].numbers), *of) for table in self._tables]
 
     # --- updates ----------------------------------------------------------------------------------------------------
 
