@@ -225,7 +225,8 @@ class _Run:
 
     def _summary(self) -> _Summary:
         pieces = [table.pieces[0] for table in self._tables]
-        same = tuple(id(piece.numbers) for piece in pieces)
+        left_out = [row for row, note in enumerate(self._key.notes) if note == Note.ELSEWHERE]  # also from the details
+        same = (*(id(piece.numbers) for piece in pieces), *left_out)
         if same not in self._memory:
             columns = self._gradients(pieces)
             details: list[Detail | None] = [self._detail(piece) for piece in pieces]
