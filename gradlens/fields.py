@@ -385,7 +385,13 @@ def shift(histogram: np.ndarray, exponent: int) -> np.ndarray:
     return result
 
 
-_MERGE: dict[str, Callable[..., np.ndarray]] = {"sum": np.nansum, "min": np.fmin.reduce, "max": np.fmax.reduce}
+def _sum(values: np.ndarray, axis: int | None = None) -> np.ndarray:
+    """NaN is left out; of both infinities the sum is NaN, and no warning."""
+    with np.errstate(invalid="ignore"):
+        return np.asarray(np.nansum(values, axis=axis))
+
+
+_MERGE: dict[str, Callable[..., np.ndarray]] = {"sum": _sum, "min": np.fmin.reduce, "max": np.fmax.reduce}
 
 
 def pool(columns: Columns) -> dict[str, np.ndarray]:

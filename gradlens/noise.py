@@ -196,7 +196,8 @@ class Step:
         level = _TOGETHER.index(Stage(snapshot.stage))
         better = (level >= self._from[at]) & np.isin(snapshot.status[rows].astype(str), _REACHED)
         for i, (name, power) in enumerate((("sum", 1), ("square_sum", 2))):
-            self._together[i, at[better]] = (snapshot.columns[name][rows] / clip**power)[better]
+            with np.errstate(divide="ignore", invalid="ignore"):  # clipped to nothing, what it was before is not known
+                self._together[i, at[better]] = (snapshot.columns[name][rows] / clip**power)[better]
         self._from[at[better]] = level
 
     def each(self) -> Noise:

@@ -157,3 +157,12 @@ def test_every_column_has_one_name_and_a_meaning():
     names = [*fields.KEYS, *(f.name for f in fields.SCALARS), *(f.name for f in fields.DERIVED), *fields.QUANTILES]
     assert len(names) == len(set(names))
     assert all(fields.meaning(name) for name in fields.VALUES)
+
+
+@pytest.mark.filterwarnings("error")
+def test_sums_of_both_infinities_are_nan_and_no_warning():
+    """Two pieces of a gradient that overflowed either way; what is empty in both stays empty."""
+    column = np.array([np.inf, np.nan, 1.0]), np.array([-np.inf, np.nan, np.nan])
+    merged = fields.merge([{"sum": piece} for piece in column])["sum"]
+    np.testing.assert_array_equal(merged, [np.nan, np.nan, 1.0])
+    assert np.isnan(fields.pool({"sum": np.array([np.inf, -np.inf])})["sum"]).all()
