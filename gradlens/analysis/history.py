@@ -115,7 +115,7 @@ class Moment:
         return self.block.snapshot(self.at)
 
 
-_SEQ, _ROWS = attrgetter("seq"), attrgetter("rows")
+_SEQ, _ROWS, _BLOCK = attrgetter("seq"), attrgetter("rows"), attrgetter("block")
 
 
 class History:
@@ -242,8 +242,7 @@ class History:
         with self._lock:
             known = self._by_stage.get(stage, [])
             start, stop = bisect_left(known, first, key=_STEP), bisect_right(known, last, key=_STEP)
-            found = {id(moment.block): moment.block for moment in known[start:stop]}
-        return list(found.values())
+            return list(dict.fromkeys(map(_BLOCK, known[start:stop])))
 
     def _end(self) -> Moment | None:
         """The newest moment that this history has; asked under the lock."""

@@ -22,6 +22,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -72,7 +73,7 @@ class RuleSet:
         if not moments:
             return []
         self._last = moments[-1].seq
-        blocks = list({id(moment.block): moment.block for moment in moments}.values())
+        blocks = list(dict.fromkeys(map(attrgetter("block"), moments)))
         return self._new(lambda asked: asked.new(history, blocks, moments), moments[-1])
 
     def last(self, history: History) -> list[Finding]:

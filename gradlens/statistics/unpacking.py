@@ -135,12 +135,16 @@ def unpack(arrivals: Sequence[Arrival]) -> Moments:
     """The moments, in the order given: of each its block, and its place in it."""
     alike = _likenesses(arrivals)
     alone = _alone(arrivals, alike)
+    kept: dict[int, tuple[np.ndarray | slice, Parameters]] = {}  # by the identity of likenesses, of which there are few
+    for arrival, key in zip(arrivals, alike, strict=True):
+        if id(key) not in kept and key is not None:
+            kept[id(key)] = _kept(arrival.table)
     kinds = [
-        (arrival.table.stage, alone[i].parameters if i in alone else _kept(arrival.table)[1])
-        for i, arrival in enumerate(arrivals)
+        (arrival.table.stage, alone[i].parameters if key is None else kept[id(key)][1])
+        for i, (arrival, key) in enumerate(zip(arrivals, alike, strict=True))
     ]
     numbers = np.array(grouped(kinds), np.int64)
-    memory: dict[tuple[int, ...], _Summary] = {}
+    memory: _Memory = {}
     blocks, places = [], np.zeros(len(arrivals), np.int64)
     for number in range(int(numbers.max(initial=-1)) + 1):
         own = np.flatnonzero(numbers == number)
@@ -150,7 +154,7 @@ def unpack(arrivals: Sequence[Arrival]) -> Moments:
             if key is None:
                 parts += [block_of(alone[i]) for i in run]
             else:
-                parts.append(_Run([arrivals[i] for i in run], key, memory).block())
+                parts.append(_Run([arrivals[i] for i in run], key, kept[id(key)], memory).block())
         blocks.append(concatenate(parts))
     return Moments(blocks, numbers, places)
 
@@ -177,18 +181,22 @@ def _kept(table: Table) -> tuple[np.ndarray | slice, Parameters]:
     return np.asarray(rows, np.int64), table.parameters.take(rows)
 
 
-class _Summary(NamedTuple):
-    """What does not depend on updates; shared by tables that rest on the same numbers."""
-
-    columns: dict[str, np.ndarray]
-    details: list[Detail | None]
+#: Columns that do not depend on updates, by the numbers, rows and parameters that they are of: tables share them.
+_Memory = dict[tuple[object, ...], dict[str, np.ndarray]]
 
 
 class _Run:
     """Alike tables."""
 
-    def __init__(self, arrivals: Sequence[Arrival], key: Likeness, memory: dict[tuple[int, ...], _Summary]) -> None:
+    def __init__(
+        self,
+        arrivals: Sequence[Arrival],
+        key: Likeness,
+        kept: tuple[np.ndarray | slice, Parameters],
+        memory: _Memory,
+    ) -> None:
         self._arrivals, self._key, self._memory = arrivals, key, memory
+        self._kept = kept
         self._tables = [arrival.table for arrival in arrivals]
         self._first = self._tables[0]
         self._shape = len(arrivals), len(self._first.parameters)
@@ -199,9 +207,8 @@ class _Run:
         return np.stack([_host(piece.numbers)[:, :stop] for piece in pieces])
 
     def block(self) -> Block:
-        summary = self._summary()
-        columns = self._with_unknown(summary.columns) | self._updates()
-        kept, parameters = _kept(self._first)
+        columns = self._with_unknown(self._summary()) | self._updates()
+        kept, parameters = self._kept
         status = self._status(columns)
         if not isinstance(kept, slice):
             columns = {name: values[:, kept] for name, values in columns.items()}
@@ -216,21 +223,18 @@ class _Run:
             status,
             np.repeat(np.array([table.scale for table in tables], np.float64), len(parameters)).reshape(status.shape),
             columns,
-            list(summary.details),
+            self._details(),
             [arrival.scalars for arrival in self._arrivals],
             self._key.rank,
         )
 
     # --- gradients --------------------------------------------------------------------------------------------------
 
-    def _summary(self) -> _Summary:
+    def _summary(self) -> dict[str, np.ndarray]:
         pieces = [table.pieces[0] for table in self._tables]
-        left_out = [row for row, note in enumerate(self._key.notes) if note == Note.ELSEWHERE]  # also from the details
-        same = (*(id(piece.numbers) for piece in pieces), *left_out)
+        same = self._key.rows, self._key.parameters, *(id(piece.numbers) for piece in pieces)
         if same not in self._memory:
-            columns = self._gradients(pieces)
-            details: list[Detail | None] = [self._detail(piece) for piece in pieces]
-            self._memory[same] = _Summary(columns, details)
+            self._memory[same] = self._gradients(pieces)
         return self._memory[same]
 
     def _gradients(self, pieces: Sequence[Piece]) -> dict[str, np.ndarray]:
@@ -267,10 +271,9 @@ class _Run:
         result[:, rows] = values
         return result
 
-    def _detail(self, piece: Piece) -> Detail:
-        kept, _ = _kept(self._first)
-        parameters = self._first.parameters
-        return partial(_detail, _host(piece.numbers), parameters, tuple(piece.rows), self._rows(self._key.rows), kept)
+    def _details(self) -> list[Detail | None]:
+        of = self._first.parameters, self._key.rows, self._rows(self._key.rows), self._kept[0]
+        return [partial(_detail, _host(table.pieces[0].numbers), *of) for table in self._tables]
 
     # --- updates ----------------------------------------------------------------------------------------------------
 

@@ -27,8 +27,9 @@ from gradlens.errors import CorruptRunError
 from gradlens.store.tables import NAMED, STAGES, STATUSES, TABLES, Key
 from gradlens.store.tail import Rows
 
-#: Rows of a group. One is read whole for one parameter, so small parts have smaller ones: 64 of them, if that leaves 4,096.
-GROUP, LEAST, GROUPS = 32_768, 4096, 64
+#: Rows of a group. One is read whole for one parameter, so small parts have smaller ones: 64 of them, if that leaves 16,384.
+#: Of 4,096 rows, writing takes half as long again.
+GROUP, LEAST, GROUPS = 32_768, 16_384, 64
 CHUNK = 200_000  #: rows that merging holds in memory: about 70 MB
 LARGEST_FOOTER = 8 << 20  #: bytes from the end, within which a mark is looked for
 MAX_GROUP, MAX_ROWS = 1 << 18, 1 << 28  #: what is larger was not written by gradlens

@@ -35,10 +35,14 @@ def tensors(rng):
 
 @st.composite
 def trainings(draw):
-    """Tables as a training gives them: backward and used, of all rows or some, clipped or not, and odd ones between."""
+    """Tables as a training gives them: backward and used, of all rows or some, clipped or not, and odd ones between.
+
+    What the optimizer used may be noted otherwise than what backward left: another optimizer has the rest of the rows.
+    """
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     rows = draw(st.sampled_from([[0, 1, 2], [0, 2], [1]]))
     notes = draw(st.sampled_from([[], [None] * 3, rng.choice(NOTES, 3).tolist()]))
+    used_notes = draw(st.sampled_from([notes, ["elsewhere"] * 3, rng.choice(NOTES, 3).tolist()]))
     clip = draw(st.sampled_from([1.0, 0.5, None]))
     made = []
     for step in range(draw(st.integers(1, 6))):
@@ -47,7 +51,7 @@ def trainings(draw):
         piece = Piece(rows, kernels.summarize([g[i] for i in rows], [w[i] for i in rows], detail=bool(rng.random() < 0.7)))
         divisor = 2.0 if odd else 1.0
         made.append(Table(step, 0, "backward", PARAMETERS, float(step), divisor=divisor, notes=list(notes), pieces=[piece]))
-        made.append(_used(step, g, w, rows, notes, piece, clip, bool(rng.random() < 0.9)))
+        made.append(_used(step, g, w, rows, used_notes, piece, clip, bool(rng.random() < 0.9)))
     return made
 
 

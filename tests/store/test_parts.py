@@ -94,11 +94,11 @@ def test_groups_that_are_not_asked_for_are_not_read(tmp_path, monkeypatch):
 
 
 def test_a_small_part_has_small_groups(tmp_path):
-    """One parameter of a part of 20,000 rows is in two of five groups, each with the names that occur in it alone."""
+    """One parameter of a part of 80,000 rows is in two of five groups, each with the names that occur in it alone."""
     names = [f"layer{i}" for i in range(40)]
-    path = write(tmp_path / "p.parquet", rows(500, names), names=names)
+    path = write(tmp_path / "p.parquet", rows(2000, names), names=names)
     meta = pq.read_metadata(path)
-    assert [meta.row_group(i).num_rows for i in range(meta.num_row_groups)] == [4096] * 4 + [20_000 - 4 * 4096]
+    assert [meta.row_group(i).num_rows for i in range(meta.num_row_groups)] == [16_384] * 4 + [80_000 - 4 * 16_384]
     groups = []
     read(path, ["entry"], lambda name, low, high: name != "entry" or (low <= 8 <= high and not groups.append(low)))
     assert len(groups) == 2
