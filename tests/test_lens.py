@@ -879,6 +879,22 @@ def test_close_names_the_command_where_there_is_a_run(capsys, tmp_path):
     assert said.endswith(f"% sure, gradlens report {tmp_path / 'run'} says what to do")
 
 
+def test_the_records_of_two_optimizers_have_the_verdict_of_the_lens(tmp_path):
+    """Their losses fall each for itself: neither the lens nor the run on disk takes them for progress."""
+    one, other = nn.Linear(4, 1), nn.Linear(4, 1)
+    optimizers = [torch.optim.SGD(each.parameters(), 0.05) for each in (one, other)]
+    x = torch.randn(64, 4)
+    with gradlens.watch({"one": one, "other": other}, optimizers, run=tmp_path / "run") as lens:
+        for _ in range(40):
+            for model, optimizer in zip((one, other), optimizers, strict=True):
+                optimizer.zero_grad()
+                nn.functional.mse_loss(model(x), x.sum(1, keepdim=True)).backward()
+                optimizer.step()
+    verdict = lens.diagnosis().verdict
+    assert "the losses of several optimizers" in verdict
+    assert gradlens.open_run(tmp_path / "run").diagnosis().verdict == verdict
+
+
 def test_close_says_the_verdict_in_one_line(capsys):
     """On standard error, once, and nothing where nothing was seen."""
     model = nn.Sequential(mlp(), nn.Softmax(dim=1))

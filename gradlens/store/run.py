@@ -194,7 +194,10 @@ class Run:
     def diagnosis(self) -> Diagnosis:
         """What is wrong with this training, as far as that can be said: the origin, and what follows from it."""
         steps, values = self.scalar("loss")
-        return diagnose(self.findings(), judged(steps, values) if len(values) else Trend(State.UNKNOWN))
+        optimizers = [each.settings.get("optimizers") for each in segment.segments(self.path)]
+        several = any(isinstance(own, list) and len(own) > 1 for own in optimizers)
+        loss = judged(steps, values, several=several) if len(values) else Trend(State.UNKNOWN)
+        return diagnose(self.findings(), loss)
 
     def activations(
         self, *, modules: Names = None, steps: Steps = None, rank: int | None = None, superseded: bool = False
