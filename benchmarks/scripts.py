@@ -79,6 +79,9 @@ def watching(loop: Loop) -> Iterator:
 
         with lens:
             yield says
+        failed = [finding.seen for finding in lens.findings() if finding.rule in ("writer-failed", "gradlens-fault")]
+    if failed:
+        raise RuntimeError(f"what was measured is not everything: {failed}")
 
 
 def digest(loop: Loop, losses: Sequence[float]) -> str:

@@ -324,7 +324,9 @@ class Lens:
     def _say_verdict(self) -> None:
         """One line of what the run was like, by the first rank."""
         if self._recorder.history.newest() is not None and process_group.rank() == 0:
-            print(f"gradlens: {self._recorder.diagnosis().line()}", file=sys.stderr)
+            diagnosis, run = self._recorder.diagnosis(), self._settings.run
+            said = diagnosis.line() if run is None else diagnosis.line(f"gradlens report {run}")
+            print(f"gradlens: {said}", file=sys.stderr)
 
     def __enter__(self) -> Lens:
         return self

@@ -126,7 +126,7 @@ def findings(values: Sequence[Any], *, most: int = 5) -> str:
 
 def diagnosis(value: Any) -> str:
     """The sentence, how sure it is, the origin, and the rules that follow from it or stand beside it."""
-    sure = f" ({value.confidence:.0%} sure)" if value.origin is not None else ""
+    sure = f" ({value.sure} sure)" if value.origin is not None else ""
     rest = [
         element("div", element("i", f"{said}:"), " ", words(", ".join(dict.fromkeys(each.rule for each in found))))
         for said, found in value.groups()

@@ -870,6 +870,31 @@ train()
     assert gradlens.open_run(tmp_path / "run").steps("used") == list(range(40))
 
 
+def test_close_names_the_command_where_there_is_a_run(capsys, tmp_path):
+    """Who ran a script by `gradlens run` has no lens to ask; the records can be asked from anywhere."""
+    case = gradlens.testing.dead_relu()
+    with gradlens.watch(case.model, case.optimizer, run=tmp_path / "run"):
+        case.train(20)
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if "most likely" in line]
+    assert said.endswith(f"% sure, gradlens report {tmp_path / 'run'} says what to do")
+
+
+def test_the_records_of_two_optimizers_have_the_verdict_of_the_lens(tmp_path):
+    """Their losses fall each for itself: neither the lens nor the run on disk takes them for progress."""
+    one, other = nn.Linear(4, 1), nn.Linear(4, 1)
+    optimizers = [torch.optim.SGD(each.parameters(), 0.05) for each in (one, other)]
+    x = torch.randn(64, 4)
+    with gradlens.watch({"one": one, "other": other}, optimizers, run=tmp_path / "run") as lens:
+        for _ in range(40):
+            for model, optimizer in zip((one, other), optimizers, strict=True):
+                optimizer.zero_grad()
+                nn.functional.mse_loss(model(x), x.sum(1, keepdim=True)).backward()
+                optimizer.step()
+    verdict = lens.diagnosis().verdict
+    assert "the losses of several optimizers" in verdict
+    assert gradlens.open_run(tmp_path / "run").diagnosis().verdict == verdict
+
+
 def test_close_says_the_verdict_in_one_line(capsys):
     """On standard error, once, and nothing where nothing was seen."""
     model = nn.Sequential(mlp(), nn.Softmax(dim=1))
@@ -883,5 +908,6 @@ def test_close_says_the_verdict_in_one_line(capsys):
     said = [line for line in capsys.readouterr().err.splitlines() if "most likely" in line]
     assert len(said) == 1
     assert said[0].startswith("gradlens: most likely a softmax before cross_entropy")
+    assert said[0].endswith("% sure, print(lens.diagnosis()) says what to do")
     gradlens.watch(model, optimizer).close()
     assert "looks ill" not in capsys.readouterr().err

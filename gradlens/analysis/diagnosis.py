@@ -178,12 +178,17 @@ class Diagnosis:
         """Everything but the origin, by what it is to it, in words."""
         return ("follows from it", self.follows), ("beside it", self.beside), ("gradlens itself", self.watching)
 
-    def line(self) -> str:
-        """The verdict in one line, with how sure it is where something was found."""
+    @property
+    def sure(self) -> str:
+        """The confidence in words; no verdict is called certain."""
+        return "over 99%" if self.confidence > 0.99 else f"{self.confidence:.0%}"
+
+    def line(self, more: str = "print(lens.diagnosis())") -> str:
+        """The verdict in one line, with how sure it is where something was found, and the call that says more."""
         ours = f"; gradlens itself: {_names(self.watching)}" if self.watching else ""
         if self.origin is None:
             return self.verdict + ours
-        return f"{self.verdict}; {self.confidence:.0%} sure, print(lens.diagnosis()) says what to do{ours}"
+        return f"{self.verdict}; {self.sure} sure, {more} says what to do{ours}"
 
     def __str__(self) -> str:
         lines = [self.verdict]
@@ -195,7 +200,7 @@ class Diagnosis:
                 lines.append(f"  follows from it: {_names(self.follows)}")
             if self.beside:
                 lines.append(f"  beside it: {_names(self.beside)}")
-            lines.append(f"  confidence: {self.confidence:.0%}")
+            lines.append(f"  confidence: {self.sure}")
         lines += [f"  gradlens itself ({finding.rule}): {finding.seen}" for finding in self.watching]
         return "\n".join(lines)
 
@@ -285,7 +290,7 @@ def _quiet(loss: Trend) -> str:
     if loss.state == State.UNKNOWN:
         return "nothing looks ill in the gradients; the loss is not known, so whether it falls cannot be said"
     if loss.ill:
-        return f"{said_of_loss(loss)}, and no rule knows why"
+        return f"{said_of_loss(loss)}, and no rule found why"
     if loss.state == State.FALLS:
         return f"nothing looks ill: {said_of_loss(loss)}"
     return f"nothing looks ill so far; {said_of_loss(loss)}"

@@ -193,8 +193,7 @@ class Run:
 
     def diagnosis(self) -> Diagnosis:
         """What is wrong with this training, as far as that can be said: the origin, and what follows from it."""
-        steps, values = self.scalar("loss")
-        return diagnose(self.findings(), judged(steps, values) if len(values) else Trend(State.UNKNOWN))
+        return diagnose(self.findings(), _trend(*self.scalar("loss"), segment.segments(self.path)))
 
     def activations(
         self, *, modules: Names = None, steps: Steps = None, rank: int | None = None, superseded: bool = False
@@ -371,3 +370,11 @@ class Run:
 
 def _moment(snapshot: Snapshot) -> tuple[int, int, int]:
     return snapshot.step, snapshot.backward, STAGES.index(snapshot.stage)
+
+
+def _trend(steps: np.ndarray, losses: np.ndarray, segments: Sequence[segment.Segment]) -> Trend:
+    """What the loss did; that of several optimizers measures no progress."""
+    if not len(losses):
+        return Trend(State.UNKNOWN)
+    optimizers = [each.settings.get("optimizers") for each in segments]
+    return judged(steps, losses, several=any(isinstance(own, list) and len(own) > 1 for own in optimizers))

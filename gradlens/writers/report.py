@@ -85,7 +85,8 @@ def brief(
     lines = [
         f"gradlens: {line.strip()}" if not i else line for i, line in enumerate(_run(history, history.at(), steps, losses))
     ]
-    lines += [] if diagnosis is None else [f"  {diagnosis.verdict}"]
+    verdict = "" if diagnosis is None else diagnosis.verdict
+    lines += textwrap.wrap(verdict, WIDTH, initial_indent="  ", subsequent_indent="    ", break_long_words=False)
     lines.append(f"  health: {_counted(found)}")
     lines += [f"    {_heading(group)}" for group in _grouped(found)[:NAMED]]
     for name, value, partial in _top(history, 1):
@@ -171,7 +172,7 @@ def _loss(history: History, losses: Mapping[int, float] | None) -> str:
 def _diagnosed(diagnosis: Diagnosis) -> list[str]:
     """The verdict, what was seen and what to do; what follows from it is named, and no more."""
     origin = diagnosis.origin
-    sure = f" ({diagnosis.confidence:.0%} sure)" if origin is not None else ""
+    sure = f" ({diagnosis.sure} sure)" if origin is not None else ""
     lines = [f"DIAGNOSIS{sure}", *_wrapped(diagnosis.verdict)]
     if origin is not None:
         lines += _wrapped(f"seen: {origin.seen}", "    ")

@@ -1,5 +1,7 @@
 """The findings of a run put in order: the origin first, and what may be said where nothing was found."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -59,7 +61,7 @@ def test_nothing_looks_ill_is_said_of_a_loss_that_falls():
     assert "not known" in diagnose([], Trend(State.UNKNOWN)).verdict
     flat = diagnose([], FLAT)
     assert flat.verdict.startswith("the loss does not fall (2.")
-    assert flat.verdict.endswith("and no rule knows why")
+    assert flat.verdict.endswith("and no rule found why")
     assert flat.ill
     assert flat.origin is None
 
@@ -90,6 +92,14 @@ def test_the_origin_comes_first_and_the_rest_follows(origin, others):
         assert diagnosis.origin.rule == origin
         assert {each.rule for each in diagnosis.follows} == set(others)
         assert diagnosis.beside == ()
+
+
+@pytest.mark.parametrize(("confidence", "words"), [(0.891, "89%"), (0.99, "99%"), (0.996, "over 99%"), (1.0, "over 99%")])
+def test_no_verdict_is_called_certain(confidence, words):
+    """What rounds to 100% is "over 99%", in the line and in the text."""
+    diagnosis = replace(diagnose([finding("stale", 3)], FLAT), confidence=confidence)
+    assert f"; {words} sure, " in diagnosis.line()
+    assert f"  confidence: {words}" in str(diagnosis).splitlines()
 
 
 def test_what_is_said_of_the_watching_is_no_verdict_on_the_training():

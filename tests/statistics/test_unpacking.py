@@ -111,6 +111,24 @@ def test_what_is_odd_is_unpacked_by_itself(odd):
     assert likeness(Table(0, 0, "backward", PARAMETERS, 0.0, **odd)) is None
 
 
+def test_a_step_of_one_of_two_optimizers_has_the_detail_of_its_own_rows():
+    """`used` rests on the numbers of `backward` and leaves the other optimizer's rows out, of histograms and weights too."""
+    torch.manual_seed(0)
+    g = [torch.randn(2, 3), torch.randn(4)]
+    piece = Piece([0, 1], kernels.summarize(g, g, detail=True))
+    own = Piece([0, 1], piece.numbers)
+    tables = [
+        Table(0, 0, "backward", PARAMETERS, 0.0, notes=[None, None, None], pieces=[piece]),
+        Table(0, 0, "used", PARAMETERS, 0.5, notes=[None, None, "elsewhere"], pieces=[own]),
+    ]
+    assert all(likeness(table) for table in tables)
+    backward, used = (block.snapshot(at) for block, at in unpack([Arrival(table, {}) for table in tables]))
+    assert (backward.names, used.names) == (("a", "b", "c"), ("a", "b"))
+    assert len(used.histogram) == len(used.top.index) == 2
+    np.testing.assert_array_equal(used.histogram, backward.histogram[:2])
+    np.testing.assert_array_equal(used.top.index, backward.top.index[:2])
+
+
 def test_what_is_large_of_one_moment_keeps_no_other_moment_alive():
     """A block whose other moments were lightened has the numbers of one table, not of all that came with it."""
     weights = [torch.randn(2, 3), torch.randn(4), torch.randn((), dtype=torch.complex64)]

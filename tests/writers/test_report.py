@@ -2,13 +2,16 @@
 
 import math
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from gradlens import fields
 from gradlens.activations import Activations
+from gradlens.analysis.diagnosis import diagnose
 from gradlens.analysis.history import History
+from gradlens.analysis.trend import State, Trend
 from gradlens.records import Finding, Severity, Stage, Top
 from gradlens.writers import report
 from tests.analysis.made import snapshot
@@ -237,6 +240,15 @@ def test_the_page_fits(n):
         assert max(map(len, page.splitlines())) <= report.WIDTH
         assert len(page.splitlines()) < 100
     assert page.isascii()
+
+
+def test_the_first_lines_have_the_whole_verdict():
+    """A long verdict goes on in the next line; it is not cut."""
+    verdict = "most likely " + "a cause of many words " * 12 + "from step 3"
+    diagnosis = replace(diagnose([], Trend(State.UNKNOWN)), verdict=verdict)
+    page = report.brief(history(used(loss=0.1)), [], diagnosis=diagnosis)
+    assert verdict in " ".join(page.split())
+    assert max(map(len, page.splitlines())) <= report.WIDTH
 
 
 # --- weights --------------------------------------------------------------------------------------------------------

@@ -160,8 +160,10 @@ export class Overview {
     if (this.verdict.textContent !== diagnosis.verdict) this.verdict.textContent = diagnosis.verdict;
     const worst = info.findings.error ? "error" : info.findings.warning || diagnosis.ill ? "warning" : "fine";
     this.verdict.dataset.severity = worst;
+    const share = typeof diagnosis.confidence === "number" ? diagnosis.confidence : NaN;
+    const sure = share > 0.99 ? "over 99" : String(Math.round(100 * share)); // no cause is called certain
     const facts = [
-      diagnosis.origin && typeof diagnosis.confidence === "number" ? `this cause is ${Math.round(100 * diagnosis.confidence)} % sure` : "",
+      diagnosis.origin && !Number.isNaN(share) ? `this cause is ${sure} % sure` : "",
       info.steps === null ? "no step yet" : `steps ${whole(info.steps[0])} to ${whole(info.steps[1])}`,
       `${whole(info.parameters)} parameters`,
       info.ranks.length > 1 ? `${info.ranks.length} ranks, pooled` : "",

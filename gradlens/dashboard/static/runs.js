@@ -51,7 +51,9 @@ export class RunList {
   line(run) {
     const { error = 0, warning = 0 } = run.findings ?? {};
     const current = run.name === now().run;
-    const facts = run.error ? "does not read" : run.steps === undefined ? "…" : run.steps === null ? "no step yet" : `${whole(run.steps[1] - run.steps[0] + 1)} steps`;
+    const count = run.steps ? run.steps[1] - run.steps[0] + 1 : 0;
+    const steps = run.steps === undefined ? "…" : count ? `${whole(count)} step${count === 1 ? "" : "s"}` : "no step yet";
+    const facts = run.error ? "does not read" : steps;
     return h(
       "li",
       {},
