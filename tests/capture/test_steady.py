@@ -2,6 +2,7 @@
 
 import contextlib
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -451,7 +452,8 @@ class Programs(RuleBasedStateMachine):
 def assert_same(one, other):
     """The same records, but for their time."""
     assert len(one.records) == len(other.records)
-    assert list(map(repr, one.findings)) == list(map(repr, other.findings))  # NaN is not equal to itself
+    first, second = ([replace(f, value=repr(f.value)) for f in each.findings] for each in (one, other))
+    assert first == second  # by the value's text: NaN is not equal to itself
     assert not [finding for finding in one.findings if finding.rule == "gradlens-fault"]
     for a, b in zip(one.snapshots, other.snapshots, strict=True):
         where = (a.step, a.backward, a.stage)
@@ -541,8 +543,8 @@ def test_a_step_that_the_scaler_skips_leaves_the_route_as_it_was(scaler):
             each.straight(3)
         made.append(each)
     assert made[0].parts[0] == 3 * (4 + 5 + 5 + 3) + 3
-    skipped = [snapshot for snapshot in made[0].writer.snapshots if "skipped" in {str(each) for each in snapshot.status}]
-    assert len(skipped) == 3
+    used = [snapshot for snapshot in made[0].writer.snapshots if snapshot.stage == "used"]
+    assert [s.step for s in used if "nonfinite" in s.status.tolist()] == [5, 11, 17]
     assert_same(made[0].writer, made[1].writer)
 
 
