@@ -115,31 +115,34 @@ def test_reading_inside_hooks_is_one_reading_a_parameter():
 # --- calls of Python and of the kernel ----------------------------------------------------------------------------------
 
 
-def training(layers, micro=1, clip=False, hooks=False, **watch):
+def training(layers, micro=1, clip=False, hooks=False, scaled=False, **watch):
     """A watched training that goes by the book: its lens, and one step of it."""
     torch.manual_seed(0)
     model, x = nn.Sequential(*(nn.Linear(8, 8) for _ in range(layers))), torch.randn(4, 8)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for parameter in model.parameters() if hooks else ():
         parameter.register_post_accumulate_grad_hook(lambda p: None)
-    lens = gradlens.watch(model, optimizer, **watch)
+    scaler = torch.amp.GradScaler("cpu", enabled=scaled)
+    lens = gradlens.watch(model, optimizer, scaler=scaler if scaled else None, **watch)
 
     def step():
         optimizer.zero_grad()
         for _ in range(micro):
-            model(x).square().mean().backward()
+            scaler.scale(model(x).square().mean()).backward()
         if clip:
+            scaler.unscale_(optimizer)
             nn.utils.clip_grad_norm_(model.parameters(), 0.01)
-        optimizer.step()
+        scaler.step(optimizer)
+        scaler.update()
 
     for _ in range(23):  # the graph of the loss is looked at in the 22nd, and again in the 33rd; the model in each 16th
         step()
     return lens, step
 
 
-def python_calls(layers, micro=1, clip=False, **watch):
+def python_calls(layers, micro=1, clip=False, scaled=False, **watch):
     """Calls of gradlens' functions in one step, on this thread; but for those that measure time, whose answers differ."""
-    lens, step = training(layers, micro, clip, **watch)
+    lens, step = training(layers, micro, clip, scaled, **watch)
     package, seen = str(Path(gradlens.__file__).parent), Counter()
 
     def profiled(frame, event, argument):
@@ -166,9 +169,10 @@ def test_two_calls_a_parameter(features):
     assert sum(few.values()) - 20 <= 200
 
 
-def test_a_step_that_is_left_out_costs_a_few_calls():
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_step_that_is_left_out_costs_a_few_calls(scaled):
     """Whatever the model: the optimizer's two hooks, which count the step and ask the schedule about the next."""
-    few, many = (python_calls(layers, schedule=lambda step: step < 3) for layers in (5, 40))
+    few, many = (python_calls(layers, scaled=scaled, schedule=lambda step: step < 3) for layers in (5, 40))
     assert few == many
     assert few.total() <= 16
 
@@ -183,9 +187,10 @@ def test_hooks_are_put_on_and_off_again_by_two_calls_a_parameter():
 
 @pytest.mark.parametrize("micro", [1, 3])
 @pytest.mark.parametrize("clip", [False, True])
-def test_two_calls_a_parameter_and_backward(micro, clip):
-    """The same where gradients are accumulated, and clipped."""
-    few, many = (python_calls(layers, micro, clip) for layers in (5, 40))
+@pytest.mark.parametrize("scaled", [False, True])
+def test_two_calls_a_parameter_and_backward(micro, clip, scaled):
+    """The same where gradients are accumulated, clipped, and scaled."""
+    few, many = (python_calls(layers, micro, clip, scaled) for layers in (5, 40))
     assert (many - few).keys() <= {"on_gradient", "on_accumulated"}
     assert (many - few).total() <= 2 * micro * 70
 
@@ -213,7 +218,7 @@ class Counting:
         return counted
 
 
-def native_calls(monkeypatch, micro=1, clip=False, hooks=False):
+def native_calls(monkeypatch, micro=1, clip=False, hooks=False, scaled=False):
     """Of one step, not among the first."""
     counts, kernel = Counter(), kernels._native()
     asking = kernel.introspector
@@ -225,7 +230,7 @@ def native_calls(monkeypatch, micro=1, clip=False, hooks=False):
     counting = replace(kernel, library=Counting(kernel.library, counts), holding=Counting(kernel.holding, counts))
     counting = replace(counting, introspector=asking and asking._replace(stayed=stayed))
     monkeypatch.setattr(kernels, "_native", lambda: counting)
-    lens, step = training(10, micro, clip, hooks)
+    lens, step = training(10, micro, clip, hooks, scaled)
     counts.clear()
     step()
     lens.close()
@@ -237,9 +242,10 @@ def test_four_native_calls_a_step(monkeypatch):
     assert native_calls(monkeypatch) == {"read": 1, "unchanged": 2, "compare": 1}
 
 
-def test_a_clipped_gradient_is_read_once_more(monkeypatch):
-    """As backward left it, and as the optimizer gets it."""
-    assert native_calls(monkeypatch, clip=True) == {"read": 2, "unchanged": 2, "compare": 1}
+@pytest.mark.parametrize(("clip", "scaled"), [(True, False), (False, True), (True, True)])
+def test_a_gradient_that_was_written_is_read_once_more(monkeypatch, clip, scaled):
+    """As backward left it, and as the optimizer gets it: clipped, unscaled, or both."""
+    assert native_calls(monkeypatch, clip=clip, scaled=scaled) == {"read": 2, "unchanged": 2, "compare": 1}
 
 
 @pytest.mark.parametrize("micro", [2, 5])

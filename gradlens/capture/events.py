@@ -135,13 +135,14 @@ class SteadyReading(NamedTuple):
     updates: bool  #: the weights are wanted as they are before the optimizer moves them
     loss: float | Tensor | None = None
     ended: list[Tensor] | None = None  #: what is in `.grad` now, where that is not what was read
+    scale: float | Tensor = 1.0  #: what the gradients are multiplied by
 
     def general(self) -> Iterator[Event]:
         """The events that this stands for."""
         route = self.route
         if self.loss is not None:
             yield LossSeen(self.key.step, self.key.backward, self.loss)
-        yield Reading(self.key, route.parameters, route.rows, self.gradients, route.weights)
+        yield Reading(self.key, route.parameters, route.rows, self.gradients, route.weights, self.scale, self.scale)
         yield PassEnded(route.rows, self.gradients if self.ended is None else self.ended)
 
 
@@ -163,7 +164,7 @@ class SteadyStart(NamedTuple):
 
 
 class SteadyUsed(NamedTuple):
-    """The same, where the gradients are not what one backward left: they were clipped, or accumulated."""
+    """The same, where the gradients are not what one backward left: they were clipped, accumulated, or scaled."""
 
     route: Steady
     key: TableKey
@@ -171,13 +172,14 @@ class SteadyUsed(NamedTuple):
     updates: bool
     kept: bool  #: by their versions, the weights are what they were when the first backward ended
     facts: GradientFacts
+    scale: float | Tensor = 1.0  #: the loss scale at backward time
 
     def general(self) -> Iterator[Event]:
         """The events that this stands for."""
         route = self.route
         if self.updates:
             yield WeightsBefore(route.parameters, route.rows, route.weights)
-        yield Reading(self.key, route.parameters, route.rows, self.gradients, route.weights)
+        yield Reading(self.key, route.parameters, route.rows, self.gradients, route.weights, scale=self.scale)
 
 
 class SteadyUpdate(NamedTuple):
@@ -187,11 +189,12 @@ class SteadyUpdate(NamedTuple):
     key: TableKey
     gradients: list[Tensor]
     facts: GradientFacts
+    scale: float | Tensor = 1.0
 
     def general(self) -> Iterator[Event]:
         """The events that this stands for."""
         route = self.route
-        yield Update(self.key, route.rows, self.gradients, route.weights, route.lr_positive, self.facts)
+        yield Update(self.key, route.rows, self.gradients, route.weights, route.lr_positive, self.facts, self.scale)
 
 
 class StepClosed(NamedTuple):

@@ -69,7 +69,7 @@ class Moves:
         return None if closure is None or not self._used else self._listening(watched, closure)
 
     def _begins_steadily(self, step: Step, watched: WatchedOptimizer, optimizer: Optimizer) -> bool:
-        if step is not self._steps.current or self._steps.scaling.scaler is not None or self._step_reader.notes.written:
+        if step is not self._steps.current or self._step_reader.notes.written:
             return False
         if getattr(optimizer, "grad_scale", None) is not None:
             return False
@@ -122,9 +122,9 @@ class Moves:
             step.moves()
             self._after_step(step, watched)
 
-    def quiet_step_ended(self) -> bool:
+    def quiet_step_ended(self, scaler: Any) -> bool:
         """The optimizer that ends a quiet step has stepped; False where more is to be done than to count it."""
-        if running():
+        if running() or (scaler is not None and self._steps.scaling.scaler is None and scaler.is_enabled()):
             return False
         self._threads.note(self._steps.current.number)
         return self._steps.close_quiet()

@@ -184,7 +184,7 @@ class StepListener(Protocol):
     def foreign_step_ended(self, optimizer: Optimizer, moved: Sequence[Slot], *, reported: bool) -> None:
         """An optimizer that is none of the lens' has stepped; `reported`: that it moves watched weights is news."""
 
-    def quiet_step_ended(self) -> bool:
+    def quiet_step_ended(self, scaler: GradScaler | None) -> bool:
         """The optimizer that ends a quiet step has stepped; False where more is to be done than to count it."""
 
     def may_raise(self) -> None:
@@ -267,7 +267,7 @@ class Optimizers:
         if stack.calls > 1:
             return False
         if quiet:
-            if stack.scaler is None and self.listener.quiet_step_ended():
+            if self.listener.quiet_step_ended(stack.scaler):
                 return True
             self.listener.step_begins(watched, optimizer, stack, None)  # nothing is read of it: late is early enough
         closure = closure_of(args, kwargs) if kwargs or len(args) > 1 else None

@@ -46,6 +46,8 @@ class Passes:
         found = NOBODY if run.caller is None else loops(run.caller)
         step.loops = found if step.loops is None else step.loops & found
         if not self._steps.dirty and self._steady.pass_begins(run, entered, step):
+            if self._steps.scaling.scaler is not None:
+                self._look_at_scale(entered, step)
             entered.step, step.phase = step, Phase.OPEN
             self._look_at_roots(run, entered)
             self._hooks.plain.start(_torch.current_task(), entered.arrivals, set(), onto=entered.onto)
@@ -60,12 +62,15 @@ class Passes:
                     self._steps.rescan()
                 # What was unfrozen or added since the last step may be reached later in this very pass.
                 entered.late.update(self._attachment.slots[i] for i in self._attachment.hook_all(self._hooks.of))
-            self._steps.scaling.look(opens=not step.open)
-            entered.scale = self._steps.scaling.scale()
+            self._look_at_scale(entered, step)
             step.begin()
             if entered.read:
                 self._look_at_roots(run, entered)
             self._start_plain(entered)
+
+    def _look_at_scale(self, entered: Pass, step: Step) -> None:
+        self._steps.scaling.look(opens=not step.open)
+        entered.scale = self._steps.scaling.scale()
 
     def _look_at_roots(self, run: Run, entered: Pass) -> None:
         """What backward was called on: the loss, and its graph."""

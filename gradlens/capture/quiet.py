@@ -1,10 +1,10 @@
 """Quiet steps: the schedule leaves them out, so nothing of them is seen but that they end.
 
-    quiet  =  not observed, no hook on any parameter, one optimizer and no scaler, and nothing that waits for a sign of life
+    quiet  =  not observed, no hook on any parameter, one optimizer, and nothing that waits for a sign of life
 
 In a stretch of them the optimizer's own two hooks are all that torch calls of ours. The one before its step returns at once,
 and the one after it counts the step and asks the schedule about the next. Whatever else comes up (something is registered, a
-scaler calls the step, a backward fires a hook after all) takes the general way, as every other step does.
+scaler that is news calls the step, a backward fires a hook after all) takes the general way, as every other step does.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The steady route: what is asked of a step that goes by the book, in place of looking at each parameter.
 
 Nearly every step is like the one before: one process and thread, a backward onto empty `.grad`s that reaches every
-parameter, nobody else's hooks, no scaler, no closure. After a step like that a `Route` is compiled: the parameters, their
+parameter, nobody else's hooks, no closure. After a step like that a `Route` is compiled: the parameters, their
 hooks, what the optimizer moves. The next step is held against it, part by part, by questions that are asked of all
 parameters in one call: identities, versions, `.grad`. A part for which all facts hold is one `Steady...` event; one for
 which any differs goes the general way, whose state the steady one leaves behind just as well: each is judged alone.
@@ -9,7 +9,7 @@ which any differs goes the general way, whose state the steady one leaves behind
     part                        facts
     a backward begins           parameters, shapes, hooks as compiled; every `.grad` empty, or none in a later one
     it has ended                each hook has noted, once; every parameter is there, and has a gradient
-    the only optimizer begins   every parameter has a gradient, as that backward left it or not: clipped, or accumulated
+    the only optimizer begins   every parameter has a gradient, as that backward left it or not: clipped, unscaled, added to
     it has ended                the gradients are those, by identity and version; it moves all parameters, at rates above 0
 
 What lies in memory (addresses, types, fixed samples) is asked by whoever takes the events: see `watching.prepared`.
@@ -31,7 +31,7 @@ from gradlens.capture.engine import Engine, Pass, Run, running
 from gradlens.capture.events import GradientFacts, Sink, SteadyReading, SteadyStart, SteadyUpdate, SteadyUsed
 from gradlens.capture.marks import Marks, versions
 from gradlens.capture.optimizers import WatchedOptimizer
-from gradlens.capture.provenance import is_scaled, may_copy
+from gradlens.capture.provenance import may_copy
 from gradlens.capture.step import READ_PASSES, Phase, Step
 from gradlens.records import Stage, TableKey
 
@@ -207,7 +207,7 @@ class SteadyRoute:
         step.ending = step.left.marks(route.slots)
         key = TableKey(step.number, step.take_number(), Stage.BACKWARD)
         kept = self._updates and route.optimized is not None  # else each optimizer's are kept as it begins
-        self._sink(SteadyReading(route, key, gradients, kept, entered.loss))
+        self._sink(SteadyReading(route, key, gradients, kept, entered.loss, None, entered.scale))
         self.parts += 1
         return True
 
@@ -219,14 +219,14 @@ class SteadyRoute:
         step.fresh = False
         step.ending = Left(list(map(id, gradients)), versions(gradients), []).marks(route.slots)
         key = TableKey(step.number, step.take_number(), Stage.BACKWARD)
-        self._sink(SteadyReading(route, key, own, False, entered.loss, gradients))  # type: ignore[arg-type]
+        self._sink(SteadyReading(route, key, own, False, entered.loss, gradients, entered.scale))  # type: ignore[arg-type]
         self.parts += 1
         return True
 
     def step_begins(self, step: Step, watched: WatchedOptimizer) -> bool:
         """Whether the optimizer is given a gradient of every parameter, all that its backwards reached, and that is read."""
         route, left = self.route, step.left
-        if route is None or left is None or step.phase is not Phase.OPEN or watched.wrapped or is_scaled(step.scale):
+        if route is None or left is None or step.phase is not Phase.OPEN or watched.wrapped:
             return False
         if route.optimized is None or len(step.reached) != len(route.slots) or self._engine.passes or running():
             return False
@@ -247,7 +247,7 @@ class SteadyRoute:
         if may_copy(facts, step.scale):
             self._sink(SteadyStart(route, step.used_key, gradients, self._updates, kept))
         else:
-            self._sink(SteadyUsed(route, step.used_key, gradients, self._updates, kept, facts))
+            self._sink(SteadyUsed(route, step.used_key, gradients, self._updates, kept, facts, step.scale))
         self.parts += 1
         return True
 
@@ -260,7 +260,7 @@ class SteadyRoute:
         if gradients is None or list(map(id, gradients)) != left.ids or versions(gradients) != left.versions:
             return False
         if self._updates:
-            self._sink(SteadyUpdate(route, step.used_key, gradients, watched.facts))
+            self._sink(SteadyUpdate(route, step.used_key, gradients, watched.facts, step.scale))
         step.given = left
         self.parts += 1
         return True

@@ -130,14 +130,14 @@ class Steps:
 
     def _quiet(self) -> WatchedOptimizer | None:
         """The optimizer that ends the open step, where that one is quiet."""
-        if self.watches or len(self._optimizers.watched) > 1 or self.scaling.scaler is not None:
+        if self.watches or len(self._optimizers.watched) > 1:
             return None
         return self._optimizers.watched[0] if self.lingering is None and not self.due else None
 
     def close_quiet(self) -> bool:
         """Close a quiet step; False where `close` has to."""
         step, engine = self.current, self._engine
-        if self.dirty or step.open or engine.passes or self.scaling.scaler is not None or self._attachment.lost:
+        if self.dirty or step.open or engine.passes or self._attachment.lost:
             return False
         with engine.lock:
             observed, closed = self._ask(step.number + 1), StepClosed(step.number, step.scalars)
@@ -181,8 +181,7 @@ class Steps:
         elif self.watches:
             self.open_marks()
             self.follow_schedule()
-        plain = self.scaling.scaler is None and not self.explicit
-        self._steady.follow(closed, self._optimizers.watched, plain=plain, next_observed=self.current.observed)
+        self._steady.follow(closed, self._optimizers.watched, plain=not self.explicit, next_observed=self.current.observed)
         if not self.watches:
             self.follow_schedule()
 

@@ -123,6 +123,8 @@ class SteadyTables:
 
     def _read(self, event: SteadyReading) -> bool:
         route, key = event.route, event.key
+        if isinstance(event.scale, Tensor):
+            return False  # rows that wait for a device
         if event.loss is not None:
             self._open.losses[key.step, key.backward] = event.loss
         last = self._last_of(Stage.BACKWARD, route.parameters)
@@ -136,9 +138,14 @@ class SteadyTables:
         if read is None:
             return False
         self._meter.read_steadily(Piece(route.rows, read.gradient_samples))
-        self._open.ended(self._open.whole(key, route.parameters, [Piece(route.rows, read.rows)]))
-        self.answered += 1
+        self._ended(event, read)
         return True
+
+    def _ended(self, event: SteadyReading, read: GradientRows) -> None:
+        table = self._open.whole(event.key, event.route.parameters, [Piece(event.route.rows, read.rows)])
+        table.divisor = table.scale = event.scale
+        self._open.ended(table)
+        self.answered += 1
 
     def _read_added(self, event: SteadyReading, previous: kernels.StableTensors | None, ended: Sequence[Tensor]) -> bool:
         """A backward that was added to others: its own gradients are read, those in `.grad` only sampled."""
@@ -151,8 +158,7 @@ class SteadyTables:
         if read is None:
             return False
         self._meter.pass_ended(route.rows, ended)
-        self._open.ended(self._open.whole(key, route.parameters, [Piece(route.rows, read.rows)]))
-        self.answered += 1
+        self._ended(event, read)
         return True
 
     def _start(self, event: SteadyStart) -> bool:
@@ -179,14 +185,14 @@ class SteadyTables:
         previous = None if last is None else last.rooms(route.rows, kept=True)
         if (previous is None) != (last is None):
             return False  # not kept whole, or not yet
-        source = loss_gradient(event.facts, 1.0, kept=calls.previous is not None)
+        source = loss_gradient(event.facts, event.scale, kept=calls.previous is not None)
         given = calls.of_used(route.weights, previous, source is Source.KEPT)
         read = given.read(event.gradients, self._detail(event.key.step), False) if given.apart else None
         if read is None:
             return False
         samples = Piece(route.rows, read.gradient_samples)
         self._meter.given_steadily(route.parameters, calls.before if event.updates else None, samples)
-        self._open.whole(event.key, route.parameters, [Piece(route.rows, read.rows)])
+        self._open.whole(event.key, route.parameters, [Piece(route.rows, read.rows)]).scale = event.scale
         self._open.copied, calls.begun, calls.given, calls.source = False, event.key, given, source
         self.answered += 1
         return True
@@ -198,7 +204,9 @@ class SteadyTables:
         numbers = calls.given.compare(event.gradients)
         if numbers is None:
             return False
-        table.updates.append(self._meter.measured_steadily(route.rows, numbers, route.lr_positive, calls.source))
+        table.updates.append(
+            self._meter.measured_steadily(route.rows, numbers, route.lr_positive, calls.source, event.scale)
+        )
         self.answered += 1
         return True
 

@@ -113,10 +113,13 @@ class UpdateMeter:
         if room is not None:
             self._before.use(parameters).fill(room)
 
-    def measured_steadily(self, rows: list[int], numbers: Tensor, moved: Sequence[bool], source: Source) -> UpdatePiece:
+    def measured_steadily(
+        self, rows: list[int], numbers: Tensor, moved: Sequence[bool], source: Source, scale: float | Tensor
+    ) -> UpdatePiece:
         """The piece of a step's move, whose loss has its gradient from there."""
         ended, used = self._ended.get(_CPU), self._consumed[_CPU]
-        return UpdatePiece(Piece(rows, numbers), moved, False, source is Source.KEPT, ended, used, source is Source.USED)
+        same, kept = source is Source.USED, source is Source.KEPT
+        return UpdatePiece(Piece(rows, numbers), moved, False, kept, ended, used, same, scale)
 
     # --- weights ----------------------------------------------------------------------------------------------------
 

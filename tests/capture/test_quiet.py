@@ -189,6 +189,26 @@ def test_a_scaler_is_found_in_a_quiet_stretch():
         assert [finding.rule for finding in lens.findings()] == ["scaler-found"]
 
 
+def test_a_scaler_that_is_known_leaves_steps_quiet():
+    """Its hooks come off as without one, its skipped steps in a quiet stretch are no steps, and the next look unscales."""
+    model = net()
+    optimizer, scaler = sgd(model), torch.amp.GradScaler("cpu", init_scale=1024.0)
+    with watched(model, optimizer, schedule=4, scaler=scaler) as lens:
+        for iteration in range(10):
+            assert hooks(model) == (8 if iteration in (0, 5, 9) else 0)
+            optimizer.zero_grad()
+            factor = float("inf") if iteration == 2 else 1.0
+            scaler.scale(model(data(iteration)).square().mean() * factor).backward()
+            scale, gradient = scaler.get_scale(), model[0].weight.grad.double().norm().item()
+            scaler.step(optimizer)
+            scaler.update()
+            if iteration in (5, 9):
+                row = lens.table(step={5: 4, 9: 8}[iteration], stage="backward").set_index("parameter").loc["0.weight"]
+                assert row["l2"] == pytest.approx(gradient / scale, rel=1e-5)
+        assert recorded(lens) == [0, 4, 8]
+        assert lens.findings() == []
+
+
 def test_what_is_observed_in_a_quiet_step_is_not_said_of_another():
     """A value that was attached to a step that is left out goes with it."""
     model = net()
