@@ -16,7 +16,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -128,15 +128,25 @@ def gradlens(*, before: Attach = bare, records: bool = True, **settings: Any) ->
                 training.model, training.optimizer, run=training.directory if records else None, **settings
             )
             training.at_end.append(lens.flush)
-            training.says = lambda: _said(lens.overhead())
+            training.says = _says(lens)
             with lens:
                 yield
 
     return attach
 
 
-def _said(overhead: Any) -> tuple[float, float]:
-    return overhead.share * overhead.elapsed, overhead.elapsed
+def _says(lens: Any) -> Callable[[], tuple[float, float]]:
+    """What the lens says of the steps since it was first asked: as it knows at the end, not as it guessed at first."""
+    first: list[Any] = []
+
+    def says() -> tuple[float, float]:
+        now = lens.overhead()
+        first.append(now)
+        counted = ("seconds", "steps", "observed", "elapsed", "background")
+        own = replace(now, **{name: getattr(now, name) - getattr(first[0], name) for name in counted})
+        return (own.share * own.elapsed if own.elapsed > 0 else 0.0), own.elapsed
+
+    return says
 
 
 # --- peers ------------------------------------------------------------------------------------------------------------
