@@ -142,7 +142,7 @@ def training(layers, micro=1, clip=False, hooks=False, scaled=False, **watch):
 
 def python_calls(layers, micro=1, clip=False, scaled=False, **watch):
     """Calls of gradlens' functions in one step, on this thread; but for those that measure time, whose answers differ."""
-    lens, step = training(layers, micro, clip, scaled, **watch)
+    lens, step = training(layers, micro, clip, scaled=scaled, **watch)
     package, seen = str(Path(gradlens.__file__).parent), Counter()
 
     def profiled(frame, event, argument):

@@ -116,6 +116,16 @@ def test_no_quiet_step_no_comparison():
     assert overhead.share == pytest.approx(50 * 0.1 / (100 + 50 * 0.15))
 
 
+def test_what_is_hidden_is_a_share_of_all_looks():
+    """Now and then another program takes the core: as often in what is hidden, and the typical look does not show it."""
+    training = Training(hidden=HIDDEN)
+    for step in range(20):
+        training.step(cost=1.0 if step % 10 == 9 else 0.1)
+    seconds = 18 * 0.1 + 2 * 1.0
+    assert training.overhead.hidden * 20 == pytest.approx(HIDDEN * seconds)
+    assert training.overhead.share == pytest.approx((1 + HIDDEN) * seconds / (20 + seconds))
+
+
 def test_what_no_stopwatch_sees_is_expected_until_it_is_measured():
     """Where every step is observed it is an estimate, which is said, and how unsure it is; else it is compared."""
     hidden = 0.1 * HIDDEN
