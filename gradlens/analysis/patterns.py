@@ -610,6 +610,7 @@ def cut(step: int, *, empty: bool = True, steps: int = 0) -> Finding:
         seen=f"the loss is cut from the model: it depends on none of its parameters, {how}",
         causes=(
             "the loss was detached or re-created: loss.detach(), loss.item(), torch.tensor(loss), .data, numpy",
+            "the model's output was detached before the loss, as a GAN's fake.detach() in the generator's own step",
             "the forward pass ran under torch.no_grad() or inference_mode()",
             "another model than the watched one was trained",
         ),

@@ -99,8 +99,8 @@ class Overhead:
             text += f"; {1e3 * self.floor:.3f} ms a step that is not observed"
         if self.background > 0:
             text += (
-                f"; {self.background / self.elapsed:.1%} of a core on threads of its own, each second of which training "
-                f"felt as {self.contention:.2f} +- {self.contention_uncertainty:.2f}"
+                f"; {self.background / self.elapsed:.1%} of a core on threads of its own, and each second of their work "
+                f"delays training by {self.contention:.2f} +- {self.contention_uncertainty:.2f} s"
             )
         return text + self._verdict()
 

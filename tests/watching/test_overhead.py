@@ -84,7 +84,7 @@ def test_before_it_is_measured_the_share_is_the_expected_one():
     overhead = training.overhead
     assert (overhead.contention, overhead.contention_uncertainty) == (EXPECTED, SPREAD)
     assert overhead.share_uncertainty == pytest.approx(SPREAD * 0.5 / 1.1)
-    assert f"each second of which training felt as {EXPECTED:.2f} +- {SPREAD:.2f}" in str(overhead)
+    assert f"each second of their work delays training by {EXPECTED:.2f} +- {SPREAD:.2f} s" in str(overhead)
 
 
 def test_a_step_of_a_thousand_backwards_is_no_pause():
