@@ -50,8 +50,7 @@ def cost(threads: int) -> list[str]:
     for contender in dict.fromkeys(row["contender"] for row in there):
         cells = [added(of.get((contender, name))) for name in models]
         lines.append(f"| {contender} | " + " | ".join(cells) + " |")
-    machines = sorted({row["machine"] for row in there})
-    return [*lines, "", f"Torch on {threads} thread{'s' * (threads > 1)}. {'; '.join(machines)}."]
+    return [*lines, "", f"Torch on {threads} thread{'s' * (threads > 1)}. {machines(there)}."]
 
 
 def added(row: dict[str, str] | None) -> str:
@@ -60,6 +59,15 @@ def added(row: dict[str, str] | None) -> str:
         return "not measured"
     low, high = (duration(float(row[name])) for name in ("low", "high"))
     return f"{duration(float(row['added_us']), sign=True)} ({low} to {high}), {100 * float(row['added']):+.1f} %"
+
+
+def machines(there: list[dict[str, str]]) -> str:
+    """Each machine once, with the loads that it had."""
+    loads: dict[str, list[float]] = {}
+    for row in there:
+        name, _, load = row["machine"].partition(", load ")
+        loads.setdefault(name, []).append(float(load))
+    return "; ".join(f"{name}, load {min(of)} to {max(of)}" for name, of in sorted(loads.items()))
 
 
 def duration(us: float, sign: bool = False) -> str:
@@ -93,8 +101,7 @@ def scripts() -> list[str]:
         cells = [row["title"], row["parameters"], duration(float(row["bare_us"])), added(row)]
         cells += [f"{again:+.1f} %", f"{says:.1f} %", f"{felt:.1f} %", f"in {row['identical']}"]
         lines.append(f"| {' | '.join(cells)} |")
-    machines = sorted({row["machine"] for row in there})
-    return [*lines, "", f"Torch on one thread. {'; '.join(machines)}."] if there else []
+    return [*lines, "", f"Torch on one thread. {machines(there)}."] if there else []
 
 
 def memory() -> list[str]:
