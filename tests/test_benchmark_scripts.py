@@ -86,7 +86,8 @@ def test_the_page_of_costs_has_a_row_a_training_or_none(tmp_path, monkeypatch):
     monkeypatch.setattr(performance, "BENCHMARKS", tmp_path)
     assert performance.text(page) == page
     fields = "title,parameters,bare_us,added_us,low,high,added,again,says,felt,identical,machine"
-    row = "A GAN,18,16000,4000,3500,5000,0.25,-0.01,0.19,0.2,4 of 4,a machine"
+    row = 'A GAN,18,16000,4000,3500,5000,0.25,-0.01,0.19,0.2,4 of 4,"a machine, load 0.5"'
     (tmp_path / "scripts.csv").write_text(f"{fields}\n{row}\n")
     line = "| A GAN | 18 | 16 ms | +4 ms (3.5 ms to 5 ms), +25.0 % | -1.0 % | 19.0 % | 20.0 % | in 4 of 4 |"
     assert line in performance.text(page).splitlines()
+    assert "Torch on one thread. a machine, load 0.5 to 0.5." in performance.text(page)
