@@ -128,22 +128,23 @@ def gradlens(*, before: Attach = bare, records: bool = True, **settings: Any) ->
                 training.model, training.optimizer, run=training.directory if records else None, **settings
             )
             training.at_end.append(lens.flush)
-            training.says = _says(lens)
+            training.says = says_of(lens)
             with lens:
                 yield
 
     return attach
 
 
-def _says(lens: Any) -> Callable[[], tuple[float, float]]:
+def says_of(lens: Any) -> Callable[[], tuple[float, float]]:
     """What the lens says of the steps since it was first asked: as it knows at the end, not as it guessed at first."""
-    first: list[Any] = []
+    first = None
 
     def says() -> tuple[float, float]:
+        nonlocal first
         now = lens.overhead()
-        first.append(now)
+        first = first or now
         counted = ("seconds", "steps", "observed", "elapsed", "background")
-        own = replace(now, **{name: getattr(now, name) - getattr(first[0], name) for name in counted})
+        own = replace(now, **{name: getattr(now, name) - getattr(first, name) for name in counted})
         return (own.share * own.elapsed if own.elapsed > 0 else 0.0), own.elapsed
 
     return says

@@ -38,6 +38,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from contenders import says_of
 from loops import SCRIPTS, Loop, Script
 from overhead import Round, Stretch, compared, figures, machine, timed
 
@@ -72,13 +73,8 @@ def watching(loop: Loop) -> Iterator:
 
     with tempfile.TemporaryDirectory() as directory, contextlib.redirect_stderr(io.StringIO()):
         lens = gradlens.watch(loop.target, loop.optimizers, run=directory)
-
-        def says() -> tuple[float, float]:
-            overhead = lens.overhead()
-            return overhead.share * overhead.elapsed, overhead.elapsed
-
         with lens:
-            yield says
+            yield says_of(lens)
         failed = [finding.seen for finding in lens.findings() if finding.rule in ("writer-failed", "gradlens-fault")]
     if failed:
         raise RuntimeError(f"what was measured is not everything: {failed}")
