@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import groupby
 from operator import attrgetter
@@ -116,6 +116,11 @@ class Moment:
 
 
 _SEQ, _ROWS, _BLOCK = attrgetter("seq"), attrgetter("rows"), attrgetter("block")
+
+
+def blocks_of(moments: Iterable[Moment]) -> list[Columns]:
+    """The blocks that the moments are in, in order, each once."""
+    return list(dict.fromkeys(map(_BLOCK, moments)))
 
 
 class History:
@@ -242,7 +247,7 @@ class History:
         with self._lock:
             known = self._by_stage.get(stage, [])
             start, stop = bisect_left(known, first, key=_STEP), bisect_right(known, last, key=_STEP)
-            return list(dict.fromkeys(map(_BLOCK, known[start:stop])))
+            return blocks_of(known[start:stop])
 
     def _end(self) -> Moment | None:
         """The newest moment that this history has; asked under the lock."""

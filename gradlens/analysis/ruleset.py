@@ -22,12 +22,11 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from operator import attrgetter
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from gradlens.analysis.history import Columns, History, Moment
+from gradlens.analysis.history import Columns, History, Moment, blocks_of
 from gradlens.analysis.rules.base import ColumnRule, RowFindings, Rule
 from gradlens.analysis.rules.occasional import Occasional
 from gradlens.analysis.streaks import Streaks
@@ -73,7 +72,7 @@ class RuleSet:
         if not moments:
             return []
         self._last = moments[-1].seq
-        blocks = list(dict.fromkeys(map(attrgetter("block"), moments)))
+        blocks = blocks_of(moments)
         return self._new(lambda asked: asked.new(history, blocks, moments), moments[-1])
 
     def last(self, history: History) -> list[Finding]:
