@@ -292,20 +292,23 @@ def _quiet(loss: Trend) -> str:
     if loss.ill:
         return f"{said_of_loss(loss)}, and no rule found why"
     if loss.state == State.FALLS:
-        return f"nothing looks ill: {said_of_loss(loss)}"
+        return f"nothing looks ill{' so far' * loss.leapt}: {said_of_loss(loss)}"
     return f"nothing looks ill so far; {said_of_loss(loss)}"
 
 
 def said_of_loss(loss: Trend) -> str:
     """What the loss did, in half a sentence."""
     numbers = f"{format_number(loss.start)} to {format_number(loss.now)}"
+    falls = f"the loss falls, from {numbers}"
+    if loss.leapt:
+        falls = f"the loss leapt at first, from {format_number(loss.begin)}, and falls since, from {numbers}"
     return {
         State.UNKNOWN: "the loss is not known",
         State.YOUNG: f"the loss is known at {loss.points} step{'s' * (loss.points != 1)}, too few to say whether it falls",
         State.SEVERAL: "the losses of several optimizers are no measure of progress",
         State.SIGNED: f"the loss changes its sign ({numbers}), and is no measure of progress",
         State.NONFINITE: "the loss is NaN or infinite",
-        State.FALLS: f"the loss falls, from {numbers}",
+        State.FALLS: falls,
         State.FLAT: f"the loss does not fall ({numbers})",
         State.RISES: f"the loss rises, from {numbers}",
     }[loss.state]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gradlens.analysis.confidence import MEASURED, Counts
-from gradlens.analysis.diagnosis import BECOMES, DOES, MADE, WATCHING, diagnose, explains
+from gradlens.analysis.diagnosis import BECOMES, DOES, MADE, WATCHING, diagnose, explains, said_of_loss
 from gradlens.analysis.trend import State, Trend, judged
 from gradlens.findings import CATALOGUE
 from gradlens.records import Finding, Severity
@@ -64,6 +64,19 @@ def test_nothing_looks_ill_is_said_of_a_loss_that_falls():
     assert flat.verdict.endswith("and no rule found why")
     assert flat.ill
     assert flat.origin is None
+
+
+def test_a_loss_that_leapt_is_not_told_as_one_that_fell():
+    """It rose far above its first point in the first steps, and came back to it: that is said, and no healthy fall."""
+    back = judged(
+        np.arange(200), np.concatenate([[2.31], np.full(20, 547.0), np.linspace(547.0, 2.38, 100), np.full(79, 2.38)])
+    )
+    assert (back.state, back.begin, back.leapt) == (State.FALLS, 2.31, True)
+    assert said_of_loss(back) == "the loss leapt at first, from 2.31, and falls since, from 547 to 2.38"
+    assert diagnose([], back).verdict.startswith("nothing looks ill so far: the loss leapt at first")
+    below = replace(back, now=1.0)
+    assert not below.leapt
+    assert not FALLS.leapt
 
 
 @pytest.mark.parametrize(
