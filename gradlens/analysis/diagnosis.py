@@ -267,10 +267,20 @@ _AFTER = frozenset({"vanishing", "dead", "dead_units", "too_slow"})
 LATER = 50  #: steps
 
 
+def _after_leap(finding: Finding, other: Finding) -> bool:
+    """Whether the gradient began to vanish when weights had leapt: what they were made as is gone by then."""
+    leapt = other.rule == "update_ratio" and (other.value or 0.0) > LEAP
+    return leapt and finding.rule == "vanishing" and finding.step > other.step + FOUND
+
+
+LEAP = 0.1  #: of a weight's own norm; the rule also finds weights that hardly move
+FOUND = 10  #: steps that a vanishing gradient lasts before it is found
+
+
 def _explained(finding: Finding, other: Finding) -> bool:
-    if other.rule == finding.rule or _after_collapse(other, finding):
+    if other.rule == finding.rule or _after_collapse(other, finding) or _after_leap(other, finding):
         return False
-    return _after_collapse(finding, other) or explains(other.rule, finding.rule)
+    return _after_collapse(finding, other) or _after_leap(finding, other) or explains(other.rule, finding.rule)
 
 
 def _order(finding: Finding, loud: Sequence[Finding]) -> tuple[object, ...]:

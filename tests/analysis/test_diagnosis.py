@@ -66,6 +66,17 @@ def test_nothing_looks_ill_is_said_of_a_loss_that_falls():
     assert flat.origin is None
 
 
+@pytest.mark.parametrize(
+    ("ratio", "step", "origin"), [(2.0, 15, "update_ratio"), (2.0, 9, "vanishing"), (1e-7, 15, "vanishing")]
+)
+def test_a_gradient_that_vanishes_after_weights_leapt_follows_from_that(ratio, step, origin):
+    """Where it vanished from the first step on, or weights hardly moved, it is the other way round."""
+    found = [finding("vanishing", step), replace(finding("update_ratio", 0), value=ratio)]
+    diagnosis = diagnose(found, FLAT)
+    assert diagnosis.origin.rule == origin
+    assert [f.rule for f in diagnosis.follows] == [f.rule for f in found if f.rule != origin]
+
+
 def test_a_loss_that_leapt_is_not_told_as_one_that_fell():
     """It rose far above its first point in the first steps, and came back to it: that is said, and no healthy fall."""
     back = judged(
