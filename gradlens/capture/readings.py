@@ -92,6 +92,7 @@ class PassReader:
             self._read_accumulated(Stage.ACCUMULATED, current)
         if self._was_averaged(current) and Stage.REDUCED in self._stages:
             self._read_accumulated(Stage.REDUCED, current)
+            current.step.reduced = current.number
 
     def mark_end(self, current: Pass) -> None:
         """Remember the gradients as this pass left them."""

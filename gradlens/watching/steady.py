@@ -187,6 +187,7 @@ class SteadyTables:
         first = None if route.calls is None else route.calls.first
         if first is None or first.key != last.key or not unchanged(first.by, event.gradients, event.updates):
             return False
+        self._open.copied = Stage(table.stage)
         self._given(event, first.by, first.before, list(table.pieces), last.piece)
         return True
 
@@ -203,6 +204,7 @@ class SteadyTables:
             rows, samples, gradients = (taken(n, at) for n in (table.pieces[0].numbers, last.samples, last.piece.numbers))
         if by is None or not (by.take_over(event.gradients, samples) and unchanged(by, event.gradients, event.updates)):
             return False
+        self._open.copied = Stage(table.stage)
         self._given(event, by, before, [Piece(route.rows, rows)], Piece(route.rows, gradients))
         return True
 
@@ -210,7 +212,7 @@ class SteadyTables:
         route, calls = event.route, event.route.calls
         self._meter.given_steadily(route.parameters, before if event.updates else None, samples)
         self._open.joined(event.key, route.parameters, pieces, event.notes)
-        self._open.copied, calls.begun, calls.given, calls.source = True, event.key, by, Source.USED
+        calls.begun, calls.given, calls.source = event.key, by, Source.USED
         self.answered += 1
 
     def _used(self, event: SteadyUsed) -> bool:
@@ -236,7 +238,7 @@ class SteadyTables:
         by, rows = read
         self._meter.given_steadily(route.parameters, before, Piece(route.rows, rows.gradient_samples))
         self._open.joined(key, route.parameters, [Piece(route.rows, rows.rows)], event.notes).scale = scale
-        self._open.copied, calls.begun, calls.given, calls.source = False, key, by, source
+        self._open.copied, calls.begun, calls.given, calls.source = None, key, by, source
         self.answered += 1
         return True
 
