@@ -27,7 +27,7 @@ def is_scaled(scale: object) -> bool:
 
 def may_copy(facts: GradientFacts, scale: object) -> bool:
     """Whether the `used` rows are those of `backward`, or of `reduced`, if the fixed samples agree too."""
-    return ((facts.single and facts.own) or facts.reduced) and facts.untouched and not is_scaled(scale)
+    return (facts.single or facts.reduced) and facts.own and facts.untouched and not is_scaled(scale)
 
 
 def loss_gradient(facts: GradientFacts, scale: object, *, kept: bool) -> Source:

@@ -34,8 +34,9 @@ PAUSE, LONGEST = 2, 1024
 _Rooms = kernels.StableTensors | None
 _UNTOUCHED = GradientFacts(single=True, own=True, untouched=True)
 
-#: What a call reads: a step's first backward, a later one, what an optimizer is given, and the same with the loss's own.
-FIRST, LATER, USED, KEPT = "first", "later", "used", "kept"
+#: What a call reads: a step's first backward, a later one, what ranks averaged; what an optimizer is given, and the same
+#: with the loss's own.
+FIRST, LATER, REDUCED, USED, KEPT = "first", "later", "reduced", "used", "kept"
 #: What an optimizer is given, which a call along another route has read.
 PART = "part"
 
@@ -151,18 +152,18 @@ class SteadyTables:
             return False  # rows that wait for a device
         if event.loss is not None:
             self._open.losses[key.step, key.backward] = event.loss
-        previous, fine = self._previous(Stage.BACKWARD, route)
+        previous, fine = self._previous(key.stage, route)
         before = self._meter.room(route.parameters, route.rows) if event.updates else None
         if not fine or (before is None) == event.updates:  # they are not kept whole, or not yet
             return False
         calls = route.calls or _calls(route)
-        kind = FIRST if event.updates or not key.backward else LATER
+        kind = REDUCED if key.stage is Stage.REDUCED else FIRST if event.updates or not key.backward else LATER
         read = calls.read(kind, (previous, before), event.gradients, self._detail(key.step), event.updates)
         if read is None:
             return False
         prepared, rows = read
         samples = Piece(route.rows, rows.gradient_samples)
-        if kind == FIRST:
+        if kind != LATER:
             calls.first = First(key, prepared, before)
         if event.ended is None:
             self._meter.read_steadily(samples)
@@ -170,7 +171,10 @@ class SteadyTables:
             self._meter.pass_ended(*event.ended)
         table = self._open.whole(key, route.parameters, [Piece(route.rows, rows.rows)], event.notes)
         table.divisor = table.scale = event.scale
-        self._open.ended(table)
+        if kind == REDUCED:
+            self._open.last = table
+        else:
+            self._open.ended(table)
         self._open.reading = Reading(key, route, rows.samples, samples)
         self.answered += 1
         return True
