@@ -115,8 +115,7 @@ def test_waits_that_the_stopwatch_sees_count_once():
     for step in range(300):
         worked = 0.3 if step % 30 < 3 else 0.0
         training.worked += Worked(worked, 0.0)
-        with training.stopwatch:
-            training.wait(0.5 * worked)
+        training.stopwatch(training.wait, 0.5 * worked)
         training.step()
     overhead = training.overhead
     assert overhead.contention == pytest.approx(0.0, abs=0.01)
