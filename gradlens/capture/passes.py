@@ -53,8 +53,8 @@ class Passes:
                 self._look_at_scale(entered, step)
             entered.step, step.phase = step, Phase.OPEN if step.phase is Phase.IDLE else step.phase
             self._look_at_roots(run, entered)
-            held, left = self._steady.held(entered)
-            self._hooks.plain.start(_torch.current_task(), entered.arrivals, set(), held, left=left)
+            plain, task, onto = self._hooks.plain, _torch.current_task(), entered.onto if self._steady.own else frozenset()
+            plain.start(task, entered.arrivals, set(), onto, left=self._steady.early)
             return
         with self._attachment.cache:
             entered.step, entered.read = step, not step.full

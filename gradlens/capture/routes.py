@@ -142,10 +142,6 @@ class Layout:
             return self.rows, self.slots, found
         return list(compress(self.rows, there)), list(compress(self.slots, there)), list(compress(found, there))
 
-    def gradient(self, slot: Slot) -> Tensor | None:
-        """What this one has in `.grad`."""
-        return self.weights[self._attachment.rows[slot]].grad
-
     def may_hold(self, rows: list[int], place: int) -> bool:
         """Whether hooks may hold what comes for these until the backward ends: of those that one in this place reaches."""
         if self._nbytes <= HELD_BYTES:

@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gradlens.capture.arrivals import State
-from gradlens.capture.attachment import PLAIN, Attachment, Slot
+from gradlens.capture.attachment import PLAIN, Attachment
 from gradlens.capture.engine import Engine, Pass, Run, running
 from gradlens.capture.events import (
     GradientFacts,
@@ -76,9 +76,11 @@ class SteadyRoute:
     ) -> None:
         self._attachment, self._engine, self._optimizers = attachment, engine, optimizers
         self._sink, self._updates = sink, updates
-        self._own, self._reduced, self._local = Stage.BACKWARD in stages, Stage.REDUCED in stages, local
+        self._reduced, self._local = Stage.REDUCED in stages, local
+        self.own = Stage.BACKWARD in stages  #: each backward's own gradients are read
+        self.early = self.own and local  #: and that before ranks average them
         self.allowed = stages in STAGES and (self._reduced or not local)  #: tests take the general way throughout
-        engine.tells_accumulated = self._own and local
+        engine.tells_accumulated = self.early
         self.layout: Layout | None = None
         self.parts = 0  #: of steps that went by the book
         self._alone = not updates or len(optimizers.watched) < 2  # nobody else moves weights, as far as they are kept
@@ -102,14 +104,10 @@ class SteadyRoute:
         if rows and not set(map(type, gradients)) <= PLAIN:
             return False
         held = layout.rows if self._local else rows
-        if self._own and held and not layout.may_hold(held, step.passes):
+        if self.own and held and not layout.may_hold(held, step.passes):
             return False
         entered.layout, entered.onto, entered.phase = layout, frozenset(slots), step.phase
         return True
-
-    def held(self, entered: Pass) -> tuple[frozenset[Slot], bool]:
-        """Whose gradients hooks are to hold before they are added to others, and whether before ranks average them, too."""
-        return (entered.onto if self._own else frozenset()), self._own and self._local
 
     def _reached(self, entered: Pass, step: Step) -> tuple[Route | None, list[Tensor]]:
         """What a backward by the book has reached, and what is in `.grad` there; None where it did not go so."""
@@ -150,7 +148,7 @@ class SteadyRoute:
         route, gradients = self._reached(entered, step)
         if route is None:
             return False
-        layout, added, owns = entered.layout, entered.onto & route.reached, self._own and not self._local
+        layout, added, owns = entered.layout, entered.onto & route.reached, self.own and not self.early
         own: list[Any] = gradients
         if owns and added:
             own = list(map(entered.arrivals.onto.get, route.slots, gradients))
@@ -160,7 +158,7 @@ class SteadyRoute:
         if self._reduced and (len(rows) > len(route.rows) or not step.reached <= route.reached):
             return False
         averaged = not self._local or self._written(entered, layout)
-        if averaged is None or (self._own and self._local and entered.left is None):
+        if averaged is None or (self.early and entered.left is None):
             return False
         step.reached |= route.reached
         step.undefined -= route.reached
@@ -188,13 +186,12 @@ class SteadyRoute:
         self._sink(PassEnded(rows, gradients))
         self.parts += 1
 
-    @staticmethod
-    def _written(entered: Pass, layout: Layout) -> bool | None:
+    def _written(self, entered: Pass, layout: Layout) -> bool | None:
         """Whether `.grad` was written after the last hook, which is how ranks leave their mean; None if not known."""
         if entered.last is None:
             return None
         slot, gradient, seen = entered.last
-        now = layout.gradient(slot)
+        now = layout.weights[self._attachment.rows[slot]].grad
         return now is not None and (id(now), version(now)) != (gradient, seen)
 
     def _read(

@@ -20,6 +20,7 @@ from gradlens import kernels
 from gradlens.capture.guards import GUARDED
 from gradlens.testing import RecordingWriter
 from tests.capture.test_steady import RULES, assert_same, same_bits
+from tests.test_cost import MEASURING
 
 pytestmark = [
     pytest.mark.distributed,
@@ -394,7 +395,7 @@ def python_calls(layers, **settings):
 
     def profiled(frame, event, argument):
         path = Path(frame.f_code.co_filename)
-        if event == "call" and str(path).startswith(package) and path.stem not in ("overhead", "budget", "stopwatch"):
+        if event == "call" and str(path).startswith(package) and path.stem not in MEASURING:
             seen[frame.f_code.co_name] += 1
 
     gc.collect()
