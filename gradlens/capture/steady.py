@@ -176,6 +176,7 @@ class SteadyRoute:
             step.reduced = entered.number
         elif self._local and (added or entered.left != ended):
             self._pass(entered, step, rows, filled)
+        entered.arrivals.onto.clear()  # what was held is not to live on
         self._doubted = False
         return True
 
