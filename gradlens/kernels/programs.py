@@ -60,7 +60,7 @@ _COMPARED, _MOVING, _FLIPPED, _P_DOT, _G_SQUARE, _P_SQUARE = (tl.constexpr(field
 _SUMMARY, _TOP = tl.constexpr(len(fields.SUMMARY)), tl.constexpr(fields.TOP)
 _WIDTH, _LIGHT_WIDTH, _HISTOGRAM = (tl.constexpr(at) for at in (fields.WIDTH, fields.LIGHT_WIDTH, fields.HISTOGRAM.start))
 _QUANTILE = tl.constexpr(fields.QUANTILE.start)
-_Q05, _Q25, _Q50, _Q75, _Q95 = map(tl.constexpr, fields.QUANTILES.values())
+_SHARES = tl.constexpr(tuple(fields.QUANTILES.values()))
 _BUCKETS, _BINS = tl.constexpr(fields.BUCKETS), tl.constexpr(BINS)
 _LOWEST, _HIGHEST = tl.constexpr(fields.EXPONENT_MIN), tl.constexpr(fields.EXPONENT_MAX)
 _PARTIALS, _INDICES, _VALUES = (
@@ -535,21 +535,22 @@ def _largest(
 
 
 @triton.jit
-def _quantile(histogram, zero, low, high, q: tl.constexpr):
+def _write_quantiles(row, histogram, zero, low, high):
     """As `fields.quantiles`: the one bucket that holds the rank, and the place in it. Negative buckets rise by magnitude."""
-    bins = tl.arange(0, _BINS)
-    passed = tl.cumsum(histogram, axis=0)
-    negatives = tl.sum(tl.where(bins < _BUCKETS, histogram, 0.0))
-    after = tl.where(bins < _BUCKETS, negatives - passed + histogram, zero + passed)
+    buckets = tl.arange(0, _BINS)
+    negative = buckets < _BUCKETS
     total = tl.sum(histogram) + zero
-    rank = (tl.maximum(total - 1, 0.0) * q).to(tl.int64).to(tl.float64)
-    here = (after > rank) & (after - histogram <= rank)
-    exponent = (bins % _BUCKETS + _LOWEST).to(tl.int64)
-    power = ((exponent + 1023) << 52).to(tl.float64, bitcast=True)
-    start = tl.where(bins < _BUCKETS, -2 * power, power)
-    share = (rank - (after - histogram) + 0.5) / tl.maximum(histogram, 1.0)
-    value = tl.sum(tl.where(here, start + share * power, 0.0))  # 0 where no bucket is: the rank is that of a zero
-    return tl.where(total > 0, tl.minimum(tl.maximum(value, low), high), float("nan"))
+    negatives, passed = tl.sum(tl.where(negative, histogram, 0.0)), tl.cumsum(histogram, axis=0)
+    after = tl.where(negative, negatives - passed + histogram, zero + passed)
+    power = (((buckets % _BUCKETS + _LOWEST).to(tl.int64) + 1023) << 52).to(tl.float64, bitcast=True)
+    start = tl.where(negative, -2 * power, power)
+    for i in tl.static_range(5):
+        rank = (tl.maximum(total - 1, 0.0) * _SHARES[i]).to(tl.int64).to(tl.float64)
+        here = (after > rank) & (after - histogram <= rank)
+        share = (rank - (after - histogram) + 0.5) / tl.maximum(histogram, 1.0)
+        value = tl.sum(tl.where(here, start + share * power, 0.0))  # 0 where no bucket is: the rank is that of a zero
+        value = tl.where(total > 0, tl.minimum(tl.maximum(value, low), high), float("nan"))
+        tl.store(row + _QUANTILE + i, value)
 
 
 @triton.jit
@@ -578,11 +579,7 @@ def _close(
     low = tl.min(tl.where(columns == _MIN, least, _INF))
     high = tl.max(tl.where(columns == _MAX, most, -_INF))
     histogram = counts.to(tl.float64)
-    tl.store(row + _QUANTILE, _quantile(histogram, zero, low, high, _Q05))
-    tl.store(row + _QUANTILE + 1, _quantile(histogram, zero, low, high, _Q25))
-    tl.store(row + _QUANTILE + 2, _quantile(histogram, zero, low, high, _Q50))
-    tl.store(row + _QUANTILE + 3, _quantile(histogram, zero, low, high, _Q75))
-    tl.store(row + _QUANTILE + 4, _quantile(histogram, zero, low, high, _Q95))
+    _write_quantiles(row, histogram, zero, low, high)
     if DETAIL:
         tl.store(row + _HISTOGRAM + tl.arange(0, _BINS), histogram)
 
