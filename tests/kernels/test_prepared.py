@@ -78,6 +78,21 @@ def test_three_steps_give_what_the_general_calls_give(general, dtype, detail, fl
             assert case.call.compare(gradients) is None
 
 
+@pytest.mark.parametrize("threads", [2, 3, 4])
+def test_samples_of_a_tensor_that_threads_share_are_those_of_one_thread(threads, monkeypatch):
+    """Whichever thread comes last to a tensor that is cut between them, all its samples stay."""
+    monkeypatch.setattr(native, "THREADED", 0)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    case = Case()
+    for step in range(5):
+        gradients = some(seed=100 * step)
+        reading = case.call.read(gradients)
+        assert torch.equal(bits(reading.gradient_samples), bits(kernels.sample(gradients)))
+        assert torch.equal(bits(reading.weight_samples), bits(kernels.sample(case.weights)))
+        assert case.call.unchanged(gradients) == (True, True)
+        assert case.call.compare(gradients) is not None
+
+
 def test_the_copy_is_of_the_weights_as_they_were_read():
     """So that it is the copy from before the step; and none is made where none is asked for."""
     case = Case()
@@ -160,6 +175,30 @@ def test_weights_that_moved_are_refused(move):
     assert case.call.compare(gradients) is None
     assert case.call.unchanged(gradients) == (False, False)
     assert case.call.read(gradients) is None
+
+
+@pytest.mark.parametrize("general", [False, True], ids=["native", "general"])
+def test_a_call_goes_on_from_what_a_longer_one_has_read(general):
+    """With its samples: it tells what was written since, and compares with the weights that the longer one has copied."""
+    case, gradients = Case(general=general), some(seed=1)
+    samples, some_rows = case.call.read(gradients).samples, slice(1, 5)
+    weights, given = case.weights[some_rows], gradients[some_rows]
+    before = kernels.StableTensors(case.before[some_rows])
+    if general:
+        part = GeneralPrepared(kernels._backend(weights), weights, None, before)
+    else:
+        part = kernels.prepare(weights, None, before)
+    assert part.unchanged(given) == (False, False)
+    assert part.take_over(given, samples[some_rows])
+    assert part.unchanged(given) == (True, True)
+    with torch.no_grad():
+        weights[2].sub_(0.25)
+    assert part.unchanged(given) == (True, False)
+    assert torch.equal(bits(part.compare(given)), bits(kernels.compare(given, case.before[some_rows], weights)))
+    given[2].data.mul_(2)
+    assert not part.unchanged(given)[0]
+    assert part.compare(given) is None
+    assert not part.take_over(given[1:], samples[some_rows])
 
 
 def test_a_gradient_that_was_freed_is_not_read_again():
