@@ -353,6 +353,21 @@ def ties_over_chunks():
 
 
 @case
+def ties_in_strips():
+    """More lanes than places, and what comes first in one lane comes again in it after others."""
+    wide = triton.Triton(triton.Sizes(tile=32, chunk=128, programs=8, fan=3, merged=2, peaks=4, searched=8))
+    g = torch.zeros(200)
+    g[:16], g[96:112], g[48:64], g[130:] = 1.0, -1.0, -1.0, 1.0
+    assert summaries_agree([g], kernel=wide)[0, fields.TOP_INDEX].tolist() == list(range(16))
+    g[3], g[131] = 0.0, 2.0
+    expected = [131, 0, 1, 2, *range(4, 16)]
+    assert summaries_agree([g], kernel=wide)[0, fields.TOP_INDEX].tolist() == expected
+    random = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        summaries_agree([torch.randint(-2, 3, (500,), generator=random).float()], kernel=wide)
+
+
+@case
 def the_largest_wherever_they_are():
     short = triton.Triton(triton.Sizes(tile=8, chunk=8, programs=64, fan=4, merged=16, peaks=8, searched=8))
     rising = torch.arange(150.0)
