@@ -19,7 +19,8 @@ from array import array
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import partial, reduce
+from operator import or_
 from typing import Any, NamedTuple
 
 import torch
@@ -245,12 +246,12 @@ class Group:
         blocks = [-(-count // sizes.fan) if count > sizes.fan else 0 for count in counts]
         table, owners, block, first = array("q"), array("q"), 0, sum(blocks)
         for i, (row, entries) in enumerate(self.members):
-            table.extend((entries, first, block, counts[i], row, self.strides[i], 0, 0))
-            size_of_axes, *strides = self.layouts[i]
-            table.extend(size_of_axes)
-            for address, steps in zip(self.addresses[i], strides, strict=True):
-                table.append(address)
-                table.extend(steps)
+            table.extend((entries, first, block, counts[i], row, self.strides[i], 0, 0, *self.layouts[i][0]))
+            if self.axes:
+                for address, steps in zip(self.addresses[i], self.layouts[i][1:], strict=True):
+                    table.extend((address, *steps))
+            else:
+                table.extend(self.addresses[i])
             owners.extend(range(i << 32, (i << 32) + counts[i]))
             first, block = first + counts[i], block + blocks[i]
         return table, owners, array("q", bytes(8 * block))
@@ -325,7 +326,7 @@ class _Work:
             return False
         addresses = [0 if tensor is None else tensor.data_ptr() for tensor in operands]
         types = tuple(None if tensor is None else self._types[tensor.dtype] for tensor in operands)
-        aligned = not any(address % 16 for address in addresses)
+        aligned = not reduce(or_, addresses) % 16
         key = (types, len(layout[0]), aligned)
         into = self.groups.get(key)
         if into is None:
@@ -375,6 +376,8 @@ def _end(tensor: Tensor) -> int:
 
 def _extent(tensor: Tensor) -> int:
     """From its first entry to its last, in entries."""
+    if tensor.is_contiguous():
+        return tensor.numel()
     return 1 + sum((n - 1) * int(stride) for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
