@@ -291,7 +291,7 @@ class Optimizers:
         never called.
         """
         slots, ids = self.slots_by_id(), parameter_ids(optimizer)
-        moved = [slots[i] for i in ids if i in slots]
+        moved = [slot for i, slot in slots.items() if i in ids]
         inner = [w for w in self.watched if (given := w.ref()) is not None and holds(optimizer, given)]
         for watched in inner:
             watched.wrapped = True  # its own hooks fire too, and are those of the step's end
