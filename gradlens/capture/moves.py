@@ -43,7 +43,7 @@ class Moves:
             if closure is None:
                 self._steps.finish_passes()
         if self._steps.due:
-            self._steps.finish_due(watched, [method.owner for method in stack.methods])
+            self._steps.finish_due(watched, [owner for owner, _ in stack.methods])
         if outside and closure is not None:
             self._steps.backward_comes()
         elif outside and self._steps.current.stepped:
@@ -167,7 +167,7 @@ class Moves:
                 return
             if around is not None:
                 watched.wrapped = True
-                self._steps.due.append(Due(step, watched, skipped, id(around)))
+                self._steps.due.append(Due(step, watched, skipped, around))
             else:
                 self._step_reader.read_update(step, watched, optimizer, skipped)
 

@@ -217,13 +217,13 @@ class Steps:
             self._sink(StepClosed(closed.number, closed.scalars))
         self._without_backward.clear()
 
-    def finish_due(self, begins: WatchedOptimizer | None = None, within: Sequence[Any] = ()) -> None:
+    def finish_due(self, begins: WatchedOptimizer | None = None, within: Sequence[int] = ()) -> None:
         """Read the updates of optimizers that were inside another object's step, which is over now.
 
-        Where an optimizer `begins` within such a step, those of the other optimizers that it holds are not over.
+        Where an optimizer `begins` within such steps, of objects whose ids are `within`, those of the other optimizers that
+        these hold are not over.
         """
-        around = set(map(id, within))
-        due = [each for each in self.due if each.around not in around or each.optimizer is begins]
+        due = [each for each in self.due if each.around not in within or each.optimizer is begins]
         self._finish(due)
 
     def finish_due_within(self, wrapper: Any) -> None:
