@@ -28,31 +28,33 @@ class OpenTables:
         self.last: Table | None = None  #: the last `backward` table, which `used` may copy
         self.copied = False  #: the `used` rows of the open step are those of `backward`
         self.count = 0  #: tables that were made
+        self._rank = 0  # of this process, as it was when the first of these tables was made
 
     def of(self, key: TableKey, parameters: Parameters) -> Table:
         """The table, made where there is none: without rows."""
         table = self.tables.get(key)
         if table is None:
-            table = self._made(Table(*key, parameters, time.time(), notes=[Note.ELSEWHERE] * len(parameters)))
+            table = self._made(key, Table(*key, parameters, time.time(), notes=[Note.ELSEWHERE] * len(parameters)))
         table.host = False  # what is added may be a device's
         return table
 
     def whole(self, key: TableKey, parameters: Parameters, pieces: list[Piece]) -> Table:
         """A table of the host's numbers that is complete at once, in place of any other."""
-        return self._made(Table(*key, parameters, time.time(), pieces=pieces, complete=True, host=True))
+        return self._made(key, Table(*key, parameters, time.time(), pieces=pieces, complete=True, host=True))
 
-    def _made(self, table: Table) -> Table:
-        table.rank = process_group.rank()
-        self.tables[TableKey(table.step, table.backward, Stage(table.stage))] = table
+    def _made(self, key: TableKey, table: Table) -> Table:
+        if not self.tables:
+            self._rank = process_group.rank()
+        table.rank = self._rank
+        self.tables[key] = table
         self.count += 1
         return table
 
     def ended(self, table: Table) -> None:
         """This backward has ended: those before it leave, so that memory stays bounded."""
-        older: list[Table] = []
         if len(self.tables) > 1:
             older = [t for t in self.tables.values() if t.complete and (t.step, t.backward) < (table.step, table.backward)]
-        self.send([t for t in older if t.stage != Stage.USED] if older else older, {})
+            self.send([t for t in older if t.stage != Stage.USED], {})
         self.last = table
 
     def send_until(self, key: TableKey) -> None:
@@ -79,4 +81,4 @@ class OpenTables:
         """Hand them to the recorder."""
         self.recorder.send(list(tables), scalars, [self.losses.get((table.step, table.backward)) for table in tables])
         for table in tables:
-            self.tables.pop(TableKey(table.step, table.backward, Stage(table.stage)), None)
+            self.tables.pop((table.step, table.backward, table.stage), None)  # type: ignore[call-overload]

@@ -106,7 +106,8 @@ class TableBuilder:
         """A prepared call; or else what the event stands for, one by one."""
         answer, failures = self._steady_handlers.get(type(event)), self.failures
         fine = not failures.any or not (failures.lately(_PARTS) or failures.off(_PREPARED))
-        if answer is not None and fine and not capturing_cuda_graph():
+        # The later parts of a step rest on the reading: where that was by a prepared call, everything is on the CPU.
+        if answer is not None and fine and not (type(event) is SteadyReading and capturing_cuda_graph()):
             try:
                 if answer(event):
                     if failures.any:
