@@ -77,6 +77,9 @@ class Prepared(Protocol):
     def read(self, gradients: Sequence[Tensor], detail: bool = True, copy: bool = True) -> GradientRows | None:
         """Read the gradients; None where these calls fit gradients or weights no longer. `copy`: copy the weights too."""
 
+    def take_over(self, gradients: Sequence[Tensor], samples: Tensor) -> bool:
+        """Another call has read these gradients and copied the weights, with these samples; False where they do not fit."""
+
     def unchanged(self, gradients: Sequence[Tensor]) -> tuple[bool, bool]:
         """Whether the samples of the gradients, and of the weights, equal those that `read` took.
 
@@ -120,6 +123,11 @@ class GeneralPrepared:
         samples = torch.cat([self._backend.sample(gradients), self._backend.sample(self._weights)], 1)
         self._read = GradientRows(rows, samples, samples[:, : reference.SAMPLES])
         return self._read
+
+    def take_over(self, gradients: Sequence[Tensor], samples: Tensor) -> bool:
+        """As `Prepared.take_over`."""
+        self._read = GradientRows(samples, samples, samples[:, : reference.SAMPLES])
+        return len(gradients) == len(self._weights)
 
     def unchanged(self, gradients: Sequence[Tensor]) -> tuple[bool, bool]:
         """As `Prepared.unchanged`."""
@@ -226,6 +234,17 @@ class NativePrepared:
             self._calls.gradlens_read(at, n, rows.data_ptr(), samples.data_ptr(), threads, variant, detail)
             self._samples = samples
             return GradientRows(rows, samples, gradient_samples)
+
+    def take_over(self, gradients: Sequence[Tensor], samples: Tensor) -> bool:
+        """As `Prepared.take_over`."""
+        self._samples, tasks = None, self._tasks
+        with torch._C.DisableTorchFunction():
+            if len(gradients) != len(self._weights) or native.modes_are_active():
+                return False
+            if not (self._kernel.is_same(self._weights, tasks, _W) and self._kernel.fill(gradients, tasks, _G)):
+                return False
+        self._samples = samples
+        return True
 
     def unchanged(self, gradients: Sequence[Tensor]) -> tuple[bool, bool]:
         """As `Prepared.unchanged`."""
