@@ -15,10 +15,11 @@ from torch.profiler import ProfilerActivity, profile
 
 import gradlens
 from gradlens import kernels
+from gradlens.kernels import native
 
 
 @pytest.fixture(autouse=True)
-def native():
+def native_kernel():
     if kernels._native() is None:
         pytest.skip("the native kernel was not built")
 
@@ -115,10 +116,10 @@ def test_reading_inside_hooks_is_one_reading_a_parameter():
 # --- calls of Python and of the kernel ----------------------------------------------------------------------------------
 
 
-def training(layers, micro=1, clip=False, hooks=False, scaled=False, **watch):
+def training(layers, micro=1, clip=False, hooks=False, scaled=False, width=8, **watch):
     """A watched training that goes by the book: its lens, and one step of it."""
     torch.manual_seed(0)
-    model, x = nn.Sequential(*(nn.Linear(8, 8) for _ in range(layers))), torch.randn(4, 8)
+    model, x = nn.Sequential(*(nn.Linear(width, width) for _ in range(layers))), torch.randn(4, width)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for parameter in model.parameters() if hooks else ():
         parameter.register_post_accumulate_grad_hook(lambda p: None)
@@ -218,7 +219,7 @@ class Counting:
         return counted
 
 
-def native_calls(monkeypatch, micro=1, clip=False, hooks=False, scaled=False):
+def native_calls(monkeypatch, micro=1, clip=False, hooks=False, scaled=False, width=8):
     """Of one step, not among the first."""
     counts, kernel = Counter(), kernels._native()
     asking = kernel.introspector
@@ -230,7 +231,7 @@ def native_calls(monkeypatch, micro=1, clip=False, hooks=False, scaled=False):
     counting = replace(kernel, library=Counting(kernel.library, counts), holding=Counting(kernel.holding, counts))
     counting = replace(counting, introspector=asking and asking._replace(stayed=stayed))
     monkeypatch.setattr(kernels, "_native", lambda: counting)
-    lens, step = training(10, micro, clip, hooks, scaled)
+    lens, step = training(10, micro, clip, hooks, scaled, width)
     counts.clear()
     step()
     lens.close()
@@ -240,6 +241,15 @@ def native_calls(monkeypatch, micro=1, clip=False, hooks=False, scaled=False):
 def test_four_native_calls_a_step(monkeypatch):
     """Gradients and weights are read once, and the weights once more when they have moved; the rest looks at samples."""
     assert native_calls(monkeypatch) == {"read": 1, "unchanged": 2, "compare": 1}
+
+
+@pytest.mark.parametrize("threads", [3, 4])
+def test_as_many_native_calls_where_the_kernel_has_threads(monkeypatch, threads):
+    """Tensors that are cut between threads are as steady as others."""
+    monkeypatch.setattr(native, "THREADED", 0)
+    monkeypatch.setattr(native, "BRIEF", 0)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert native_calls(monkeypatch, width=80) == {"read": 1, "unchanged": 2, "compare": 1}
 
 
 @pytest.mark.parametrize(("clip", "scaled"), [(True, False), (False, True), (True, True)])

@@ -828,7 +828,7 @@ INLINE void summarize_piece(const task *t, const int64_t *layouts, int64_t start
             is_wide |= walks[operand].type == FLOAT64;
         }
     int next = 0;
-    if (samples && start == 0)
+    if (samples && t->count < SAMPLES) /* of longer ones each place is filled, some of them by another thread */
         memset(samples, 0, sizeof *samples * 2 * SAMPLES);
     while (samples && next < SAMPLES && sample_place(t->count, next) < start)
         next++;

@@ -78,6 +78,21 @@ def test_three_steps_give_what_the_general_calls_give(general, dtype, detail, fl
             assert case.call.compare(gradients) is None
 
 
+@pytest.mark.parametrize("threads", [2, 3, 4])
+def test_samples_of_a_tensor_that_threads_share_are_those_of_one_thread(threads, monkeypatch):
+    """Whichever thread comes last to a tensor that is cut between them, all its samples stay."""
+    monkeypatch.setattr(native, "THREADED", 0)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    case = Case()
+    for step in range(5):
+        gradients = some(seed=100 * step)
+        reading = case.call.read(gradients)
+        assert torch.equal(bits(reading.gradient_samples), bits(kernels.sample(gradients)))
+        assert torch.equal(bits(reading.weight_samples), bits(kernels.sample(case.weights)))
+        assert case.call.unchanged(gradients) == (True, True)
+        assert case.call.compare(gradients) is not None
+
+
 def test_the_copy_is_of_the_weights_as_they_were_read():
     """So that it is the copy from before the step; and none is made where none is asked for."""
     case = Case()
