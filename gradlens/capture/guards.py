@@ -10,7 +10,6 @@ import functools
 import os
 import weakref
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -43,7 +42,7 @@ class Guard:
     """What guards need to know of one lens."""
 
     fault: Callable[[str, Exception], None]
-    timed: AbstractContextManager[None]
+    timed: Callable[..., Any]  #: calls what it is given, with the rest of its arguments, and takes the time
     pid: int = field(default_factory=os.getpid)
 
     def forked(self) -> bool:
@@ -95,8 +94,7 @@ def guarded(where: str, *, eager: bool = True) -> Callable[[Callable[..., Any]],
                     if tool is None or os.getpid() != pid:
                         return None
                     try:
-                        with timed:
-                            return entry.call(tool, *args)
+                        return timed(entry.call, tool, *args)
                     except Exception as error:  # noqa: BLE001 - nothing of ours is raised in a training step
                         fault(where, error)
                     return None

@@ -45,6 +45,7 @@ _BYTES = {torch.float32: 4, torch.float64: 8, torch.bfloat16: 2, torch.float16: 
 _OPERANDS, _TASK = 5, 12  # numbers of a task: the addresses, the types, a count, and where the layout stands
 _AXES = 8  # tensors of more are left to the reference
 _TYPE, _ON_CPU = attrgetter("dtype"), attrgetter("is_cpu")
+_OPTIONAL = {*PLAIN, type(None)}
 _NOWHERE = 1  # stands for the address of an empty tensor, which is never read: 0 says that there is no tensor
 _GAP = -1  # stands for the count of a tensor that is not there
 
@@ -105,7 +106,8 @@ class Introspector(NamedTuple):
 
     fill: Callable[[Sequence[Any], array, int], bool]  #: writes an operand into tasks, if all are plain
     same: Callable[[Sequence[Any], array, int], bool]  #: whether all are where and what the tasks say
-    stayed: Callable[[list[Any], list[Any], array, Tensor, bool], int]  #: gradients, weights: then `unchanged`
+    refill: Callable[[Sequence[Any], Sequence[Any], array], bool]  #: as `Native.refill`
+    stayed: Callable[[list[Any], list[Any], array, int, bool], int]  #: gradients, weights: then `unchanged`
 
 
 class _Exchange(ctypes.Structure):
@@ -155,18 +157,20 @@ def _introspector(path: Path) -> Introspector | None:
     agree.argtypes = (*[ctypes.c_void_p] * 2, *[ctypes.py_object] * 2, ctypes.c_int64, *[ctypes.c_void_p] * 2, ctypes.c_int)
     agree.restype = ctypes.c_int
 
-    def stayed(gradients: list[Any], weights: list[Any], tasks: array, samples: Tensor, exact: bool) -> int:
+    def stayed(gradients: list[Any], weights: list[Any], tasks: array, samples: int, exact: bool) -> int:
         try:
             at = tasks.buffer_info()[0]
-            return int(agree(*functions, gradients, weights, len(gradients), at, samples.data_ptr(), exact))
+            return agree(*functions, gradients, weights, len(gradients), at, samples, exact)  # type: ignore[no-any-return]
         except (RuntimeError, BufferError):
             return 0
 
     def asked(column: Sequence[Any], tasks: array, operand: int) -> bool:
         objects, kinds = list(column), set(map(type, column))
-        tensors = [tensor for tensor in objects if tensor is not None] if type(None) in kinds else objects
-        if not kinds <= {*PLAIN, type(None)}:
-            return False
+        tensors = objects
+        if not kinds <= PLAIN:
+            if not kinds <= _OPTIONAL:
+                return False
+            tensors = [tensor for tensor in objects if tensor is not None]
         try:
             if any(map(Tensor.is_neg, tensors)):
                 return False
@@ -177,7 +181,22 @@ def _introspector(path: Path) -> Introspector | None:
         except (RuntimeError, BufferError):  # no storage at all: sparse, opaque, or inside a transform
             return False
 
-    return Introspector(asked, same, stayed)
+    def refill(weights: Sequence[Any], gradients: Sequence[Any], tasks: array) -> bool:
+        both, n = [*weights, *gradients], len(weights)
+        if not set(map(type, both)) <= PLAIN:
+            return False
+        objects, at = both[n:], tasks.buffer_info()[0]
+        try:
+            if any(map(Tensor.is_neg, both)):
+                return False
+            offsets = array("q", map(Tensor.storage_offset, objects))  # type: ignore[type-var]
+            sizes = array("q", map(len, map(Tensor.untyped_storage, objects)))
+            there = offsets.buffer_info()[0], sizes.buffer_info()[0]
+            return bool(compare(*functions, both, n, at, 1) and ask(*functions, objects, id(None), *there, n, at, 0))
+        except (RuntimeError, BufferError):
+            return False
+
+    return Introspector(asked, same, refill, stayed)
 
 
 def _columns() -> str:
@@ -238,10 +257,14 @@ class Native:
         facts = _facts(list(column), straight=True)
         return facts is not None and _fits(facts, tasks, operand)
 
-    def unchanged(
-        self, gradients: list[Tensor], weights: list[Tensor], tasks: array, samples: Tensor, *, exact: bool
-    ) -> int:
-        """1 for the gradients, if they are where and what the tasks say with these samples, plus 2 for the weights.
+    def refill(self, weights: Sequence[Tensor], gradients: Sequence[Tensor], tasks: array) -> bool:
+        """Write other gradients into tasks that have been filled, if the weights are still where and what these say."""
+        if self.introspector is not None:
+            return self.introspector.refill(weights, gradients, tasks)
+        return self.is_same(weights, tasks, 1) and self.fill(gradients, tasks, 0)
+
+    def unchanged(self, gradients: list[Tensor], weights: list[Tensor], tasks: array, samples: int, exact: bool) -> int:
+        """1 for the gradients, if they are where and what the tasks say with the samples there, plus 2 for the weights.
 
         0 where any is not where and what the tasks say; lazy bits and the size of storages are not asked. `exact`: where
         weights were copied, all of them are compared with the copy.
@@ -250,10 +273,11 @@ class Native:
             return 0
         if self.introspector is not None:
             return self.introspector.stayed(gradients, weights, tasks, samples, exact)
-        if not (self.is_same(gradients, tasks, 0, lazy=False) and self.is_same(weights, tasks, 1, lazy=False)):
-            return 0
+        with torch._C.DisableTorchFunction():
+            if not (self.is_same(gradients, tasks, 0, lazy=False) and self.is_same(weights, tasks, 1, lazy=False)):
+                return 0
         calls = self.library if self.holding is None else self.holding
-        return int(calls.gradlens_unchanged(tasks.buffer_info()[0], len(gradients), samples.data_ptr(), exact))
+        return int(calls.gradlens_unchanged(tasks.buffer_info()[0], len(gradients), samples, exact))
 
     def is_same(self, column: Sequence[Tensor], tasks: array, operand: int, *, lazy: bool = True) -> bool:
         """Whether these are plain tensors of the tasks' types, sizes and addresses.

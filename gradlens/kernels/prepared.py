@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
+from itertools import count
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
@@ -53,19 +54,30 @@ class GradientRows(NamedTuple):
         return self.samples[:, reference.SAMPLES :]
 
 
+class Room(NamedTuple):
+    """Memory for the rows of one call."""
+
+    rows: Tensor  #: `[n, width]`
+    part: Tensor  #: its first columns, or all of it
+    address: int
+
+
 class Rooms:
     """Memory for rows of one width, made for several steps at once: a new tensor takes 10 us when the caches are cold."""
 
-    def __init__(self, n: int, width: int, part: int) -> None:
-        self._shape, self._part = (max(min(TOGETHER // max(n * width, 1), MOST), 1), n, width), min(part, width)
-        self._left: list[tuple[Tensor, Tensor]] = []
+    def __init__(self, n: int, width: int, part: int | None = None) -> None:
+        self._shape, self._part = (max(min(TOGETHER // max(n * width, 1), MOST), 1), n, width), part
+        self._left: list[Room] = []
 
-    def take(self) -> tuple[Tensor, Tensor]:
-        """A tensor `[n, width]`, and its first `part` columns; ordinary tensors, in inference mode too."""
+    def take(self) -> Room:
+        """A room of ordinary tensors, in inference mode too."""
         if not self._left:
-            with torch.inference_mode(False), torch.no_grad():
+            _, n, width = self._shape
+            with torch._C.DisableTorchFunction(), torch.inference_mode(False), torch.no_grad():
                 made = torch.empty(self._shape, dtype=torch.float64, device="cpu")
-                self._left = list(zip(made.unbind(0), made.narrow(2, 0, self._part).unbind(0), strict=True))
+                rows, start = made.unbind(0), made.data_ptr()
+                parts = rows if self._part is None else made.narrow(2, 0, self._part).unbind(0)
+            self._left = list(map(Room, rows, parts, count(start, 8 * n * width)))
         return self._left.pop()
 
 
@@ -157,12 +169,12 @@ class NativePrepared:
 
     def __init__(self, kernel: native.Native, weights: Sequence[Tensor]) -> None:
         self._kernel, self._weights = kernel, list(weights)
-        self._tasks, self._moves = native.empty_tasks(len(weights)), native.empty_tasks(len(weights))
-        self._samples: Tensor | None = None
-        widths = reference.width(True), reference.width(False), 2 * reference.SAMPLES, len(fields.UPDATES)
-        self._detailed, self._light, self._sampled, self._moved = (
-            Rooms(len(weights), width, reference.SAMPLES) for width in widths
-        )
+        n = len(weights)
+        self._tasks, self._moves = native.empty_tasks(n), native.empty_tasks(n)
+        self._at, self._moves_at = self._tasks.buffer_info()[0], self._moves.buffer_info()[0]  # they never grow
+        self._samples: Room | None = None  # of what was read last
+        self._detailed, self._light = Rooms(n, reference.width(True)), Rooms(n, reference.width(False))
+        self._sampled, self._moved = Rooms(n, 2 * reference.SAMPLES, reference.SAMPLES), Rooms(n, len(fields.UPDATES))
         self._rooms: list[StableTensors] = []  # referred to: their addresses are in the tasks
         self._copies = self._no_copies = array("q", bytes(8 * len(weights)))
         self._has_previous = self._has_before = False
@@ -208,32 +220,22 @@ class NativePrepared:
         self._brief, self._threaded = entries < native.BRIEF, entries >= native.THREADED
         return native.own_memory([room for rooms in self._rooms for room in rooms], self._weights)
 
-    def _unchanged(self, gradients: Sequence[Tensor], *, exact: bool = False) -> int:
-        """1 for these gradients, if they are those that were read last, plus 2 for the weights: as `gradlens_unchanged`."""
-        samples, tasks = self._samples, self._tasks
-        if samples is None or len(gradients) != len(self._weights) or native.modes_are_active():
-            return 0
-        return self._kernel.unchanged(list(gradients), self._weights, tasks, samples, exact=exact)
-
     def read(self, gradients: Sequence[Tensor], detail: bool = True, copy: bool = True) -> GradientRows | None:
         """As `Prepared.read`."""
-        self._samples, tasks, n = None, self._tasks, len(self._weights)
+        self._samples, tasks, n, kernel = None, self._tasks, len(self._weights), self._kernel
         with torch._C.DisableTorchFunction():
-            if len(gradients) != n or native.modes_are_active():
-                return None
-            if not (self._kernel.is_same(self._weights, tasks, _W) and self._kernel.fill(gradients, tasks, _G)):
+            if len(gradients) != n or native.modes_are_active() or not kernel.refill(self._weights, gradients, tasks):
                 return None
             if self._has_previous and native.types(tasks, _G) != self._kept_types:
                 return None
             if copy is not self._copying:
                 native.set_addresses(tasks, _COPY, self._copies if copy else self._no_copies)
                 self._copying = copy
-            rows = self._detailed.take()[0] if detail else self._light.take()[0]
-            samples, gradient_samples = self._sampled.take()
-            at, threads, variant = tasks.buffer_info()[0], self._threads(), self._kernel.variant
-            self._calls.gradlens_read(at, n, rows.data_ptr(), samples.data_ptr(), threads, variant, detail)
-            self._samples = samples
-            return GradientRows(rows, samples, gradient_samples)
+            room, sampled = self._detailed.take() if detail else self._light.take(), self._sampled.take()
+            threads = torch.get_num_threads() if self._threaded else 1
+            self._calls.gradlens_read(self._at, n, room.address, sampled.address, threads, kernel.variant, detail)
+        self._samples = sampled
+        return GradientRows(room.rows, sampled.rows, sampled.part)
 
     def take_over(self, gradients: Sequence[Tensor], samples: Tensor) -> bool:
         """As `Prepared.take_over`."""
@@ -248,31 +250,32 @@ class NativePrepared:
 
     def unchanged(self, gradients: Sequence[Tensor]) -> tuple[bool, bool]:
         """As `Prepared.unchanged`."""
-        with torch._C.DisableTorchFunction():
-            same = self._unchanged(gradients, exact=self._brief)
+        same = self._unchanged(gradients, exact=self._brief)
         return bool(same & 1), bool(same & 2)
+
+    def _unchanged(self, gradients: Sequence[Tensor], *, exact: bool = False) -> int:
+        """1 for these gradients, if they are those that were read last, plus 2 for the weights: as `gradlens_unchanged`."""
+        samples = self._samples
+        if samples is None or len(gradients) != len(self._weights) or native.modes_are_active():
+            return 0
+        return self._kernel.unchanged(list(gradients), self._weights, self._tasks, samples.address, exact)
 
     def compare(self, gradients: Sequence[Tensor]) -> Tensor | None:
         """As `Prepared.compare`."""
-        moves, n = self._moves, len(self._weights)
-        with torch._C.DisableTorchFunction():
-            if not (self._has_before and self._unchanged(gradients) & 1):
-                return None
-            native.copy_operand(self._tasks, _G, moves, _USED)
-            rows = self._moved.take()[0]
-            at, threads, variant = moves.buffer_info()[0], self._threads(), self._kernel.variant
-            self._calls.gradlens_compare(at, n, native.NO_LAYOUTS, rows.data_ptr(), threads, variant)
-            return rows
-
-    def _threads(self) -> int:
-        return torch.get_num_threads() if self._threaded else 1
+        if not (self._has_before and self._unchanged(gradients) & 1):
+            return None
+        native.copy_operand(self._tasks, _G, self._moves, _USED)
+        room, threads = self._moved.take(), torch.get_num_threads() if self._threaded else 1
+        at, n, variant = self._moves_at, len(self._weights), self._kernel.variant
+        self._calls.gradlens_compare(at, n, native.NO_LAYOUTS, room.address, threads, variant)
+        return room.rows
 
 
 class RowRooms:
     """Memory for single rows, which the calls of all parameters share."""
 
     def __init__(self) -> None:
-        self.detailed, self.light = (Rooms(1, reference.width(detail), 1) for detail in (True, False))
+        self.detailed, self.light = (Rooms(1, reference.width(detail)) for detail in (True, False))
 
 
 class RowCall:
@@ -311,9 +314,9 @@ class RowCall:
                 return None
             if self._previous is not None and native.types(task, _G) != self._kept_type:
                 return None
-            rows = (self._rooms.detailed if detail else self._rooms.light).take()[0]
+            room = (self._rooms.detailed if detail else self._rooms.light).take()
             entries = gradient.numel()
             calls, threads = kernel.library_for(entries), native.threads_for(entries)
             call = calls.gradlens_summarize if detail else calls.gradlens_summarize_light
-            done = call(task.buffer_info()[0], 1, native.NO_LAYOUTS, rows.data_ptr(), threads, kernel.variant)
-        return rows if done else None
+            done = call(task.buffer_info()[0], 1, native.NO_LAYOUTS, room.address, threads, kernel.variant)
+        return room.rows if done else None

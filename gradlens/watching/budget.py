@@ -34,15 +34,17 @@ class BudgetedSchedule:
         if self._begun:
             self._meter.step_ended(self._observed)
         self._begun = self._observed = True  # should the schedule raise, the step is observed
-        self._observed = bool(self._schedule(step)) and self._affordable()
-        if self.budget is not None and not self._told and self._meter.settled and self._meter.floor_share > self.budget:
-            self._told = True
-            self._tell(self._meter.floor_share)
+        self._observed = bool(self._schedule(step))
+        if self.budget is not None:
+            self._observed = self._observed and self._affordable(self.budget)
+            if not self._told and self._meter.settled and self._meter.floor_share > self.budget:
+                self._told = True
+                self._tell(self._meter.floor_share)
         return self._observed
 
-    def _affordable(self) -> bool:
-        budget, meter = self.budget, self._meter
-        if budget is None or meter.observed < START:
+    def _affordable(self, budget: float) -> bool:
+        meter = self._meter
+        if meter.observed < START:
             return True
         cost, since = meter.cost, meter.since + meter.typical
         if cost > RUSH * budget * since:

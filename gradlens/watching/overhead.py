@@ -203,7 +203,8 @@ class Meter:
         hidden: float = HIDDEN,
     ) -> None:
         self._stopwatch, self._background, self._now = stopwatch, background, now
-        self._last, self._spent, self._paused, self._worked = now(), stopwatch.seconds, 0.0, background()
+        self._last, self._worked = now(), background()
+        self._spent, self._paused = stopwatch.at(self._last)
         self._expected = hidden
         self._observed = False  # the step before
         self._recent: deque[float] = deque(maxlen=4 * NEAR)
@@ -236,14 +237,15 @@ class Meter:
 
     def _open(self) -> tuple[float, float, float, float]:
         """Of the open step so far: seconds without its pauses, ours, the pauses, and processor seconds of our threads."""
-        now, stopwatch = self._now(), self._stopwatch
-        pause = stopwatch.paused_until(now) - self._paused
-        return now - self._last - pause, stopwatch.seconds - self._spent, pause, self._background() - self._worked
+        now = self._now()
+        spent, paused = self._stopwatch.at(now)
+        pause = paused - self._paused
+        return now - self._last - pause, spent - self._spent, pause, self._background() - self._worked
 
     def _account(self, duration: float, ours: float, worked: float, *, observed: bool, paused: bool) -> None:
         looked, contended = observed or self._observed, worked > WORKED * self.typical
         if looked:
-            self._add_look(ours, first=observed)
+            self._add_look(ours - self.floor, first=observed)
         if contended:
             self._contention.comparison.busy(duration - ours, worked, paused=paused)
         elif not paused:
@@ -267,12 +269,13 @@ class Meter:
         """Seconds that an observed step is expected to take beside what is measured directly: a share of the mean look."""
         return self._expected * self._looked / self.observed if self.observed else 0.0
 
-    def _add_look(self, ours: float, *, first: bool) -> None:
-        """An observed step, or the one after it, which tidies up: what they cost beyond the floor."""
-        self._looked += ours - self.floor
+    def _add_look(self, cost: float, *, first: bool) -> None:
+        """What an observed step, or the one after it, which tidies up, costs beyond the floor."""
+        self._looked += cost
         if first:
-            self._looks.append(0.0)
-        self._looks[-1] += ours - self.floor
+            self._looks.append(cost)
+        else:
+            self._looks[-1] += cost
 
     @property
     def settled(self) -> bool:

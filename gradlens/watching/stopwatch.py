@@ -1,8 +1,7 @@
 """How long gradlens takes: a stopwatch for threads that train, and a clock of its own threads.
 
-with stopwatch:       seconds of ours on the training thread, also of waiting for Python's lock there
-stopwatch.paused_until(now)
-                      seconds in which no hook fired for far longer than a step takes: an evaluation, a notebook
+stopwatch(call)       seconds of ours on the training thread, also of waiting for Python's lock there
+stopwatch.at(now)     these so far, and of pauses: no hook fired for far longer than a step takes, as in an evaluation
 ThreadClock           processor seconds of the threads of gradlens, read from any thread
 """
 
@@ -12,18 +11,19 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterable
-from types import TracebackType
+from typing import TypeVar
 
 Now = Callable[[], float]
+Result = TypeVar("Result")
 
 
 class _Here(threading.local):
-    depth = 0
+    timed = False
     start = 0.0
 
 
 class Stopwatch:
-    """Seconds inside `with stopwatch:`, on all threads. What is timed within something timed counts once."""
+    """Seconds of what is called through it, on all threads. What is timed within something timed counts once."""
 
     def __init__(self, now: Now = time.perf_counter) -> None:
         self._now = now
@@ -33,32 +33,29 @@ class Stopwatch:
         self.longest = math.inf  #: seconds between two timed things that are not a pause
         self._paused = 0.0  # seconds beyond that
 
-    def paused_until(self, now: float) -> float:
-        """Seconds of pauses so far, with the one that may go on."""
-        going_on = 0.0 if self._here.depth else max(now - self._last - self.longest, 0.0)
-        return self._paused + going_on
-
-    def __enter__(self) -> None:
+    def __call__(self, call: Callable[..., Result], *args: object) -> Result:
+        """Call it, timed."""
         here = self._here
-        if not here.depth:
-            here.start = now = self._now()
-            gap = now - self._last
-            if gap > self.longest:
-                self._paused += gap - self.longest
-        here.depth += 1
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        here = self._here
-        here.depth -= 1
-        if not here.depth:
+        if here.timed:
+            return call(*args)
+        here.start = now = self._now()
+        gap = now - self._last
+        if gap > self.longest:
+            self._paused += gap - self.longest
+        here.timed = True
+        try:
+            return call(*args)
+        finally:
+            here.timed = False
             self._last = now = self._now()
             self._total += now - here.start
 
-    @property
-    def seconds(self) -> float:
-        """So far, with what this thread is in the middle of."""
+    def at(self, now: float) -> tuple[float, float]:
+        """Seconds of ours so far, with what this thread is in the middle of; and of pauses, with one that may go on."""
         here = self._here
-        return self._total + (self._now() - here.start if here.depth else 0.0)
+        if here.timed:
+            return self._total + now - here.start, self._paused
+        return self._total, self._paused + max(now - self._last - self.longest, 0.0)
 
 
 class ThreadClock:

@@ -163,16 +163,18 @@ class TableBuilder:
         failures = self.failures
         if failures.any and failures.off(where):
             return
-        with self._timed:
-            if capturing_cuda_graph():
-                self._tell_once("graph", findings.cuda_graph(self.failures.step()))
-                return
-            try:
-                call(*args)
-                if failures.any:
-                    failures.worked(where)
-            except Exception as error:  # noqa: BLE001 - nothing of ours is raised in a training step
-                failures(where, error)
+        self._timed(self._attempt, where, call, *args)
+
+    def _attempt(self, where: str, call: Callable[..., None], *args: Any) -> None:
+        if capturing_cuda_graph():
+            self._tell_once("graph", findings.cuda_graph(self.failures.step()))
+            return
+        try:
+            call(*args)
+            if self.failures.any:
+                self.failures.worked(where)
+        except Exception as error:  # noqa: BLE001 - nothing of ours is raised in a training step
+            self.failures(where, error)
 
     def _tell_once(self, key: str, finding: Finding) -> None:
         if key not in self._told:

@@ -12,35 +12,50 @@ from tests.watching.clocked import Training
 def test_what_is_timed_within_something_timed_counts_once():
     """Nested uses add up to the outer one's time, which can be read in the middle of it."""
     training = Training()
-    with training.stopwatch:
+
+    def outer():
         training.clock += 1
-        with training.stopwatch:
-            training.clock += 2
-            assert training.stopwatch.seconds == 3
+        training.ours(2)
+        assert training.stopwatch.at(training.clock) == (3, 0)
         training.clock += 4
+
+    training.stopwatch(outer)
     training.clock += 8
-    assert training.stopwatch.seconds == 7
+    assert training.stopwatch.at(training.clock) == (7, 0)
+
+
+def test_what_is_called_answers_through_it():
+    """Arguments go in and the answer comes out, nested or not."""
+    watch = Training().stopwatch
+    assert watch(divmod, 7, 3) == watch(watch, divmod, 7, 3) == (2, 1)
 
 
 def test_an_error_stops_the_stopwatch():
     """What raises was timed as well, and nothing after it is."""
     training = Training()
-    with pytest.raises(ZeroDivisionError), training.stopwatch:
+
+    def failing():
         training.clock += 1
         1 / 0  # noqa: B018
+
+    with pytest.raises(ZeroDivisionError):
+        training.stopwatch(failing)
     training.clock += 1
-    assert training.stopwatch.seconds == 1
+    assert training.stopwatch.at(training.clock) == (1, 0)
 
 
 def test_threads_are_timed_apart():
     """A thread inside the stopwatch does not hide that another one enters it, too."""
     training = Training()
-    with training.stopwatch:
+
+    def outer():
         thread = threading.Thread(target=training.ours, args=(1.0,))
         thread.start()
         thread.join()
-        assert training.stopwatch.seconds == 2.0  # one second of each
-    assert training.stopwatch.seconds == 2.0
+        assert training.stopwatch.at(training.clock) == (2.0, 0)  # one second of each
+
+    training.stopwatch(outer)
+    assert training.stopwatch.at(training.clock) == (2.0, 0)
 
 
 def test_a_gap_without_a_hook_is_a_pause_from_some_length_on():
@@ -50,12 +65,12 @@ def test_a_gap_without_a_hook_is_a_pause_from_some_length_on():
     watch.longest = 2.0
     training.ours(1.0)
     training.clock += 1.5
-    assert watch.paused_until(training.clock) == 0.0
+    assert watch.at(training.clock) == (1.0, 0.0)
     training.clock += 5.5
-    assert watch.paused_until(training.clock) == pytest.approx(5.0)
+    assert watch.at(training.clock) == (1.0, pytest.approx(5.0))
     training.ours(1.0)
     training.clock += 1.0
-    assert watch.paused_until(training.clock) == pytest.approx(5.0)
+    assert watch.at(training.clock) == (2.0, pytest.approx(5.0))
 
 
 def test_a_thread_clock_says_what_threads_worked():
