@@ -76,6 +76,7 @@ class Contender:
     kind: str  #: "bare", "gradlens" or "peer"
     baseline: str = "bare"
     micro: int = 1
+    settles: bool = False  #: what it does is dearer at first: more steps pass before those that count
 
 
 # --- training as it is ------------------------------------------------------------------------------------------------
@@ -315,8 +316,9 @@ def gradviz(training: Training) -> Iterator[None]:
 ALL = [
     Contender("bare", bare, "bare"),
     Contender("bare again", bare, "bare"),
-    Contender("gradlens", gradlens(), "gradlens"),
-    Contender("gradlens, features=()", gradlens(features=()), "gradlens"),
+    Contender("gradlens", gradlens(), "gradlens", settles=True),
+    Contender("gradlens, first steps", gradlens(), "gradlens"),
+    Contender("gradlens, features=()", gradlens(features=()), "gradlens", settles=True),
     Contender("gradlens, with evidence", gradlens(features=("updates", "flips", "evidence")), "gradlens"),
     Contender("gradlens, no run directory", gradlens(records=False), "gradlens"),
     Contender("gradlens, not looking", gradlens(schedule=lambda step: False), "gradlens"),

@@ -26,7 +26,7 @@ class Task:
     optimizer: Callable[[nn.Module], Optimizer]
     loss: Callable[[], Loss]
     steps: int  #: that a round of the benchmark times
-    warm_up: int = 18  #: steps before that: gradlens draws pictures at the first ones, and ever fewer later
+    warm_up: int = 18  #: steps before that
 
 
 def convnet() -> nn.Module:

@@ -3,7 +3,7 @@
     pip install -c constraints.txt -r benchmarks/requirements.txt   # the peers; those that are missing are left out
     python benchmarks/overhead.py                                   # everything: an hour or two; overhead.csv and the plot
     python benchmarks/overhead.py --model mlp-8 gpt --minutes 3 --only 'bare*' 'gradlens*' '*norm*'
-    python benchmarks/overhead.py --model gpt --only 'gradlens*' --warm-up 100 --dry    # later in a training
+    python benchmarks/overhead.py --model gpt --only 'gradlens, first steps'            # each with histograms
     python benchmarks/overhead.py --budget                          # whether budget=0.01 is kept
     python benchmarks/overhead.py --plot                            # docs/images/overhead.png from overhead.csv
 
@@ -54,6 +54,7 @@ PLOT = HERE.parent / "docs" / "images" / "overhead.png"
 FIELDS = ["model", "threads", "contender", "kind", "bare_us", "added_us", "low", "high", "added", "thread_us", "others"]
 FIELDS += ["says", "felt", "end_ms", "rounds", "note", "machine"]
 BARE = ALL[0]
+SETTLED = 100  #: steps after which one in ten has histograms; the first ones all have
 QUICK = ("mlp-8", "mlp-42", "mlp-202", "gpt", "thousand")
 FEW = ("bare again", "gradlens", "gradlens, features=()", "gradlens, not looking", "one norm*", "wandb*")
 
@@ -95,9 +96,14 @@ def stretch(task: Task, contender: Contender, template: torch.nn.Module) -> Stre
         training = Training(model, task.optimizer(model), task.loss(), Path(directory), contender.micro)
         steps = max(task.steps // contender.micro, 2)
         with contender.attach(training):
-            own = timed(training.step, training.says, task.warm_up, steps)
+            own = timed(training.step, training.says, warm_up(task, contender), steps)
             closing = time.perf_counter()
         return own._replace(end=time.perf_counter() - closing)
+
+
+def warm_up(task: Task, contender: Contender) -> int:
+    """Steps before those that count."""
+    return max(task.warm_up, SETTLED) if contender.settles else task.warm_up
 
 
 def timed(step: Callable[[], object], says: Callable[[], tuple[float, float]], warm_up: int, steps: int) -> Stretch:
@@ -314,7 +320,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=8.0, help="for each model and number of threads")
     parser.add_argument("--only", nargs="+", default=[], help="contenders by glob pattern")
     parser.add_argument("--quick", action="store_true", help="five models, six contenders, one thread: some 13 minutes")
-    parser.add_argument("--warm-up", type=int, help="steps before those that count; each has a histogram at first")
+    parser.add_argument("--warm-up", type=int, help="steps before those that count")
     parser.add_argument("--budget", action="store_true", help="whether budget=0.01 is kept")
     parser.add_argument("--plot", action="store_true", help="only draw what overhead.csv has")
     parser.add_argument("--dry", action="store_true", help="print, store nothing")

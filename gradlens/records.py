@@ -356,6 +356,10 @@ class Finding:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "severity", Severity(self.severity))  # a rule may say "warning"
+        if self.stage is not None:
+            object.__setattr__(self, "stage", str(self.stage))
+        if self.value is not None:
+            object.__setattr__(self, "value", float(self.value))  # it may be numpy's
 
     def __str__(self) -> str:
         where = f" {self.parameter}" if self.parameter else ""

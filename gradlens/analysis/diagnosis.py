@@ -267,10 +267,20 @@ _AFTER = frozenset({"vanishing", "dead", "dead_units", "too_slow"})
 LATER = 50  #: steps
 
 
+def _after_leap(finding: Finding, other: Finding) -> bool:
+    """Whether the gradient began to vanish when weights had leapt: what they were made as is gone by then."""
+    leapt = other.rule == "update_ratio" and (other.value or 0.0) > LEAP
+    return leapt and finding.rule == "vanishing" and finding.step > other.step + FOUND
+
+
+LEAP = 0.1  #: of a weight's own norm; the rule also finds weights that hardly move
+FOUND = 10  #: steps that a vanishing gradient lasts before it is found
+
+
 def _explained(finding: Finding, other: Finding) -> bool:
-    if other.rule == finding.rule or _after_collapse(other, finding):
+    if other.rule == finding.rule or _after_collapse(other, finding) or _after_leap(other, finding):
         return False
-    return _after_collapse(finding, other) or explains(other.rule, finding.rule)
+    return _after_collapse(finding, other) or _after_leap(finding, other) or explains(other.rule, finding.rule)
 
 
 def _order(finding: Finding, loud: Sequence[Finding]) -> tuple[object, ...]:
@@ -292,20 +302,23 @@ def _quiet(loss: Trend) -> str:
     if loss.ill:
         return f"{said_of_loss(loss)}, and no rule found why"
     if loss.state == State.FALLS:
-        return f"nothing looks ill: {said_of_loss(loss)}"
+        return f"nothing looks ill{' so far' * loss.leapt}: {said_of_loss(loss)}"
     return f"nothing looks ill so far; {said_of_loss(loss)}"
 
 
 def said_of_loss(loss: Trend) -> str:
     """What the loss did, in half a sentence."""
     numbers = f"{format_number(loss.start)} to {format_number(loss.now)}"
+    falls = f"the loss falls, from {numbers}"
+    if loss.leapt:
+        falls = f"the loss leapt at first, from {format_number(loss.begin)}, and falls since, from {numbers}"
     return {
         State.UNKNOWN: "the loss is not known",
         State.YOUNG: f"the loss is known at {loss.points} step{'s' * (loss.points != 1)}, too few to say whether it falls",
         State.SEVERAL: "the losses of several optimizers are no measure of progress",
         State.SIGNED: f"the loss changes its sign ({numbers}), and is no measure of progress",
         State.NONFINITE: "the loss is NaN or infinite",
-        State.FALLS: f"the loss falls, from {numbers}",
+        State.FALLS: falls,
         State.FLAT: f"the loss does not fall ({numbers})",
         State.RISES: f"the loss rises, from {numbers}",
     }[loss.state]

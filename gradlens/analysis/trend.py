@@ -1,5 +1,6 @@
 """What the loss did over the run: it falls, it does not, or that cannot be said.
 
+    begin   the first point
     start   the median of the first twentieth of the points
     now     the mean of the last fifth
     fell    (start - now) / |start|
@@ -21,6 +22,7 @@ from gradlens.facts import Fact, Settings
 
 YOUNG = 20  #: points below which nothing is said
 LEAST = 0.1  #: a fall or a rise that counts
+LEAP = 2.0  #: times the first point
 POINTS = 2000  #: of a loss that is smoothed; of a longer one neighbours are averaged first
 
 
@@ -50,11 +52,17 @@ class Trend:
     lowest: float = float("nan")
     noise: float = float("nan")  #: standard deviation of the last fifth
     flat_since: float = 0.0  #: of the points, the share since which it has not fallen by a fiftieth of what it fell
+    begin: float = float("nan")
 
     @property
     def fell(self) -> float:
         """By how much of itself it fell."""
         return (self.start - self.now) / abs(self.start) if self.start else float("nan")
+
+    @property
+    def leapt(self) -> bool:
+        """Whether what it fell since is what it had risen at first."""
+        return self.start > LEAP * self.begin > 0 and self.now > (1 - LEAST) * self.begin
 
     @property
     def ill(self) -> bool:
@@ -81,7 +89,7 @@ def judged(steps: np.ndarray, values: np.ndarray, *, several: bool = False) -> T
     early, late = max(3, n // 20), max(5, n // 5)
     start, tail = float(np.median(values[:early])), values[-late:]
     now, noise = float(tail.mean()), float(tail.std())
-    found = Trend(State.FLAT, n, first, last, start, now, float(values.min()), noise, _flat_since(values))
+    found = Trend(State.FLAT, n, first, last, start, now, float(values.min()), noise, _flat_since(values), float(values[0]))
     if several:
         return _as(found, State.SEVERAL)
     if n < YOUNG:

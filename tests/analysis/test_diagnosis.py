@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gradlens.analysis.confidence import MEASURED, Counts
-from gradlens.analysis.diagnosis import BECOMES, DOES, MADE, WATCHING, diagnose, explains
+from gradlens.analysis.diagnosis import BECOMES, DOES, MADE, WATCHING, diagnose, explains, said_of_loss
 from gradlens.analysis.trend import State, Trend, judged
 from gradlens.findings import CATALOGUE
 from gradlens.records import Finding, Severity
@@ -64,6 +64,30 @@ def test_nothing_looks_ill_is_said_of_a_loss_that_falls():
     assert flat.verdict.endswith("and no rule found why")
     assert flat.ill
     assert flat.origin is None
+
+
+@pytest.mark.parametrize(
+    ("ratio", "step", "origin"), [(2.0, 15, "update_ratio"), (2.0, 9, "vanishing"), (1e-7, 15, "vanishing")]
+)
+def test_a_gradient_that_vanishes_after_weights_leapt_follows_from_that(ratio, step, origin):
+    """Where it vanished from the first step on, or weights hardly moved, it is the other way round."""
+    found = [finding("vanishing", step), replace(finding("update_ratio", 0), value=ratio)]
+    diagnosis = diagnose(found, FLAT)
+    assert diagnosis.origin.rule == origin
+    assert [f.rule for f in diagnosis.follows] == [f.rule for f in found if f.rule != origin]
+
+
+def test_a_loss_that_leapt_is_not_told_as_one_that_fell():
+    """It rose far above its first point in the first steps, and came back to it: that is said, and no healthy fall."""
+    back = judged(
+        np.arange(200), np.concatenate([[2.31], np.full(20, 547.0), np.linspace(547.0, 2.38, 100), np.full(79, 2.38)])
+    )
+    assert (back.state, back.begin, back.leapt) == (State.FALLS, 2.31, True)
+    assert said_of_loss(back) == "the loss leapt at first, from 2.31, and falls since, from 547 to 2.38"
+    assert diagnose([], back).verdict.startswith("nothing looks ill so far: the loss leapt at first")
+    below = replace(back, now=1.0)
+    assert not below.leapt
+    assert not FALLS.leapt
 
 
 @pytest.mark.parametrize(
