@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import chain, compress, repeat
-from operator import attrgetter, call, getitem, is_, is_not
+from operator import attrgetter, is_, is_not
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -27,7 +27,7 @@ MOST = 16
 
 _GRAD, _REQUIRES = attrgetter("grad"), attrgetter("requires_grad")
 _OWN, _ACCUMULATED = attrgetter("_backward_hooks"), attrgetter("_post_accumulate_grad_hooks")
-_PARAMETERS, _HOOKED = attrgetter("_parameters"), attrgetter("hooked")
+_HOOKED = attrgetter("hooked")
 _SHAPE, _TYPE, _DEVICE = FACTS
 _NUMBERS = {float, int}
 _POSITIVE = (0.0).__lt__
@@ -68,7 +68,7 @@ class Layout:
 
     def __init__(self, attachment: Attachment, weights: list[Tensor]) -> None:
         self.slots, self.parameters, self.weights = attachment.slots, attachment.parameters, weights
-        self._attachment, self._columns, self._owners = attachment, attachment.columns, attachment.owners
+        self._attachment, self._columns, self._places = attachment, attachment.columns, attachment.places()
         self._ids = [id(w) if slot.hooked else 0 for slot, w in zip(self.slots, weights, strict=True)]
         self._bare = [not hooked for hooked in self._ids] if 0 in self._ids else []
         self._hooks = len(weights) - sum(self._bare)
@@ -83,14 +83,10 @@ class Layout:
 
     def there(self) -> bool:
         """Whether the parameters are where they were."""
-        attachment, owners = self._attachment, self._owners
-        if attachment.slots is not self.slots or attachment.parameters is not self.parameters or owners is None:
+        attachment, places = self._attachment, self._places
+        if attachment.slots is not self.slots or attachment.parameters is not self.parameters or attachment.lost:
             return False
-        try:
-            found = map(getitem, map(_PARAMETERS, map(call, owners[0])), owners[1])
-            return not attachment.lost and all(map(is_, found, self.weights))
-        except (AttributeError, KeyError):  # a module or a parameter is gone
-            return False
+        return places is not None and places.same()
 
     def same(self) -> bool:
         """Whether they are what they were: as `Attachment.refresh` would say."""
