@@ -110,7 +110,7 @@ class Buffer:
         """The memory for the copy of this row, allocated at first use."""
         room = self._rooms.get(row)
         if room is None or room.dtype != view.dtype:
-            self._groups = []
+            self._groups = [group for group in self._groups if row not in group.rows]
             room = self._rooms[row] = torch.empty_like(view, memory_format=torch.preserve_format, requires_grad=False)
             self._kept.pop(row, None)
         return room
