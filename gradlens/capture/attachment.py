@@ -15,7 +15,7 @@ import itertools
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from operator import attrgetter, call, is_, methodcaller
+from operator import attrgetter, methodcaller
 from types import TracebackType
 from typing import Any
 
@@ -299,31 +299,7 @@ def contents(modules: Sequence[nn.Module | None]) -> tuple[list[Any], ...] | Non
 #: Tensors without a placement or a shape to come.
 PLAIN = {Tensor, nn.Parameter}
 FACTS = (attrgetter("shape"), attrgetter("dtype"), attrgetter("device"))
-_PARAMETERS, _VALUES = attrgetter("_parameters"), methodcaller("values")
 _Place = tuple[tuple[int, ...], str, torch.dtype, torch.device]
-
-
-class Places:
-    """What modules have as parameters, held against what they had: by module, not by parameter. It keeps them alive."""
-
-    def __init__(self, modules: Iterable[Any]) -> None:
-        """Of weak references to modules."""
-        self._modules = list(dict.fromkeys(modules))
-        self._dictionaries: list[Any] = list(map(_PARAMETERS, map(call, self._modules)))
-        self._lengths, self._found = list(map(len, self._dictionaries)), list(self._values())
-
-    def _values(self) -> Iterator[Any]:
-        return itertools.chain.from_iterable(map(_VALUES, self._dictionaries))
-
-    def same(self) -> bool:
-        """Whether these modules have what they had, in the same dictionaries."""
-        dictionaries = self._dictionaries
-        try:
-            if not all(map(is_, map(_PARAMETERS, map(call, self._modules)), dictionaries)):
-                return False
-        except AttributeError:  # a module is gone
-            return False
-        return list(map(len, dictionaries)) == self._lengths and all(map(is_, self._values(), self._found))
 
 
 class SlotCache:
@@ -386,9 +362,9 @@ class Attachment:
         """What is at the slots now."""
         return list(self._seen().values()) if self.cache.depth else self._looked_up()
 
-    def places(self) -> Places | None:
-        """What the modules have that own the slots; None where a slot is no plain parameter of a module."""
-        return Places(slot._owner for slot in self.slots) if self._direct else None
+    def owners(self) -> list[Any] | None:
+        """Weak references to the modules that own the slots, each once; None where a slot is no module's parameter."""
+        return list(dict.fromkeys(slot._owner for slot in self.slots)) if self._direct else None
 
     @property
     def columns(self) -> list[list[Any]]:

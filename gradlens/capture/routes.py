@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import chain, compress, repeat
-from operator import attrgetter, is_, is_not
+from operator import attrgetter, call, is_, is_not, methodcaller
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -27,7 +27,7 @@ MOST = 16
 
 _GRAD, _REQUIRES = attrgetter("grad"), attrgetter("requires_grad")
 _OWN, _ACCUMULATED = attrgetter("_backward_hooks"), attrgetter("_post_accumulate_grad_hooks")
-_HOOKED = attrgetter("hooked")
+_HOOKED, _PARAMETERS, _VALUES = attrgetter("hooked"), attrgetter("_parameters"), methodcaller("values")
 _SHAPE, _TYPE, _DEVICE = FACTS
 _NUMBERS = {float, int}
 _POSITIVE = (0.0).__lt__
@@ -68,7 +68,10 @@ class Layout:
 
     def __init__(self, attachment: Attachment, weights: list[Tensor]) -> None:
         self.slots, self.parameters, self.weights = attachment.slots, attachment.parameters, weights
-        self._attachment, self._columns, self._places = attachment, attachment.columns, attachment.places()
+        self._attachment, self._columns, self._owners = attachment, attachment.columns, attachment.owners() or []
+        self._dictionaries: list[Any] = list(map(_PARAMETERS, map(call, self._owners)))
+        self._lengths, self._names = list(map(len, self._dictionaries)), list(chain.from_iterable(self._dictionaries))
+        self._owned = list(chain.from_iterable(map(_VALUES, self._dictionaries)))  # by module, with what is not watched
         self._ids = [id(w) if slot.hooked else 0 for slot, w in zip(self.slots, weights, strict=True)]
         self._bare = [not hooked for hooked in self._ids] if 0 in self._ids else []
         self._hooks = len(weights) - sum(self._bare)
@@ -82,11 +85,21 @@ class Layout:
     # --- facts ------------------------------------------------------------------------------------------------------
 
     def there(self) -> bool:
-        """Whether the parameters are where they were."""
-        attachment, places = self._attachment, self._places
+        """Whether the modules that own the parameters have what they had, under the same names.
+
+        Asked by module, a third of what it takes to look up each parameter.
+        """
+        attachment, dictionaries = self._attachment, self._dictionaries
         if attachment.slots is not self.slots or attachment.parameters is not self.parameters or attachment.lost:
             return False
-        return places is not None and places.same()
+        try:
+            if not (dictionaries and all(map(is_, map(_PARAMETERS, map(call, self._owners)), dictionaries))):
+                return False
+        except AttributeError:  # a module is gone
+            return False
+        if list(map(len, dictionaries)) != self._lengths or list(chain.from_iterable(dictionaries)) != self._names:
+            return False
+        return all(map(is_, chain.from_iterable(map(_VALUES, dictionaries)), self._owned))
 
     def same(self) -> bool:
         """Whether they are what they were: as `Attachment.refresh` would say."""
