@@ -362,9 +362,12 @@ class Attachment:
         """What is at the slots now."""
         return list(self._seen().values()) if self.cache.depth else self._looked_up()
 
-    def owners(self) -> list[Any] | None:
-        """Weak references to the modules that own the slots, each once; None where a slot is no module's parameter."""
-        return list(dict.fromkeys(slot._owner for slot in self.slots)) if self._direct else None
+    @property
+    def owners(self) -> tuple[list[Any], list[str]] | None:
+        """Weak references to the modules that own the slots, and the names there; None where something is elsewhere."""
+        if not self._direct:
+            return None
+        return [slot._owner for slot in self.slots], [slot._leaf for slot in self.slots]
 
     @property
     def columns(self) -> list[list[Any]]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import chain, compress, repeat
-from operator import attrgetter, call, is_, is_not, methodcaller
+from operator import attrgetter, call, getitem, is_, is_not
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -27,7 +27,7 @@ MOST = 16
 
 _GRAD, _REQUIRES = attrgetter("grad"), attrgetter("requires_grad")
 _OWN, _ACCUMULATED = attrgetter("_backward_hooks"), attrgetter("_post_accumulate_grad_hooks")
-_HOOKED, _PARAMETERS, _VALUES = attrgetter("hooked"), attrgetter("_parameters"), methodcaller("values")
+_HOOKED, _PARAMETERS = attrgetter("hooked"), attrgetter("_parameters")
 _SHAPE, _TYPE, _DEVICE = FACTS
 _NUMBERS = {float, int}
 _POSITIVE = (0.0).__lt__
@@ -68,10 +68,11 @@ class Layout:
 
     def __init__(self, attachment: Attachment, weights: list[Tensor]) -> None:
         self.slots, self.parameters, self.weights = attachment.slots, attachment.parameters, weights
-        self._attachment, self._columns, self._owners = attachment, attachment.columns, attachment.owners() or []
-        self._dictionaries: list[Any] = list(map(_PARAMETERS, map(call, self._owners)))
-        self._lengths, self._names = list(map(len, self._dictionaries)), list(chain.from_iterable(self._dictionaries))
-        self._owned = list(chain.from_iterable(map(_VALUES, self._dictionaries)))  # by module, with what is not watched
+        self._attachment, self._columns = attachment, attachment.columns
+        owners, self._names = attachment.owners or ([], [])
+        self._owned: list[Any] = list(map(_PARAMETERS, map(call, owners)))  # by parameter, the dictionary that it is in
+        by_module = dict(zip(owners, self._owned, strict=True))
+        self._modules, self._dictionaries = list(by_module), list(by_module.values())
         self._ids = [id(w) if slot.hooked else 0 for slot, w in zip(self.slots, weights, strict=True)]
         self._bare = [not hooked for hooked in self._ids] if 0 in self._ids else []
         self._hooks = len(weights) - sum(self._bare)
@@ -85,21 +86,16 @@ class Layout:
     # --- facts ------------------------------------------------------------------------------------------------------
 
     def there(self) -> bool:
-        """Whether the modules that own the parameters have what they had, under the same names.
-
-        Asked by module, a third of what it takes to look up each parameter.
-        """
-        attachment, dictionaries = self._attachment, self._dictionaries
+        """Whether the parameters are where they were: by module the dictionary, by parameter what is in that."""
+        attachment = self._attachment
         if attachment.slots is not self.slots or attachment.parameters is not self.parameters or attachment.lost:
             return False
         try:
-            if not (dictionaries and all(map(is_, map(_PARAMETERS, map(call, self._owners)), dictionaries))):
+            if not (self._names and all(map(is_, map(_PARAMETERS, map(call, self._modules)), self._dictionaries))):
                 return False
-        except AttributeError:  # a module is gone
+            return all(map(is_, map(getitem, self._owned, self._names), self.weights))
+        except (AttributeError, KeyError):  # a module or a parameter is gone
             return False
-        if list(map(len, dictionaries)) != self._lengths or list(chain.from_iterable(dictionaries)) != self._names:
-            return False
-        return all(map(is_, chain.from_iterable(map(_VALUES, dictionaries)), self._owned))
 
     def same(self) -> bool:
         """Whether they are what they were: as `Attachment.refresh` would say."""
