@@ -144,7 +144,7 @@ def says_of(lens: Any) -> Callable[[], tuple[float, float]]:
         nonlocal first
         now = lens.overhead()
         first = first or now
-        counted = ("seconds", "steps", "observed", "elapsed", "background")
+        counted = ("seconds", "steps", "observed", "elapsed", "background", "native")
         own = replace(now, **{name: getattr(now, name) - getattr(first, name) for name in counted})
         return (own.share * own.elapsed if own.elapsed > 0 else 0.0), own.elapsed
 

@@ -81,7 +81,7 @@ class Lens:
         try:
             self._recorder = Recorder(settings.rules, [*own, *settings.writers], settings.on_finding, self._failures)
             self._tables = TableBuilder(self._recorder, self._plan, settings.possible, self._failures)
-            self._meter = Meter(timed, self._recorder.background_seconds)
+            self._meter = Meter(timed, self._recorder.background)
             watched = Watched(
                 attachment,
                 settings.optimizers,

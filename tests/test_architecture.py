@@ -24,7 +24,7 @@ BOTTOM = {
     "pooling",
     "schedules",
 }
-BOTTOM |= {"findings", "selection", "weight_names"}
+BOTTOM |= {"findings", "selection", "weight_names", "workers"}
 LIVE = BOTTOM | {"_torch", "kernels", "statistics", "capture", "analysis", "store", "writers", "watching", "unwrapping"}
 
 #: module -> the modules of gradlens it may import. A package may always import itself.
@@ -46,6 +46,7 @@ ALLOWED = {
     "schedules": {"errors"},
     "selection": {"errors"},
     "weight_names": {"errors"},
+    "workers": set(),
     "unwrapping": {"weight_names"},
     "analysis": BOTTOM,
     "store": BOTTOM | {"analysis"},

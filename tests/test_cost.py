@@ -141,6 +141,10 @@ def training(layers, micro=1, clip=False, hooks=False, scaled=False, width=8, **
     return lens, step
 
 
+#: Modules that measure time, whose answers differ.
+MEASURING = {"overhead", "contention", "comparison", "budget", "stopwatch"}
+
+
 def python_calls(layers, micro=1, clip=False, scaled=False, **watch):
     """Calls of gradlens' functions in one step, on this thread; but for those that measure time, whose answers differ."""
     lens, step = training(layers, micro, clip, scaled=scaled, **watch)
@@ -148,7 +152,7 @@ def python_calls(layers, micro=1, clip=False, scaled=False, **watch):
 
     def profiled(frame, event, argument):
         path = Path(frame.f_code.co_filename)
-        if event == "call" and str(path).startswith(package) and path.stem not in ("overhead", "budget", "stopwatch"):
+        if event == "call" and str(path).startswith(package) and path.stem not in MEASURING:
             seen[frame.f_code.co_name] += 1
 
     gc.collect()

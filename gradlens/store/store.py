@@ -35,6 +35,7 @@ from gradlens.store.encoding import RowEncoder
 from gradlens.store.lock import Lock
 from gradlens.store.tables import TABLES, Key, Part
 from gradlens.store.tail import Rows, Tail
+from gradlens.workers import Worker
 
 INTERVAL = 1.0  #: seconds that a killed process may lose
 FRAMES = 4096  #: frames of a tail that make it a part
@@ -107,8 +108,8 @@ class Store:
         if self._left:
             self._wake.set()
         self.threads = [  #: its own, for whoever asks what they cost
-            threading.Thread(target=call, name=name, daemon=True)
-            for call, name in ((self._beat, "gradlens-store"), (self._keep, "gradlens-store-keeper"))
+            Worker(self._beat, "gradlens-store"),
+            Worker(self._keep, "gradlens-store-keeper", native=True),
         ]
         for thread in self.threads:
             thread.start()
@@ -271,13 +272,13 @@ class Store:
     # --- threads ------------------------------------------------------------------------------------------------------
 
     def _beat(self) -> None:
-        while not self._stop.wait(self._interval / 2):
+        while not self.threads[0].rest(self._stop, self._interval / 2):
             with self._guard, contextlib.suppress(Exception):  # kept, and raised to the next caller
                 self.flush()
 
     def _keep(self) -> None:
         while not self._stop.is_set():
-            self._wake.wait()
+            self.threads[1].rest(self._wake)
             self._wake.clear()
             try:
                 while (self._sealed or self._left) and not self._stop.is_set():

@@ -1,6 +1,6 @@
 """What gradlens costs: what is felt, measured while it works, with how sure that is.
 
-    felt  =  seconds on the training thread  +  hidden * observed steps  +  share * seconds of our own threads
+    felt  =  seconds on the training thread  +  hidden * observed steps  +  shares * seconds of our own threads
 
 *Seconds* are those of a stopwatch around all that torch calls of ours. What it cannot see is estimated by comparison: a run
 of steps that have something to them with the steps right before and after it that have not, so a machine that gets slower in
@@ -8,14 +8,12 @@ the meantime does not matter.
 
     hidden   an observed step (and the one after it, which tidies up) against steps that are not: torch's calls of the hooks
              on each parameter, which are too short to be timed, and gradients that it copies for them; caches
-    share    steps during which our own threads worked against steps during which they rested: what training waits for a
-             second of theirs, since Python's lock is theirs meanwhile
+    shares   steps during which our own threads worked against steps during which they rested: what training waits for a
+             second of theirs, since Python's lock is theirs meanwhile (`contention`)
 
 `hidden` needs steps that are not observed, as a schedule or a budget makes them; where every step is observed it is taken
-to be `HIDDEN` of the seconds that are seen. `share` is near 1 where training is Python, less where it is long native
-operations, and more where other processes take the core from the thread that has the lock; before it was measured it is
-taken to be `EXPECTED`. A step that is not observed costs a little too, the `floor`. Time is step time: of a pause, such as
-an evaluation between two steps, only the length of some steps is counted.
+to be `HIDDEN` of the seconds that are seen. A step that is not observed costs a little too, the `floor`. Time is step time:
+of a pause, such as an evaluation between two steps, only the length of some steps is counted.
 """
 
 from __future__ import annotations
@@ -27,24 +25,21 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from gradlens.watching.stopwatch import Now, Stopwatch
+from gradlens.watching.comparison import NEAR, Comparison
+from gradlens.watching.contention import Contention
+from gradlens.watching.stopwatch import Now, Stopwatch, Worked
 
 RECENT = 200  #: comparisons and looks that the typical cost rests on
-NEAR = 8  #: quiet steps on either side that busy ones are compared with
 ENOUGH = 5  #: comparisons, before they are believed
 PAUSE = 10  #: typical steps without a hook, from which it is a pause
 SETTLED = 20  #: quiet steps, before the floor is believed
-WORKED = 0.01  #: of a typical step, from which our own threads worked during it
 
-#: The share of our threads' time that is felt, before it was measured: five models had 0.6 to 1.1.
-EXPECTED, SPREAD = 0.8, 0.3
 #: What looks take beside what the stopwatch says, as a share of that, before it was measured. By processor time of the
 #: training thread against bare copies, models of 8, 42, 98, 202 and 1,000 parameters had 0.32, 0.32, 0.28, 0.22 and 0.50
 #: with all features, and the first four 0.26, 0.22, 0.14 and 0.53 without; on another day 8, 42, 202 and 1,000 had 0.35,
 #: 0.20, 0.31 and 0.37. It is a share of all looks, not of a typical one: where other programs take the core now and then,
 #: they take it in what is hidden as often.
 HIDDEN, HIDDEN_SPREAD = 0.3, 0.13
-LEAST_SHARE, MOST_SHARE = -1.0, 3.0  #: of one comparison: what is beyond has another reason
 LEAST = 0.1  #: of the budget, beyond which it is said to be exceeded
 
 
@@ -62,8 +57,11 @@ class Overhead:
     floor: float | None = None  #: seconds of ours in a quiet step, measured directly; None where none was quiet
     budget: float | None = None  #: the share that was asked for
     background: float = 0.0  #: processor seconds of our own threads
-    contention: float = 0.0  #: seconds that training waited for each of these
+    native: float = 0.0  #: of these, of the thread that makes Parquet, which holds Python's lock a tenth of them
+    contention: float = 0.0  #: seconds that training waited for each of the others
     contention_uncertainty: float = 0.0  #: one standard error of that
+    native_contention: float = 0.0  #: the same for each of the native ones
+    native_contention_uncertainty: float = 0.0
     hidden: float = 0.0  #: seconds that an observed step is expected to take beside `look`, where nothing is compared
     hidden_uncertainty: float = 0.0  #: one standard error of that
 
@@ -73,7 +71,7 @@ class Overhead:
         if self.elapsed <= 0:
             return math.nan
         hidden = self.hidden if self.compared is None else self.compared - self.look
-        felt = self.seconds + hidden * self.observed + self.contention * self.background
+        felt = self.seconds + hidden * self.observed + self.waited
         return min(max(felt, 0.0) / self.elapsed, 1.0)
 
     @property
@@ -82,7 +80,18 @@ class Overhead:
         if self.elapsed <= 0:
             return math.nan
         look = (self.hidden_uncertainty if self.compared is None else self.uncertainty or 0.0) * self.observed
-        return math.hypot(look, self.contention_uncertainty * self.background) / self.elapsed
+        return math.hypot(look, self.waited_uncertainty) / self.elapsed
+
+    @property
+    def waited(self) -> float:
+        """Seconds that training waited for our own threads."""
+        return self.contention * (self.background - self.native) + self.native_contention * self.native
+
+    @property
+    def waited_uncertainty(self) -> float:
+        """One standard error of that."""
+        python = self.contention_uncertainty * (self.background - self.native)
+        return math.hypot(python, self.native_contention_uncertainty * self.native)
 
     def __str__(self) -> str:
         if self.elapsed <= 0:
@@ -98,10 +107,9 @@ class Overhead:
         if self.floor is not None:
             text += f"; {1e3 * self.floor:.3f} ms a step that is not observed"
         if self.background > 0:
-            text += (
-                f"; {self.background / self.elapsed:.1%} of a core on threads of its own, and each second of their work "
-                f"delays training by {self.contention:.2f} +- {self.contention_uncertainty:.2f} s"
-            )
+            delay, sure = self.waited / self.background, self.waited_uncertainty / self.background
+            text += f"; {self.background / self.elapsed:.1%} of a core on threads of its own, "
+            text += f"and each second of their work delays training by {delay:.2f} +- {sure:.2f} s"
         return text + self._verdict()
 
     def _verdict(self) -> str:
@@ -112,41 +120,6 @@ class Overhead:
         if self.share - self.share_uncertainty > self.budget * (1 + LEAST):
             return f". The budget is {self.budget:.1%}: what the first steps cost is still being made up for"
         return f". The budget is {self.budget:.1%}"
-
-
-class Comparison:
-    """Busy steps against the quiet ones around them: the extra seconds of each run of them, a unit of what made them so."""
-
-    def __init__(self, keep: Callable[[float, float], None]) -> None:
-        self._keep = keep  # extra seconds, and how much they are for
-        self._before: deque[float] = deque(maxlen=NEAR)
-        self._after: list[float] = []
-        self._begin()
-
-    def _begin(self) -> None:
-        self._seconds, self._steps, self._amount, self._paused = 0.0, 0, 0.0, False
-
-    def busy(self, duration: float, amount: float, *, paused: bool = False) -> None:
-        """A busy step. With a pause in it, nothing can be said of the run that it is part of."""
-        if self._after:
-            self._compare()
-        self._seconds += duration
-        self._steps += 1
-        self._amount += amount
-        self._paused |= paused
-
-    def quiet(self, duration: float) -> None:
-        """A quiet step."""
-        (self._after if self._steps else self._before).append(duration)
-        if len(self._after) == NEAR:
-            self._compare()
-
-    def _compare(self) -> None:
-        if self._before and self._amount and not self._paused:
-            typical = statistics.median([*self._before, *self._after])
-            self._keep(self._seconds - self._steps * typical, self._amount)
-        self._before, self._after = deque(self._after, maxlen=NEAR), []
-        self._begin()
 
 
 class LookCost:
@@ -166,63 +139,41 @@ class LookCost:
             self.uncertainty = 1.2533 * deviation / math.sqrt(len(self._costs))
 
 
-class Contention:
-    """The share of our own threads' processor time that training waits for: the sum of what runs of busy steps took longer,
-    over the sum of that time, put together with what is expected by how sure each is."""
-
-    def __init__(self) -> None:
-        self._runs: deque[tuple[float, float]] = deque(maxlen=RECENT)  # extra seconds, processor seconds
-        self.comparison = Comparison(self._take)
-        self.share, self.uncertainty = EXPECTED, SPREAD
-
-    def _take(self, extra: float, seconds: float) -> None:
-        self._runs.append((min(max(extra, LEAST_SHARE * seconds), MOST_SHARE * seconds), seconds))
-        if len(self._runs) < ENOUGH:
-            return
-        total = sum(worked for _, worked in self._runs)
-        measured = sum(felt for felt, _ in self._runs) / total
-        scatter = sum((felt - measured * worked) ** 2 for felt, worked in self._runs)
-        error = math.sqrt(scatter * len(self._runs) / (len(self._runs) - 1)) / total
-        known, expected = 1 / max(error, 1e-3) ** 2, 1 / SPREAD**2
-        self.share = max((measured * known + EXPECTED * expected) / (known + expected), 0.0)
-        self.uncertainty = 1 / math.sqrt(known + expected)
-
-
 class Meter:
     """The steps of a lens: how many, how long, and how much of that is ours.
 
     `step_ended` is called as soon as a step is over, so what then tidies up is in the next one's time. `background` gives
-    the processor seconds of our own threads so far; `hidden` is what is expected beside a look's seconds, for each of them.
+    the processor seconds of our own threads so far, `processor` those of the thread that asks; `hidden` is what is expected
+    beside a look's seconds, for each of them.
     """
 
     def __init__(
         self,
         stopwatch: Stopwatch,
-        background: Callable[[], float] = lambda: 0.0,
+        background: Callable[[], Worked] = lambda: Worked(0.0, 0.0),
         now: Now = time.perf_counter,
         hidden: float = HIDDEN,
+        processor: Now = time.thread_time,
     ) -> None:
-        self._stopwatch, self._background, self._now = stopwatch, background, now
-        self._last, self._worked = now(), background()
+        self._stopwatch, self._now = stopwatch, now
+        self._last = now()
         self._spent, self._paused = stopwatch.at(self._last)
         self._expected = hidden
         self._observed = False  # the step before
         self._recent: deque[float] = deque(maxlen=4 * NEAR)
         self._looks: deque[float] = deque(maxlen=RECENT)  # seconds of ours for each observed step
         self._looked = 0.0  # the sum over all of them
-        self._look, self._contention = LookCost(), Contention()
+        self._look, self._contention = LookCost(), Contention(background, processor)
         self._quiet, self._quiet_ours, self._quiet_elapsed = 0, 0.0, 0.0
         self.steps = self.observed = 0
         self.elapsed = 0.0  #: step time
-        self.background = 0.0  #: processor seconds of our own threads, within steps
         self.since = 0.0  #: of step time, after the last observed step
         self.typical = 0.0  #: seconds of a step
 
     def step_ended(self, observed: bool) -> None:
         """A step ended now."""
-        duration, ours, pause, worked = self._open()
-        self._last, self._spent = self._last + duration + pause, self._spent + ours
-        self._paused, self._worked = self._paused + pause, self._worked + worked
+        duration, ours, pause = self._open()
+        self._last, self._spent, self._paused = self._last + duration + pause, self._spent + ours, self._paused + pause
         self._recent.append(duration)
         if self.steps % NEAR == 0 or self.steps < NEAR:
             self.typical = statistics.median(self._recent)
@@ -230,27 +181,22 @@ class Meter:
         self.steps += 1
         self.observed += observed
         self.elapsed += duration
-        self.background += worked
         self.since = 0.0 if observed else self.since + duration
-        self._account(duration, ours, worked, observed=observed, paused=pause > 0)
+        self._account(duration, ours, observed=observed, paused=pause > 0)
         self._observed = observed
 
-    def _open(self) -> tuple[float, float, float, float]:
-        """Of the open step so far: seconds without its pauses, ours, the pauses, and processor seconds of our threads."""
+    def _open(self) -> tuple[float, float, float]:
+        """Of the open step so far: seconds without its pauses, ours, and the pauses."""
         now = self._now()
         spent, paused = self._stopwatch.at(now)
         pause = paused - self._paused
-        return now - self._last - pause, spent - self._spent, pause, self._background() - self._worked
+        return now - self._last - pause, spent - self._spent, pause
 
-    def _account(self, duration: float, ours: float, worked: float, *, observed: bool, paused: bool) -> None:
-        looked, contended = observed or self._observed, worked > WORKED * self.typical
+    def _account(self, duration: float, ours: float, *, observed: bool, paused: bool) -> None:
+        contended = self._contention.step_ended(duration, ours, self.typical, paused=paused)
+        looked = observed or self._observed
         if looked:
             self._add_look(ours - self.floor, first=observed)
-        if contended:
-            self._contention.comparison.busy(duration - ours, worked, paused=paused)
-        elif not paused:
-            self._contention.comparison.quiet(duration - ours)
-        if looked:
             self._look.comparison.busy(duration, observed, paused=paused or contended)
             return
         self._quiet += 1
@@ -304,7 +250,7 @@ class Meter:
     @property
     def _waited(self) -> float:
         """Seconds that training waited for our own threads."""
-        return self._contention.share * self.background
+        return self._contention.felt(self._contention.within)
 
     @property
     def cost(self) -> float:
@@ -318,7 +264,8 @@ class Meter:
 
     def overhead(self, budget: float | None = None) -> Overhead:
         """The cost so far, with the step that is open."""
-        duration, ours, _, worked = self._open()
+        duration, ours, _ = self._open()
+        worked, shares = self._contention.within + self._contention.open(), self._contention.shares
         return Overhead(
             seconds=self._spent + ours,
             steps=self.steps,
@@ -329,9 +276,12 @@ class Meter:
             uncertainty=self._look.uncertainty,
             floor=self.floor if self._quiet else None,
             budget=budget,
-            background=self.background + worked,
-            contention=self._contention.share,
-            contention_uncertainty=self._contention.uncertainty,
+            background=sum(worked),
+            native=worked.native,
+            contention=shares.lock,
+            contention_uncertainty=shares.lock_uncertainty,
+            native_contention=shares.native,
+            native_contention_uncertainty=shares.native_uncertainty,
             hidden=self._beside,
             hidden_uncertainty=HIDDEN_SPREAD / HIDDEN * self._beside,
         )

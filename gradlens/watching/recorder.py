@@ -38,7 +38,8 @@ from gradlens.statistics.table import Table
 from gradlens.watching.batches import TableBatch, Unpacked, findings_alone, joined, portions, unpacked
 from gradlens.watching.delivery import Delivery
 from gradlens.watching.failures import Failures
-from gradlens.watching.stopwatch import ThreadClock
+from gradlens.watching.stopwatch import ThreadClock, Worked
+from gradlens.workers import Worker
 from gradlens.writers.base import Writer
 from gradlens.writers.inbox import Inbox
 
@@ -82,8 +83,7 @@ class Recorder:
         self._pid = os.getpid()
         self._ended = threading.Event()
         self._threads = [
-            threading.Thread(target=work, name=name, daemon=True)
-            for work, name in ((self._work, "gradlens"), (self._keep_recording, "gradlens-records"))
+            Worker(work, name) for work, name in ((self._work, "gradlens"), (self._keep_recording, "gradlens-records"))
         ]
         self._clock = ThreadClock()
         for thread in self._threads:
@@ -122,9 +122,10 @@ class Recorder:
         """What was found, in order."""
         return self._delivery.found
 
-    def background_seconds(self) -> float:
+    def background(self) -> Worked:
         """Processor seconds so far of all threads that work on what was seen, the store's among them."""
-        return self._clock() or self.seconds
+        worked = self._clock()
+        return Worked(self.seconds, 0.0) if worked.lock == 0.0 else worked
 
     @property
     def seconds(self) -> float:
@@ -199,7 +200,8 @@ class Recorder:
     # --- recording: the inbox to the durable writers ----------------------------------------------------------------
 
     def _keep_recording(self) -> None:
-        while not self._ended.wait(RECORDED) and not self._closed:
+        _, thread = self._threads
+        while not thread.rest(self._ended, RECORDED) and not self._closed:
             began = time.thread_time()
             self._guarded("records", self._record)
             self._recording_spent += time.thread_time() - began
@@ -228,9 +230,9 @@ class Recorder:
     # --- the recorder's thread --------------------------------------------------------------------------------------
 
     def _work(self) -> None:
-        rest = SHORTEST
+        rest, (thread, _) = SHORTEST, self._threads
         while True:
-            self._wake.wait(rest)
+            thread.rest(self._wake, rest)
             self._wake.clear()
             closing, requests = self._closed, [self._requests.popleft() for _ in range(len(self._requests))]
             began = time.thread_time()

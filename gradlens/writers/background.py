@@ -16,6 +16,7 @@ from collections import deque
 from typing import Any
 
 from gradlens.errors import GradlensWarning
+from gradlens.workers import Worker
 from gradlens.writers.inbox import BYTES, Inbox, Item
 
 #: Items that may wait. Small models step hundreds of times a second, and a busy machine may keep the thread from running for
@@ -38,8 +39,13 @@ class Background:
         self._pid = os.getpid()
         self._failed = False
         self._closed = False
-        self._thread = threading.Thread(target=self._work, name="gradlens", daemon=True)
+        self._thread = Worker(self._work, "gradlens")
         self._thread.start()
+
+    @property
+    def threads(self) -> list[Worker]:
+        """Its own, for whoever asks what they cost."""
+        return [self._thread]
 
     def write(self, item: Item) -> None:
         """Leave the item; or, when there is no room, note its step as left out. Never waits."""
@@ -82,7 +88,7 @@ class Background:
     def _work(self) -> None:
         closing = False
         while not closing:
-            self._wake.wait()
+            self._thread.rest(self._wake)
             self._wake.clear()
             closing, requests = self._closed, [self._requests.popleft() for _ in range(len(self._requests))]
             for _ in range(len(self._inbox)):

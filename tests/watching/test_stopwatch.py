@@ -6,6 +6,7 @@ import time
 import pytest
 
 from gradlens.watching.stopwatch import ThreadClock
+from gradlens.workers import Worker
 from tests.watching.clocked import Training
 
 
@@ -88,8 +89,59 @@ def test_a_thread_clock_says_what_threads_worked():
         thread.start()
     clock.add(threads)
     worked.wait()
-    assert 0.2 <= clock() < 0.4
+    assert 0.2 <= clock().lock < 0.4
     stop.set()
     for thread in threads:
         thread.join()
-    assert 0.2 <= clock() < 0.4
+    assert 0.2 <= clock().lock < 0.4
+
+
+def test_a_thread_that_rests_is_not_asked(monkeypatch):
+    """Its clock is read after it has worked, and once more when it rests; what it worked meanwhile is not lost."""
+    clock, wake, stop = ThreadClock(), threading.Event(), False
+    asked, read = [], time.clock_gettime
+    monkeypatch.setattr(time, "clock_gettime", lambda number: asked.append(number) or read(number))
+
+    def work():
+        while not stop:
+            worker.rest(wake)
+            wake.clear()
+            began = time.thread_time()
+            while not stop and time.thread_time() - began < 0.1:
+                pass
+
+    def wait_for_rest(turns):
+        while worker.turns < turns:
+            time.sleep(0.001)
+
+    worker = Worker(work, "test", native=True)
+    worker.start()
+    clock.add([worker])
+    wait_for_rest(2)
+    first = clock()
+    asked.clear()
+    assert all(clock() is first for _ in range(5))
+    assert asked == []
+    wake.set()
+    wait_for_rest(4)
+    second = clock()
+    assert 0.1 <= second.native - first.native < 0.2
+    assert second.lock == 0.0
+    assert clock() is second
+    assert len(asked) == 1
+    stop = True
+    wake.set()
+    worker.join()
+
+
+def test_a_thread_is_asked_while_it_works():
+    """Each time, since the answer is another one."""
+    clock, stop = ThreadClock(), threading.Event()
+    worker = Worker(lambda: [None for _ in iter(stop.is_set, True)], "test")
+    worker.start()
+    clock.add([worker])
+    before = clock()
+    time.sleep(0.2)
+    assert clock().lock > before.lock
+    stop.set()
+    worker.join()
