@@ -141,8 +141,10 @@ class SteadyTables:
 
     def _previous(self, stage: Stage, route: Steady) -> tuple[_Rooms, bool]:
         """Where the last gradients are; False where they are not kept whole, or not yet."""
-        buffer = self._last_of(stage, route.parameters)
-        rooms = None if buffer is None else buffer.rooms(route.rows, kept=True)
+        buffer = self._flips.get(stage)
+        if buffer is None:
+            buffer = self._last_of(stage, route.parameters)
+        rooms = None if buffer is None else buffer.rooms(route.parameters, route.rows, kept=True)
         return rooms, (rooms is None) == (buffer is None)
 
     def _read(self, event: SteadyReading) -> bool:
