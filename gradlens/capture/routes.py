@@ -78,7 +78,7 @@ class Layout:
         self._hooks = len(weights) - sum(self._bare)
         self._accumulated, self._own = list[int](), list[int]()
         self._sizes = [w.numel() * w.element_size() for w in weights]
-        self._nbytes, self._rows = sum(self._sizes), list(range(len(weights)))
+        self._nbytes, self.rows = sum(self._sizes), list(range(len(weights)))
         self._routes: dict[frozenset[Slot], Route] = {}
         self._last: dict[int, Route] = {}  # what a step's backwards reached last, by their place in it
         self.shares: dict[Any, Share] = {}  #: by optimizer
@@ -144,8 +144,8 @@ class Layout:
         found = list(map(_GRAD, self.weights))
         there = list(map(is_not, found, repeat(None)))
         if all(there):
-            return self._rows, self.slots, found
-        return list(compress(self._rows, there)), list(compress(self.slots, there)), list(compress(found, there))
+            return self.rows, self.slots, found
+        return list(compress(self.rows, there)), list(compress(self.slots, there)), list(compress(found, there))
 
     def may_hold(self, rows: list[int], place: int) -> bool:
         """Whether hooks may hold what comes for these until the backward ends: of those that one in this place reaches."""

@@ -50,7 +50,6 @@ class Steps:
         self.due: list[Due] = []  #: updates whose wrapper may still move weights
         self.dirty = False  #: something was registered since the model was last scanned
         self._scan_at = _next_scan(first)  # the step before which the model is scanned next
-        self._rests = not workings.optimizers.watched or Stage.REDUCED in workings.stages  # steps' ends have more to be done
 
     @property
     def within_a_call(self) -> bool:
@@ -101,7 +100,7 @@ class Steps:
         if self._guard.forked():
             return  # whose parent may have held the lock
         step = self.current
-        if self._rests or self.scaling.scaler is not None or self._step_reader.notes.read_at_step or self._attachment.flat:
+        if self._rests(step):
             self._safely("end of a step", self._read_rest, step)
         if self._activations.heard:
             self._safely("a step's activations", self._activations.step_ended, step.number, step.passes)
@@ -111,6 +110,15 @@ class Steps:
         else:
             self._let_go_of(step)
         self._optimizers.quiet.watched = None if self.current.observed else self._quiet()
+
+    def _rests(self, step: Step) -> bool:
+        """Whether more is to be read or said at the end of this step."""
+        attachment = self._attachment
+        if Stage.REDUCED in self._stages and step.observed and (not step.averaged or attachment.ignored):
+            return True
+        if not self._optimizers.watched or self.scaling.scaler is not None:
+            return True
+        return self._step_reader.notes.read_at_step or attachment.flat
 
     def _open_next(self, step: Step, *, observed: bool) -> None:
         self.current = Step(step.number + 1, observed=observed)

@@ -25,9 +25,9 @@ class OpenTables:
         self.recorder = recorder
         self.tables: dict[TableKey, Table] = {}
         self.losses: dict[tuple[int, int], float | Tensor] = {}  #: by step and backward
-        self.last: Table | None = None  #: the last `backward` table, which `used` may copy
+        self.last: Table | None = None  #: the last `backward` or `reduced` table, which `used` may copy
         self.reading: Any = None  #: how it was read, if that went by the book
-        self.copied = False  #: the `used` rows of the open step are those of `backward`
+        self.copied: Stage | None = None  #: the stage whose rows the open step's `used` rows are
         self.count = 0  #: tables that were made
         self._rank = 0  # of this process, as it was when the first of these tables was made
 
@@ -68,6 +68,11 @@ class OpenTables:
             self.send([t for t in older if t.stage != Stage.USED], {})
         self.last = table
 
+    def last_of(self, key: TableKey) -> Table | None:
+        """What the backward that this `used` table is of has given, if it is the last one that gave anything."""
+        last = self.last
+        return None if last is None or (last.stage == Stage.REDUCED and last.backward != key.backward) else last
+
     def send_until(self, key: TableKey) -> None:
         """The next backward begins: nothing is added to what was read of those before it."""
         self.send([t for t in self.tables.values() if t.complete and (t.step, t.backward) <= key[:2]], {})
@@ -82,7 +87,7 @@ class OpenTables:
             self.tables = {key: table for key, table in self.tables.items() if key.step > step}
         if self.losses:
             self.losses = {key: loss for key, loss in self.losses.items() if key[0] > step}
-        self.last, self.reading, self.copied = None, None, False
+        self.last, self.reading, self.copied = None, None, None
 
     def answered(self) -> list[Table]:
         """What is complete of the open step, for a question asked in the middle of it."""

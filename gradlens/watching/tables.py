@@ -190,15 +190,16 @@ class TableBuilder:
         used = reading.key.stage == Stage.USED
         if used:
             self._meter.consumed(reading.rows, reading.tensors)
-            self.open.copied = False
+            self.open.copied = None
         if reading.rows and not (used and reading.copies_backward and self._copy(table, reading)):
             self._summarize(table, reading)
         if not set(map(type, reading.tensors)) <= PLAIN:
             table.summands.update(row for row, g in zip(reading.rows, reading.tensors, strict=True) if summand(g))
         if reading.complete:
             self._complete(table, reading)
-        if reading.gone and self.open.last is not None and len(self.open.last.parameters) == len(reading.parameters):
-            self._stand_in(table, reading, self.open.last)
+        last = self.open.last_of(reading.key) if reading.gone else None
+        if last is not None and len(last.parameters) == len(reading.parameters):
+            self._stand_in(table, reading, last)
 
     def _summarize(self, table: Table, reading: Reading) -> None:
         before, last = self._meter.weight_before, self._last_of(reading.key.stage, reading.parameters)
@@ -253,6 +254,8 @@ class TableBuilder:
             table.pieces = joined(table.pieces)
         if table.stage == Stage.BACKWARD:
             self.open.ended(table)
+        elif table.stage == Stage.REDUCED:
+            self.open.last = table
 
     def _with_summands(self, parameters: Parameters, table: Table) -> Parameters:
         """The rows of summands marked: a gradient may be placed otherwise than its parameter. One object while it lasts."""
@@ -268,16 +271,17 @@ class TableBuilder:
         return self._marked[2]
 
     def _copy(self, table: Table, reading: Reading) -> bool:
-        """Take the `backward` rows for `used` where nothing can have changed in between: the samples say so too."""
-        last = self.open.last
+        """Take the last backward's rows for `used` where nothing can have changed in between: the samples say so too."""
+        last, rows = self.open.last_of(reading.key), list(reading.rows)
         if last is None or Stage.USED in self._flips:
-            return False  # some `used` gradient differed once: its successors compare with it, not with `backward`
-        if not self._meter.still_as_backward_left(reading.rows):
+            return False  # some `used` gradient differed once: its successors compare with it, not with the backward's
+        if not {row for piece in last.pieces for row in piece.rows}.issuperset(rows):
             return False
-        rows = list(reading.rows)
+        if not self._meter.still_as_backward_left(rows):
+            return False
         table.pieces += _only(last.pieces, rows)
         table.flips += _only(last.flips, rows)
-        self.open.copied = True
+        self.open.copied = Stage(last.stage)
         return True
 
     def _last_of(self, stage: Stage, parameters: Parameters) -> Buffer | None:
@@ -293,7 +297,7 @@ class TableBuilder:
         if table is not None:
             table.host = False
             backward = self._flips.get(Stage.BACKWARD)
-            given = backward if self.open.copied else self._flips.get(Stage.USED)
+            given = self._flips.get(self.open.copied or Stage.USED)
             table.updates += self._meter.measure(update, given, backward)
 
     def release_open(self, scalars: Mapping[str, Any]) -> None:
