@@ -109,7 +109,8 @@ class Passes:
             return
         with self._engine.lock:
             if entered.step is step and entered.number is None:
-                self._note_activations(entered, step.number, step.next_number)  # before its table is handed on
+                if self._activations.listens:  # before its table is handed on
+                    self._note_activations(entered, step.number, step.next_number)
                 if self._steady.pass_accumulated(entered, step):
                     return
             with self._attachment.cache:
@@ -117,7 +118,8 @@ class Passes:
 
     def pass_ended(self, entered: Pass) -> None:
         """The pass is over: read what lived to its end."""
-        self._hooks.look_at_last(entered)
+        if self._reader.local:
+            self._hooks.look_at_last(entered)
         if entered.layout is not None and self._ended_steadily(entered):
             return
         self._hooks.leave_the_book(entered)

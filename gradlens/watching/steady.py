@@ -193,7 +193,7 @@ class SteadyTables:
         first = None if route.calls is None else route.calls.first
         if first is None or first.key != last.key or not unchanged(first.by, event.gradients, event.updates):
             return False
-        self._open.copied = Stage(table.stage)
+        self._open.copied = last.key.stage
         self._given(event, first.by, first.before, list(table.pieces), last.piece)
         return True
 
@@ -210,7 +210,7 @@ class SteadyTables:
             rows, samples, gradients = (taken(n, at) for n in (table.pieces[0].numbers, last.samples, last.piece.numbers))
         if by is None or not (by.take_over(event.gradients, samples) and unchanged(by, event.gradients, event.updates)):
             return False
-        self._open.copied = Stage(table.stage)
+        self._open.copied = last.key.stage
         self._given(event, by, before, [Piece(route.rows, rows)], Piece(route.rows, gradients))
         return True
 
