@@ -33,7 +33,7 @@ from torch.optim import Optimizer
 
 from gradlens.capture.arrivals import State
 from gradlens.capture.attachment import PLAIN, Attachment
-from gradlens.capture.engine import Engine, Pass, Run, running
+from gradlens.capture.engine import Engine, Pass, Run
 from gradlens.capture.events import (
     GradientFacts,
     LossSeen,
@@ -223,11 +223,14 @@ class SteadyRoute:
         self.parts += 1
 
     def step_begins(self, step: Step, watched: WatchedOptimizer, optimizer: Optimizer) -> bool:
-        """Whether the optimizer is given a gradient of all that it moves, which this step has reached, and they are read."""
+        """Whether the optimizer is given a gradient of all that it moves, which this step has reached, and they are read.
+
+        Asked outside any backward.
+        """
         layout = self.layout
         if layout is None or not step.passes or step.phase not in (Phase.OPEN, Phase.MOVING) or watched.wrapped:
             return False
-        if self._engine.passes or running() or not layout.there():
+        if self._engine.passes or not layout.there():
             return False
         share = self._share(layout, watched, optimizer)
         route = share.route
