@@ -229,12 +229,8 @@ class _ColumnRule(_Asked):
 # --- what is new ----------------------------------------------------------------------------------------------------
 
 
-@dataclass(eq=False)
-class _Silence:
-    """On one stage: the step last looked at, and for how many steps before it the rule has been silent."""
-
-    step: int
-    steps: int = 0
+#: On one stage: the step last looked at, and for how many steps up to it the rule has been silent.
+_Silence = tuple[int, int]
 
 
 @dataclass(eq=False)
@@ -245,20 +241,13 @@ class _Illness:
     patience: int
     silence: dict[str, _Silence] = field(default_factory=dict)  #: by stage
 
-    def spoken(self, stage: str, step: int) -> None:
-        """Take note that the rule spoke at this moment."""
-        silence = self.silence.get(stage)
-        if silence is None:
-            self.silence[stage] = _Silence(step)
-        else:
-            silence.step, silence.steps = step, 0
-
     def over(self, stage: str, step: int) -> bool:
         """Take note that the rule kept silent at this moment."""
         silence = self.silence.get(stage)
-        if silence is not None and silence.step != step:
-            silence.step, silence.steps = step, silence.steps + 1
-            if silence.steps >= self.patience:
+        if silence is not None and silence[0] != step:
+            steps = silence[1] + 1
+            self.silence[stage] = step, steps
+            if steps >= self.patience:
                 del self.silence[stage]
         return not self.silence
 
@@ -286,14 +275,16 @@ class _Illnesses:
                 if steady[0] is said:  # the same again: that it was said at this step will be noted when it ends
                     self._steady[stage] = said, step
                     continue
+                spoken_at = steady[1], 0
                 for each in steady[0]:
-                    self._ill[each.key].spoken(stage, steady[1])
+                    self._ill[each.key].silence[stage] = spoken_at
             new = self._new(said, moment)
             if new:
                 yield moment, new
 
     def _new(self, said: list[_Said], moment: Moment) -> list[_Said]:
         stage, step, new = moment.block.stage, moment.step, []
+        now = step, 0
         for each in said:
             illness = self._ill.get(each.key)
             if illness is None:
@@ -303,9 +294,11 @@ class _Illnesses:
             elif each.severity is not illness.severity and each.severity.rank > illness.severity.rank:
                 illness.severity = each.severity
                 new.append(each)
-            illness.spoken(stage, step)
+            illness.silence[stage] = now
         keys = {each.key for each in said}
-        quiet = [(key, illness) for key, illness in self._ill.items() if key not in keys and stage in illness.silence]
+        quiet: list[tuple[Key, _Illness]] = []
+        if len(keys) < len(self._ill):  # each of the keys is among them
+            quiet = [(key, illness) for key, illness in self._ill.items() if key not in keys and stage in illness.silence]
         for key, illness in quiet:
             there = key[1] is None or key[1] in moment.block.parameters.position
             if there and illness.over(stage, step):
@@ -348,7 +341,8 @@ def _said(found: Iterable[Finding] | None) -> list[_Said]:
     """What a rule gave; a rule that finds nothing may return None."""
     if isinstance(found, RowFindings):
         rule, severity, names, word = found.rule, found.severity, found.snapshot.names, found.finding
-        return [_Said((rule, names[row]), severity, word, row) for row in found.rows]
+        new = tuple.__new__  # without a call of Python for each of thousands
+        return [new(_Said, ((rule, names[row]), severity, word, row)) for row in found.rows]
     if isinstance(found, Finding):
         raise TypeError("a rule yields findings, or returns a list of them, and not a single one")
     result = []
