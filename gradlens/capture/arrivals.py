@@ -169,19 +169,19 @@ class Arrivals:
 class PlainPass:
     """The engine run whose hooks only note: hooks hold this one object, so that they need not look anything up."""
 
-    __slots__ = ("noted", "onto", "special", "task")
+    __slots__ = ("added", "noted", "onto", "special", "task")
 
     def __init__(self) -> None:
         self.task: int | None = None
         self.noted: list[Slot] = []
-        self.onto: dict[Slot, Tensor] | None = None
+        self.added: dict[Slot, Tensor] = {}
+        self.onto: frozenset[Slot] = frozenset()
         self.special: set[Slot] = set()
 
-    def start(self, task: int, arrivals: Arrivals, special: set[Slot], *, onto: bool = False) -> None:
-        """From here on the hooks of this run note, but for those of `special` slots; and hold g, if it goes onto others."""
-        self.noted, self.special, self.task = arrivals.noted, special, task
-        self.onto = arrivals.onto if onto else None
+    def start(self, task: int, arrivals: Arrivals, special: set[Slot], onto: frozenset[Slot] = frozenset()) -> None:
+        """From here on the hooks of this run note, but for those of `special` slots; those of `onto` also hold g."""
+        self.noted, self.added, self.special, self.onto, self.task = arrivals.noted, arrivals.onto, special, onto, task
 
     def stop(self) -> None:
         """No run is plain."""
-        self.noted, self.special, self.task, self.onto = [], set(), None, None
+        self.noted, self.added, self.special, self.onto, self.task = [], {}, set(), frozenset(), None

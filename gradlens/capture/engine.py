@@ -88,8 +88,9 @@ class Pass:
         self.late: set[Any] = set()  # slots that got their hooks when it had begun
         self.last: Any = None  # over ranks: what was accumulated last
         self.read = True  # else it is only counted
-        self.route: Any = None  # that it began by, where it began as the one before it
-        self.onto = False  # and it is added to what the passes before it left
+        self.layout: Any = None  # that it began by, where it began by the book
+        self.onto: frozenset[Any] = frozenset()  # slots that then had a gradient, which it adds to
+        self.phase: Any = None  # of its step then
         self.loss: float | Tensor | None = None  # its root, where that is one number, unscaled
         self.root: Any = None  # while the pass lasts
 

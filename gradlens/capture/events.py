@@ -117,7 +117,7 @@ class TableDone:
 
 
 class Steady(Protocol):
-    """What the events of a step by the book share: the parameters, in model order, and what the sink keeps with them."""
+    """The parameters that a part by the book is about, in model order, and what the sink keeps with them."""
 
     parameters: Parameters
     rows: list[int]
@@ -127,40 +127,54 @@ class Steady(Protocol):
 
 
 class SteadyReading(NamedTuple):
-    """A backward by the book has ended: stands for a `LossSeen`, a `Reading` of all parameters, and a `PassEnded`."""
+    """A backward by the book has ended: stands for a `LossSeen`, a `Reading` of what it reached, and a `PassEnded`."""
 
     route: Steady
     key: TableKey
     gradients: list[Tensor]
     updates: bool  #: the weights are wanted as they are before the optimizer moves them
+    notes: Sequence[Note | None] = ()  #: of the rows that it did not reach
     loss: float | Tensor | None = None
-    ended: list[Tensor] | None = None  #: what is in `.grad` now, where that is not what was read
+    ended: tuple[list[int], list[Tensor]] | None = None  #: rows and what is in `.grad` there, if that is not what was read
     scale: float | Tensor = 1.0  #: what the gradients are multiplied by
+    moving: bool = False  #: weights have moved since the step's first backward
 
     def general(self) -> Iterator[Event]:
         """The events that this stands for."""
         route = self.route
         if self.loss is not None:
             yield LossSeen(self.key.step, self.key.backward, self.loss)
-        yield Reading(self.key, route.parameters, route.rows, self.gradients, route.weights, self.scale, self.scale)
-        yield PassEnded(route.rows, self.gradients if self.ended is None else self.ended)
+        yield Reading(
+            key=self.key,
+            parameters=route.parameters,
+            rows=route.rows,
+            tensors=self.gradients,
+            weights=route.weights,
+            divisor=self.scale,
+            scale=self.scale,
+            notes=self.notes,
+            moving=self.moving,
+        )
+        yield PassEnded(*((route.rows, self.gradients) if self.ended is None else self.ended))
 
 
 class SteadyStart(NamedTuple):
-    """The optimizer is given what a backward by the book left: stands for `WeightsBefore` and a `Reading` of `used`."""
+    """An optimizer is given what a backward by the book left: stands for `WeightsBefore` and a `Reading` of `used`."""
 
     route: Steady
     key: TableKey
     gradients: list[Tensor]
     updates: bool
     kept: bool  #: by their versions, the weights are what they were when the backward ended
+    notes: Sequence[Note | None] = ()  #: of the rows that are not on its route
 
     def general(self) -> Iterator[Event]:
         """The events that this stands for."""
         route = self.route
         if self.updates:
             yield WeightsBefore(route.parameters, route.rows, route.weights)
-        yield Reading(self.key, route.parameters, route.rows, self.gradients, route.weights, copies_backward=True)
+        rest: Any = {"notes": self.notes, "copies_backward": True}
+        yield Reading(self.key, route.parameters, route.rows, self.gradients, route.weights, **rest)
 
 
 class SteadyUsed(NamedTuple):
@@ -171,6 +185,7 @@ class SteadyUsed(NamedTuple):
     gradients: list[Tensor]
     updates: bool
     kept: bool  #: by their versions, the weights are what they were when the first backward ended
+    notes: Sequence[Note | None]
     facts: GradientFacts
     scale: float | Tensor = 1.0  #: the loss scale at backward time
 
@@ -179,11 +194,12 @@ class SteadyUsed(NamedTuple):
         route = self.route
         if self.updates:
             yield WeightsBefore(route.parameters, route.rows, route.weights)
-        yield Reading(self.key, route.parameters, route.rows, self.gradients, route.weights, scale=self.scale)
+        rest: Any = {"notes": self.notes, "scale": self.scale}
+        yield Reading(self.key, route.parameters, route.rows, self.gradients, route.weights, **rest)
 
 
 class SteadyUpdate(NamedTuple):
-    """The optimizer has moved every weight, and written to no gradient: stands for an `Update`."""
+    """The optimizer has moved all that it moves, and written to no gradient: stands for an `Update`."""
 
     route: Steady
     key: TableKey

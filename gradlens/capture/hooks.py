@@ -33,8 +33,8 @@ class Hooks:
         def on_gradient(g: Tensor | None) -> None:
             if g is None or task() != plain.task or slot in plain.special:
                 came(slot, g)
-            elif plain.onto is not None:
-                plain.onto[slot] = g
+            elif slot in plain.onto:
+                plain.added[slot] = g
 
         @unserializable_hook  # type: ignore[untyped-decorator]
         def on_accumulated(parameter: Tensor) -> None:
@@ -55,8 +55,8 @@ class Hooks:
         if current is None:
             return
         arrivals = current.arrivals
-        if g is not None and current.route is not None and not (arrivals.noted or arrivals.states):
-            if current.onto:
+        if g is not None and current.layout is not None and not (arrivals.noted or arrivals.states):
+            if slot in current.onto:
                 arrivals.onto[slot] = g
             return  # it has just begun by the book
         arrivals.settle()

@@ -85,6 +85,12 @@ class Marks:
         mark = self._seen.get(slot)
         return (None if gradient is None else (id(gradient), version(gradient))) == mark
 
+    def are(self, slots: list[Slot], ids: list[int], seen: list[int]) -> bool:
+        """Whether the gradients of these slots, by identity and version, are what was marked."""
+        if self._listed is not None and self._listed[0] is slots:
+            return self._listed[1:] == (ids, seen)
+        return list(map(self._seen.get, slots)) == list(zip(ids, seen, strict=True))
+
     def all_same(self, slots: Sequence[Slot], gradients: Sequence[Tensor | None]) -> bool:
         """Whether all of these are what was marked."""
         there = {slot: g for slot, g in zip(slots, gradients, strict=True) if g is not None}

@@ -73,7 +73,7 @@ class Moves:
             return False
         if getattr(optimizer, "grad_scale", None) is not None:
             return False
-        if not self._steady.step_begins(step, watched):
+        if not self._steady.step_begins(step, watched, optimizer):
             return False
         self._step_reader.all_written = 0
         return True

@@ -46,9 +46,11 @@ class WatchedOptimizer:
         self.read = False  # this step's `used` gradients were read
         self.given = Marks()  # the gradients that were read
         self.untouched = False  # `.grad` was what the last backward left
-        self.steady = False  # and all of it went by the book
-        self.left: Any = None  # what it was given then, and what was known of that
+        self.steady = False  # they went by the book
+        self.share: Any = None  # what it moves then, what was in `.grad` there, and what was known of that
+        self.left: Any = None
         self.facts: Any = None
+        self.key: Any = None
         self.closure_key: Any = None  # of what was read when its closure returned
         self.step: Any = None  # that its call, which is under way, belongs to
 

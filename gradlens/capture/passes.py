@@ -45,16 +45,17 @@ class Passes:
             run = _shown(run)
         found = NOBODY if run.caller is None else loops(run.caller)
         step.loops = found if step.loops is None else step.loops & found
-        if not self._steps.dirty and self._steady.pass_begins(run, entered, step):
+        within_a_call = step.phase is not Phase.IDLE and self._steps.within_a_call
+        if step.stepped and step.phase is not Phase.IDLE and self._used and not within_a_call:
+            self._sink(TableDone(step.used_key))
+        if not self._steps.dirty and self._steady.pass_begins(run, entered, step, within_a_call=within_a_call):
             if self._steps.scaling.scaler is not None:
                 self._look_at_scale(entered, step)
-            entered.step, step.phase = step, Phase.OPEN
+            entered.step, step.phase = step, Phase.OPEN if step.phase is Phase.IDLE else step.phase
             self._look_at_roots(run, entered)
-            self._hooks.plain.start(_torch.current_task(), entered.arrivals, set(), onto=entered.onto)
+            self._hooks.plain.start(_torch.current_task(), entered.arrivals, set(), entered.onto)
             return
         with self._attachment.cache:
-            if step.open and step.stepped and self._used and not self._steps.within_a_call:
-                self._sink(TableDone(step.used_key))
             entered.step, entered.read = step, not step.full
             if entered.read:
                 self._attachment.refresh()
@@ -101,7 +102,7 @@ class Passes:
 
     def pass_ended(self, entered: Pass) -> None:
         """The pass is over: read what lived to its end."""
-        if entered.route is not None and self._ended_steadily(entered):
+        if entered.layout is not None and self._ended_steadily(entered):
             return
         entered.arrivals.settle()
         if not entered.arrivals.any:
@@ -121,7 +122,6 @@ class Passes:
                 self._reader.read_pass(entered)
                 step.scale = entered.scale
                 step.passes += 1
-                step.began_fresh = step.fresh if step.passes == 1 else step.began_fresh
                 self._reader.mark_end(entered)
                 if step.full and self._optimizers.watched:
                     self._thin(entered)
@@ -141,7 +141,7 @@ class Passes:
                 self._roots.add(entered.root, step.number, entered.loss)
             entered.root = None
             step.scale = entered.scale
-            step.passes, step.began_fresh = step.passes + 1, True
+            step.passes += 1
         return True
 
     def _note_activations(self, entered: Pass, step: int, backward: int) -> None:

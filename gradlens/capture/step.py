@@ -59,9 +59,8 @@ class Step:
         self.ending = Marks()  #: `.grad` when its last pass ended
         self.stepped: dict[Hashable, int] = {}  #: optimizers that stepped, and after how many passes they did last
         self.kept: dict[Slot, TableKey] = {}  #: the table whose move began with the weights that are kept
-        self.left: Any = None  #: what its first backward left, if that went by the book
-        self.given: Any = None  #: what its optimizer was given and left, if that went so too
-        self.began_fresh = False  #: its first pass wrote fresh gradients
+        self.weights: Any = None  #: those that were copied as its first backward was read by the book, and their versions
+        self.given: Any = None  #: what its only optimizer was given and left in `.grad`, if that went so too
         self.loops: frozenset[Key] | None = None  #: methods named `step` that ran every backward of it themselves
         self._taken, self._free = 0, list[int]()
 

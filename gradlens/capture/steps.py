@@ -181,7 +181,7 @@ class Steps:
         elif self.watches:
             self.open_marks()
             self.follow_schedule()
-        self._steady.follow(closed, self._optimizers.watched, plain=not self.explicit, next_observed=self.current.observed)
+        self._steady.follow(closed, plain=not self.explicit, next_observed=self.current.observed)
         if not self.watches:
             self.follow_schedule()
 

@@ -75,7 +75,7 @@ class Watcher:
         self._reader = PassReader(attachment, engine, sink, stages, local=local)
         self._hooks = Hooks(engine, self._reader, stages, guard)
         step_reader = StepReader(attachment, engine, optimizers, sink, self._tell, used=used, updates=updates, local=local)
-        self.steady = SteadyRoute(attachment, engine, sink, stages, updates=updates, local=local)
+        self.steady = SteadyRoute(attachment, engine, optimizers, sink, stages, updates=updates, local=local)
         workings = Workings(
             *(attachment, stages, local, sink, guard, self._tell, self.threads, self.roots, self.auditor, self.activations),
             *(engine, optimizers, self._reader, self._hooks, step_reader, self.steady),
@@ -123,7 +123,7 @@ class Watcher:
             handle.remove()
         self._handles = []
         self.activations.detach()
-        self.steady.route = None
+        self.steady.layout = None
         self.attachment.unhook_all()
 
     @guarded("a parameter's replacement", eager=False)

@@ -89,6 +89,9 @@ class Prepared(Protocol):
     def read(self, gradients: Sequence[Tensor], detail: bool = True, copy: bool = True) -> GradientRows | None:
         """Read the gradients; None where these calls fit gradients or weights no longer. `copy`: copy the weights too."""
 
+    def take_over(self, gradients: Sequence[Tensor], samples: Tensor) -> bool:
+        """Another call has read these gradients and copied the weights, with these samples; False where they do not fit."""
+
     def unchanged(self, gradients: Sequence[Tensor]) -> tuple[bool, bool]:
         """Whether the samples of the gradients, and of the weights, equal those that `read` took.
 
@@ -132,6 +135,11 @@ class GeneralPrepared:
         samples = torch.cat([self._backend.sample(gradients), self._backend.sample(self._weights)], 1)
         self._read = GradientRows(rows, samples, samples[:, : reference.SAMPLES])
         return self._read
+
+    def take_over(self, gradients: Sequence[Tensor], samples: Tensor) -> bool:
+        """As `Prepared.take_over`."""
+        self._read = GradientRows(samples, samples, samples[:, : reference.SAMPLES])
+        return len(gradients) == len(self._weights)
 
     def unchanged(self, gradients: Sequence[Tensor]) -> tuple[bool, bool]:
         """As `Prepared.unchanged`."""
@@ -228,6 +236,17 @@ class NativePrepared:
             self._calls.gradlens_read(self._at, n, room.address, sampled.address, threads, kernel.variant, detail)
         self._samples = sampled
         return GradientRows(room.rows, sampled.rows, sampled.part)
+
+    def take_over(self, gradients: Sequence[Tensor], samples: Tensor) -> bool:
+        """As `Prepared.take_over`."""
+        self._samples, n = None, len(self._weights)
+        with torch._C.DisableTorchFunction():
+            if len(gradients) != n or native.modes_are_active():
+                return False
+            if not self._kernel.refill(self._weights, gradients, self._tasks):
+                return False
+            self._samples = Room(samples, samples, samples.data_ptr())
+        return True
 
     def unchanged(self, gradients: Sequence[Tensor]) -> tuple[bool, bool]:
         """As `Prepared.unchanged`."""

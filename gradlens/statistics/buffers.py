@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from operator import attrgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +14,17 @@ from gradlens.records import Parameters
 from gradlens.statistics.memory import Plan
 
 _DTYPE, _LAYOUT = attrgetter("dtype"), attrgetter("layout")
+
+#: Groups of rows that are remembered: what each backward of a step reaches, and what each optimizer moves.
+GROUPS = 16
+
+
+class Group(NamedTuple):
+    """Rows that are all kept whole, and their memory."""
+
+    rows: list[int]
+    dtypes: list[torch.dtype]
+    rooms: kernels.StableTensors
 
 
 class Buffer:
@@ -28,43 +39,60 @@ class Buffer:
         self._parameters: Parameters | None = None
         self._rooms: dict[int, Tensor] = {}
         self._kept: dict[int, Tensor] = {}  # those of the rooms that are filled
-        self._last: tuple[list[int], list[torch.dtype], kernels.StableTensors] | None = (
-            None  # rows that were all kept whole at once
-        )
+        self._groups: list[Group] = []  # rows that are kept whole together; the last one that was asked for comes first
 
     def use(self, parameters: Parameters) -> Buffer:
         """This buffer, cleared first if it held rows of other parameters."""
         if parameters is not self._parameters:
-            self._parameters, self._rooms, self._kept, self._last = parameters, {}, {}, None
+            self._parameters, self._rooms, self._kept, self._groups = parameters, {}, {}, []
             self._samples = self._plan.samples_of(parameters)
         return self
 
     def together(self, rows: Sequence[int], tensors: Sequence[Tensor]) -> kernels.StableTensors | None:
-        """The copies of these rows, if one call kept exactly these rows, every entry of them: the usual case in training."""
+        """The copies of these rows, if calls have kept exactly these, every entry of them: the usual case in training."""
         rooms = self._rooms_of(rows, tensors)
         return rooms if rooms is not None and all(map(self._kept.__contains__, rows)) else None
 
     def rooms(self, rows: Sequence[int], *, kept: bool) -> kernels.StableTensors | None:
-        """The memory for these rows, if one call kept exactly these, whole. `kept`: only if each holds a copy."""
-        if self._last is None or self._last[0] != rows or (kept and len(self._kept) != len(rows)):
-            return None
-        return self._last[2]
+        """The memory for these rows, where all of it was allocated for whole rows. `kept`: only if each holds a copy.
 
-    def fill(self, rooms: kernels.StableTensors) -> None:
-        """Mark all rows as kept: the caller has written to their memory."""
-        self._kept.update(enumerate(rooms))
+        The same object each time, while that memory is the same.
+        """
+        groups = self._groups
+        group = groups[0] if groups and groups[0].rows == rows else self._group(rows)
+        if group is None and rows and all(map(self._rooms.__contains__, rows)):
+            group = self.remember(rows, [self._rooms[row] for row in rows])
+        if group is None or (kept and not all(map(self._kept.__contains__, rows))):
+            return None
+        return group.rooms
+
+    def fill(self, rows: Sequence[int], rooms: kernels.StableTensors) -> None:
+        """Mark these rows as kept: the caller has written to their memory."""
+        self._kept.update(zip(rows, rooms, strict=True))
 
     def _rooms_of(self, rows: Sequence[int], tensors: Sequence[Tensor]) -> kernels.StableTensors | None:
         asked: Any = tensors
-        if self._last is None or self._last[0] != rows or self._last[1] != list(map(_DTYPE, asked)):
+        group = self._group(rows)
+        if group is None or group.dtypes != list(map(_DTYPE, asked)):
             return None
-        return self._last[2] if set(map(_LAYOUT, asked)) == {torch.strided} else None
+        return group.rooms if set(map(_LAYOUT, asked)) == {torch.strided} else None
 
-    def remember(self, rows: Sequence[int], tensors: Sequence[Tensor]) -> None:
-        """Note that one call kept exactly these rows."""
-        rooms = kernels.StableTensors(self._rooms[row] for row in rows)
-        whole = all(self._samples[row].whole for row in rows)
-        self._last = (list(rows), [tensor.dtype for tensor in tensors], rooms) if whole else None
+    def _group(self, rows: Sequence[int]) -> Group | None:
+        groups = self._groups
+        for at, group in enumerate(groups):
+            if group.rows == rows:
+                if at:
+                    groups.insert(0, groups.pop(at))
+                return group
+        return None
+
+    def remember(self, rows: Sequence[int], tensors: Sequence[Tensor]) -> Group | None:
+        """Note that these rows are kept together; None where some of them are sampled."""
+        if not all(self._samples[row].whole for row in rows):
+            return None
+        group = Group(list(rows), [t.dtype for t in tensors], kernels.StableTensors(self._rooms[row] for row in rows))
+        self._groups = [group, *(other for other in self._groups[: GROUPS - 1] if other.rows != group.rows)]
+        return group
 
     def whole(self, row: int) -> bool:
         """Whether every entry of the row is kept."""
@@ -82,7 +110,7 @@ class Buffer:
         """The memory for the copy of this row, allocated at first use."""
         room = self._rooms.get(row)
         if room is None or room.dtype != view.dtype:
-            self._last = None
+            self._groups = [group for group in self._groups if row not in group.rows]
             room = self._rooms[row] = torch.empty_like(view, memory_format=torch.preserve_format, requires_grad=False)
             self._kept.pop(row, None)
         return room

@@ -26,6 +26,7 @@ class OpenTables:
         self.tables: dict[TableKey, Table] = {}
         self.losses: dict[tuple[int, int], float | Tensor] = {}  #: by step and backward
         self.last: Table | None = None  #: the last `backward` table, which `used` may copy
+        self.reading: Any = None  #: how it was read, if that went by the book
         self.copied = False  #: the `used` rows of the open step are those of `backward`
         self.count = 0  #: tables that were made
 
@@ -37,9 +38,20 @@ class OpenTables:
         table.host = False  # what is added may be a device's
         return table
 
-    def whole(self, key: TableKey, parameters: Parameters, pieces: list[Piece]) -> Table:
+    def whole(self, key: TableKey, parameters: Parameters, pieces: list[Piece], notes: Sequence[Note | None] = ()) -> Table:
         """A table of the host's numbers that is complete at once, in place of any other."""
-        return self._made(Table(*key, parameters, time.time(), pieces=pieces, complete=True, host=True))
+        made = Table(*key, parameters, time.time(), notes=list(notes), pieces=pieces, complete=True, host=True)
+        return self._made(made)
+
+    def joined(self, key: TableKey, parameters: Parameters, pieces: list[Piece], notes: Sequence[Note | None] = ()) -> Table:
+        """The same, added to what is there: optimizers that step one after the other have a table together."""
+        table = self.tables.get(key)
+        if table is None or not table.complete:
+            made = Table(*key, parameters, time.time(), notes=list(notes), pieces=pieces, complete=True, host=True)
+            return self._made(made)
+        table.pieces += pieces
+        table.notes = merged(table.notes, notes)
+        return table
 
     def _made(self, table: Table) -> Table:
         table.rank = process_group.rank()
@@ -69,7 +81,7 @@ class OpenTables:
             self.tables = {key: table for key, table in self.tables.items() if key.step > step}
         if self.losses:
             self.losses = {key: loss for key, loss in self.losses.items() if key[0] > step}
-        self.last, self.copied = None, False
+        self.last, self.reading, self.copied = None, None, False
 
     def answered(self) -> list[Table]:
         """What is complete of the open step, for a question asked in the middle of it."""
@@ -80,3 +92,10 @@ class OpenTables:
         self.recorder.send(list(tables), scalars, [self.losses.get((table.step, table.backward)) for table in tables])
         for table in tables:
             self.tables.pop(TableKey(table.step, table.backward, Stage(table.stage)), None)
+
+
+def merged(notes: Sequence[Note | str | None], others: Sequence[Note | str | None]) -> list[Note | str | None]:
+    """The notes of two readings of a table: a row keeps the note of the reading that had it."""
+    if not (notes and others):
+        return []
+    return [note if other == Note.ELSEWHERE else other for note, other in zip(notes, others, strict=True)]

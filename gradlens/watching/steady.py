@@ -1,103 +1,122 @@
-"""What a step by the book is read with: calls that are prepared once, and made each step.
+"""What a part of a step by the book is read with: calls that are prepared once, and made each step.
 
-The calls belong to a route, which capture drops as soon as anything about the parameters changes. They are made again when
-the buffers have moved, or a tensor has: the old ones would not serve. Where the facts that they rest on do not hold, nothing
-has been done, and the general events stand in.
+The calls belong to a route, the parameters that the part is about, which capture drops as soon as anything about them
+changes. They are made again when the buffers have moved, or a tensor has: the old ones would not serve. Where the facts that
+they rest on do not hold, nothing has been done, and the general events stand in.
+
+What an optimizer is given was read at the end of a backward, along the same route or one that has more parameters: then the
+numbers of its own are taken from there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from operator import is_
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from gradlens import kernels
-from gradlens.capture.events import Steady, SteadyReading, SteadyStart, SteadyUpdate, SteadyUsed
+from gradlens.capture.events import GradientFacts, Steady, SteadyReading, SteadyStart, SteadyUpdate, SteadyUsed
 from gradlens.capture.provenance import loss_gradient
 from gradlens.kernels.prepared import GradientRows, Prepared
 from gradlens.records import Parameters, Source, Stage, TableKey
 from gradlens.statistics.buffers import Buffer
-from gradlens.statistics.table import Piece
+from gradlens.statistics.table import Piece, Table
+from gradlens.watching.isolation import isolated_compute
 from gradlens.watching.open_tables import OpenTables
 from gradlens.watching.updates import UpdateMeter
 
 #: Steps for which nothing is prepared after it was in vain; each time that it was doubles them, up to the second number.
 PAUSE, LONGEST = 2, 1024
 
+_Rooms = kernels.StableTensors | None
+_UNTOUCHED = GradientFacts(single=True, own=True, untouched=True)
 
-@dataclass(eq=False)
+#: What a call reads: a step's first backward, a later one, what an optimizer is given, and the same with the loss's own.
+FIRST, LATER, USED, KEPT = "first", "later", "used", "kept"
+#: What an optimizer is given, which a call along another route has read.
+PART = "part"
+
+
+class First(NamedTuple):
+    """How a step's first backward was read."""
+
+    key: TableKey
+    by: Prepared
+    before: _Rooms  #: where the weights were copied to
+
+
+class Reading(NamedTuple):
+    """The last backward that was read by the book."""
+
+    key: TableKey
+    route: Steady
+    samples: Tensor  #: of gradients and weights, side by side
+    piece: Piece  #: of the gradients alone
+
+
 class Calls:
-    """The calls of a route, and the buffers that they were made for."""
+    """The calls of one route: each was made for certain buffers."""
 
-    prepared: Prepared
-    previous: kernels.StableTensors | None
-    before: kernels.StableTensors | None
-    read: object = None  #: the table of the reading that its samples are of
-    begun: object = None  #: that of the optimizer's step which was given what was read
-    given: Prepared | None = None  #: what read the gradients that it was given
-    source: Source = Source.USED  #: of the loss's gradient
-    added: Prepared | None = None  #: what reads the backwards after a step's first
-    used: dict[tuple[int, bool], tuple[object, Prepared]] = field(default_factory=dict)
-
-    def of_used(self, weights: Sequence[Tensor], previous: kernels.StableTensors | None, kept: bool) -> Prepared:
-        """The calls for gradients that differ from what a backward left; `kept`: the loss's own are at hand."""
-        known = self.used.get((id(previous), kept))
-        if known is None:
-            if len(self.used) > 2:
-                self.used.clear()  # their rooms have moved
-            loss = self.previous if kept else None
-            known = self.used[id(previous), kept] = (previous, kernels.prepare(weights, previous, self.before, loss))
-        return known[1]
-
-
-class PreparedCalls:
-    """Makes the calls of a route, and makes them again where they do not serve."""
-
-    def __init__(self) -> None:
+    def __init__(self, route: Steady) -> None:
+        self._weights, self._made = route.weights, dict[str, tuple[tuple[_Rooms, ...], Prepared]]()
         self._pause, self._left = PAUSE, 0
+        self.first: First | None = None
+        self.begun: TableKey | None = None  #: the optimizer's step that was given what `given` has read
+        self.given: Prepared | None = None
+        self.source = Source.USED  #: of the loss's gradient
+        self._places: tuple[list[int], slice | Tensor | None] | None = None
 
-    def read(
-        self,
-        event: SteadyReading,
-        previous: kernels.StableTensors | None,
-        before: kernels.StableTensors | None,
-        detail: bool,
-    ) -> GradientRows | None:
-        """The gradients' rows; None where they cannot be read so."""
-        route, calls = event.route, event.route.calls
-        if calls is None or calls.previous is not previous or calls.before is not before:
-            calls = self._make(route, previous, before)
-        rows = None if calls is None else calls.prepared.read(event.gradients, detail, event.updates)
-        if rows is None and calls is not None:
-            calls = self._make(route, previous, before)
-            rows = None if calls is None else calls.prepared.read(event.gradients, detail, event.updates)
-        if rows is None:
-            self.in_vain(route)
-            return None
-        self._pause = PAUSE
-        calls.read, calls.begun = event.key, None
-        return rows
+    def part(self, before: _Rooms) -> Prepared | None:
+        """The call for what another route's has read, and whose weights that has copied to there."""
+        made = self._made.get(PART)
+        return made[1] if made is not None and made[0][1] is before else self._make(PART, (None, before))
 
-    def _make(
-        self, route: Steady, previous: kernels.StableTensors | None, before: kernels.StableTensors | None
-    ) -> Calls | None:
-        route.calls = None
+    def _make(self, kind: str, buffers: tuple[_Rooms, ...]) -> Prepared | None:
+        self._made.pop(kind, None)
         if self._left:
             self._left -= 1
             return None
-        prepared = kernels.prepare(route.weights, previous, before)
+        prepared = kernels.prepare(self._weights, *buffers)
         if not prepared.apart:
-            self.in_vain(route)
+            self.in_vain(kind)
             return None
-        route.calls = Calls(prepared, previous, before)
-        return route.calls
+        self._made[kind] = buffers, prepared
+        return prepared
 
-    def in_vain(self, route: Steady) -> None:
+    def in_vain(self, kind: str) -> None:
         """It did not serve: it is not tried for a while."""
-        route.calls, self._left = None, self._pause
-        self._pause = min(2 * self._pause, LONGEST)
+        self._made.pop(kind, None)
+        self._left, self._pause = self._pause, min(2 * self._pause, LONGEST)
+
+    def places(self, rows: list[int], within: list[int]) -> slice | Tensor | None:
+        """Where these rows are among those of a longer route; None where some are not."""
+        if self._places is None or self._places[0] is not within:
+            self._places = within, places(rows, within)
+        return self._places[1]
+
+    def read(
+        self, kind: str, buffers: tuple[_Rooms, ...], gradients: Sequence[Tensor], detail: bool, copy: bool
+    ) -> tuple[Prepared, GradientRows] | None:
+        """The gradients' rows and what has read them; None where they cannot be read so.
+
+        buffers: The last gradients, the weights before the step, and the loss's own gradients.
+        """
+        made = self._made.get(kind)
+        fits = made is not None and all(map(is_, made[0], buffers))
+        prepared = made[1] if made is not None and fits else self._make(kind, buffers)
+        rows = None if prepared is None else prepared.read(gradients, detail, copy)
+        if rows is None and prepared is not None:  # its weights may have moved
+            prepared = self._make(kind, buffers)
+            rows = None if prepared is None else prepared.read(gradients, detail, copy)
+        if prepared is None or rows is None:
+            if prepared is not None:
+                self.in_vain(kind)
+            return None
+        self._pause = PAUSE
+        return prepared, rows
 
 
 class SteadyTables:
@@ -112,7 +131,6 @@ class SteadyTables:
         detail: Callable[[int], bool],
     ) -> None:
         self._open, self._meter, self._flips, self._last_of, self._detail = tables, meter, flips, last_of, detail
-        self._calls = PreparedCalls()
         self.answered = 0  #: events
         self.handlers: dict[type, Callable[[Any], bool]] = {
             SteadyReading: self._read,
@@ -121,79 +139,104 @@ class SteadyTables:
             SteadyUpdate: self._update,
         }
 
+    def _previous(self, stage: Stage, route: Steady) -> tuple[_Rooms, bool]:
+        """Where the last gradients are; False where they are not kept whole, or not yet."""
+        buffer = self._last_of(stage, route.parameters)
+        rooms = None if buffer is None else buffer.rooms(route.rows, kept=True)
+        return rooms, (rooms is None) == (buffer is None)
+
     def _read(self, event: SteadyReading) -> bool:
         route, key = event.route, event.key
         if isinstance(event.scale, Tensor):
             return False  # rows that wait for a device
         if event.loss is not None:
             self._open.losses[key.step, key.backward] = event.loss
-        last = self._last_of(Stage.BACKWARD, route.parameters)
-        previous = None if last is None else last.rooms(route.rows, kept=True)
-        if event.ended is not None:
-            return self._read_added(event, previous, event.ended) if (previous is None) == (last is None) else False
+        previous, fine = self._previous(Stage.BACKWARD, route)
         before = self._meter.room(route.parameters, route.rows) if event.updates else None
-        if (previous is None) != (last is None) or (before is None) == event.updates:
-            return False  # not kept whole, or not yet
-        read = self._calls.read(event, previous, before, self._detail(key.step))
+        if not fine or (before is None) == event.updates:  # they are not kept whole, or not yet
+            return False
+        calls = route.calls or _calls(route)
+        kind = FIRST if event.updates or not key.backward else LATER
+        read = calls.read(kind, (previous, before), event.gradients, self._detail(key.step), event.updates)
         if read is None:
             return False
-        self._meter.read_steadily(Piece(route.rows, read.gradient_samples))
-        self._ended(event, read)
-        return True
-
-    def _ended(self, event: SteadyReading, read: GradientRows) -> None:
-        table = self._open.whole(event.key, event.route.parameters, [Piece(event.route.rows, read.rows)])
+        prepared, rows = read
+        samples = Piece(route.rows, rows.gradient_samples)
+        if kind == FIRST:
+            calls.first = First(key, prepared, before)
+        if event.ended is None:
+            self._meter.read_steadily(samples)
+        else:
+            self._meter.pass_ended(*event.ended)
+        table = self._open.whole(key, route.parameters, [Piece(route.rows, rows.rows)], event.notes)
         table.divisor = table.scale = event.scale
         self._open.ended(table)
+        self._open.reading = Reading(key, route, rows.samples, samples)
         self.answered += 1
-
-    def _read_added(self, event: SteadyReading, previous: kernels.StableTensors | None, ended: Sequence[Tensor]) -> bool:
-        """A backward that was added to others: its own gradients are read, those in `.grad` only sampled."""
-        route, key, calls = event.route, event.key, event.route.calls
-        if calls is None or calls.previous is not previous:
-            return False
-        if calls.added is None:
-            calls.added = kernels.prepare(route.weights, previous)
-        read = calls.added.read(event.gradients, self._detail(key.step), False) if calls.added.apart else None
-        if read is None:
-            return False
-        self._meter.pass_ended(route.rows, ended)
-        self._ended(event, read)
         return True
 
     def _start(self, event: SteadyStart) -> bool:
-        route, calls, last = event.route, event.route.calls, self._open.last
-        if calls is None or last is None or calls.read != (last.step, last.backward, last.stage):
+        """What the optimizer is given was read at the end of the backward, and its table has the same numbers."""
+        route, last, table = event.route, self._open.reading, self._open.last
+        if Stage.USED in self._flips:  # some `used` gradient differed once: its successors compare with it
+            return self._read_used(event, _UNTOUCHED, 1.0)
+        if last is None or table is None or last.key != (table.step, table.backward, table.stage) or not event.kept:
             return False
-        if Stage.USED in self._flips:
-            return False  # some `used` gradient differed once: its successors compare with it, not with `backward`
-        if not (event.kept and unchanged(calls, event.gradients, event.updates)):
+        if last.route is not route:
+            return self._start_part(event, last, table)
+        first = None if route.calls is None else route.calls.first
+        if first is None or first.key != last.key or not unchanged(first.by, event.gradients, event.updates):
             return False
-        self._meter.given_steadily(route.parameters, calls.before if event.updates else None)
-        self._open.whole(event.key, route.parameters, list(last.pieces))
-        self._open.copied, calls.begun, calls.given, calls.source = True, event.key, calls.prepared, Source.USED
-        self.answered += 1
+        self._given(event, first.by, first.before, list(table.pieces), last.piece)
         return True
 
-    def _used(self, event: SteadyUsed) -> bool:
+    def _start_part(self, event: SteadyStart, last: Reading, table: Table) -> bool:
+        """The same for some of the parameters that the backward has reached."""
+        route = event.route
+        calls = route.calls or _calls(route)
+        at = calls.places(route.rows, last.route.rows)
+        before = self._meter.room(route.parameters, route.rows) if event.updates else None
+        if at is None or (before is None) == event.updates or [piece.rows for piece in table.pieces] != [last.route.rows]:
+            return False
+        by = calls.part(before)
+        with isolated_compute():
+            rows, samples, gradients = (taken(n, at) for n in (table.pieces[0].numbers, last.samples, last.piece.numbers))
+        if by is None or not (by.take_over(event.gradients, samples) and unchanged(by, event.gradients, event.updates)):
+            return False
+        self._given(event, by, before, [Piece(route.rows, rows)], Piece(route.rows, gradients))
+        return True
+
+    def _given(self, event: SteadyStart, by: Prepared, before: _Rooms, pieces: list[Piece], samples: Piece) -> None:
         route, calls = event.route, event.route.calls
-        if calls is None or not isinstance(calls.read, TableKey) or calls.read.step != event.key.step:
+        self._meter.given_steadily(route.parameters, before if event.updates else None, samples)
+        self._open.joined(event.key, route.parameters, pieces, event.notes)
+        self._open.copied, calls.begun, calls.given, calls.source = True, event.key, by, Source.USED
+        self.answered += 1
+
+    def _used(self, event: SteadyUsed) -> bool:
+        return not isinstance(event.scale, Tensor) and self._read_used(event, event.facts, event.scale)
+
+    def _read_used(self, event: SteadyStart | SteadyUsed, facts: GradientFacts, scale: float | Tensor) -> bool:
+        """What the optimizer is given is read, and the weights are copied if they have moved since the first backward."""
+        route, key = event.route, event.key
+        calls = route.calls or _calls(route)
+        source = loss_gradient(facts, scale, kept=Stage.BACKWARD in self._flips)
+        loss, known = self._previous(Stage.BACKWARD, route) if source is Source.KEPT else (None, True)
+        previous, fine = self._previous(Stage.USED, route)
+        before = self._meter.room(route.parameters, route.rows) if event.updates else None
+        if not (known and fine) or (before is None) == event.updates:
             return False
-        if event.updates and not (event.kept and calls.prepared.unchanged(event.gradients)[1]):
-            return False
-        last = self._last_of(Stage.USED, route.parameters)
-        previous = None if last is None else last.rooms(route.rows, kept=True)
-        if (previous is None) != (last is None):
-            return False  # not kept whole, or not yet
-        source = loss_gradient(event.facts, event.scale, kept=calls.previous is not None)
-        given = calls.of_used(route.weights, previous, source is Source.KEPT)
-        read = given.read(event.gradients, self._detail(event.key.step), False) if given.apart else None
+        first, copy = calls.first, event.updates
+        if copy and event.kept and first is not None and first.key.step == key.step:
+            copy = not first.by.unchanged(event.gradients)[1]
+        kind = USED if loss is None else KEPT
+        read = calls.read(kind, (previous, before, loss), event.gradients, self._detail(key.step), copy)
         if read is None:
             return False
-        samples = Piece(route.rows, read.gradient_samples)
-        self._meter.given_steadily(route.parameters, calls.before if event.updates else None, samples)
-        self._open.whole(event.key, route.parameters, [Piece(route.rows, read.rows)]).scale = event.scale
-        self._open.copied, calls.begun, calls.given, calls.source = False, event.key, given, source
+        by, rows = read
+        self._meter.given_steadily(route.parameters, before, Piece(route.rows, rows.gradient_samples))
+        self._open.joined(key, route.parameters, [Piece(route.rows, rows.rows)], event.notes).scale = scale
+        self._open.copied, calls.begun, calls.given, calls.source = False, key, by, source
         self.answered += 1
         return True
 
@@ -204,14 +247,35 @@ class SteadyTables:
         numbers = calls.given.compare(event.gradients)
         if numbers is None:
             return False
-        table.updates.append(
-            self._meter.measured_steadily(route.rows, numbers, route.lr_positive, calls.source, event.scale)
-        )
+        moved, own = Piece(route.rows, numbers), event.facts.own
+        measured = self._meter.measured_steadily(moved, route.lr_positive, calls.source, own=own, scale=event.scale)
+        table.updates.append(measured)
         self.answered += 1
         return True
 
 
-def unchanged(calls: Calls, gradients: Sequence[Tensor], weights: bool) -> bool:
+def _calls(route: Steady) -> Calls:
+    """New ones."""
+    calls = route.calls = Calls(route)
+    return calls
+
+
+def unchanged(by: Prepared, gradients: Sequence[Tensor], weights: bool) -> bool:
     """Whether the samples are what was read: of the gradients, and of the weights where these are asked for."""
-    same, stayed = calls.prepared.unchanged(gradients)
+    same, stayed = by.unchanged(gradients)
     return same and (stayed or not weights)
+
+
+def places(rows: Sequence[int], within: Sequence[int]) -> slice | Tensor | None:
+    """Where these rows are among others, as a slice where they are side by side; None where some are not there."""
+    known = {row: place for place, row in enumerate(within)}
+    at = [known[row] for row in rows if row in known]
+    if not at or len(at) < len(rows):
+        return None
+    side_by_side = at == list(range(at[0], at[0] + len(at)))
+    return slice(at[0], at[0] + len(at)) if side_by_side else torch.tensor(at)
+
+
+def taken(numbers: Tensor, at: slice | Tensor) -> Tensor:
+    """These of its rows."""
+    return numbers[at] if isinstance(at, slice) else numbers.index_select(0, at)

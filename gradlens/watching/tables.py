@@ -37,7 +37,7 @@ from gradlens.statistics.table import Piece, Table
 from gradlens.watching import process_group
 from gradlens.watching.failures import Failures
 from gradlens.watching.isolation import capturing_cuda_graph, isolated_compute
-from gradlens.watching.open_tables import OpenTables
+from gradlens.watching.open_tables import OpenTables, merged
 from gradlens.watching.recorder import Recorder
 from gradlens.watching.row_calls import RowCalls, joined
 from gradlens.watching.steady import SteadyTables
@@ -253,12 +253,7 @@ class TableBuilder:
         table.complete = True
         table.parameters = self._with_summands(reading.parameters, table)
         table.divisor, table.scale = reading.divisor, reading.scale
-        # Two optimizers read their own parameters each: a row keeps the note of the reading that had it.
-        if not reading.notes:
-            table.notes = []
-        elif table.notes:
-            old_new = zip(table.notes, reading.notes, strict=True)
-            table.notes = [old if new == Note.ELSEWHERE else new for old, new in old_new]
+        table.notes = merged(table.notes, reading.notes)
         if len(table.pieces) > 1:
             table.pieces = joined(table.pieces)
         if table.stage == Stage.BACKWARD:

@@ -75,10 +75,13 @@ class UpdateMeter:
     def consumed(self, rows: Sequence[int], gradients: Sequence[Tensor]) -> None:
         """Sample what an optimizer is given."""
         for device, piece in _sample(rows, gradients).items():
-            last = self._consumed.get(device)
-            if last is not None and last.rows and piece.rows and last.rows[0] not in piece.rows:
-                self._consumed_before.append(last)
-            self._consumed[device] = piece
+            self._consume(device, piece)
+
+    def _consume(self, device: torch.device, piece: Piece) -> None:
+        last = self._consumed.get(device)
+        if last is not None and last.rows and piece.rows and last.rows[0] not in piece.rows:
+            self._consumed_before.append(last)
+        self._consumed[device] = piece
 
     def _samples_of(self, rows: Sequence[int], device: torch.device) -> Piece | None:
         """The samples of what the optimizer of these rows was given."""
@@ -105,21 +108,20 @@ class UpdateMeter:
         """A backward ended by the book, with these samples."""
         self._ended, self._reading = {_CPU: samples}, kernels.StableTensors()
 
-    def given_steadily(
-        self, parameters: Parameters, room: kernels.StableTensors | None, samples: Piece | None = None
-    ) -> None:
-        """The optimizer is given what the backward left, or these samples are of; the weights before are in this room."""
-        self._consumed.update(self._ended if samples is None else {_CPU: samples})
+    def given_steadily(self, parameters: Parameters, room: kernels.StableTensors | None, samples: Piece) -> None:
+        """An optimizer is given gradients with these samples; the weights before are in this room."""
+        self._consume(_CPU, samples)
         if room is not None:
-            self._before.use(parameters).fill(room)
+            self._before.use(parameters).fill(samples.rows, room)
 
     def measured_steadily(
-        self, rows: list[int], numbers: Tensor, moved: Sequence[bool], source: Source, scale: float | Tensor
+        self, moved: Piece, positive: Sequence[bool], source: Source, *, own: bool, scale: float | Tensor
     ) -> UpdatePiece:
         """The piece of a step's move, whose loss has its gradient from there."""
-        ended, used = self._ended.get(_CPU), self._consumed[_CPU]
+        ended = self._ended.get(_CPU) if own else None
+        used = self._samples_of(moved.rows, _CPU) if self._consumed_before else self._consumed[_CPU]
         same, kept = source is Source.USED, source is Source.KEPT
-        return UpdatePiece(Piece(rows, numbers), moved, False, kept, ended, used, same, scale)
+        return UpdatePiece(moved, positive, False, kept, ended, used, same, scale)
 
     # --- weights ----------------------------------------------------------------------------------------------------
 

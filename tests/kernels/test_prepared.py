@@ -177,6 +177,30 @@ def test_weights_that_moved_are_refused(move):
     assert case.call.read(gradients) is None
 
 
+@pytest.mark.parametrize("general", [False, True], ids=["native", "general"])
+def test_a_call_goes_on_from_what_a_longer_one_has_read(general):
+    """With its samples: it tells what was written since, and compares with the weights that the longer one has copied."""
+    case, gradients = Case(general=general), some(seed=1)
+    samples, some_rows = case.call.read(gradients).samples, slice(1, 5)
+    weights, given = case.weights[some_rows], gradients[some_rows]
+    before = kernels.StableTensors(case.before[some_rows])
+    if general:
+        part = GeneralPrepared(kernels._backend(weights), weights, None, before)
+    else:
+        part = kernels.prepare(weights, None, before)
+    assert part.unchanged(given) == (False, False)
+    assert part.take_over(given, samples[some_rows])
+    assert part.unchanged(given) == (True, True)
+    with torch.no_grad():
+        weights[2].sub_(0.25)
+    assert part.unchanged(given) == (True, False)
+    assert torch.equal(bits(part.compare(given)), bits(kernels.compare(given, case.before[some_rows], weights)))
+    given[2].data.mul_(2)
+    assert not part.unchanged(given)[0]
+    assert part.compare(given) is None
+    assert not part.take_over(given[1:], samples[some_rows])
+
+
 def test_a_gradient_that_was_freed_is_not_read_again():
     """Between backward and the optimizer anything may happen to it."""
     case, gradients = Case(), some()

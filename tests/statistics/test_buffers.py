@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gradlens import fields
+from gradlens import fields, kernels
 from gradlens.records import Parameters
 from gradlens.statistics.buffers import Buffer, summarize
 from gradlens.statistics.memory import Plan
@@ -31,6 +31,39 @@ def test_what_was_kept_together_is_found_together():
     last.keep(ROWS, gradients(1))
     assert last.together(ROWS, gradients(2)) is first
     assert all(torch.equal(kept, g) for kept, g in zip(first, gradients(1), strict=True))
+
+
+def test_several_lists_of_rows_are_found_in_turn():
+    """Each list that was kept together is, whatever was kept in between; rows that two lists share have one room."""
+    last = buffer()
+    last.keep(ROWS[:2], gradients(0)[:2])
+    last.keep(ROWS[1:], gradients(1)[1:])
+    first, second = last.together(ROWS[:2], gradients(2)[:2]), last.together(ROWS[1:], gradients(2)[1:])
+    assert first[1] is second[0]
+    assert torch.equal(first[1], gradients(1)[1])
+    assert last.together(ROWS[:2], gradients(2)[:2]) is first
+    assert last.together(ROWS[1:], gradients(2)[1:]) is second
+
+
+@pytest.mark.parametrize("allowance", [1 << 20, 40])
+def test_rooms_of_rows_that_were_never_kept_together(allowance):
+    """They are those of the single rows, where each has one and is whole; the same object each time."""
+    last = buffer(allowance)
+    last.keep(ROWS[:2], gradients(0)[:2])
+    assert last.rooms(ROWS, kept=False) is None
+    last.keep(ROWS[2:], gradients(0)[2:])
+    rooms = last.rooms(ROWS, kept=True)
+    if allowance == 40:
+        assert rooms is None
+    else:
+        assert rooms is last.rooms(ROWS, kept=True)
+        assert all(room is last.get(row) for row, room in enumerate(rooms))
+        last.forget()
+        assert last.rooms(ROWS, kept=True) is None
+        assert last.rooms(ROWS, kept=False) is rooms
+        last.fill(ROWS[:2], kernels.StableTensors(rooms[:2]))
+        assert last.rooms(ROWS[:2], kept=True)[0] is rooms[0]
+        assert last.rooms(ROWS, kept=True) is None
 
 
 @pytest.mark.parametrize("what", ["forgotten", "other rows", "another type", "sparse", "other parameters", "by sample"])
