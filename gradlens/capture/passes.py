@@ -80,7 +80,8 @@ class Passes:
         entered.loss = loss_of(roots, entered.scale)
         entered.root = roots[0] if len(roots) == 1 else None
         self._auditor.pass_begins(roots, self._steps.current.number, entered.loss)
-        self._of_activations(self._activations.pass_begins, entered, roots)
+        if self._activations.listens:
+            self._of_activations(self._activations.pass_begins, entered, roots)
 
     def _start_plain(self, entered: Pass) -> None:
         """Let the hooks of this pass only note, as far as nothing else needs to be done in them."""
@@ -108,7 +109,8 @@ class Passes:
             return
         with self._engine.lock:
             if entered.step is step and entered.number is None:
-                self._note_activations(entered, step.number, step.next_number)  # before its table is handed on
+                if self._activations.listens:  # before its table is handed on
+                    self._note_activations(entered, step.number, step.next_number)
                 if self._steady.pass_accumulated(entered, step):
                     return
             with self._attachment.cache:
@@ -116,7 +118,8 @@ class Passes:
 
     def pass_ended(self, entered: Pass) -> None:
         """The pass is over: read what lived to its end."""
-        self._hooks.look_at_last(entered)
+        if self._reader.local:
+            self._hooks.look_at_last(entered)
         if entered.layout is not None and self._ended_steadily(entered):
             return
         self._hooks.leave_the_book(entered)
@@ -130,7 +133,8 @@ class Passes:
         with self._engine.lock, self._attachment.cache:
             if entered.read:
                 key = self._reader.key(Stage.BACKWARD, entered)  # the pass has its number, whatever is read of it
-                self._note_activations(entered, key.step, key.backward)
+                if self._activations.listens:
+                    self._note_activations(entered, key.step, key.backward)
                 if entered.loss is not None:
                     self._roots.add(entered.root, key.step, entered.loss)
                     self._sink(LossSeen(key.step, key.backward, entered.loss))
@@ -150,8 +154,8 @@ class Passes:
         if entered.step is not step or (entered.number is not None and entered.left is None):
             return False
         with self._engine.lock:
-            if entered.left is None:
-                self._note_activations(entered, step.number, step.next_number)  # before its table is handed on
+            if entered.left is None and self._activations.listens:  # before its table is handed on
+                self._note_activations(entered, step.number, step.next_number)
             if not self._steady.pass_ended(entered, step):
                 return False
             if entered.loss is not None:

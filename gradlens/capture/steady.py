@@ -33,7 +33,7 @@ from torch.optim import Optimizer
 
 from gradlens.capture.arrivals import State
 from gradlens.capture.attachment import PLAIN, Attachment
-from gradlens.capture.engine import Engine, Pass, Run, running
+from gradlens.capture.engine import Engine, Pass, Run
 from gradlens.capture.events import (
     GradientFacts,
     LossSeen,
@@ -224,11 +224,14 @@ class SteadyRoute:
         self.parts += 1
 
     def step_begins(self, step: Step, watched: WatchedOptimizer, optimizer: Optimizer) -> bool:
-        """Whether the optimizer is given a gradient of all that it moves, which this step has reached, and they are read."""
+        """Whether the optimizer is given a gradient of all that it moves, which this step has reached, and they are read.
+
+        Asked outside any backward.
+        """
         layout = self.layout
         if layout is None or not step.passes or step.phase not in (Phase.OPEN, Phase.MOVING) or watched.wrapped:
             return False
-        if self._engine.passes or running() or not layout.there():
+        if self._engine.passes or not layout.there():
             return False
         share = self._share(layout, watched, optimizer)
         route = share.route
@@ -319,16 +322,17 @@ class SteadyRoute:
             self.layout = self._compiled(closed)
         elif self._doubted and not self._fits(closed):
             self.layout = None
+        self._doubted = False
 
     def _fits(self, step: Step) -> bool:
         attachment = self._attachment
-        if not (step.own and step.passes and self._optimizers.watched) or len(self._engine.threads) > 1:
+        if not (step.own and self._optimizers.watched) or len(self._engine.threads) > 1:
             return False
         return attachment.plain and True not in map(_READ_IN_HOOK, attachment.slots)
 
     def _compiled(self, step: Step) -> Layout | None:
         weights: list[Any] = self._attachment.tensors()
-        if not self._fits(step) or not set(map(type, weights)) <= PLAIN:
+        if not step.passes or not self._fits(step) or not set(map(type, weights)) <= PLAIN:
             return None
         layout = Layout(self._attachment, weights)
         return layout if layout.hooked_again() else None

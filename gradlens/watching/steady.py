@@ -142,8 +142,10 @@ class SteadyTables:
 
     def _previous(self, stage: Stage, route: Steady) -> tuple[_Rooms, bool]:
         """Where the last gradients are; False where they are not kept whole, or not yet."""
-        buffer = self._last_of(stage, route.parameters)
-        rooms = None if buffer is None else buffer.rooms(route.rows, kept=True)
+        buffer = self._flips.get(stage)
+        if buffer is None:
+            buffer = self._last_of(stage, route.parameters)
+        rooms = None if buffer is None else buffer.rooms(route.parameters, route.rows, kept=True)
         return rooms, (rooms is None) == (buffer is None)
 
     def _read(self, event: SteadyReading) -> bool:
@@ -191,7 +193,7 @@ class SteadyTables:
         first = None if route.calls is None else route.calls.first
         if first is None or first.key != last.key or not unchanged(first.by, event.gradients, event.updates):
             return False
-        self._open.copied = Stage(table.stage)
+        self._open.copied = last.key.stage
         self._given(event, first.by, first.before, list(table.pieces), last.piece)
         return True
 
@@ -208,7 +210,7 @@ class SteadyTables:
             rows, samples, gradients = (taken(n, at) for n in (table.pieces[0].numbers, last.samples, last.piece.numbers))
         if by is None or not (by.take_over(event.gradients, samples) and unchanged(by, event.gradients, event.updates)):
             return False
-        self._open.copied = Stage(table.stage)
+        self._open.copied = last.key.stage
         self._given(event, by, before, [Piece(route.rows, rows)], Piece(route.rows, gradients))
         return True
 

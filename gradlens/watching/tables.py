@@ -41,7 +41,6 @@ from gradlens.watching.open_tables import OpenTables, merged
 from gradlens.watching.recorder import Recorder
 from gradlens.watching.row_calls import RowCalls, joined
 from gradlens.watching.steady import SteadyTables
-from gradlens.watching.stopwatch import Stopwatch
 from gradlens.watching.updates import UpdateMeter, by_device, present
 
 #: Notes of rows whose partials a backward did not compute, or of which others are in `.grad` too.
@@ -55,9 +54,7 @@ _PREPARED = "prepared calls"
 class TableBuilder:
     """A sink of capture's: called with each event on the training thread, it hands complete tables to the recorder."""
 
-    def __init__(
-        self, recorder: Recorder, plan: Plan, features: frozenset[str], failures: Failures, timed: Stopwatch
-    ) -> None:
+    def __init__(self, recorder: Recorder, plan: Plan, features: frozenset[str], failures: Failures) -> None:
         self.recorder, self.failures = recorder, failures
         self._plan, self._features = plan, features
         self.open = OpenTables(recorder)
@@ -67,7 +64,7 @@ class TableBuilder:
         self._marked: tuple[Parameters, frozenset[int], Parameters] | None = None
         self._told: set[str] = set()  # parameters whose gradients were found to be summands, why evidence left something out
         self.detail = DetailSteps()
-        self._timed, self._touched = timed, False  # by an event of a step that has not closed
+        self._touched = False  # by an event of a step that has not closed
         self.steady = SteadyTables(self.open, self._meter, self._flips, self._last_of, self._detail)
         self._steady_handlers = self.steady.handlers if self.evidence is None else {}
         self._handlers: dict[type, Callable[[Any], None]] = {
@@ -106,7 +103,8 @@ class TableBuilder:
         """A prepared call; or else what the event stands for, one by one."""
         answer, failures = self._steady_handlers.get(type(event)), self.failures
         fine = not failures.any or not (failures.lately(_PARTS) or failures.off(_PREPARED))
-        if answer is not None and fine and not capturing_cuda_graph():
+        # The later parts of a step rest on the reading: where that was by a prepared call, everything is on the CPU.
+        if answer is not None and fine and not (type(event) is SteadyReading and capturing_cuda_graph()):
             try:
                 if answer(event):
                     if failures.any:
@@ -163,18 +161,15 @@ class TableBuilder:
         failures = self.failures
         if failures.any and failures.off(where):
             return
-        self._timed(self._attempt, where, call, *args)
-
-    def _attempt(self, where: str, call: Callable[..., None], *args: Any) -> None:
         if capturing_cuda_graph():
             self._tell_once("graph", findings.cuda_graph(self.failures.step()))
             return
         try:
             call(*args)
-            if self.failures.any:
-                self.failures.worked(where)
+            if failures.any:
+                failures.worked(where)
         except Exception as error:  # noqa: BLE001 - nothing of ours is raised in a training step
-            self.failures(where, error)
+            failures(where, error)
 
     def _tell_once(self, key: str, finding: Finding) -> None:
         if key not in self._told:
