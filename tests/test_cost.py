@@ -165,7 +165,7 @@ def python_calls(layers, micro=1, clip=False, scaled=False, **watch):
     return seen
 
 
-@pytest.mark.parametrize(("features", "most"), [((), 153), (("updates", "flips"), 170)])
+@pytest.mark.parametrize(("features", "most"), [((), 154), (("updates", "flips"), 171)])
 def test_two_calls_a_parameter(features, most):
     """A parameter more is its two hooks more, which only note: all else is asked of all parameters in one call."""
     few, many = (python_calls(layers, features=features) for layers in (5, 40))
