@@ -321,16 +321,17 @@ class SteadyRoute:
             self.layout = self._compiled(closed)
         elif self._doubted and not self._fits(closed):
             self.layout = None
+        self._doubted = False
 
     def _fits(self, step: Step) -> bool:
         attachment = self._attachment
-        if not (step.own and step.passes and self._optimizers.watched) or len(self._engine.threads) > 1:
+        if not (step.own and self._optimizers.watched) or len(self._engine.threads) > 1:
             return False
         return attachment.plain and True not in map(_READ_IN_HOOK, attachment.slots)
 
     def _compiled(self, step: Step) -> Layout | None:
         weights: list[Any] = self._attachment.tensors()
-        if not self._fits(step) or not set(map(type, weights)) <= PLAIN:
+        if not step.passes or not self._fits(step) or not set(map(type, weights)) <= PLAIN:
             return None
         layout = Layout(self._attachment, weights)
         return layout if layout.hooked_again() else None
