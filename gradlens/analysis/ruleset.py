@@ -49,6 +49,19 @@ class _Said(NamedTuple):
     of: Any
 
 
+class _SaidOfRows(list[_Said]):
+    """What a rule says of some rows, each once: of those that it spoke of at the moment before, the same objects."""
+
+    def __init__(self, found: RowFindings, before: Sequence[_Said]) -> None:
+        rule, names, word = found.rule, found.snapshot.names, found.finding
+        self._kind = rule, found.severity, names
+        same = isinstance(before, _SaidOfRows) and before._kind == self._kind
+        known: dict[int, _Said] = before._rows if same else {}  # type: ignore[attr-defined]
+        severity, new = found.severity, tuple.__new__  # without a call of Python for each of thousands
+        super().__init__(known.get(row) or new(_Said, ((rule, names[row]), severity, word, row)) for row in found.rows)
+        self._rows = dict(zip(found.rows, self, strict=True))
+
+
 _NOTHING: list[_Said] = []
 
 #: What was said at each moment, by its number.
@@ -196,6 +209,7 @@ class _ColumnRule(_Asked):
 
     def _ask(self, history: History, columns: Columns, spoken: Spoken) -> None:
         self.at = columns.moments[0]
+        self._forget_others(columns)
         try:
             answers = [condition(columns) for condition, _ in self._conditions]
         except Exception:
@@ -214,6 +228,14 @@ class _ColumnRule(_Asked):
         if not somewhere[-1]:
             self._again.pop((columns.stage, columns.names), None)
 
+    def _forget_others(self, columns: Columns) -> None:
+        """What was said of some of these parameters among others: an illness may heal here, and is worded again then."""
+        if len(self._again) > (1 if (columns.stage, columns.names) in self._again else 0):
+            own = set(columns.names)
+            for stage, names in list(self._again):
+                if stage == columns.stage and names != columns.names and not own.isdisjoint(names):
+                    del self._again[stage, names]
+
     def _findings(
         self, history: History, columns: Columns, at: int, lasts: Sequence[np.ndarray], fresh: bool
     ) -> list[_Said]:
@@ -221,7 +243,8 @@ class _ColumnRule(_Asked):
         if self.rule.settled and not (fresh and at) and self._again.get(of, (None,))[0] == key:
             return self._again[of][1]
         rows = [np.flatnonzero(last).tolist() for last in lasts]
-        said = _said(self.rule.findings(history.until(columns.moments[at]), *rows))
+        before = _NOTHING if fresh and at else self._again.get(of, (None, _NOTHING))[1]
+        said = _said(self.rule.findings(history.until(columns.moments[at]), *rows), before)
         self._again[of] = key, said
         return said
 
@@ -229,12 +252,8 @@ class _ColumnRule(_Asked):
 # --- what is new ----------------------------------------------------------------------------------------------------
 
 
-@dataclass(eq=False)
-class _Silence:
-    """On one stage: the step last looked at, and for how many steps before it the rule has been silent."""
-
-    step: int
-    steps: int = 0
+#: On one stage: the step last looked at, and for how many steps up to it the rule has been silent.
+_Silence = tuple[int, int]
 
 
 @dataclass(eq=False)
@@ -245,20 +264,13 @@ class _Illness:
     patience: int
     silence: dict[str, _Silence] = field(default_factory=dict)  #: by stage
 
-    def spoken(self, stage: str, step: int) -> None:
-        """Take note that the rule spoke at this moment."""
-        silence = self.silence.get(stage)
-        if silence is None:
-            self.silence[stage] = _Silence(step)
-        else:
-            silence.step, silence.steps = step, 0
-
     def over(self, stage: str, step: int) -> bool:
         """Take note that the rule kept silent at this moment."""
         silence = self.silence.get(stage)
-        if silence is not None and silence.step != step:
-            silence.step, silence.steps = step, silence.steps + 1
-            if silence.steps >= self.patience:
+        if silence is not None and silence[0] != step:
+            steps = silence[1] + 1
+            self.silence[stage] = step, steps
+            if steps >= self.patience:
                 del self.silence[stage]
         return not self.silence
 
@@ -269,8 +281,9 @@ class _Illnesses:
     def __init__(self) -> None:
         self._ill: dict[Key, _Illness] = {}
         self._times: dict[Key, int] = {}  # how often it was reported
-        #: By stage what was said last, when nothing else that spoke there could be silent; and the step.
-        self._steady: dict[str, tuple[list[_Said], int]] = {}
+        #: By stage what was said last, and the step: that its illnesses spoke then is noted when they stop. And whether the
+        #: same again has nothing to tell: nothing else that spoke there could be silent.
+        self._last: dict[str, tuple[list[_Said], int, bool]] = {}
 
     def new(self, moments: Sequence[Moment], spoken: Mapping[int, list[_Said]]) -> Iterator[tuple[Moment, list[_Said]]]:
         """What is new at each moment that has something new."""
@@ -281,20 +294,25 @@ class _Illnesses:
             if not (said or self._ill):
                 continue
             stage, step = moment.block.stage, moment.step
-            steady = self._steady.pop(stage, None)
-            if steady is not None:
-                if steady[0] is said:  # the same again: that it was said at this step will be noted when it ends
-                    self._steady[stage] = said, step
-                    continue
-                for each in steady[0]:
-                    self._ill[each.key].spoken(stage, steady[1])
-            new = self._new(said, moment)
+            before, since, steady = self._last.get(stage, (_NOTHING, step, False))
+            if steady and before is said:
+                self._last[stage] = said, step, True
+                continue
+            if before:
+                going_on = set(map(id, said))
+                for each in before:
+                    if id(each) not in going_on:
+                        self._ill[each.key].silence[stage] = since, 0
+            new = self._new(said, moment, set(map(id, before)))
             if new:
                 yield moment, new
 
-    def _new(self, said: list[_Said], moment: Moment) -> list[_Said]:
+    def _new(self, said: list[_Said], moment: Moment, going_on: set[int]) -> list[_Said]:
         stage, step, new = moment.block.stage, moment.step, []
+        now = step, 0
         for each in said:
+            if id(each) in going_on:  # it is ill, as badly
+                continue
             illness = self._ill.get(each.key)
             if illness is None:
                 times = self._times[each.key] = self._times.get(each.key, 0) + 1
@@ -303,16 +321,21 @@ class _Illnesses:
             elif each.severity is not illness.severity and each.severity.rank > illness.severity.rank:
                 illness.severity = each.severity
                 new.append(each)
-            illness.spoken(stage, step)
-        keys = {each.key for each in said}
-        quiet = [(key, illness) for key, illness in self._ill.items() if key not in keys and stage in illness.silence]
+            illness.silence[stage] = now
+        quiet = self._quiet(said, stage)
         for key, illness in quiet:
             there = key[1] is None or key[1] in moment.block.parameters.position
             if there and illness.over(stage, step):
                 del self._ill[key]
-        if not quiet and len(keys) == len(said):
-            self._steady[stage] = said, step
+        self._last[stage] = said, step, not quiet
         return new
+
+    def _quiet(self, said: list[_Said], stage: str) -> list[tuple[Key, _Illness]]:
+        """Those that spoke on this stage, and are none of what is said."""
+        if isinstance(said, _SaidOfRows) and len(said) == len(self._ill):  # each of these is ill
+            return []
+        keys = {each.key for each in said}
+        return [(key, illness) for key, illness in self._ill.items() if key not in keys and stage in illness.silence]
 
 
 # --- words ----------------------------------------------------------------------------------------------------------
@@ -344,11 +367,10 @@ def named(rule: Rule) -> str:
     return type(rule).__name__
 
 
-def _said(found: Iterable[Finding] | None) -> list[_Said]:
-    """What a rule gave; a rule that finds nothing may return None."""
+def _said(found: Iterable[Finding] | None, before: Sequence[_Said] = _NOTHING) -> list[_Said]:
+    """What a rule gave, after what it said at the moment before; a rule that finds nothing may return None."""
     if isinstance(found, RowFindings):
-        rule, severity, names, word = found.rule, found.severity, found.snapshot.names, found.finding
-        return [_Said((rule, names[row]), severity, word, row) for row in found.rows]
+        return _SaidOfRows(found, before)
     if isinstance(found, Finding):
         raise TypeError("a rule yields findings, or returns a list of them, and not a single one")
     result = []

@@ -391,8 +391,7 @@ class TensorBoard:
             return
         own = judged(gradient)
         rows, n = self._grid.at(gradient.names)[own], len(self._grid.labels)
-        counts = np.zeros((n, len(_LEFT)))
-        np.add.at(counts, rows, fields.ascending(gradient.histogram, gradient.columns["zero"])[own])
+        counts = _summed(rows, fields.ascending(gradient.histogram, gradient.columns["zero"])[own], n)
         low, high = np.full((2, n), np.nan)
         np.fmin.at(low, rows, gradient.columns["min"][own])
         np.fmax.at(high, rows, gradient.columns["max"][own])
@@ -431,8 +430,25 @@ def _observed(gradient: Mapping[str, float], used: Mapping[str, float]) -> dict[
 
 # --- histograms -----------------------------------------------------------------------------------------------------
 
-_LEFT = np.concatenate([-fields.POWERS[1:][::-1], [0.0], fields.POWERS[:-1]])
-_RIGHT = np.concatenate([-fields.POWERS[:-1][::-1], [0.0], fields.POWERS[1:]])
+#: Of each bucket, in the order of `fields.ascending`, the left and the right edge.
+_EDGES = np.stack(
+    [
+        np.concatenate([-fields.POWERS[1:][::-1], [0.0], fields.POWERS[:-1]]),
+        np.concatenate([-fields.POWERS[:-1][::-1], [0.0], fields.POWERS[1:]]),
+    ],
+    axis=1,
+)
+
+
+def _summed(rows: np.ndarray, counts: np.ndarray, n: int) -> np.ndarray:
+    """`[n, buckets]` the counts of each row, added up where several have the same one."""
+    result = np.zeros((n, counts.shape[1]))
+    if len(rows):
+        order = np.argsort(rows, kind="stable")
+        ordered = rows[order]
+        starts = np.flatnonzero(np.diff(ordered, prepend=-1))
+        result[ordered[starts]] = np.add.reduceat(counts[order], starts, axis=0)
+    return result
 
 
 def buckets(counts: np.ndarray, low: float, high: float) -> np.ndarray:
@@ -442,14 +458,17 @@ def buckets(counts: np.ndarray, low: float, high: float) -> np.ndarray:
     bucket, the zeros included. The outer edges are the extremes. Empty buckets at the ends are left out.
     """
     there = np.flatnonzero(counts)
-    middle = fields.BUCKETS
-    largest = max(there[-1] - middle, middle - there[0])  # in octaves above the smallest
-    merged = max(largest - DETAIL, 0)
-    left, right = middle - merged, middle + merged
-    small = _RIGHT[right]
-    result = np.stack([_LEFT, _RIGHT, counts], axis=1)
-    result = np.concatenate([result[:left], [[-small, small, counts[left : right + 1].sum()]], result[right + 1 :]])
-    kept = np.flatnonzero(result[:, 2])
-    result = result[kept[0] : kept[-1] + 1]
+    first, last, middle = int(there[0]), int(there[-1]), fields.BUCKETS
+    merged = max(last - middle, middle - first) - DETAIL  # octaves above the smallest
+    left, right = middle - max(merged, 0), middle + max(merged, 0)
+    if last < left or first > right:
+        result = np.column_stack([_EDGES[first : last + 1], counts[first : last + 1]])
+    else:
+        first, last, small = min(first, left), max(last, right), _EDGES[right, 1]
+        below = left - first
+        result = np.empty((below + 1 + last - right, 3))
+        result[:below, :2], result[:below, 2] = _EDGES[first:left], counts[first:left]
+        result[below] = -small, small, counts[left : right + 1].sum()
+        result[below + 1 :, :2], result[below + 1 :, 2] = _EDGES[right + 1 : last + 1], counts[right + 1 : last + 1]
     result[0, 0], result[-1, 1] = low, high
     return result

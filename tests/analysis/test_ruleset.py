@@ -2,14 +2,18 @@
 
 import warnings
 
+import numpy as np
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from gradlens.analysis.history import History
-from gradlens.analysis.rules.base import RowFindings
+from gradlens.analysis.rules.base import ColumnRule, RowFindings, newest_of
 from gradlens.analysis.ruleset import FLOOD, HEALED, NAMED, RuleSet, named
 from gradlens.errors import GradlensWarning
-from gradlens.records import Finding, Severity
+from gradlens.records import Finding, Parameters, Severity
 from tests.analysis.made import snapshot
+from tests.analysis.test_blocks import blocked
 
 MANY = tuple(f"layer{i}.weight" for i in range(20))
 
@@ -42,6 +46,95 @@ def diagnosed(rules, steps, names=MANY, stages=("backward",)):
 def ill(*spans):
     """A script: one parameter is ill within these spans of steps."""
     return told(lambda step: ["layer0.weight"] if any(step in span for span in spans) else [])
+
+
+class Rows(ColumnRule):
+    """Holds where a sum is above 0; an error at moments whose scale is 2. Its findings are worded late, or all at once."""
+
+    name = "rows"
+
+    def __init__(self, *, settled, late):
+        self.settled, self.late = settled, late
+
+    def holds(self, columns):
+        return columns.column("sum").astype(np.int8)
+
+    def findings(self, history, rows):
+        newest = newest_of(history)
+        severity = Severity.ERROR if newest.scale[0] == 2 else Severity.WARNING
+
+        def word(row):
+            return Finding("rows", newest.step, severity, f"seen at {newest.step}, {newest.backward}", newest.names[row])
+
+        found = RowFindings("rows", severity, newest, rows, word)
+        return found if self.late else list(found)
+
+
+def defined(moments):
+    """`[(moment, name, severity)]` that are new, by the definition: of each illness, for how many steps each stage where
+    it was told has been silent about it."""
+    illnesses, times, new = {}, {}, []
+    for at, (step, stage, names, ill, severity) in enumerate(moments):
+        told = [names[row] for row in sorted(ill) if row < len(names)]
+        for name in told:
+            if name not in illnesses:
+                times[name] = times.get(name, 0) + 1
+                illnesses[name] = [severity, {}]
+                new.append((at, name, severity))
+            elif severity.rank > illnesses[name][0].rank:
+                illnesses[name][0] = severity
+                new.append((at, name, severity))
+            illnesses[name][1][stage] = {step}
+        for name in [name for name in illnesses if name in names and name not in told]:
+            silent = illnesses[name][1]
+            if stage in silent:
+                silent[stage] |= {step}  # with the step at which it was told
+                if len(silent[stage]) > HEALED * 2 ** (times[name] - 1):
+                    del silent[stage]
+            if not silent:
+                del illnesses[name]
+    return new
+
+
+some = st.sets(st.integers(0, 5), max_size=3)
+severities = st.sampled_from((Severity.WARNING, Severity.WARNING, Severity.ERROR))
+places = st.sampled_from(
+    [("backward", MANY[:6])] * 4 + [("used", MANY[:6]), ("backward", MANY[:3]), ("backward", MANY[3:6])]
+)
+stretch = st.tuples(st.lists(places, min_size=1, max_size=2), some, severities, st.sampled_from((1, 3, 9, 11, 12, 25)))
+
+
+ONE = [("backward", MANY[:6])]
+
+
+def of_one(*ill, also=()):
+    """Stretches in which a row is ill or not, of so many moments each."""
+    return [(ONE, {0, *also} if i % 2 == 0 else set(also), Severity.WARNING, n) for i, n in enumerate(ill)]
+
+
+@example(of_one(3, 12, 3), 500, 1, True, True)  # healed within a block: worded as it is now
+@example(of_one(3, 12, 3, also=[1]), 500, 1, True, True)
+@example(of_one(3, 19, 3, also=[1]), 4, 2, True, True)  # silent on nine steps and the rest of that at which it was told
+@example(of_one(3, 21, 3, also=[1]), 4, 2, True, True)  # on ten
+@settings(deadline=None, max_examples=100)
+@given(st.lists(stretch, max_size=7), st.sampled_from((1, 4, 50, 500)), st.integers(1, 2), st.booleans(), st.booleans())
+def test_what_is_new_is_what_its_definition_says(stretches, together, a_step, settled, late):
+    """Whatever rows are ill, on which stage, in which part of the model and how badly, how many moments are asked about at
+    once, and whether their findings are worded late: the same ones are new, at the same moments, with the words of these."""
+    kinds = [(*where[i % len(where)], ill, severity) for where, ill, severity, n in stretches for i in range(n)]
+    moments = [(at // a_step, *kind) for at, kind in enumerate(kinds)]
+    settled &= len({severity for *_, severity in moments}) < 2
+    history, ruleset, found = History(maxlen=1000), RuleSet([Rows(settled=settled, late=late)]), []
+    of = {names: Parameters(names, ((4,),) * len(names), ("float32",) * len(names)) for _, _, names, *_ in moments}
+    snapshots = []
+    for at, (step, stage, names, ill, severity) in enumerate(moments):
+        scale, sums = 2.0 if severity == Severity.ERROR else 1.0, [float(row in ill) for row in range(len(names))]
+        snapshots.append(snapshot(step, names, stage, backward=at, scale=scale, sum=sums, parameters=of[names]))
+    for start in range(0, len(moments), together):
+        history.extend(blocked(snapshots[start : start + together]))
+        found += ruleset.ask(history)
+    assert [(at, finding.parameter, finding.severity) for at, finding in found] == defined(moments)
+    assert [finding.seen for _, finding in found] == [f"seen at {moments[at][0]}, {at}" for at, _ in found]
 
 
 # --- what is new ----------------------------------------------------------------------------------------------------

@@ -11,6 +11,8 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
 from tensorboard.compat.proto.event_pb2 import SessionLog
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 
@@ -436,6 +438,48 @@ def test_buckets_hold_what_lies_between_their_edges(values):
     assert len(made) <= 2 * DETAIL + 3
     for left, right, count in made:
         assert ((finite > left) & (finite < right)).sum() <= count <= ((finite >= left) & (finite <= right)).sum()
+
+
+def defined(counts, low, high):
+    """What `buckets` says, bucket by bucket."""
+    powers, there = fields.POWERS.tolist(), np.flatnonzero(counts)
+    edges = [*zip([-p for p in powers[:0:-1]], [-p for p in powers[-2::-1]], strict=True), (0.0, 0.0)]
+    edges += list(pairwise(powers))
+    merged = max(*(abs(int(at) - fields.BUCKETS) for at in there), DETAIL) - DETAIL
+    small = [i for i in range(len(counts)) if abs(i - fields.BUCKETS) <= merged]
+    rows = [[*edges[i], counts[i]] for i in range(small[0])]
+    rows += [[-edges[small[-1]][1], edges[small[-1]][1], sum(counts[small])]]
+    rows += [[*edges[i], counts[i]] for i in range(small[-1] + 1, len(counts))]
+    while not rows[0][2]:
+        rows.pop(0)
+    while not rows[-1][2]:
+        rows.pop()
+    rows[0][0], rows[-1][1] = low, high
+    return rows
+
+
+@given(st.dictionaries(st.integers(0, 2 * fields.BUCKETS), st.integers(1, 10**12), min_size=1, max_size=6))
+@example({fields.BUCKETS: 1})
+@example({fields.BUCKETS - 1: 2, fields.BUCKETS + 30: 5})
+def test_buckets_are_what_their_definition_says(found):
+    """Wherever the values lie: what is small is one bucket, empty ends are left out, the outer edges are the extremes."""
+    counts = np.zeros(2 * fields.BUCKETS + 1)
+    counts[list(found)] = list(found.values())
+    assert buckets(counts, -7.0, 9.0).tolist() == defined(counts, -7.0, 9.0)
+
+
+def test_parameters_that_share_a_row_share_a_histogram(tmp_path):
+    """Of more parameters than there are rows each module's are added up, wherever they stand among the others."""
+    random = np.random.default_rng(0)
+    shapes = {f"m{i % 70}.p{i // 70}": random.normal(size=5) * 10.0 ** (i % 7) for i in range(210)}
+    weights = {name: values + 1 for name, values in shapes.items()}
+    path = written(tmp_path, [snapshot(0, Stage.BACKWARD, shapes, weights)])
+    read = {tag: values for tag, values in points(path).items() if tag.startswith(tags.PARTIALS)}
+    assert len(read) == 70
+    for i in (0, 1, 69):
+        together = np.concatenate([shapes[f"m{i}.p{k}"] for k in range(3)])
+        ((_, made),) = read[f"{tags.PARTIALS}/{tags.numbered(i, f'm{i}')}"]
+        np.testing.assert_array_equal(made, exact(together))
 
 
 def test_each_parameter_has_its_histogram(tmp_path):
