@@ -169,7 +169,7 @@ def counted_calls(lens, step):
     return seen
 
 
-@pytest.mark.parametrize(("features", "most"), [((), 153), (("updates", "flips"), 170)])
+@pytest.mark.parametrize(("features", "most"), [((), 154), (("updates", "flips"), 171)])
 def test_two_calls_a_parameter(features, most):
     """A parameter more is its two hooks more, which only note: all else is asked of all parameters in one call."""
     few, many = (python_calls(layers, features=features) for layers in (5, 40))
@@ -183,7 +183,7 @@ def test_a_step_that_is_left_out_costs_a_few_calls(scaled):
     """Whatever the model: the optimizer's two hooks, which count the step and ask the schedule about the next."""
     few, many = (python_calls(layers, scaled=scaled, schedule=lambda step: step < 3) for layers in (5, 40))
     assert few == many
-    assert few.total() <= 15
+    assert few.total() <= 16
 
 
 def two_nets(layers, **watch):

@@ -40,7 +40,7 @@ class Moves:
         outside = not running()
         if outside:
             self._threads.note(self._steps.current.number)
-            if closure is None and (self._engine.passes or self._steps.dirty):
+            if closure is None:
                 self._steps.finish_passes()
         if self._steps.due:
             self._steps.finish_due(watched, [owner for owner, _ in stack.methods])
