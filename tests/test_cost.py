@@ -147,7 +147,11 @@ MEASURING = {"overhead", "contention", "comparison", "budget", "stopwatch"}
 
 def python_calls(layers, micro=1, clip=False, scaled=False, **watch):
     """Calls of gradlens' functions in one step, on this thread; but for those that measure time, whose answers differ."""
-    lens, step = training(layers, micro, clip, scaled=scaled, **watch)
+    return counted_calls(*training(layers, micro, clip, scaled=scaled, **watch))
+
+
+def counted_calls(lens, step):
+    """Those of one step."""
     package, seen = str(Path(gradlens.__file__).parent), Counter()
 
     def profiled(frame, event, argument):
@@ -165,7 +169,7 @@ def python_calls(layers, micro=1, clip=False, scaled=False, **watch):
     return seen
 
 
-@pytest.mark.parametrize(("features", "most"), [((), 153), (("updates", "flips"), 170)])
+@pytest.mark.parametrize(("features", "most"), [((), 154), (("updates", "flips"), 171)])
 def test_two_calls_a_parameter(features, most):
     """A parameter more is its two hooks more, which only note: all else is asked of all parameters in one call."""
     few, many = (python_calls(layers, features=features) for layers in (5, 40))
@@ -179,7 +183,44 @@ def test_a_step_that_is_left_out_costs_a_few_calls(scaled):
     """Whatever the model: the optimizer's two hooks, which count the step and ask the schedule about the next."""
     few, many = (python_calls(layers, scaled=scaled, schedule=lambda step: step < 3) for layers in (5, 40))
     assert few == many
-    assert few.total() <= 15
+    assert few.total() <= 16
+
+
+def two_nets(layers, **watch):
+    """A watched training of two nets, each with an optimizer, where one makes what the other tells: its lens, and a step."""
+    torch.manual_seed(0)
+    maker, teller = (nn.Sequential(*(nn.Linear(8, 8) for _ in range(layers))) for _ in range(2))
+    of_maker, of_teller = (torch.optim.SGD(net.parameters(), lr=0.1) for net in (maker, teller))
+    x = torch.randn(4, 8)
+    lens = gradlens.watch({"maker": maker, "teller": teller}, [of_teller, of_maker], **watch)
+
+    def step():
+        of_teller.zero_grad()
+        teller(maker(x).detach()).square().mean().backward()
+        of_teller.step()
+        of_maker.zero_grad()
+        teller(maker(x)).square().mean().backward()
+        of_maker.step()
+
+    for _ in range(23):
+        step()
+    return lens, step
+
+
+@pytest.mark.parametrize("features", [(), ("updates", "flips")])
+def test_two_calls_a_parameter_and_backward_of_several_optimizers(features):
+    """The first backward reaches one net, the second both: a parameter more is its hooks more, whenever it is reached."""
+    few, many = (counted_calls(*two_nets(layers, features=features)) for layers in (5, 20))
+    assert many - few == {"on_gradient": 3 * 30, "on_accumulated": 3 * 30}
+    assert not few - many
+    assert few.total() - 2 * 3 * 10 <= 480
+
+
+def test_a_left_out_step_of_several_optimizers_costs_a_few_calls():
+    """Whatever the models: each optimizer's two hooks, which count its step."""
+    few, many = (counted_calls(*two_nets(layers, schedule=lambda step: step < 3)) for layers in (5, 20))
+    assert few == many
+    assert few.total() <= 2 * 16
 
 
 def test_hooks_are_put_on_and_off_again_by_two_calls_a_parameter():

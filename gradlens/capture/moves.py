@@ -40,7 +40,7 @@ class Moves:
         outside = not running()
         if outside:
             self._threads.note(self._steps.current.number)
-            if closure is None and (self._engine.passes or self._steps.dirty):
+            if closure is None:
                 self._steps.finish_passes()
         if self._steps.due:
             self._steps.finish_due(watched, [owner for owner, _ in stack.methods])
@@ -122,12 +122,12 @@ class Moves:
             step.moves()
             self._after_step(step, watched)
 
-    def quiet_step_ended(self, scaler: Any) -> bool:
-        """The optimizer that ends a quiet step has stepped; False where more is to be done than to count it."""
+    def quiet_step_ended(self, watched: WatchedOptimizer, scaler: Any) -> bool:
+        """An optimizer has stepped in a quiet step; False where more is to be done than to count it."""
         if running() or (scaler is not None and self._steps.scaling.scaler is None and scaler.is_enabled()):
             return False
         self._threads.note(self._steps.current.number)
-        return self._steps.close_quiet()
+        return self._steps.stepped_quietly(watched)
 
     def _after_step(self, step: Step, watched: WatchedOptimizer) -> None:
         if step is self._steps.lingering:

@@ -169,12 +169,17 @@ class StepEnder:
         if stepped is self.current:
             self._since_current.clear()
             return True
+        stands_in = self.stands_in(stepped)
         self._since_current[stepped] = self._since_current.get(stepped, 0) + 1
-        if self._since_current[stepped] <= max(PATIENCE, 2 * self._most):
+        if not stands_in:
             return False
         self.current, self.waited = stepped, self._since_current[stepped]
         self._since_current.clear()
         return True
+
+    def stands_in(self, stepped: WatchedOptimizer) -> bool:
+        """Whether one that does not end steps would do so with another step, since the one that does is idle."""
+        return self._since_current.get(stepped, 0) + 1 > max(PATIENCE, 2 * self._most)
 
 
 class StepListener(Protocol):
@@ -192,8 +197,8 @@ class StepListener(Protocol):
     def foreign_step_ended(self, optimizer: Optimizer, moved: Sequence[Slot], *, reported: bool) -> None:
         """An optimizer that is none of the lens' has stepped; `reported`: that it moves watched weights is news."""
 
-    def quiet_step_ended(self, scaler: GradScaler | None) -> bool:
-        """The optimizer that ends a quiet step has stepped; False where more is to be done than to count it."""
+    def quiet_step_ended(self, watched: WatchedOptimizer, scaler: GradScaler | None) -> bool:
+        """An optimizer has stepped in a quiet step; False where more is to be done than to count it."""
 
     def may_raise(self) -> None:
         """An update is over, and the training thread may be interrupted: the one call that may raise."""
@@ -213,7 +218,7 @@ class Optimizers:
     ) -> None:
         self._attachment, self.guard = attachment, guard
         self.watched = [WatchedOptimizer(o, wrapped=w) for o, w in zip(given, wrapped, strict=True)]
-        self._by_id = {id(optimizer): w for optimizer, w in zip(given, self.watched, strict=True)}
+        self.by_id = {id(optimizer): w for optimizer, w in zip(given, self.watched, strict=True)}
         self.ender, self.quiet = StepEnder(self.watched), Quiet()
         self._foreign: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # that were looked at, and are none of ours
         self._handles: list[Any] = []
@@ -224,7 +229,7 @@ class Optimizers:
         before, after, listener, quiet = self.before, self.after, weakref.ref(self.listener), self.quiet
 
         def pre(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            watched = quiet.watched
+            watched = quiet.watched.get(id(optimizer))
             return None if watched is not None and watched.ref() is optimizer else before(optimizer, args, kwargs)
 
         def post(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -265,7 +270,7 @@ class Optimizers:
     @guarded("after the optimizer's step")
     def after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """The hook after a step; True where the user may be interrupted."""
-        watched = self.quiet.watched
+        watched = self.quiet.watched.get(id(optimizer))
         quiet = watched is not None and watched.ref() is optimizer
         watched = watched if quiet else self.find(optimizer)
         if watched is None:
@@ -276,7 +281,7 @@ class Optimizers:
         if stack.calls > 1:
             return False
         if quiet:
-            if self.listener.quiet_step_ended(stack.scaler):
+            if self.listener.quiet_step_ended(watched, stack.scaler):
                 return True
             self.listener.step_begins(watched, optimizer, stack, None)  # nothing is read of it: late is early enough
         closure = closure_of(args, kwargs) if kwargs or len(args) > 1 else None
@@ -285,7 +290,7 @@ class Optimizers:
 
     def find(self, optimizer: Optimizer) -> WatchedOptimizer | None:
         """Which of the lens' it is."""
-        watched = self._by_id.get(id(optimizer))
+        watched = self.by_id.get(id(optimizer))
         if watched is not None and watched.ref() is optimizer:
             return watched
         known = optimizer in self._foreign and all(w.ref() is not None for w in self.watched)
@@ -307,7 +312,7 @@ class Optimizers:
                 given = watched.ref()
                 if given is None or (holds(given, optimizer) and not is_active(given)):
                     watched.ref = weakref.ref(optimizer)
-                    self._by_id[id(optimizer)] = watched
+                    self.by_id[id(optimizer)] = watched
                     return watched
             if not any(is_active(given) for w in self.watched if (given := w.ref()) is not None):
                 self.listener.foreign_step_ended(optimizer, moved, reported=True)

@@ -6,6 +6,8 @@ The sole owner of the open `Step`: passes and optimizers say here that it begins
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import repeat
+from operator import attrgetter, is_not
 from typing import Any, NamedTuple
 
 from gradlens import findings
@@ -15,13 +17,16 @@ from gradlens.capture.events import StepClosed
 from gradlens.capture.marks import Marks
 from gradlens.capture.optimizers import PATIENCE, WatchedOptimizer
 from gradlens.capture.scaling import Scaling
-from gradlens.capture.step import Step
+from gradlens.capture.step import Phase, Step
 from gradlens.capture.workings import Workings
 from gradlens.records import Stage
 
 #: Steps between full scans of the module tree. What registers a parameter in the usual way is seen at once; this finds
 #: writes past torch's own registration, and costs about 2 us a parameter when it happens.
 SCAN_EVERY = 16
+
+
+_STEP = attrgetter("step")
 
 
 class Due(NamedTuple):
@@ -54,7 +59,7 @@ class Steps:
     @property
     def within_a_call(self) -> bool:
         """Whether the step of an optimizer is under way, as while it calls its closure."""
-        return any(watched.step is not None for watched in self._optimizers.watched)
+        return any(map(is_not, map(_STEP, self._optimizers.watched), repeat(None)))
 
     @property
     def watches(self) -> bool:
@@ -109,7 +114,7 @@ class Steps:
             self._sink(StepClosed(step.number, step.scalars))
         else:
             self._let_go_of(step)
-        self._optimizers.quiet.watched = None if self.current.observed else self._quiet()
+        self._optimizers.quiet.watched = {} if self.current.observed or not self._quiet() else self._optimizers.by_id
 
     def _rests(self, step: Step) -> bool:
         """Whether more is to be read or said at the end of this step."""
@@ -135,24 +140,35 @@ class Steps:
         if not self.awaited(step):
             self.let_go()
 
-    def _quiet(self) -> WatchedOptimizer | None:
-        """The optimizer that ends the open step, where that one is quiet."""
-        if self.watches or len(self._optimizers.watched) > 1:
-            return None
-        return self._optimizers.watched[0] if self.lingering is None and not self.due else None
+    def _quiet(self) -> bool:
+        """Whether the open step is quiet."""
+        return not self.watches and self.lingering is None and not self.due
 
-    def close_quiet(self) -> bool:
-        """Close a quiet step; False where `close` has to."""
-        step, engine = self.current, self._engine
-        if self.dirty or step.open or engine.passes or self._attachment.lost:
+    def stepped_quietly(self, watched: WatchedOptimizer) -> bool:
+        """An optimizer has stepped in a quiet step, and closes it if it ends it; False where more is to be done."""
+        step, ender = self.current, self._optimizers.ender
+        if self.dirty or step.passes or self._engine.passes or self._attachment.lost:
             return False
+        if watched in step.stepped or step.phase in (Phase.OPEN, Phase.DUE):
+            return False
+        if watched is ender.listed:
+            return len(step.stepped) + 1 == len(self._optimizers.watched) and ender.ends(watched) and self._close_quiet()
+        if ender.current is not ender.listed or ender.stands_in(watched):
+            return False
+        ender.ends(watched)
+        step.stepped[watched] = 0
+        step.moves()
+        return True
+
+    def _close_quiet(self) -> bool:
+        step, engine = self.current, self._engine
         with engine.lock:
             observed, closed = self._ask(step.number + 1), StepClosed(step.number, step.scalars)
             if observed:
-                self._optimizers.quiet.watched = None
+                self._optimizers.quiet.watched = {}
                 self._open_next(step, observed=True)
             else:
-                step.number, step.scalars = step.number + 1, {}
+                step.number, step.scalars, step.stepped, step.phase = step.number + 1, {}, {}, Phase.IDLE
         self._sink(closed)
         return True
 

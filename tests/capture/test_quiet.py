@@ -239,3 +239,58 @@ def test_a_schedule_that_fails_in_a_quiet_step_is_named_once():
         train(model, optimizer, 10)
         assert recorded(lens) == [0, 5, 6]
         assert [finding.rule for finding in lens.findings()] == ["gradlens-fault"]
+
+
+def several(steps, schedule, order=(0, 1), listed=(0, 1), times=(1, 1), general=False):
+    """The steps that were observed, with the number of backwards of each, and the ender's state, of two optimizers."""
+    torch.manual_seed(0)
+    nets = nn.ModuleList([nn.Linear(4, 3), nn.Linear(3, 2)])
+    optimizers = [torch.optim.SGD(net.parameters(), 0.1) for net in nets]
+    with watched(nets, [optimizers[i] for i in listed], schedule) as lens:
+        if general:
+            lens._watcher._steps.stepped_quietly = lambda stepped: False
+        for step in range(steps):
+            for i in order:
+                for _ in range(times[i](step) if callable(times[i]) else times[i]):
+                    nets.zero_grad()
+                    nets[1](nets[0](data(step))).square().mean().backward()
+                    optimizers[i].step()
+        seen = recorded(lens)
+        counted = [(s.step, s.backward, s.stage) for s in lens.writer.snapshots]
+        ender = lens._watcher.optimizers.ender
+        places = {each: place for place, each in enumerate(lens._watcher.optimizers.watched)}
+        since = [{places[each]: n for each, n in found.items()} for found in (ender._since_current, ender._since_listed)]
+        return seen, counted, lens._watcher.step.number, places[ender.current], ender._most, since
+
+
+@pytest.mark.parametrize("schedule", [3, 7, lambda step: step in (0, 40)])
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+@pytest.mark.parametrize("listed", [(0, 1), (1, 0)])
+@pytest.mark.parametrize(
+    "times", [(1, 1), (3, 1), (1, 2), (1, 0), (lambda step: step < 20, 1), (1, lambda step: step < 12 or step > 34)]
+)
+def test_quiet_steps_of_several_optimizers_are_counted_as_others_are(schedule, order, listed, times):
+    """Each steps once, some more often, or one is idle for a while: what is observed, and who ends steps, is the same."""
+    assert several(60, schedule, order, listed, times) == several(60, schedule, order, listed, times, general=True)
+
+
+def test_an_optimizer_that_stands_in_for_another_does_so_in_a_quiet_stretch():
+    """The one that it stands in for is gone: the steps that are observed are those of one that was there throughout."""
+    seen = []
+    for replaced in (False, True):
+        torch.manual_seed(0)
+        nets = nn.ModuleList([nn.Linear(4, 3), nn.Linear(3, 2)])
+        optimizers = [sgd(net) for net in nets]
+        with watched(nets, optimizers, 5) as lens:
+            for step in range(23):
+                if step == 7 and replaced:
+                    optimizers[0] = sgd(nets[0])
+                if step == 12 and replaced:
+                    optimizers[1] = sgd(nets[1])
+                nets.zero_grad()
+                nets[1](nets[0](data(step))).square().mean().backward()
+                for optimizer in optimizers:
+                    optimizer.step()
+            seen.append((recorded(lens), [(s.step, s.stage, len(s)) for s in lens.writer.snapshots]))
+    assert seen[0] == seen[1]
+    assert seen[0][0] == [0, 5, 10, 15, 20]
