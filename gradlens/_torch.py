@@ -109,6 +109,8 @@ PRIVATES = (
 )
 
 current_task: Callable[[], int] = torch._C._current_graph_task_id
+#: Has a function called at the end of the engine run that is under way.
+queue_callback: Callable[[Callable[[], None]], None] = torch.autograd.Variable._execution_engine.queue_callback  # type: ignore[attr-defined]
 disable_current_modes = _disable_current_modes
 
 #: Whether operations ask `__torch_function__` of subclasses and of modes, in this thread; and to set it back.
@@ -124,11 +126,6 @@ CHECKPOINT_BACKWARD = CheckpointFunction.backward.__code__
 FUNCTION_APPLY = BackwardCFunction.apply.__code__
 OPTIMIZER_STEP = Optimizer.profile_hook_step(lambda self: None).__code__
 SCALER_STEP = GradScaler.step.__code__
-
-
-def queue_callback(callback: Callable[[], None]) -> None:
-    """Call this at the end of the engine run that is under way."""
-    torch.autograd.Variable._execution_engine.queue_callback(callback)  # type: ignore[attr-defined]
 
 
 def modes_are_active() -> bool:

@@ -80,7 +80,7 @@ class Lens:
         self._store: Any = own[0] if own else None
         try:
             self._recorder = Recorder(settings.rules, [*own, *settings.writers], settings.on_finding, self._failures)
-            self._tables = TableBuilder(self._recorder, self._plan, settings.possible, self._failures, timed)
+            self._tables = TableBuilder(self._recorder, self._plan, settings.possible, self._failures)
             self._meter = Meter(timed, self._recorder.background)
             watched = Watched(
                 attachment,

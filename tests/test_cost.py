@@ -165,13 +165,13 @@ def python_calls(layers, micro=1, clip=False, scaled=False, **watch):
     return seen
 
 
-@pytest.mark.parametrize("features", [(), ("updates", "flips")])
-def test_two_calls_a_parameter(features):
+@pytest.mark.parametrize(("features", "most"), [((), 153), (("updates", "flips"), 170)])
+def test_two_calls_a_parameter(features, most):
     """A parameter more is its two hooks more, which only note: all else is asked of all parameters in one call."""
     few, many = (python_calls(layers, features=features) for layers in (5, 40))
     assert many - few == {"on_gradient": 70, "on_accumulated": 70}
     assert not few - many
-    assert sum(few.values()) - 20 <= 200
+    assert sum(few.values()) - 20 <= most
 
 
 @pytest.mark.parametrize("scaled", [False, True])
@@ -179,7 +179,7 @@ def test_a_step_that_is_left_out_costs_a_few_calls(scaled):
     """Whatever the model: the optimizer's two hooks, which count the step and ask the schedule about the next."""
     few, many = (python_calls(layers, scaled=scaled, schedule=lambda step: step < 3) for layers in (5, 40))
     assert few == many
-    assert few.total() <= 16
+    assert few.total() <= 15
 
 
 def test_hooks_are_put_on_and_off_again_by_two_calls_a_parameter():

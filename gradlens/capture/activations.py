@@ -84,6 +84,7 @@ class ForwardWatch:
         self._called: set[str] = set()  # with one, since the last pass ended
         self._came = False  # a backward pass
         self.heard = False  #: a call since the last one, or the last step
+        self.listens = read is not None  #: whether modules are looked at
 
     # --- life -------------------------------------------------------------------------------------------------------
 
@@ -177,8 +178,6 @@ class ForwardWatch:
 
     def pass_begins(self, entered: Pass, roots: Sequence[Any]) -> None:
         """A backward pass from these roots has reached its first hook: the calls that they reach are its own."""
-        if self._read is None:
-            return
         waiting = [call for ref in self._waiting if (call := ref()) is not None and not call.claimed]
         found = unseen(_reached, roots, self._key, len(waiting)) if roots and waiting else None
         claimed = waiting if found is None else found
@@ -195,8 +194,6 @@ class ForwardWatch:
 
     def pass_ended(self, entered: Pass, step: int, backward: int) -> Activations | None:
         """What the modules made that this pass went through; None of none."""
-        if self._read is None:
-            return None
         calls = [*self._claims.pop(entered, []), *self._again]
         self._again, self.heard = [], False
         self._called.clear()

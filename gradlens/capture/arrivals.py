@@ -24,7 +24,7 @@ where `(hold)` keeps g, `(+)` adds a copy of g to what was kept, and `READ!` say
 
 A pass in which every slot is waiting with an empty `.grad`, and nobody else listens, is *plain*: its hooks note that the
 gradient came and nothing else, in a list. In one that goes by the book onto the gradients of those before it they also hold
-g. `settle` turns that into states.
+g; and over ranks, where it will be averaged, what is in `.grad` by then. `settle` turns that into states.
 """
 
 from __future__ import annotations
@@ -103,6 +103,9 @@ class Arrivals:
     def __init__(self) -> None:
         self.noted: list[Slot] = []  #: while the pass is plain: whose gradient came
         self.onto: dict[Slot, Tensor] = {}  #: and what will be, or was, added to what was there
+        self.left: list[
+            tuple[Tensor, int]
+        ] = []  #: over ranks: `.grad` of those noted, before it is averaged, and its version
         self.states: dict[Slot, State] = {}
         self.tensors: dict[Slot, Tensor] = {}  #: of slots that are held, pending or summed
         self.bytes = 0  #: that are pending
@@ -116,6 +119,14 @@ class Arrivals:
             for slot in self.noted:
                 self.arrive(slot, Arrival.ACCUMULATED)
             del self.noted[:]
+        self.left.clear()
+
+    def all_read(self) -> None:
+        """Whatever came has been read."""
+        self.settle()
+        self.states.update(dict.fromkeys(self.of(State.FRESH, State.PENDING), State.READ))
+        self.tensors.clear()
+        self.bytes = 0
 
     def state(self, slot: Slot) -> State:
         """Where the slot stands."""
@@ -169,19 +180,36 @@ class Arrivals:
 class PlainPass:
     """The engine run whose hooks only note: hooks hold this one object, so that they need not look anything up."""
 
-    __slots__ = ("added", "noted", "onto", "special", "task")
+    __slots__ = ("added", "last", "left", "noted", "onto", "special", "task")
 
     def __init__(self) -> None:
         self.task: int | None = None
         self.noted: list[Slot] = []
         self.added: dict[Slot, Tensor] = {}
+        self.last: tuple[Tensor, int] | None = (
+            None  # over ranks: what was in `.grad` when a hook noted last, and its version
+        )
+        self.left: list[tuple[Tensor, int]] | None = None
         self.onto: frozenset[Slot] = frozenset()
         self.special: set[Slot] = set()
 
-    def start(self, task: int, arrivals: Arrivals, special: set[Slot], onto: frozenset[Slot] = frozenset()) -> None:
-        """From here on the hooks of this run note, but for those of `special` slots; those of `onto` also hold g."""
+    def start(
+        self,
+        task: int,
+        arrivals: Arrivals,
+        special: set[Slot],
+        onto: frozenset[Slot] = frozenset(),
+        *,
+        left: bool = False,
+    ) -> None:
+        """From here on the hooks of this run note, but for those of `special` slots; those of `onto` also hold g.
+
+        left: Over ranks they hold what is in `.grad` then, too.
+        """
         self.noted, self.added, self.special, self.onto, self.task = arrivals.noted, arrivals.onto, special, onto, task
+        self.last, self.left = None, arrivals.left if left else None
 
     def stop(self) -> None:
         """No run is plain."""
         self.noted, self.added, self.special, self.onto, self.task = [], {}, set(), frozenset(), None
+        self.last = self.left = None

@@ -79,12 +79,11 @@ class Auditor:
     def optimizer_steps(self, index: int, optimizer: Optimizer, step: int) -> None:
         """An optimizer of the lens is about to step."""
         try:
-            key = [(g.get("lr"), g.get("weight_decay"), g.get("eps"), len(g["params"])) for g in optimizer.param_groups]
             last = self._settings.get(index)
-            if last is not None and not self._changed(index, last, key, step):
+            if last is not None and not self._changed(index, last, optimizer.param_groups, step):
                 return
             settings = self._read(index, optimizer, step)
-            self._settings[index] = (key, settings)
+            self._settings[index] = ([_key(group) for group in optimizer.param_groups], settings)
             self._note(settings)
         except Exception as error:  # noqa: BLE001
             self._fault("the optimizer's settings", error)
@@ -186,14 +185,15 @@ class Auditor:
 
     # --- settings ---------------------------------------------------------------------------------------------------
 
-    def _changed(self, index: int, last: tuple[Any, Settings], key: Any, step: int) -> bool:
+    def _changed(self, index: int, last: tuple[Any, Settings], groups: Sequence[Any], step: int) -> bool:
         before, settings = last
-        if len(before) != len(key):
+        if len(before) != len(groups):
             return True
-        for old, new in zip(before, key, strict=True):
-            if old[1:] != new[1:]:
+        for (rate, *others), group in zip(before, groups, strict=True):
+            if others != [group.get("weight_decay"), group.get("eps"), len(group["params"])]:
                 return True
-            if old[0] is not new[0] and _moved(_number(old[0]), _number(new[0])):
+            now = group.get("lr")
+            if rate is not now and _moved(_number(rate), _number(now)):
                 count = self._changes.get(index, 0)
                 if count < FIRST_CHANGES or step >= settings.step + max(1, settings.step // LATER):
                     self._changes[index] = count + 1
@@ -220,6 +220,11 @@ class Auditor:
         kind = type(optimizer).__name__
         decoupled = any(group.get("decoupled_weight_decay") for group in optimizer.param_groups) or kind in _DECOUPLED
         return Settings(step, kind, index, tuple(groups), decoupled)
+
+
+def _key(group: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The settings of a group that are compared at each step."""
+    return group.get("lr"), group.get("weight_decay"), group.get("eps"), len(group["params"])
 
 
 def _left(leaves: Mapping[int, Tensor], owned: set[int]) -> float:

@@ -18,7 +18,7 @@ import functools
 import inspect
 from collections.abc import Iterator, Sequence
 from types import CodeType, FrameType, FunctionType, MethodType
-from typing import Any, NamedTuple
+from typing import Any
 
 #: The name of the methods in question.
 STEP = "step"
@@ -28,17 +28,9 @@ Key = tuple[int, CodeType]  #: tells methods of objects apart, and keeps no obje
 NOBODY = frozenset[Key]()
 
 
-class Method(NamedTuple):
-    """A method named `step` that is being called."""
-
-    owner: Any
-    code: CodeType
-
-
-def method_of(frame: FrameType) -> Method:
-    """The method that this frame is a call of, where it is one's."""
-    code = frame.f_code
-    return Method(frame.f_locals.get(code.co_varnames[0]), code)
+def owner_of(frame: FrameType) -> Any:
+    """The object whose method this frame is a call of, where it is one's."""
+    return frame.f_locals.get(frame.f_code.co_varnames[0])
 
 
 def loops(caller: FrameType | None) -> frozenset[Key]:
@@ -47,7 +39,7 @@ def loops(caller: FrameType | None) -> frozenset[Key]:
     while caller is not None:
         code = caller.f_code
         if code.co_name == STEP and code.co_argcount:
-            owner = method_of(caller).owner
+            owner = owner_of(caller)
             if not _is_optimizer(owner) and within.isdisjoint(_codes([*_arguments(caller), *_kept(owner)])):
                 found.add((id(owner), code))
         within.add(code)
@@ -55,9 +47,9 @@ def loops(caller: FrameType | None) -> frozenset[Key]:
     return frozenset(found)
 
 
-def wrapper(methods: Sequence[Method], loops: frozenset[Key]) -> Any:
-    """The owner of the outermost of these methods that is no loop's; they come innermost first."""
-    owners = [owner for owner, code in methods if (id(owner), code) not in loops]
+def wrapper(methods: Sequence[Key], loops: frozenset[Key]) -> int | None:
+    """The id of the owner of the outermost of these methods that is no loop's; they come innermost first."""
+    owners = [key[0] for key in methods if key not in loops]
     return owners[-1] if owners else None
 
 

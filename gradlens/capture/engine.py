@@ -86,11 +86,13 @@ class Pass:
         self.number: int | None = None  # within its step, once something was read
         self.step: Any = None  # that it is part of
         self.late: set[Any] = set()  # slots that got their hooks when it had begun
-        self.last: Any = None  # over ranks: what was accumulated last
+        self.last: Any = None  # over ranks: what was accumulated last; or first, in a pass by the book
+        self.lost: set[Any] = set()  # over ranks: slots whose own gradient was written over before it was read
         self.read = True  # else it is only counted
         self.layout: Any = None  # that it began by, where it began by the book
         self.onto: frozenset[Any] = frozenset()  # slots that then had a gradient, which it adds to
         self.phase: Any = None  # of its step then
+        self.left: Any = None  # over ranks: what was in `.grad` as its own gradients were read
         self.loss: float | Tensor | None = None  # its root, where that is one number, unscaled
         self.root: Any = None  # while the pass lasts
 
@@ -121,6 +123,9 @@ class PassListener(Protocol):
     def pass_pauses(self, entered: Pass) -> None:
         """A run nested in the pass ended; it may have been the last."""
 
+    def pass_accumulated(self, entered: Pass) -> None:
+        """All gradients have come; what others queued in the pass, as DDP its averaging, is yet to run."""
+
     def pass_ended(self, entered: Pass) -> None:
         """The pass is over."""
 
@@ -135,6 +140,7 @@ class Engine:
 
     def __init__(self, guard: Guard) -> None:
         self.guard = guard
+        self.tells_accumulated = False  #: the listener wants to hear of it
         self.passes: list[Pass] = []  # one a thread, but for what failed
         self.threads: set[int] = set()  # that ran passes
         self.by_task: dict[int, Pass | None] = {}  # None: an autograd.grad, which is no pass
@@ -208,7 +214,7 @@ class Engine:
             self.by_task = {task: current for task, current in self.by_task.items() if current is not None}
 
     def _queue_end(self, current: Pass, task: int) -> None:
-        task_ended = self.task_ended
+        task_ended, accumulated = self.task_ended, self.accumulated if self.tells_accumulated else None
 
         def last() -> None:
             task_ended(current, task)
@@ -216,9 +222,17 @@ class Engine:
         def first() -> None:
             current.ends.append(weakref.ref(last))
             _torch.queue_callback(last)  # after everything queued so far, DDP's all-reduce among it
+            if accumulated is not None:
+                accumulated(current, task)
 
         current.ends.append(weakref.ref(first))
         _torch.queue_callback(first)
+
+    @guarded("gradients before they are averaged")
+    def accumulated(self, current: Pass, task: int) -> None:
+        """An engine run of this pass has accumulated its last gradient."""
+        if current in self.passes and task == current.outer:
+            self.listener.pass_accumulated(current)
 
     @guarded("end of backward")
     def task_ended(self, current: Pass, task: int) -> None:

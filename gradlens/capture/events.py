@@ -53,6 +53,7 @@ class GradientFacts:
     single: bool  #: the step had one backward, onto fresh gradients, in one process
     own: bool  #: nobody else hooked the parameters: `.grad` got what backward computed
     untouched: bool  #: by identity and version, `.grad` at the step was what the last backward left
+    reduced: bool = False  #: what that one left was read as `reduced`: all ranks' mean, everything accumulated in it
 
 
 @dataclass(frozen=True, slots=True)

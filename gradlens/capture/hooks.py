@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 from torch.utils.hooks import unserializable_hook
@@ -43,10 +44,26 @@ class Hooks:
             else:
                 accumulated(slot, parameter)
 
-        for hook in (on_gradient, on_accumulated):
+        @unserializable_hook  # type: ignore[untyped-decorator]
+        def local_on_accumulated(parameter: Tensor) -> None:
+            if task() == plain.task and slot not in plain.special:
+                try:
+                    gradient: Any = parameter.grad
+                    plain.last = gradient, gradient._version
+                except (AttributeError, RuntimeError):  # there is none, or an inference tensor
+                    accumulated(slot, parameter)
+                else:
+                    plain.noted.append(slot)
+                    if plain.left is not None:
+                        plain.left.append(plain.last)
+            else:
+                accumulated(slot, parameter)
+
+        post = local_on_accumulated if self._reader.local else on_accumulated
+        for hook in (on_gradient, post):
             hook.gradlens = True  # so that another lens on this parameter knows them
             hook._torchdynamo_disable = True  # a compiled training step calls them, and does not trace them
-        return on_gradient, on_accumulated
+        return on_gradient, post
 
     @guarded("gradient hook", eager=False)
     def came(self, slot: Slot, g: Tensor | None) -> None:
@@ -56,9 +73,10 @@ class Hooks:
             return
         arrivals = current.arrivals
         if g is not None and current.layout is not None and not (arrivals.noted or arrivals.states):
-            if slot in current.onto:
+            if slot in self.plain.onto:
                 arrivals.onto[slot] = g
             return  # it has just begun by the book
+        self.leave_the_book(current)
         arrivals.settle()
         parameter = None if g is None else slot.tensor()
         if g is None or parameter is None:
@@ -82,6 +100,7 @@ class Hooks:
         current = self._engine.current(slot.tensor)
         if current is None:
             return
+        self.leave_the_book(current)
         arrivals = current.arrivals
         arrivals.settle()
         if self._reader.local and parameter.grad is not None:
@@ -89,6 +108,32 @@ class Hooks:
         arrivals.arrive(slot, Arrival.ACCUMULATED)
         if arrivals.bytes > HELD_BYTES and not current.nested:
             self._read_pending(current)
+
+    def look_at_last(self, current: Pass) -> None:
+        """Over ranks: what the last hook of a pass by the book has noted."""
+        arrivals, last = current.arrivals, self.plain.last
+        if arrivals.noted and arrivals.noted is self.plain.noted and last is not None:
+            current.last = arrivals.noted[-1], id(last[0]), last[1]
+            self.plain.last = self.plain.left = None  # what they hold is not to live on
+
+    def leave_the_book(self, current: Pass) -> None:
+        """Over ranks: a pass that began by the book goes on the general way."""
+        if current.layout is None or not self._reader.local:
+            return
+        self.look_at_last(current)
+        arrivals, current.layout = current.arrivals, None
+        came, onto = list(zip(arrivals.noted, arrivals.left, strict=False)), set(arrivals.onto)
+        self.plain.stop()
+        if current.number is not None:
+            arrivals.all_read()
+            return
+        arrivals.settle()
+        for slot, (gradient, seen) in came:
+            if slot not in onto and arrivals.state(slot) is State.FRESH:
+                if version(gradient) != seen:
+                    current.lost.add(slot)
+                elif arrivals.arrive(slot, Arrival.TAKEN):
+                    self._read_now(current, slot, gradient)
 
     @eagerly
     def _read_now(self, current: Pass, slot: Slot, g: Tensor) -> None:
@@ -104,6 +149,7 @@ class Hooks:
         if current is None or not self._backward or not current.read:
             return
         with self._engine.lock:
+            self.leave_the_book(current)
             current.arrivals.settle()
             for slot in [slot for slot in current.arrivals.of(State.FRESH) if slot.hooked in parameters]:
                 parameter = slot.tensor()

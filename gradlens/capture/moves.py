@@ -40,10 +40,10 @@ class Moves:
         outside = not running()
         if outside:
             self._threads.note(self._steps.current.number)
-            if closure is None:
+            if closure is None and (self._engine.passes or self._steps.dirty):
                 self._steps.finish_passes()
         if self._steps.due:
-            self._steps.finish_due(watched, [method.owner for method in stack.methods])
+            self._steps.finish_due(watched, [owner for owner, _ in stack.methods])
         if outside and closure is not None:
             self._steps.backward_comes()
         elif outside and self._steps.current.stepped:
@@ -58,7 +58,7 @@ class Moves:
             if not step.observed:
                 return None
             self._auditor.optimizer_steps(self._optimizers.watched.index(watched), optimizer, step.number)
-            if closure is None and self._begins_steadily(step, watched, optimizer):
+            if closure is None and outside and self._begins_steadily(step, watched, optimizer):
                 return None
         with self._engine.lock, self._attachment.cache:
             held = self._optimizers.held(watched)
@@ -167,7 +167,7 @@ class Moves:
                 return
             if around is not None:
                 watched.wrapped = True
-                self._steps.due.append(Due(step, watched, skipped, id(around)))
+                self._steps.due.append(Due(step, watched, skipped, around))
             else:
                 self._step_reader.read_update(step, watched, optimizer, skipped)
 

@@ -24,7 +24,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from gradlens import _torch
 from gradlens.capture.attachment import Attachment, Slot
-from gradlens.capture.callers import STEP, Method, method_of
+from gradlens.capture.callers import STEP, Key, owner_of
 from gradlens.capture.engine import running
 from gradlens.capture.guards import Guard, guarded, untraced
 from gradlens.capture.marks import Marks
@@ -53,6 +53,7 @@ class WatchedOptimizer:
         self.key: Any = None
         self.closure_key: Any = None  # of what was read when its closure returned
         self.step: Any = None  # that its call, which is under way, belongs to
+        self.stack: CallStack | None = None  # of that call
 
     def parameters(self) -> set[int]:
         """The ids of what it moves; none for a stand-in where the user moves weights by hand."""
@@ -64,26 +65,31 @@ class CallStack(NamedTuple):
     """What the stack says about an optimizer's step that is under way."""
 
     calls: int  #: of this optimizer's step: a subclass that calls `super().step()` makes two
-    methods: Sequence[Method] = ()  #: named `step`, of objects that hold the optimizer; the innermost first
+    methods: Sequence[Key] = ()  #: named `step`, of objects that hold the optimizer; the innermost first
     scaler: GradScaler | None = None
+    call: int = 0  #: the id of the frame that called the hook, while it lasts
 
 
-def call_stack(optimizer: Optimizer) -> CallStack:
-    """The stack of the hook that asks."""
-    calls, scaler, frame = 0, None, sys._getframe(1)
-    methods: list[Method] = []
+def call_stack(optimizer: Optimizer, before: CallStack | None = None) -> CallStack:
+    """The stack of the hook that asks; or what it was `before` this very step, as the hook then saw it."""
+    calls, call, scaler, frame = 0, 0, None, sys._getframe(1)
+    methods: list[Key] = []
     while frame is not None:
         code = frame.f_code
         if code is _torch.OPTIMIZER_STEP:
+            if not call:
+                call = id(frame)
+                if before is not None and before.call == call:
+                    return before
             calls += frame.f_locals.get("self") is optimizer
         elif code is _torch.SCALER_STEP:
             scaler = frame.f_locals["self"]
         elif code.co_name == STEP and code.co_argcount:
-            holder = (method := method_of(frame)).owner
+            holder = owner_of(frame)
             if holder is not optimizer and may_move(holder) and holds(holder, optimizer):
-                methods.append(method)
+                methods.append((id(holder), code))
         frame = frame.f_back  # type: ignore[assignment]
-    return CallStack(calls, methods, scaler)
+    return CallStack(calls, methods, scaler, call)
 
 
 def may_move(wrapper: Any) -> bool:
@@ -247,6 +253,7 @@ class Optimizers:
         stack = call_stack(optimizer)
         if stack.calls > 1:
             return None
+        watched.stack = stack
         closure = closure_of(args, kwargs) if kwargs or len(args) > 1 else None
         instead = self.listener.step_begins(watched, optimizer, stack, closure)
         if instead is None:
@@ -265,7 +272,7 @@ class Optimizers:
             if optimizer in self._foreign or not self.watched:
                 self.listener.foreign_step_ended(optimizer, (), reported=False)
             return False
-        stack = call_stack(optimizer)
+        stack, watched.stack = call_stack(optimizer, None if quiet else watched.stack), None
         if stack.calls > 1:
             return False
         if quiet:
@@ -291,7 +298,7 @@ class Optimizers:
         never called.
         """
         slots, ids = self.slots_by_id(), parameter_ids(optimizer)
-        moved = [slots[i] for i in ids if i in slots]
+        moved = [slot for i, slot in slots.items() if i in ids]
         inner = [w for w in self.watched if (given := w.ref()) is not None and holds(optimizer, given)]
         for watched in inner:
             watched.wrapped = True  # its own hooks fire too, and are those of the step's end

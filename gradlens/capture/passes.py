@@ -53,7 +53,8 @@ class Passes:
                 self._look_at_scale(entered, step)
             entered.step, step.phase = step, Phase.OPEN if step.phase is Phase.IDLE else step.phase
             self._look_at_roots(run, entered)
-            self._hooks.plain.start(_torch.current_task(), entered.arrivals, set(), entered.onto)
+            plain, task, onto = self._hooks.plain, _torch.current_task(), entered.onto if self._steady.own else frozenset()
+            plain.start(task, entered.arrivals, set(), onto, left=self._steady.early)
             return
         with self._attachment.cache:
             entered.step, entered.read = step, not step.full
@@ -79,7 +80,8 @@ class Passes:
         entered.loss = loss_of(roots, entered.scale)
         entered.root = roots[0] if len(roots) == 1 else None
         self._auditor.pass_begins(roots, self._steps.current.number, entered.loss)
-        self._of_activations(self._activations.pass_begins, entered, roots)
+        if self._activations.listens:
+            self._of_activations(self._activations.pass_begins, entered, roots)
 
     def _start_plain(self, entered: Pass) -> None:
         """Let the hooks of this pass only note, as far as nothing else needs to be done in them."""
@@ -100,10 +102,27 @@ class Passes:
             if parameter is not None and parameter.grad is not None:
                 arrivals.tensors[slot] = parameter.grad
 
+    def pass_accumulated(self, entered: Pass) -> None:
+        """Over ranks: this rank's own gradients are here for the last time."""
+        step = self._steps.current
+        if entered.layout is None:
+            return
+        with self._engine.lock:
+            if entered.step is step and entered.number is None:
+                if self._activations.listens:  # before its table is handed on
+                    self._note_activations(entered, step.number, step.next_number)
+                if self._steady.pass_accumulated(entered, step):
+                    return
+            with self._attachment.cache:
+                self._hooks.leave_the_book(entered)
+
     def pass_ended(self, entered: Pass) -> None:
         """The pass is over: read what lived to its end."""
+        if self._reader.local:
+            self._hooks.look_at_last(entered)
         if entered.layout is not None and self._ended_steadily(entered):
             return
+        self._hooks.leave_the_book(entered)
         entered.arrivals.settle()
         if not entered.arrivals.any:
             return  # only tensor hooks: torch.autograd.grad
@@ -114,7 +133,8 @@ class Passes:
         with self._engine.lock, self._attachment.cache:
             if entered.read:
                 key = self._reader.key(Stage.BACKWARD, entered)  # the pass has its number, whatever is read of it
-                self._note_activations(entered, key.step, key.backward)
+                if self._activations.listens:
+                    self._note_activations(entered, key.step, key.backward)
                 if entered.loss is not None:
                     self._roots.add(entered.root, key.step, entered.loss)
                     self._sink(LossSeen(key.step, key.backward, entered.loss))
@@ -131,10 +151,11 @@ class Passes:
 
     def _ended_steadily(self, entered: Pass) -> bool:
         step = self._steps.current
-        if entered.step is not step or entered.number is not None:
+        if entered.step is not step or (entered.number is not None and entered.left is None):
             return False
         with self._engine.lock:
-            self._note_activations(entered, step.number, step.next_number)  # before its table is handed on
+            if entered.left is None and self._activations.listens:  # before its table is handed on
+                self._note_activations(entered, step.number, step.next_number)
             if not self._steady.pass_ended(entered, step):
                 return False
             if entered.loss is not None:

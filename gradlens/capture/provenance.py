@@ -2,7 +2,8 @@
 
 Two questions. *May the `used` row copy the `backward` row*, sparing a pass over memory? Only if nothing can have changed the
 gradient in between: one process, one backward onto fresh gradients, no loss scale, nobody else's hook, the same `.grad`
-object and version, and the same bits in a fixed sample, since `p.grad.data.mul_()` leaves the version alone.
+object and version, and the same bits in a fixed sample, since `p.grad.data.mul_()` leaves the version alone. A `reduced` row
+is of `.grad` itself, whatever has come together there: it may be copied if it is the last backward's, on the same terms.
 
 *Whose gradient is the g in `g.dw`*, the first-order change of the loss? The gradient of the loss itself, unscaled and
 unclipped:
@@ -25,8 +26,8 @@ def is_scaled(scale: object) -> bool:
 
 
 def may_copy(facts: GradientFacts, scale: object) -> bool:
-    """Whether the `used` rows are those of `backward`, if the fixed samples agree too."""
-    return facts.single and facts.own and facts.untouched and not is_scaled(scale)
+    """Whether the `used` rows are those of `backward`, or of `reduced`, if the fixed samples agree too."""
+    return (facts.single or facts.reduced) and facts.own and facts.untouched and not is_scaled(scale)
 
 
 def loss_gradient(facts: GradientFacts, scale: object, *, kept: bool) -> Source:

@@ -92,6 +92,7 @@ class PassReader:
             self._read_accumulated(Stage.ACCUMULATED, current)
         if self._was_averaged(current) and Stage.REDUCED in self._stages:
             self._read_accumulated(Stage.REDUCED, current)
+            current.step.reduced = current.number
 
     def mark_end(self, current: Pass) -> None:
         """Remember the gradients as this pass left them."""
@@ -161,12 +162,12 @@ class PassReader:
         fresh = current.arrivals.of(State.FRESH)
         for slot, parameter in zip(fresh, self._attachment.at(fresh), strict=True):
             gradient = current.arrivals.tensors.get(slot)  # kept when a nested run ended
-            if gradient is None and parameter is not None:
+            if gradient is None and parameter is not None and slot not in current.lost:
                 gradient = parameter.grad
             if gradient is not None:
                 slots.append(slot)
                 tensors.append(gradient)
-            else:
+            elif slot not in current.lost:
                 slot.read_in_hook = True
         return slots, tensors
 
@@ -192,7 +193,8 @@ class PassReader:
     def _notes(self, current: Pass) -> list[Note | None]:
         """Why a row of this pass has no tensor; empty where all have one."""
         slots, arrivals = self._attachment.slots, current.arrivals
-        missing = [i for i, slot in enumerate(slots) if slot.read_in_hook or not arrivals.has(slot)]
+        lost = current.lost
+        missing = [i for i, slot in enumerate(slots) if slot.read_in_hook or slot in lost or not arrivals.has(slot)]
         if not missing:
             return []
         inputs = {id(tensor) for tensor in current.inputs}

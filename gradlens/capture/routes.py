@@ -27,7 +27,7 @@ MOST = 16
 
 _GRAD, _REQUIRES = attrgetter("grad"), attrgetter("requires_grad")
 _OWN, _ACCUMULATED = attrgetter("_backward_hooks"), attrgetter("_post_accumulate_grad_hooks")
-_PARAMETERS, _HOOKED = attrgetter("_parameters"), attrgetter("hooked")
+_HOOKED, _PARAMETERS = attrgetter("hooked"), attrgetter("_parameters")
 _SHAPE, _TYPE, _DEVICE = FACTS
 _NUMBERS = {float, int}
 _POSITIVE = (0.0).__lt__
@@ -68,13 +68,17 @@ class Layout:
 
     def __init__(self, attachment: Attachment, weights: list[Tensor]) -> None:
         self.slots, self.parameters, self.weights = attachment.slots, attachment.parameters, weights
-        self._attachment, self._columns, self._owners = attachment, attachment.columns, attachment.owners
+        self._attachment, self._columns = attachment, attachment.columns
+        owners, self._names = attachment.owners or ([], [])
+        self._owned: list[Any] = list(map(_PARAMETERS, map(call, owners)))  # by parameter, the dictionary that it is in
+        by_module = dict(zip(owners, self._owned, strict=True))
+        self._modules, self._dictionaries = list(by_module), list(by_module.values())
         self._ids = [id(w) if slot.hooked else 0 for slot, w in zip(self.slots, weights, strict=True)]
         self._bare = [not hooked for hooked in self._ids] if 0 in self._ids else []
         self._hooks = len(weights) - sum(self._bare)
         self._accumulated, self._own = list[int](), list[int]()
         self._sizes = [w.numel() * w.element_size() for w in weights]
-        self._nbytes, self._rows = sum(self._sizes), list(range(len(weights)))
+        self._nbytes, self.rows = sum(self._sizes), list(range(len(weights)))
         self._routes: dict[frozenset[Slot], Route] = {}
         self._last: dict[int, Route] = {}  # what a step's backwards reached last, by their place in it
         self.shares: dict[Any, Share] = {}  #: by optimizer
@@ -82,13 +86,14 @@ class Layout:
     # --- facts ------------------------------------------------------------------------------------------------------
 
     def there(self) -> bool:
-        """Whether the parameters are where they were."""
-        attachment, owners = self._attachment, self._owners
-        if attachment.slots is not self.slots or attachment.parameters is not self.parameters or owners is None:
+        """Whether the parameters are where they were: by module the dictionary, by parameter what is in that."""
+        attachment = self._attachment
+        if attachment.slots is not self.slots or attachment.parameters is not self.parameters or attachment.lost:
             return False
         try:
-            found = map(getitem, map(_PARAMETERS, map(call, owners[0])), owners[1])
-            return not attachment.lost and all(map(is_, found, self.weights))
+            if not (self._names and all(map(is_, map(_PARAMETERS, map(call, self._modules)), self._dictionaries))):
+                return False
+            return all(map(is_, map(getitem, self._owned, self._names), self.weights))
         except (AttributeError, KeyError):  # a module or a parameter is gone
             return False
 
@@ -139,8 +144,8 @@ class Layout:
         found = list(map(_GRAD, self.weights))
         there = list(map(is_not, found, repeat(None)))
         if all(there):
-            return self._rows, self.slots, found
-        return list(compress(self._rows, there)), list(compress(self.slots, there)), list(compress(found, there))
+            return self.rows, self.slots, found
+        return list(compress(self.rows, there)), list(compress(self.slots, there)), list(compress(found, there))
 
     def may_hold(self, rows: list[int], place: int) -> bool:
         """Whether hooks may hold what comes for these until the backward ends: of those that one in this place reaches."""

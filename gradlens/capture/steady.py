@@ -10,6 +10,8 @@ behind just as well: each is judged alone.
     a backward begins                       parameters, shapes, hooks as compiled; what it may add to in `.grad` is not much
     it has ended            whose hooks     each has noted once, and has a gradient
                             have noted
+    the same over ranks     the same        nobody else has a gradient; what was there as the last hook noted was written
+                                            since, which is how ranks average it, or was not
     an optimizer begins     what it moves   the same as before; all of it was reached in this step, has a gradient, and was
                                             moved by no other since; the gradient is what the backward left, or is not
     it has ended            the same        the gradients are those, by identity and version; rates are above 0
@@ -26,13 +28,23 @@ from __future__ import annotations
 from operator import attrgetter
 from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 
 from gradlens.capture.arrivals import State
 from gradlens.capture.attachment import PLAIN, Attachment
-from gradlens.capture.engine import Engine, Pass, Run, running
-from gradlens.capture.events import GradientFacts, Sink, SteadyReading, SteadyStart, SteadyUpdate, SteadyUsed
-from gradlens.capture.marks import Marks, versions
+from gradlens.capture.engine import Engine, Pass, Run
+from gradlens.capture.events import (
+    GradientFacts,
+    LossSeen,
+    PassEnded,
+    Sink,
+    SteadyReading,
+    SteadyStart,
+    SteadyUpdate,
+    SteadyUsed,
+)
+from gradlens.capture.marks import Marks, version, versions
 from gradlens.capture.optimizers import Optimizers, WatchedOptimizer
 from gradlens.capture.provenance import may_copy
 from gradlens.capture.readings import gradients_at
@@ -40,10 +52,11 @@ from gradlens.capture.routes import Layout, Route, Share, share_of
 from gradlens.capture.step import READ_PASSES, Phase, Step
 from gradlens.records import Stage, TableKey
 
-#: The stages that are read in one process by default; with others the general way is taken.
-STAGES = frozenset({Stage.BACKWARD, Stage.USED})
+#: The stages of which steps go by the book: those of one process by default, those over ranks, and the local ones with them.
+STAGES = tuple(map(frozenset, ({"backward", "used"}, {"reduced", "used"}, {"backward", "reduced", "used"})))
 
 _WRAPPED, _READ_IN_HOOK = attrgetter("wrapped"), attrgetter("read_in_hook")
+_NOTHING: tuple[None, list[Tensor]] = None, []
 _UNTOUCHED = GradientFacts(single=True, own=True, untouched=True)
 
 
@@ -63,7 +76,11 @@ class SteadyRoute:
     ) -> None:
         self._attachment, self._engine, self._optimizers = attachment, engine, optimizers
         self._sink, self._updates = sink, updates
-        self.allowed = stages == STAGES and not local  #: tests take the general way throughout
+        self._reduced, self._local = Stage.REDUCED in stages, local
+        self.own = Stage.BACKWARD in stages  #: each backward's own gradients are read
+        self.early = self.own and local  #: and that before ranks average them
+        self.allowed = stages in STAGES and (self._reduced or not local)  #: tests take the general way throughout
+        engine.tells_accumulated = self.early
         self.layout: Layout | None = None
         self.parts = 0  #: of steps that went by the book
         self._alone = not updates or len(optimizers.watched) < 2  # nobody else moves weights, as far as they are kept
@@ -84,69 +101,136 @@ class SteadyRoute:
             self.layout = None
             return False
         rows, slots, gradients = layout.filled()
-        if rows and not (set(map(type, gradients)) <= PLAIN and layout.may_hold(rows, step.passes)):
+        if rows and not set(map(type, gradients)) <= PLAIN:
+            return False
+        held = layout.rows if self._local else rows
+        if self.own and held and not layout.may_hold(held, step.passes):
             return False
         entered.layout, entered.onto, entered.phase = layout, frozenset(slots), step.phase
         return True
 
-    def pass_ended(self, entered: Pass, step: Step) -> bool:
-        """Whether it ended by the book, and is read."""
+    def _reached(self, entered: Pass, step: Step) -> tuple[Route | None, list[Tensor]]:
+        """What a backward by the book has reached, and what is in `.grad` there; None where it did not go so."""
         layout, arrivals = self.layout, entered.arrivals
         if layout is None or entered.layout is not layout or len(self._engine.threads) > 1:
-            return False
+            return _NOTHING
         if arrivals.states and any(state is not State.WAITING for state in arrivals.states.values()):
-            return False
+            return _NOTHING
         if step.phase is not (Phase.OPEN if entered.phase is Phase.IDLE else entered.phase):
-            return False  # an optimizer has stepped inside
+            return _NOTHING  # an optimizer has stepped inside
         if entered.nested or entered.compiled or not layout.there():
-            return False
+            return _NOTHING
         route = layout.reached_by(arrivals.noted, step.passes)
         gradients = None if route is None else route.gradients()
         if route is None or gradients is None or (entered.inputs and not route.whole):
+            return _NOTHING
+        return route, gradients
+
+    def pass_accumulated(self, entered: Pass, step: Step) -> bool:
+        """Over ranks: whether a backward went by the book so far; its own gradients are read before they are averaged."""
+        (route, gradients), arrivals = self._reached(entered, step), entered.arrivals
+        if route is None:
             return False
-        added = entered.onto & route.reached
-        if arrivals.onto.keys() != added:
+        held, left = dict(zip(arrivals.noted, arrivals.left, strict=True)), arrivals.onto
+        fresh = [pair for slot, pair in held.items() if slot not in left]
+        if versions([gradient for gradient, _ in fresh]) != [seen for _, seen in fresh]:
             return False
-        own = list(map(arrivals.onto.get, route.slots, gradients)) if added else gradients
-        if added and not set(map(type, own)) <= PLAIN:
+        own = [left[slot] if slot in left else held[slot][0] for slot in route.slots]
+        if left.keys() != entered.onto & route.reached or not set(map(type, own)) <= PLAIN:
             return False
-        self._read_pass(layout, route, entered, step, own)
+        arrivals.left.clear()
+        entered.left, entered.number = (list(map(id, gradients)), versions(gradients)), step.take_number()
+        self._read(route, Stage.BACKWARD, own, entered, step, ended=([], []) if entered.onto else None)
         return True
 
-    def _read_pass(self, layout: Layout, route: Route, entered: Pass, step: Step, own: list[Any]) -> None:
-        """The pass's own gradients are read, and what is in `.grad` is remembered."""
-        arrivals = entered.arrivals
-        rows, slots, filled = layout.filled() if arrivals.onto or not route.whole else (route.rows, route.slots, own)
+    def pass_ended(self, entered: Pass, step: Step) -> bool:
+        """Whether it ended by the book, and is read."""
+        route, gradients = self._reached(entered, step)
+        if route is None:
+            return False
+        layout, added, owns = entered.layout, entered.onto & route.reached, self.own and not self.early
+        own: list[Any] = gradients
+        if owns and added:
+            own = list(map(entered.arrivals.onto.get, route.slots, gradients))
+        if owns and not (entered.arrivals.onto.keys() == added and set(map(type, own)) <= PLAIN):
+            return False
+        rows, slots, filled = layout.filled() if added or not route.whole else (route.rows, route.slots, gradients)
+        if self._reduced and (len(rows) > len(route.rows) or not step.reached <= route.reached):
+            return False
+        averaged = not self._local or self._written(entered, layout)
+        if averaged is None or (self.early and entered.left is None):
+            return False
         step.reached |= route.reached
         step.undefined -= route.reached
         step.excluded -= route.reached
-        step.averaged, step.fresh = True, step.fresh and not arrivals.onto
-        step.ending = Marks(listed=(slots, list(map(id, filled)), versions(filled)))
-        copied = self._updates and not step.passes  # the weights: else they are as an optimizer begins
+        step.averaged, step.fresh = step.averaged or averaged, step.fresh and not added
+        ended = list(map(id, filled)), versions(filled)
+        step.ending = Marks(listed=(slots, *ended))
+        if entered.number is None:
+            entered.number = step.take_number()
+        if owns:
+            alone = len(rows) == len(route.rows) and not added
+            self._read(route, Stage.BACKWARD, own, entered, step, None if alone else (rows, filled))
+        if self._reduced and averaged:
+            self._read(route, Stage.REDUCED, gradients, entered, step)
+            step.reduced = entered.number
+        elif self._local and (added or entered.left != ended):
+            self._pass(entered, step, rows, filled)
+        self._doubted = False
+        return True
+
+    def _pass(self, entered: Pass, step: Step, rows: list[int], gradients: list[Tensor]) -> None:
+        """Over ranks: nothing is read of a backward that was not averaged, but for samples of what it left."""
+        if entered.loss is not None and entered.number is not None:
+            self._sink(LossSeen(step.number, entered.number, entered.loss))
+        self._sink(PassEnded(rows, gradients))
+        self.parts += 1
+
+    def _written(self, entered: Pass, layout: Layout) -> bool | None:
+        """Whether `.grad` was written after the last hook, which is how ranks leave their mean; None if not known."""
+        if entered.last is None:
+            return None
+        slot, gradient, seen = entered.last
+        now = layout.weights[self._attachment.rows[slot]].grad
+        return now is not None and (id(now), version(now)) != (gradient, seen)
+
+    def _read(
+        self,
+        route: Route,
+        stage: Stage,
+        gradients: list[Tensor],
+        entered: Pass,
+        step: Step,
+        ended: tuple[list[int], list[Tensor]] | None = None,
+    ) -> None:
+        """These gradients are read; and the weights, where the optimizer may be given just these."""
+        copied = self._updates and (stage is Stage.REDUCED or not (self._reduced or step.passes))
         if copied:
             step.weights = route, versions(route.weights)
         self._sink(
             SteadyReading(
                 route=route,
-                key=TableKey(step.number, step.take_number(), Stage.BACKWARD),
-                gradients=own,
+                key=TableKey(step.number, entered.number, stage),  # type: ignore[arg-type]
+                gradients=gradients,
                 updates=copied,
-                notes=() if route.whole else route.notes(layout.wanted()),
+                notes=() if route.whole else route.notes(entered.layout.wanted()),
                 loss=entered.loss,
-                ended=(rows, filled) if arrivals.onto or len(rows) > len(route.rows) else None,
+                ended=ended,
                 scale=entered.scale,
                 moving=step.phase is Phase.MOVING,
             )
         )
-        self._doubted = False
         self.parts += 1
 
     def step_begins(self, step: Step, watched: WatchedOptimizer, optimizer: Optimizer) -> bool:
-        """Whether the optimizer is given a gradient of all that it moves, which this step has reached, and they are read."""
+        """Whether the optimizer is given a gradient of all that it moves, which this step has reached, and they are read.
+
+        Asked outside any backward.
+        """
         layout = self.layout
         if layout is None or not step.passes or step.phase not in (Phase.OPEN, Phase.MOVING) or watched.wrapped:
             return False
-        if self._engine.passes or running() or not layout.there():
+        if self._engine.passes or not layout.there():
             return False
         share = self._share(layout, watched, optimizer)
         route = share.route
@@ -160,8 +244,9 @@ class SteadyRoute:
         if share.frozen and untouched:
             untouched = step.ending.all_same(share.frozen, gradients_at(self._attachment.at(share.frozen)))
         facts = _UNTOUCHED
-        if not (untouched and step.passes == 1 and step.fresh and step.own):
-            facts = GradientFacts(single=step.passes == 1 and step.fresh, own=step.own, untouched=untouched)
+        single, reduced = step.passes == 1 and step.fresh and not self._local, step.reduced == step.passes - 1
+        if reduced or not (untouched and single and step.own):
+            facts = GradientFacts(single, step.own, untouched, reduced=reduced)
         watched.read = watched.steady = True
         watched.untouched, watched.given = untouched, Marks(listed=left)
         watched.share, watched.left, watched.facts, watched.key = share, left, facts, key
@@ -236,16 +321,17 @@ class SteadyRoute:
             self.layout = self._compiled(closed)
         elif self._doubted and not self._fits(closed):
             self.layout = None
+        self._doubted = False
 
     def _fits(self, step: Step) -> bool:
         attachment = self._attachment
-        if not (step.own and step.passes and self._optimizers.watched) or len(self._engine.threads) > 1:
+        if not (step.own and self._optimizers.watched) or len(self._engine.threads) > 1:
             return False
         return attachment.plain and True not in map(_READ_IN_HOOK, attachment.slots)
 
     def _compiled(self, step: Step) -> Layout | None:
         weights: list[Any] = self._attachment.tensors()
-        if not self._fits(step) or not set(map(type, weights)) <= PLAIN:
+        if not step.passes or not self._fits(step) or not set(map(type, weights)) <= PLAIN:
             return None
         layout = Layout(self._attachment, weights)
         return layout if layout.hooked_again() else None

@@ -54,6 +54,7 @@ class Step:
         self.fresh = True  #: every pass so far wrote fresh gradients
         self.own = True  #: nobody else hooked what was reached: what was read is what `.grad` got
         self.averaged = False  #: over ranks: `.grad` is of all of them, as far as is known
+        self.reduced: int | None = None  #: the backward of the last `reduced` table
         self.scale: float | Tensor = 1.0  #: at the last backward
         self.opening = Marks()  #: `.grad` when the step opened
         self.ending = Marks()  #: `.grad` when its last pass ended

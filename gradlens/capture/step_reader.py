@@ -81,7 +81,7 @@ class StepReader:
 
     def _facts(self, step: Step, watched: WatchedOptimizer) -> GradientFacts:
         single = step.passes == 1 and step.fresh and not self._local
-        return GradientFacts(single=single, own=step.own, untouched=watched.untouched)
+        return GradientFacts(single, step.own, watched.untouched, reduced=step.reduced == step.used_key.backward)
 
     def read_used(
         self,

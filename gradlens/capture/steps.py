@@ -50,7 +50,6 @@ class Steps:
         self.due: list[Due] = []  #: updates whose wrapper may still move weights
         self.dirty = False  #: something was registered since the model was last scanned
         self._scan_at = _next_scan(first)  # the step before which the model is scanned next
-        self._rests = not workings.optimizers.watched or Stage.REDUCED in workings.stages  # steps' ends have more to be done
 
     @property
     def within_a_call(self) -> bool:
@@ -77,14 +76,13 @@ class Steps:
             return True
 
     def rescan(self) -> None:
-        """Scan the model, if it may have changed."""
-        if self.dirty or self._attachment.lost or self.current.number >= self._scan_at:
-            sure = self.dirty or self._attachment.lost
-            if self.dirty:
-                self._activations.look_again()
-            self.dirty, self._scan_at = False, _next_scan(self.current.number)
-            if self._attachment.rescan(sure=sure):
-                self._attachment.refresh()
+        """Scan the model, which may have changed."""
+        sure = self.dirty or self._attachment.lost
+        if self.dirty:
+            self._activations.look_again()
+        self.dirty, self._scan_at = False, _next_scan(self.current.number)
+        if self._attachment.rescan(sure=sure):
+            self._attachment.refresh()
 
     def finish_passes(self) -> None:
         """Finish the passes whose end nobody called; outside a backward."""
@@ -102,7 +100,7 @@ class Steps:
         if self._guard.forked():
             return  # whose parent may have held the lock
         step = self.current
-        if self._rests or self.scaling.scaler is not None or self._step_reader.notes.read_at_step or self._attachment.flat:
+        if self._rests(step):
             self._safely("end of a step", self._read_rest, step)
         if self._activations.heard:
             self._safely("a step's activations", self._activations.step_ended, step.number, step.passes)
@@ -112,6 +110,15 @@ class Steps:
         else:
             self._let_go_of(step)
         self._optimizers.quiet.watched = None if self.current.observed else self._quiet()
+
+    def _rests(self, step: Step) -> bool:
+        """Whether more is to be read or said at the end of this step."""
+        attachment = self._attachment
+        if Stage.REDUCED in self._stages and step.observed and (not step.averaged or attachment.ignored):
+            return True
+        if not self._optimizers.watched or self.scaling.scaler is not None:
+            return True
+        return self._step_reader.notes.read_at_step or attachment.flat
 
     def _open_next(self, step: Step, *, observed: bool) -> None:
         self.current = Step(step.number + 1, observed=observed)
@@ -168,22 +175,28 @@ class Steps:
 
     def _safely(self, where: str, call: Callable[..., Any], *args: Any) -> None:
         try:
-            with self._engine.lock, self._attachment.cache:
+            with self._engine.lock:
                 call(*args)
         except Exception as error:  # noqa: BLE001 - nothing of ours is raised in a training step
             self._guard.fault(where, error)
 
     def _prepare(self, closed: Step) -> None:
-        self.rescan()
-        opening = self._steady.opening(closed) if self.current.observed and not self._step_reader.notes.written else None
+        if self.dirty or self._attachment.lost or self.current.number >= self._scan_at:
+            self.rescan()
+        observed = self.current.observed
+        opening = self._steady.opening(closed) if observed and not self._step_reader.notes.written else None
         if opening is not None:
             self.current.opening = opening
-        elif self.watches:
-            self.open_marks()
-            self.follow_schedule()
-        self._steady.follow(closed, plain=not self.explicit, next_observed=self.current.observed)
-        if not self.watches:
-            self.follow_schedule()
+            self._steady.follow(closed, plain=not self.explicit, next_observed=True)
+            return
+        with self._attachment.cache:
+            watches = self.watches
+            if watches:
+                self.open_marks()
+                self.follow_schedule()
+            self._steady.follow(closed, plain=not self.explicit, next_observed=observed)
+            if not watches:
+                self.follow_schedule()
 
     def open_marks(self) -> None:
         """Remember what `.grad` is now, which matters only if the step has hooks."""
@@ -211,19 +224,20 @@ class Steps:
             self._read_due(self.due)  # the weights before their steps are dropped now
         if step is not None:
             if self.scaling.scaler is not None:
-                self._safely("end of a step", self._read_skipped, step)
+                with self._attachment.cache:
+                    self._safely("end of a step", self._read_skipped, step)
             self._sink(StepClosed(step.number, step.scalars))
         for closed in self._without_backward:
             self._sink(StepClosed(closed.number, closed.scalars))
         self._without_backward.clear()
 
-    def finish_due(self, begins: WatchedOptimizer | None = None, within: Sequence[Any] = ()) -> None:
+    def finish_due(self, begins: WatchedOptimizer | None = None, within: Sequence[int] = ()) -> None:
         """Read the updates of optimizers that were inside another object's step, which is over now.
 
-        Where an optimizer `begins` within such a step, those of the other optimizers that it holds are not over.
+        Where an optimizer `begins` within such steps, of objects whose ids are `within`, those of the other optimizers that
+        these hold are not over.
         """
-        around = set(map(id, within))
-        due = [each for each in self.due if each.around not in around or each.optimizer is begins]
+        due = [each for each in self.due if each.around not in within or each.optimizer is begins]
         self._finish(due)
 
     def finish_due_within(self, wrapper: Any) -> None:
@@ -269,13 +283,14 @@ class Steps:
 
     def _read_rest(self, step: Step) -> None:
         """What is read, and told, once the step is over."""
-        self._read_skipped(step)
-        if not self._optimizers.watched and step.observed and step.passes:
-            self._step_reader.read_by_hand(step)
-            if self._step_reader.updates:
-                self._step_reader.read_update(step, self._step_reader.by_hand, None, skipped=False)
-            self._step_reader.by_hand.read, self._step_reader.left = False, []
-        self._tell_rest(step)
+        with self._attachment.cache:
+            self._read_skipped(step)
+            if not self._optimizers.watched and step.observed and step.passes:
+                self._step_reader.read_by_hand(step)
+                if self._step_reader.updates:
+                    self._step_reader.read_update(step, self._step_reader.by_hand, None, skipped=False)
+                self._step_reader.by_hand.read, self._step_reader.left = False, []
+            self._tell_rest(step)
 
     def _tell_rest(self, step: Step) -> None:
         attachment = self._attachment

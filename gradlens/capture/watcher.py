@@ -163,7 +163,10 @@ class Watcher:
         return self.threads.elsewhere(self.step.number)
 
     def explicit_step(self) -> None:
-        """`lens.step()`."""
+        """`lens.step()`, which no hook times."""
+        self.guard.timed(self._end_explicitly)
+
+    def _end_explicitly(self) -> None:
         self._steps.explicit = True
         self._steps.finish_passes()
         self._steps.close()

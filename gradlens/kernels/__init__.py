@@ -14,7 +14,7 @@ import functools
 import math
 import warnings
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -32,6 +32,9 @@ __all__ = [
     "prepare_row",
     "add_moments",
     "fold_decayed",
+    "changes_together",
+    "add_all_moments",
+    "fold_all_decayed",
     "output_sums",
     "Prepared",
     "RowCall",
@@ -101,9 +104,12 @@ class Standby:
             except ArgumentError:
                 raise
             except Exception as error:  # noqa: BLE001 - whatever it is, there is another way
-                self._first = None
-                _note(f"the GPU kernel does not run here ({type(error).__name__}: {str(error)[:200]})")
+                self._give_up(error)
         return getattr(self._second, name)(*columns)
+
+    def _give_up(self, error: Exception) -> None:
+        self._first = None
+        _note(f"the GPU kernel does not run here ({type(error).__name__}: {str(error)[:200]})")
 
     def summarize(
         self,
@@ -126,6 +132,14 @@ class Standby:
     def sample(self, tensors: Sequence[Tensor], /) -> Tensor:
         """As `kernels.sample`."""
         return self._call("sample", tensors)
+
+    def change(self, name: str, left: set[int], *columns: Any) -> None:
+        """Let the first backend change tensors in place; `left` are those that it has not, also where it fails."""
+        if self._first is not None and hasattr(self._first, name):
+            try:
+                getattr(self._first, name)(*columns, left)
+            except Exception as error:  # noqa: BLE001 - as above
+                self._give_up(error)
 
 
 @functools.cache
@@ -230,6 +244,30 @@ def add_moments(gradient: Tensor, kept: Sequence[Tensor], divisor: float | Tenso
 def fold_decayed(gradient: Tensor, kept: Sequence[Tensor], share: float) -> bool:
     """As `accumulate.fold_decayed`; False, and nothing done, where the native kernel cannot."""
     return accumulate.fold_decayed(_kernel_for(kept[0]), gradient, kept, share)
+
+
+def changes_together(tensor: Tensor) -> bool:
+    """Whether the two functions below serve tensors of this device: one launch for all beats one each."""
+    return tensor.is_cuda and isinstance(_triton(), Standby)
+
+
+def add_all_moments(
+    gradients: Sequence[Tensor], kept: Sequence[Sequence[Tensor]], divisor: float | Tensor, share: float, weight: float
+) -> set[int]:
+    """`accumulate.add_moments` for many gradients on a GPU, in one launch a type. Gives the places of those left out."""
+    return _changed("add_moments", gradients, kept, divisor, share, weight)
+
+
+def fold_all_decayed(gradients: Sequence[Tensor], kept: Sequence[Sequence[Tensor]], share: float) -> set[int]:
+    """`accumulate.fold_decayed` for many gradients on a GPU, in one launch. Gives the places of those left out."""
+    return _changed("fold_decayed", gradients, kept, share)
+
+
+def _changed(name: str, gradients: Sequence[Tensor], *columns: Any) -> set[int]:
+    left, backend = set(range(len(gradients))), _triton()
+    if left and isinstance(backend, Standby):
+        backend.change(name, left, gradients, *columns)
+    return left
 
 
 def output_sums(made: Tensor, axis: int = 0, low: float = -math.inf, high: float = math.inf) -> list[float] | None:

@@ -45,6 +45,7 @@ _BYTES = {torch.float32: 4, torch.float64: 8, torch.bfloat16: 2, torch.float16: 
 _OPERANDS, _TASK = 5, 12  # numbers of a task: the addresses, the types, a count, and where the layout stands
 _AXES = 8  # tensors of more are left to the reference
 _TYPE, _ON_CPU = attrgetter("dtype"), attrgetter("is_cpu")
+_dispatching, _transforming = torch._C._len_torch_dispatch_stack, torch._C._functorch.peek_interpreter_stack
 _OPTIONAL = {*PLAIN, type(None)}
 _NOWHERE = 1  # stands for the address of an empty tensor, which is never read: 0 says that there is no tensor
 _GAP = -1  # stands for the count of a tensor that is not there
@@ -258,21 +259,28 @@ class Native:
         return facts is not None and _fits(facts, tasks, operand)
 
     def refill(self, weights: Sequence[Tensor], gradients: Sequence[Tensor], tasks: array) -> bool:
-        """Write other gradients into tasks that have been filled, if the weights are still where and what these say."""
+        """Write other gradients into tasks that have been filled, if the weights are still where and what these say.
+
+        Not while a mode is active.
+        """
+        if len(gradients) != len(weights) or _dispatching() or _transforming() is not None:
+            return False
         if self.introspector is not None:
             return self.introspector.refill(weights, gradients, tasks)
         return self.is_same(weights, tasks, 1) and self.fill(gradients, tasks, 0)
 
-    def unchanged(self, gradients: list[Tensor], weights: list[Tensor], tasks: array, samples: int, exact: bool) -> int:
+    def unchanged(self, gradients: Sequence[Tensor], weights: list[Tensor], tasks: array, samples: int, exact: bool) -> int:
         """1 for the gradients, if they are where and what the tasks say with the samples there, plus 2 for the weights.
 
-        0 where any is not where and what the tasks say; lazy bits and the size of storages are not asked. `exact`: where
-        weights were copied, all of them are compared with the copy.
+        0 where any is not where and what the tasks say, and while a mode is active; lazy bits and the size of storages are
+        not asked. `exact`: where weights were copied, all of them are compared with the copy.
         """
+        if len(gradients) != len(weights) or _dispatching() or _transforming() is not None:
+            return 0
         if not set(map(type, gradients)) <= PLAIN:
             return 0
         if self.introspector is not None:
-            return self.introspector.stayed(gradients, weights, tasks, samples, exact)
+            return self.introspector.stayed(list(gradients), weights, tasks, samples, exact)
         with torch._C.DisableTorchFunction():
             if not (self.is_same(gradients, tasks, 0, lazy=False) and self.is_same(weights, tasks, 1, lazy=False)):
                 return 0
@@ -357,9 +365,6 @@ def own_memory(rooms: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
     """Whether none of these rooms shares its storage with another tensor of the call."""
     mine = _storages(rooms)
     return len(mine) == sum(room.numel() > 0 for room in rooms) and mine.isdisjoint(_storages(others))
-
-
-_dispatching, _transforming = torch._C._len_torch_dispatch_stack, torch._C._functorch.peek_interpreter_stack
 
 
 def threads_for(entries: int) -> int:

@@ -224,7 +224,7 @@ class NativePrepared:
         """As `Prepared.read`."""
         self._samples, tasks, n, kernel = None, self._tasks, len(self._weights), self._kernel
         with torch._C.DisableTorchFunction():
-            if len(gradients) != n or native.modes_are_active() or not kernel.refill(self._weights, gradients, tasks):
+            if not kernel.refill(self._weights, gradients, tasks):
                 return None
             if self._has_previous and native.types(tasks, _G) != self._kept_types:
                 return None
@@ -239,10 +239,8 @@ class NativePrepared:
 
     def take_over(self, gradients: Sequence[Tensor], samples: Tensor) -> bool:
         """As `Prepared.take_over`."""
-        self._samples, n = None, len(self._weights)
+        self._samples = None
         with torch._C.DisableTorchFunction():
-            if len(gradients) != n or native.modes_are_active():
-                return False
             if not self._kernel.refill(self._weights, gradients, self._tasks):
                 return False
             self._samples = Room(samples, samples, samples.data_ptr())
@@ -250,19 +248,18 @@ class NativePrepared:
 
     def unchanged(self, gradients: Sequence[Tensor]) -> tuple[bool, bool]:
         """As `Prepared.unchanged`."""
-        same = self._unchanged(gradients, exact=self._brief)
-        return bool(same & 1), bool(same & 2)
-
-    def _unchanged(self, gradients: Sequence[Tensor], *, exact: bool = False) -> int:
-        """1 for these gradients, if they are those that were read last, plus 2 for the weights: as `gradlens_unchanged`."""
         samples = self._samples
-        if samples is None or len(gradients) != len(self._weights) or native.modes_are_active():
-            return 0
-        return self._kernel.unchanged(list(gradients), self._weights, self._tasks, samples.address, exact)
+        if samples is None:
+            return False, False
+        same = self._kernel.unchanged(gradients, self._weights, self._tasks, samples.address, self._brief)
+        return bool(same & 1), bool(same & 2)
 
     def compare(self, gradients: Sequence[Tensor]) -> Tensor | None:
         """As `Prepared.compare`."""
-        if not (self._has_before and self._unchanged(gradients) & 1):
+        samples = self._samples
+        if samples is None or not self._has_before:
+            return None
+        if not self._kernel.unchanged(gradients, self._weights, self._tasks, samples.address, False) & 1:
             return None
         native.copy_operand(self._tasks, _G, self._moves, _USED)
         room, threads = self._moved.take(), torch.get_num_threads() if self._threaded else 1

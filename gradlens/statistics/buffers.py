@@ -53,11 +53,13 @@ class Buffer:
         rooms = self._rooms_of(rows, tensors)
         return rooms if rooms is not None and all(map(self._kept.__contains__, rows)) else None
 
-    def rooms(self, rows: Sequence[int], *, kept: bool) -> kernels.StableTensors | None:
+    def rooms(self, parameters: Parameters, rows: Sequence[int], *, kept: bool) -> kernels.StableTensors | None:
         """The memory for these rows, where all of it was allocated for whole rows. `kept`: only if each holds a copy.
 
         The same object each time, while that memory is the same.
         """
+        if parameters is not self._parameters:
+            self.use(parameters)
         groups = self._groups
         group = groups[0] if groups and groups[0].rows == rows else self._group(rows)
         if group is None and rows and all(map(self._rooms.__contains__, rows)):

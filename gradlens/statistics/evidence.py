@@ -9,14 +9,14 @@ Two situations, which must not be mixed:
   decayed: how often the sign agreed, how often it flipped, and the gradient's signal-to-noise ratio, mean^2 / variance
   (Liu et al. 2020). No p, no q, no verdict.
 
-All sums are float64. Nothing here waits for the device; reading does. On the CPU the native kernel adds in one pass; the
-torch operations here say what it does, and stand in for it elsewhere.
+All sums are float64. Nothing here waits for the device; reading does. On the CPU the native kernel adds in one pass, on
+a GPU one launch of a Triton program a type; the torch operations here say what they do, and stand in for them elsewhere.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import ClassVar
@@ -76,6 +76,8 @@ class Moments:
     @torch.no_grad()
     def add(self, part: Mapping[int, Tensor | None], divisor: float | Tensor = 1.0) -> None:
         """Some parameters' partials of the gradient that `begin` started, still to be divided by `divisor`."""
+        if self.mean and kernels.changes_together(self.mean[0]):
+            part = self._add_together(part, divisor)
         for i, block in enumerate(self.blocks):
             members = [n for n in range(block.start, block.stop) if n in part]
             if len(members) == block.stop - block.start:
@@ -84,6 +86,20 @@ class Moments:
             for n in members:
                 of = slice(n, n + 1)
                 self._add(i, self.place(n)[1].start, self._joined([part[n]], of, self.mean[i]), divisor)
+
+    def _add_together(self, part: Mapping[int, Tensor | None], divisor: float | Tensor) -> dict[int, Tensor | None]:
+        """Add the partials of all parameters at once; gives those that are still to be added."""
+        members, gradients, kept = [], [], []
+        for i, block in enumerate(self.blocks):
+            first = 0
+            for n in range(block.start, block.stop):
+                if n in part:
+                    members.append(n)
+                    gradients.append(self._joined([part[n]], slice(n, n + 1), self.mean[i]))
+                    kept.append([tensors[i][first : first + self.sizes[n]] for tensors in self._parts()])
+                first += self.sizes[n]
+        left = kernels.add_all_moments(gradients, kept, divisor, self._latest / self.weight, self._latest)
+        return {members[i]: part[members[i]] for i in left}
 
     def _add(self, i: int, first: int, gradient: Tensor, divisor: float | Tensor) -> None:
         """The entries of a block from `first` on."""
@@ -307,8 +323,11 @@ class Evidence:
         if self._ended or not self.moments.count:
             return
         self._ended = True
-        for steps, mean in zip(self._steps, self.moments.mean, strict=True):
-            steps.fold(mean, 1 - self.decay)
+        left: Iterable[int] = range(len(self._steps))
+        if self._steps and kernels.changes_together(self.moments.mean[0]):
+            left = kernels.fold_all_decayed(self.moments.mean, [steps.kept for steps in self._steps], 1 - self.decay)
+        for i in left:
+            self._steps[i].fold(self.moments.mean[i], 1 - self.decay)
 
     def verdicts(self, q: float = 0.1, method: str = "bh") -> TestResults | None:
         """Verdicts over the backwards of the last step; None where it had fewer than two."""
@@ -329,10 +348,14 @@ class _Decayed:
         self.steps = torch.zeros_like(like, dtype=torch.int32)
         self.last = torch.zeros_like(like, dtype=torch.int8)  # the sign of the last partial that was not 0
 
+    @property
+    def kept(self) -> list[Tensor]:
+        """All of it, in the kernels' order."""
+        return [self.mean, self.square, self.sign, self.seen, self.flips, self.moving, self.steps, self.last]
+
     @torch.no_grad()
     def fold(self, gradient: Tensor, share: float) -> None:
-        kept = [self.mean, self.square, self.sign, self.seen, self.flips, self.moving, self.steps, self.last]
-        if kernels.fold_decayed(gradient, kept, share):
+        if kernels.fold_decayed(gradient, self.kept, share):
             return
         for at in chunks(gradient):
             g, last = gradient[at], self.last[at]

@@ -25,47 +25,53 @@ class OpenTables:
         self.recorder = recorder
         self.tables: dict[TableKey, Table] = {}
         self.losses: dict[tuple[int, int], float | Tensor] = {}  #: by step and backward
-        self.last: Table | None = None  #: the last `backward` table, which `used` may copy
+        self.last: Table | None = None  #: the last `backward` or `reduced` table, which `used` may copy
         self.reading: Any = None  #: how it was read, if that went by the book
-        self.copied = False  #: the `used` rows of the open step are those of `backward`
+        self.copied: Stage | None = None  #: the stage whose rows the open step's `used` rows are
         self.count = 0  #: tables that were made
+        self._rank = 0  # of this process, as it was when the first of these tables was made
 
     def of(self, key: TableKey, parameters: Parameters) -> Table:
         """The table, made where there is none: without rows."""
         table = self.tables.get(key)
         if table is None:
-            table = self._made(Table(*key, parameters, time.time(), notes=[Note.ELSEWHERE] * len(parameters)))
+            table = self._made(key, Table(*key, parameters, time.time(), notes=[Note.ELSEWHERE] * len(parameters)))
         table.host = False  # what is added may be a device's
         return table
 
     def whole(self, key: TableKey, parameters: Parameters, pieces: list[Piece], notes: Sequence[Note | None] = ()) -> Table:
         """A table of the host's numbers that is complete at once, in place of any other."""
         made = Table(*key, parameters, time.time(), notes=list(notes), pieces=pieces, complete=True, host=True)
-        return self._made(made)
+        return self._made(key, made)
 
     def joined(self, key: TableKey, parameters: Parameters, pieces: list[Piece], notes: Sequence[Note | None] = ()) -> Table:
         """The same, added to what is there: optimizers that step one after the other have a table together."""
         table = self.tables.get(key)
         if table is None or not table.complete:
-            made = Table(*key, parameters, time.time(), notes=list(notes), pieces=pieces, complete=True, host=True)
-            return self._made(made)
+            return self.whole(key, parameters, pieces, notes)
         table.pieces += pieces
         table.notes = merged(table.notes, notes)
         return table
 
-    def _made(self, table: Table) -> Table:
-        table.rank = process_group.rank()
-        self.tables[TableKey(table.step, table.backward, Stage(table.stage))] = table
+    def _made(self, key: TableKey, table: Table) -> Table:
+        if not self.tables:
+            self._rank = process_group.rank()
+        table.rank = self._rank
+        self.tables[key] = table
         self.count += 1
         return table
 
     def ended(self, table: Table) -> None:
         """This backward has ended: those before it leave, so that memory stays bounded."""
-        older: list[Table] = []
         if len(self.tables) > 1:
             older = [t for t in self.tables.values() if t.complete and (t.step, t.backward) < (table.step, table.backward)]
-        self.send([t for t in older if t.stage != Stage.USED] if older else older, {})
+            self.send([t for t in older if t.stage != Stage.USED], {})
         self.last = table
+
+    def last_of(self, key: TableKey) -> Table | None:
+        """What the backward that this `used` table is of has given, if it is the last one that gave anything."""
+        last = self.last
+        return None if last is None or (last.stage == Stage.REDUCED and last.backward != key.backward) else last
 
     def send_until(self, key: TableKey) -> None:
         """The next backward begins: nothing is added to what was read of those before it."""
@@ -81,7 +87,7 @@ class OpenTables:
             self.tables = {key: table for key, table in self.tables.items() if key.step > step}
         if self.losses:
             self.losses = {key: loss for key, loss in self.losses.items() if key[0] > step}
-        self.last, self.reading, self.copied = None, None, False
+        self.last, self.reading, self.copied = None, None, None
 
     def answered(self) -> list[Table]:
         """What is complete of the open step, for a question asked in the middle of it."""
@@ -91,7 +97,7 @@ class OpenTables:
         """Hand them to the recorder."""
         self.recorder.send(list(tables), scalars, [self.losses.get((table.step, table.backward)) for table in tables])
         for table in tables:
-            self.tables.pop(TableKey(table.step, table.backward, Stage(table.stage)), None)
+            self.tables.pop((table.step, table.backward, table.stage), None)  # type: ignore[call-overload]
 
 
 def merged(notes: Sequence[Note | str | None], others: Sequence[Note | str | None]) -> list[Note | str | None]:

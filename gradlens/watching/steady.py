@@ -34,8 +34,9 @@ PAUSE, LONGEST = 2, 1024
 _Rooms = kernels.StableTensors | None
 _UNTOUCHED = GradientFacts(single=True, own=True, untouched=True)
 
-#: What a call reads: a step's first backward, a later one, what an optimizer is given, and the same with the loss's own.
-FIRST, LATER, USED, KEPT = "first", "later", "used", "kept"
+#: What a call reads: a step's first backward, a later one, what ranks averaged; what an optimizer is given, and the same
+#: with the loss's own.
+FIRST, LATER, REDUCED, USED, KEPT = "first", "later", "reduced", "used", "kept"
 #: What an optimizer is given, which a call along another route has read.
 PART = "part"
 
@@ -141,8 +142,10 @@ class SteadyTables:
 
     def _previous(self, stage: Stage, route: Steady) -> tuple[_Rooms, bool]:
         """Where the last gradients are; False where they are not kept whole, or not yet."""
-        buffer = self._last_of(stage, route.parameters)
-        rooms = None if buffer is None else buffer.rooms(route.rows, kept=True)
+        buffer = self._flips.get(stage)
+        if buffer is None:
+            buffer = self._last_of(stage, route.parameters)
+        rooms = None if buffer is None else buffer.rooms(route.parameters, route.rows, kept=True)
         return rooms, (rooms is None) == (buffer is None)
 
     def _read(self, event: SteadyReading) -> bool:
@@ -151,18 +154,18 @@ class SteadyTables:
             return False  # rows that wait for a device
         if event.loss is not None:
             self._open.losses[key.step, key.backward] = event.loss
-        previous, fine = self._previous(Stage.BACKWARD, route)
+        previous, fine = self._previous(key.stage, route)
         before = self._meter.room(route.parameters, route.rows) if event.updates else None
         if not fine or (before is None) == event.updates:  # they are not kept whole, or not yet
             return False
         calls = route.calls or _calls(route)
-        kind = FIRST if event.updates or not key.backward else LATER
+        kind = REDUCED if key.stage is Stage.REDUCED else FIRST if event.updates or not key.backward else LATER
         read = calls.read(kind, (previous, before), event.gradients, self._detail(key.step), event.updates)
         if read is None:
             return False
         prepared, rows = read
         samples = Piece(route.rows, rows.gradient_samples)
-        if kind == FIRST:
+        if kind != LATER:
             calls.first = First(key, prepared, before)
         if event.ended is None:
             self._meter.read_steadily(samples)
@@ -170,7 +173,10 @@ class SteadyTables:
             self._meter.pass_ended(*event.ended)
         table = self._open.whole(key, route.parameters, [Piece(route.rows, rows.rows)], event.notes)
         table.divisor = table.scale = event.scale
-        self._open.ended(table)
+        if kind == REDUCED:
+            self._open.last = table
+        else:
+            self._open.ended(table)
         self._open.reading = Reading(key, route, rows.samples, samples)
         self.answered += 1
         return True
@@ -187,6 +193,7 @@ class SteadyTables:
         first = None if route.calls is None else route.calls.first
         if first is None or first.key != last.key or not unchanged(first.by, event.gradients, event.updates):
             return False
+        self._open.copied = last.key.stage
         self._given(event, first.by, first.before, list(table.pieces), last.piece)
         return True
 
@@ -203,6 +210,7 @@ class SteadyTables:
             rows, samples, gradients = (taken(n, at) for n in (table.pieces[0].numbers, last.samples, last.piece.numbers))
         if by is None or not (by.take_over(event.gradients, samples) and unchanged(by, event.gradients, event.updates)):
             return False
+        self._open.copied = last.key.stage
         self._given(event, by, before, [Piece(route.rows, rows)], Piece(route.rows, gradients))
         return True
 
@@ -210,7 +218,7 @@ class SteadyTables:
         route, calls = event.route, event.route.calls
         self._meter.given_steadily(route.parameters, before if event.updates else None, samples)
         self._open.joined(event.key, route.parameters, pieces, event.notes)
-        self._open.copied, calls.begun, calls.given, calls.source = True, event.key, by, Source.USED
+        calls.begun, calls.given, calls.source = event.key, by, Source.USED
         self.answered += 1
 
     def _used(self, event: SteadyUsed) -> bool:
@@ -236,7 +244,7 @@ class SteadyTables:
         by, rows = read
         self._meter.given_steadily(route.parameters, before, Piece(route.rows, rows.gradient_samples))
         self._open.joined(key, route.parameters, [Piece(route.rows, rows.rows)], event.notes).scale = scale
-        self._open.copied, calls.begun, calls.given, calls.source = False, key, by, source
+        self._open.copied, calls.begun, calls.given, calls.source = None, key, by, source
         self.answered += 1
         return True
 

@@ -41,7 +41,6 @@ from gradlens.watching.open_tables import OpenTables, merged
 from gradlens.watching.recorder import Recorder
 from gradlens.watching.row_calls import RowCalls, joined
 from gradlens.watching.steady import SteadyTables
-from gradlens.watching.stopwatch import Stopwatch
 from gradlens.watching.updates import UpdateMeter, by_device, present
 
 #: Notes of rows whose partials a backward did not compute, or of which others are in `.grad` too.
@@ -55,9 +54,7 @@ _PREPARED = "prepared calls"
 class TableBuilder:
     """A sink of capture's: called with each event on the training thread, it hands complete tables to the recorder."""
 
-    def __init__(
-        self, recorder: Recorder, plan: Plan, features: frozenset[str], failures: Failures, timed: Stopwatch
-    ) -> None:
+    def __init__(self, recorder: Recorder, plan: Plan, features: frozenset[str], failures: Failures) -> None:
         self.recorder, self.failures = recorder, failures
         self._plan, self._features = plan, features
         self.open = OpenTables(recorder)
@@ -67,7 +64,7 @@ class TableBuilder:
         self._marked: tuple[Parameters, frozenset[int], Parameters] | None = None
         self._told: set[str] = set()  # parameters whose gradients were found to be summands, why evidence left something out
         self.detail = DetailSteps()
-        self._timed, self._touched = timed, False  # by an event of a step that has not closed
+        self._touched = False  # by an event of a step that has not closed
         self.steady = SteadyTables(self.open, self._meter, self._flips, self._last_of, self._detail)
         self._steady_handlers = self.steady.handlers if self.evidence is None else {}
         self._handlers: dict[type, Callable[[Any], None]] = {
@@ -106,7 +103,8 @@ class TableBuilder:
         """A prepared call; or else what the event stands for, one by one."""
         answer, failures = self._steady_handlers.get(type(event)), self.failures
         fine = not failures.any or not (failures.lately(_PARTS) or failures.off(_PREPARED))
-        if answer is not None and fine and not capturing_cuda_graph():
+        # The later parts of a step rest on the reading: where that was by a prepared call, everything is on the CPU.
+        if answer is not None and fine and not (type(event) is SteadyReading and capturing_cuda_graph()):
             try:
                 if answer(event):
                     if failures.any:
@@ -163,18 +161,15 @@ class TableBuilder:
         failures = self.failures
         if failures.any and failures.off(where):
             return
-        self._timed(self._attempt, where, call, *args)
-
-    def _attempt(self, where: str, call: Callable[..., None], *args: Any) -> None:
         if capturing_cuda_graph():
             self._tell_once("graph", findings.cuda_graph(self.failures.step()))
             return
         try:
             call(*args)
-            if self.failures.any:
-                self.failures.worked(where)
+            if failures.any:
+                failures.worked(where)
         except Exception as error:  # noqa: BLE001 - nothing of ours is raised in a training step
-            self.failures(where, error)
+            failures(where, error)
 
     def _tell_once(self, key: str, finding: Finding) -> None:
         if key not in self._told:
@@ -195,15 +190,16 @@ class TableBuilder:
         used = reading.key.stage == Stage.USED
         if used:
             self._meter.consumed(reading.rows, reading.tensors)
-            self.open.copied = False
+            self.open.copied = None
         if reading.rows and not (used and reading.copies_backward and self._copy(table, reading)):
             self._summarize(table, reading)
         if not set(map(type, reading.tensors)) <= PLAIN:
             table.summands.update(row for row, g in zip(reading.rows, reading.tensors, strict=True) if summand(g))
         if reading.complete:
             self._complete(table, reading)
-        if reading.gone and self.open.last is not None and len(self.open.last.parameters) == len(reading.parameters):
-            self._stand_in(table, reading, self.open.last)
+        last = self.open.last_of(reading.key) if reading.gone else None
+        if last is not None and len(last.parameters) == len(reading.parameters):
+            self._stand_in(table, reading, last)
 
     def _summarize(self, table: Table, reading: Reading) -> None:
         before, last = self._meter.weight_before, self._last_of(reading.key.stage, reading.parameters)
@@ -258,6 +254,8 @@ class TableBuilder:
             table.pieces = joined(table.pieces)
         if table.stage == Stage.BACKWARD:
             self.open.ended(table)
+        elif table.stage == Stage.REDUCED:
+            self.open.last = table
 
     def _with_summands(self, parameters: Parameters, table: Table) -> Parameters:
         """The rows of summands marked: a gradient may be placed otherwise than its parameter. One object while it lasts."""
@@ -273,16 +271,17 @@ class TableBuilder:
         return self._marked[2]
 
     def _copy(self, table: Table, reading: Reading) -> bool:
-        """Take the `backward` rows for `used` where nothing can have changed in between: the samples say so too."""
-        last = self.open.last
+        """Take the last backward's rows for `used` where nothing can have changed in between: the samples say so too."""
+        last, rows = self.open.last_of(reading.key), list(reading.rows)
         if last is None or Stage.USED in self._flips:
-            return False  # some `used` gradient differed once: its successors compare with it, not with `backward`
-        if not self._meter.still_as_backward_left(reading.rows):
+            return False  # some `used` gradient differed once: its successors compare with it, not with the backward's
+        if not {row for piece in last.pieces for row in piece.rows}.issuperset(rows):
             return False
-        rows = list(reading.rows)
+        if not self._meter.still_as_backward_left(rows):
+            return False
         table.pieces += _only(last.pieces, rows)
         table.flips += _only(last.flips, rows)
-        self.open.copied = True
+        self.open.copied = Stage(last.stage)
         return True
 
     def _last_of(self, stage: Stage, parameters: Parameters) -> Buffer | None:
@@ -298,7 +297,7 @@ class TableBuilder:
         if table is not None:
             table.host = False
             backward = self._flips.get(Stage.BACKWARD)
-            given = backward if self.open.copied else self._flips.get(Stage.USED)
+            given = self._flips.get(self.open.copied or Stage.USED)
             table.updates += self._meter.measure(update, given, backward)
 
     def release_open(self, scalars: Mapping[str, Any]) -> None:

@@ -102,7 +102,7 @@ class UpdateMeter:
 
     def room(self, parameters: Parameters, rows: Sequence[int]) -> kernels.StableTensors | None:
         """Where the weights before the step go, if all of them are kept whole."""
-        return self._before.use(parameters).rooms(rows, kept=False)
+        return self._before.rooms(parameters, rows, kept=False)
 
     def read_steadily(self, samples: Piece) -> None:
         """A backward ended by the book, with these samples."""

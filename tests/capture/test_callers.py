@@ -1,7 +1,9 @@
 """Loops and wrappers, by what their methods named `step` do."""
 
 import functools
+import gc
 import types
+import weakref
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from torch import nn
 
 import gradlens
 from gradlens import kernels
+from gradlens.capture.optimizers import call_stack
 from gradlens.testing import RecordingWriter
 from tests.capture.test_steady import RULES, assert_same
 
@@ -331,3 +334,54 @@ def test_a_backward_of_somebody_elses_makes_a_wrapper():
         rows = lens.history()
     rows = rows[(rows["stage"] == "used") & (rows["parameter"] == "0.weight")]
     assert rows["update_l2"].to_numpy() == pytest.approx(moved, rel=1e-5)
+
+
+class Twice(torch.optim.SGD):
+    """An optimizer whose hooks fire twice."""
+
+    def step(self, closure=None):
+        return super().step(closure)
+
+
+def test_the_hook_after_a_step_knows_the_stack_of_the_hook_before():
+    """Each call's is found once, the outer one's not taken for the inner one's."""
+    parts, before, after = Parts(Twice), [], []
+    handles = [
+        parts.optimizer.register_step_pre_hook(lambda o, *_: before.append(call_stack(o))),
+        parts.optimizer.register_step_post_hook(lambda o, *_: after.extend(call_stack(o, known) for known in before)),
+    ]
+    plain(parts, parts.batches[0])
+    assert [stack.calls for stack in before] == [1, 2]
+    outer, inner = before
+    assert after[0] is not outer
+    assert after[0].calls == 2  # seen from the inner one
+    assert after[1] is inner
+    assert after[2] is outer
+    assert after[3] is not inner
+    for handle in handles:
+        handle.remove()
+
+
+def test_a_step_that_raises_keeps_no_object_around_it_alive():
+    """What was seen of its caller is told by ids: the loop, with the model, is freed as ever."""
+
+    class Loop:
+        def __init__(self, parts):
+            self.parts, self.optimizer = parts, parts.optimizer
+
+        def step(self, batch):
+            plain(self.parts, batch)
+
+    class Failing(torch.optim.SGD):
+        def step(self, closure=None):
+            raise RuntimeError("as a user's may")
+
+    loop = Loop(Parts(Failing))
+    lens = gradlens.watch(loop.parts.model, loop.optimizer)
+    with pytest.raises(RuntimeError, match="as a user's may"):
+        loop.step(loop.parts.batches[0])
+    alive = weakref.ref(loop)
+    del loop
+    gc.collect()
+    assert alive() is None
+    lens.close()

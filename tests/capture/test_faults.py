@@ -87,8 +87,11 @@ SPECIAL = ("a parameter's replacement", "a closure's return", "whole partials", 
 #: And this where a schedule leaves out steps that end inside a backward.
 UNSEEN = "end of a backward that is not observed"
 
+#: And this over ranks, where it is made to fail too.
+AVERAGED = "gradients before they are averaged"
+
 #: What torch calls of ours and is guarded: each may fail as a whole.
-HOOKS = {where: (entry, "call") for where, entry in GUARDED.items() if where not in (*SPECIAL, UNSEEN)}
+HOOKS = {where: (entry, "call") for where, entry in GUARDED.items() if where not in (*SPECIAL, UNSEEN, AVERAGED)}
 
 #: What else may fail: functions of ours that something in a training step calls.
 WITHIN = {

@@ -9,16 +9,17 @@ from gradlens.capture.events import GradientFacts
 from gradlens.capture.provenance import loss_gradient, may_copy
 from gradlens.records import Source
 
-FACTS = [GradientFacts(single=s, own=o, untouched=u) for s, o, u in itertools.product((False, True), repeat=3)]
+FACTS = [GradientFacts(*facts) for facts in itertools.product((False, True), repeat=4)]
 SCALES = [1.0, 1024.0, torch.tensor(1.0)]
 
 
 @pytest.mark.parametrize("scale", SCALES, ids=str)
 @pytest.mark.parametrize("facts", FACTS, ids=str)
 def test_used_copies_backward_only_where_nothing_can_have_changed(facts, scale):
-    """One backward, nobody else's hook, untouched, and a scale that is known to be 1: all four."""
+    """One backward, or one that ranks have averaged; nobody else's hook, untouched, and a scale that is known to be 1."""
     unscaled = isinstance(scale, float) and scale == 1.0
-    assert may_copy(facts, scale) is (facts.single and facts.own and facts.untouched and unscaled)
+    read = facts.single or facts.reduced
+    assert may_copy(facts, scale) is (read and facts.own and facts.untouched and unscaled)
 
 
 @pytest.mark.parametrize("kept", [False, True])

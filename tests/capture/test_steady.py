@@ -451,9 +451,8 @@ class Programs(RuleBasedStateMachine):
 
 def assert_same(one, other):
     """The same records, but for their time."""
-    assert len(one.records) == len(other.records)
     first, second = ([comparable(finding) for finding in each.findings] for each in (one, other))
-    assert first == second
+    assert first == second, [pair for pair in zip(first, second, strict=False) if pair[0] != pair[1]]
     assert not [finding for finding in one.findings if finding.rule == "gradlens-fault"]
     for a, b in zip(one.snapshots, other.snapshots, strict=True):
         where = (a.step, a.backward, a.stage)
@@ -472,8 +471,8 @@ def assert_same(one, other):
 
 
 def comparable(finding):
-    """The finding with its value as a text: NaN is not equal to itself, and a rule's value may be numpy's or Python's."""
-    return finding if finding.value is None else replace(finding, value=repr(float(finding.value)))
+    """The finding, and its value as a text: NaN is not equal to itself."""
+    return replace(finding, value=None), repr(finding.value)
 
 
 def same_bits(a, b):
@@ -550,116 +549,6 @@ def test_a_step_that_the_scaler_skips_leaves_the_route_as_it_was(scaler):
     assert made[0].parts[0] == 3 * (4 + 5 + 5 + 3) + 3
     used = [snapshot for snapshot in made[0].writer.snapshots if snapshot.stage == "used"]
     assert [s.step for s in used if "nonfinite" in s.status.tolist()] == [5, 11, 17]
-    assert_same(made[0].writer, made[1].writer)
-
-
-class Nets:
-    """Two nets: one makes what the other is trained to tell. Watched by the steady route, or by the general one."""
-
-    def __init__(self, kind, features=("updates", "flips"), *, reverse=False, schedule=1):
-        torch.manual_seed(0)
-        self.maker = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 5))
-        self.teller = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 1))
-        self.of_maker = torch.optim.Adam(self.maker.parameters(), 0.01)
-        self.of_teller = torch.optim.SGD(self.teller.parameters(), 0.1)
-        optimizers = [self.of_teller, self.of_maker]
-        self.writer = RecordingWriter()
-        self.lens = gradlens.watch(
-            {"maker": self.maker, "teller": self.teller},
-            optimizers[::-1] if reverse else optimizers,
-            writers=[self.writer],
-            features=features,
-            rules=RULES,
-            schedule=schedule,
-        )
-        self.lens._watcher.steady.allowed = kind == "steady"
-
-    @property
-    def parts(self):
-        """As of `World`."""
-        return self.lens._watcher.steady.parts, self.lens._tables.steady.answered
-
-    def train(self, rounds, *, tells=1, detached=True, freeze=False, whole=False):
-        """`tells`: how often one net is trained for each time the other is. `whole`: all gradients are emptied each time."""
-        for _ in range(rounds):
-            for _ in range(tells):
-                self.empty(self.of_teller, whole)
-                made = self.maker(torch.randn(8, 4))
-                wrong = self.teller(made.detach() if detached else made)
-                (nn.functional.softplus(-self.teller(torch.randn(8, 5))) + nn.functional.softplus(wrong)).mean().backward()
-                self.of_teller.step()
-            self.teller.requires_grad_(not freeze)
-            self.empty(self.of_maker, whole)
-            nn.functional.softplus(-self.teller(self.maker(torch.randn(8, 4)))).mean().backward()
-            self.of_maker.step()
-            self.teller.requires_grad_(True)
-
-    def empty(self, optimizer, whole):
-        for each in (self.of_teller, self.of_maker) if whole else (optimizer,):
-            each.zero_grad()
-
-
-@pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("tells", [1, 3])
-@pytest.mark.parametrize("how", [{}, {"detached": False}, {"freeze": True}, {"whole": True}])
-@pytest.mark.parametrize("features", [("updates", "flips"), ("updates",), ()])
-def test_two_nets_and_two_optimizers_go_by_the_book(reverse, tells, how, features):
-    """Each backward and each optimizer's step: whether a backward reaches one net or both, and whatever is left in `.grad`.
-
-    Whichever is listed last ends steps; but for the first, all of them go by the book.
-    """
-    made = []
-    for kind in ("steady", "general"):
-        nets = Nets(kind, features, reverse=reverse)
-        nets.train(12, tells=tells, **how)
-        nets.lens.close()
-        made.append(nets)
-    captured, prepared = made[0].parts
-    rounds = 12 * (tells + 1)  # a backward and an optimizer's step each
-    parts = 3 if "updates" in features else 2
-    first = 1 if reverse else tells + 1  # of them are in the first step, after which the layout is compiled
-    assert captured == 3 * (rounds - first)
-    assert prepared >= parts * (rounds - first - tells - 2)
-    assert made[1].parts == (0, 0)
-    assert_same(made[0].writer, made[1].writer)
-
-
-@pytest.mark.parametrize("every", [2, 5])
-def test_two_nets_go_by_the_book_in_the_steps_that_are_observed(every):
-    """The layout waits over the steps in between."""
-    made = []
-    for kind in ("steady", "general"):
-        nets = Nets(kind, schedule=every)
-        nets.train(10 * every)
-        nets.lens.close()
-        made.append(nets)
-    assert made[0].parts[0] == 6 * 9
-    assert_same(made[0].writer, made[1].writer)
-
-
-def counted(call, calls):
-    """The call, which notes in a list that it was made."""
-
-    def noted(*arguments, **options):
-        calls.append(call)
-        return call(*arguments, **options)
-
-    return noted
-
-
-def test_one_backward_for_two_optimizers_goes_by_the_book(monkeypatch):
-    """Both are given some of what it reached: neither is read again, and each is measured from the copy it has made."""
-    made, calls = [], []
-    for kind in ("steady", "general"):
-        with world(kind, optimizers=2) as each:
-            each.straight(5)
-            with monkeypatch.context() as patched:
-                patched.setattr(NativePrepared, "read", counted(NativePrepared.read, calls))
-                each.straight(5)
-        made.append(each)
-        assert len(calls) == 5
-    assert made[0].parts[0] == 5 * 9
-    assert made[0].parts[1] >= 5 * 8
     assert_same(made[0].writer, made[1].writer)
 
 

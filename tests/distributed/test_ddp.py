@@ -298,6 +298,7 @@ def noise():
 FAULTS = {
     "the tensor hook": (GUARDED["gradient hook"], "call"),
     "the post hook": (GUARDED["accumulation hook"], "call"),
+    "before averaging": (GUARDED["gradients before they are averaged"], "call"),
     "the end of backward": (GUARDED["end of backward"], "call"),
     "statistics": (tables, "summarize"),
     "before the step": (GUARDED["before the optimizer's step"], "call"),
@@ -306,13 +307,13 @@ FAULTS = {
 
 
 def steps(net, data, stages=None, fault=None):
-    """Five steps; in the second one of ours fails, on one rank only."""
+    """Five steps; in the first, the general way, and in the second, by the book, one of ours fails on one rank only."""
     ddp = DistributedDataParallel(net)
     optimizer = torch.optim.AdamW(net.parameters(), lr=0.1)
     keep = Keep()
     lens = stages and gradlens.watch(ddp, optimizer, stage=stages, writers=[keep], rules=())
     for step, x in enumerate([*data, *data[:2]]):
-        failing = mock.patch.object(*fault, side_effect=RuntimeError("planted")) if fault and step == 1 else nullcontext()
+        failing = mock.patch.object(*fault, side_effect=RuntimeError("planted")) if fault and step < 2 else nullcontext()
         with failing:
             optimizer.zero_grad()
             loss(ddp, x).backward()

@@ -50,20 +50,23 @@ def test_rooms_of_rows_that_were_never_kept_together(allowance):
     """They are those of the single rows, where each has one and is whole; the same object each time."""
     last = buffer(allowance)
     last.keep(ROWS[:2], gradients(0)[:2])
-    assert last.rooms(ROWS, kept=False) is None
+    assert last.rooms(PARAMETERS, ROWS, kept=False) is None
     last.keep(ROWS[2:], gradients(0)[2:])
-    rooms = last.rooms(ROWS, kept=True)
+    rooms = last.rooms(PARAMETERS, ROWS, kept=True)
     if allowance == 40:
         assert rooms is None
     else:
-        assert rooms is last.rooms(ROWS, kept=True)
+        assert rooms is last.rooms(PARAMETERS, ROWS, kept=True)
         assert all(room is last.get(row) for row, room in enumerate(rooms))
         last.forget()
-        assert last.rooms(ROWS, kept=True) is None
-        assert last.rooms(ROWS, kept=False) is rooms
+        assert last.rooms(PARAMETERS, ROWS, kept=True) is None
+        assert last.rooms(PARAMETERS, ROWS, kept=False) is rooms
         last.fill(ROWS[:2], kernels.StableTensors(rooms[:2]))
-        assert last.rooms(ROWS[:2], kept=True)[0] is rooms[0]
-        assert last.rooms(ROWS, kept=True) is None
+        assert last.rooms(PARAMETERS, ROWS[:2], kept=True)[0] is rooms[0]
+        assert last.rooms(PARAMETERS, ROWS, kept=True) is None
+        others = Parameters(("d", "b", "c"), SHAPES, ("float32",) * 3)
+        assert last.rooms(others, ROWS, kept=False) is None
+        assert last.get(0) is None  # cleared, as for `use`
 
 
 @pytest.mark.parametrize("what", ["forgotten", "other rows", "another type", "sparse", "other parameters", "by sample"])
