@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from functools import lru_cache
 
 from tensorboard.plugins.custom_scalar.layout_pb2 import Category, Chart, Layout, MultilineChartContent
 
@@ -80,6 +81,7 @@ def numbered(row: int, name: str) -> str:
     return f"{row:03d} {escape(name)}"
 
 
+@lru_cache(maxsize=4096)  # of each parameter at each step with histograms
 def escape(name: str, most: int = 100) -> str:
     """A name as part of a tag: printable, without a slash (which would open a group), and of bounded length."""
     shown = "".join(c if c.isprintable() and c not in "/\\" else _escapes(c) for c in name)

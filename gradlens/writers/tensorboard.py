@@ -395,10 +395,9 @@ class TensorBoard:
         low, high = np.full((2, n), np.nan)
         np.fmin.at(low, rows, gradient.columns["min"][own])
         np.fmax.at(high, rows, gradient.columns["max"][own])
-        for row, label in enumerate(self._grid.labels):
-            if counts[row].any():
-                tag = f"{tags.PARTIALS}/{tags.numbered(row, label)}"
-                events.add_histogram(event, tag, buckets(counts[row], low[row], high[row]), self._about(tag))
+        for row in np.flatnonzero(counts.any(axis=1)).tolist():
+            tag = f"{tags.PARTIALS}/{tags.numbered(row, self._grid.labels[row])}"
+            events.add_histogram(event, tag, buckets(counts[row], low[row], high[row]), self._about(tag))
 
     def _add_pictures(self, event: Event) -> None:
         worst = sorted(self._found.values(), key=lambda finding: (finding.severity.rank, finding.step))
@@ -457,7 +456,7 @@ def buckets(counts: np.ndarray, low: float, high: float) -> np.ndarray:
     What is smaller than the largest by a factor of `2**DETAIL` or more could not be told from 0 on a linear axis: it is one
     bucket, the zeros included. The outer edges are the extremes. Empty buckets at the ends are left out.
     """
-    there = np.flatnonzero(counts)
+    (there,) = counts.nonzero()
     first, last, middle = int(there[0]), int(there[-1]), fields.BUCKETS
     merged = max(last - middle, middle - first) - DETAIL  # octaves above the smallest
     left, right = middle - max(merged, 0), middle + max(merged, 0)
