@@ -152,7 +152,11 @@ class Steps:
         if watched in step.stepped or step.phase in (Phase.OPEN, Phase.DUE):
             return False
         if watched is ender.listed:
-            return len(step.stepped) + 1 == len(self._optimizers.watched) and ender.ends(watched) and self._close_quiet()
+            if len(step.stepped) + 1 < len(self._optimizers.watched):
+                return False
+            if step.stepped:
+                ender.ends(watched)
+            return self._close_quiet()
         if ender.current is not ender.listed or ender.stands_in(watched):
             return False
         ender.ends(watched)
