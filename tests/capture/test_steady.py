@@ -58,6 +58,8 @@ class World:
         return self.model(x).square().mean()
 
     def zero(self, set_to_none=True):
+        if self.alive:
+            self.alive += self.gradients()
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none)
 
@@ -122,7 +124,8 @@ class World:
     def swap(self, i):
         """Another tensor behind the same parameter, whose hooks are then of no use.
 
-        Gradients live on, so that no new one gets the id of one that was seen: then it would not be seen to be new.
+        From then on gradients live on, so that no new one gets the id of one that was seen: then it would not be seen to
+        be new.
         """
         p = self.parameter(i)
         if p.requires_grad and self.hook is None:
