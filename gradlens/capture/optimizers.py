@@ -230,7 +230,9 @@ class Optimizers:
 
         def pre(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             watched = quiet.watched.get(id(optimizer))
-            return None if watched is not None and watched.ref() is optimizer else before(optimizer, args, kwargs)
+            if watched is None or watched.ref() is not optimizer or watched.step is not None:
+                return before(optimizer, args, kwargs)
+            return before(optimizer, args, kwargs) if watched in quiet.step.stepped else None
 
         def post(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if after(optimizer, args, kwargs):
@@ -271,7 +273,7 @@ class Optimizers:
     def after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """The hook after a step; True where the user may be interrupted."""
         watched = self.quiet.watched.get(id(optimizer))
-        quiet = watched is not None and watched.ref() is optimizer
+        quiet = watched is not None and watched.ref() is optimizer and watched.step is None
         watched = watched if quiet else self.find(optimizer)
         if watched is None:
             if optimizer in self._foreign or not self.watched:
@@ -283,7 +285,7 @@ class Optimizers:
         if quiet:
             if self.listener.quiet_step_ended(watched, stack.scaler):
                 return True
-            self.listener.step_begins(watched, optimizer, stack, None)  # nothing is read of it: late is early enough
+            self.listener.step_begins(watched, optimizer, stack, None)  # late is early enough: no step closes before it
         closure = closure_of(args, kwargs) if kwargs or len(args) > 1 else None
         self.listener.step_ended(watched, optimizer, stack, closure)
         return True

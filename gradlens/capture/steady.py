@@ -301,8 +301,8 @@ class SteadyRoute:
     def opening(self, closed: Step) -> Marks | None:
         """What is in `.grad` as the next step opens, and every hook in its place; None where that has to be looked at."""
         layout, given = self.layout, closed.given
-        if layout is None or not layout.hooked():
-            return None
+        if layout is None or self._attachment.slots is not layout.slots or not layout.hooked():
+            return None  # a slot that was just found has no hook yet
         if given is None:
             if not layout.there():
                 return None

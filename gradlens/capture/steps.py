@@ -114,7 +114,9 @@ class Steps:
             self._sink(StepClosed(step.number, step.scalars))
         else:
             self._let_go_of(step)
-        self._optimizers.quiet.watched = {} if self.current.observed or not self._quiet() else self._optimizers.by_id
+        quiet = self._optimizers.quiet
+        quiet.watched = {} if self.current.observed or not self._quiet() else self._optimizers.by_id
+        quiet.step = self.current
 
     def _rests(self, step: Step) -> bool:
         """Whether more is to be read or said at the end of this step."""

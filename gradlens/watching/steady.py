@@ -70,10 +70,19 @@ class Calls:
         self.source = Source.USED  #: of the loss's gradient
         self._places: tuple[list[int], slice | Tensor | None] | None = None
 
-    def part(self, before: _Rooms) -> Prepared | None:
-        """The call for what another route's has read, and whose weights that has copied to there."""
+    def take_over(self, before: _Rooms, gradients: Sequence[Tensor], samples: Tensor) -> Prepared | None:
+        """The call for what another route's has read, and whose weights that has copied to there; None where it does not
+        fit."""
         made = self._made.get(PART)
-        return made[1] if made is not None and made[0][1] is before else self._make(PART, (None, before))
+        by = made[1] if made is not None and made[0][1] is before else self._make(PART, (None, before))
+        if by is not None and not by.take_over(gradients, samples):  # its weights may have moved
+            by = self._make(PART, (None, before))
+            if by is not None and not by.take_over(gradients, samples):
+                self.in_vain(PART)
+                return None
+        if by is not None:
+            self._pause = PAUSE
+        return by
 
     def _make(self, kind: str, buffers: tuple[_Rooms, ...]) -> Prepared | None:
         self._made.pop(kind, None)
@@ -205,10 +214,10 @@ class SteadyTables:
         before = self._meter.room(route.parameters, route.rows) if event.updates else None
         if at is None or (before is None) == event.updates or [piece.rows for piece in table.pieces] != [last.route.rows]:
             return False
-        by = calls.part(before)
         with isolated_compute():
             rows, samples, gradients = (taken(n, at) for n in (table.pieces[0].numbers, last.samples, last.piece.numbers))
-        if by is None or not (by.take_over(event.gradients, samples) and unchanged(by, event.gradients, event.updates)):
+        by = calls.take_over(before, event.gradients, samples)
+        if by is None or not unchanged(by, event.gradients, event.updates):
             return False
         self._open.copied = last.key.stage
         self._given(event, by, before, [Piece(route.rows, rows)], Piece(route.rows, gradients))
@@ -281,7 +290,7 @@ def places(rows: Sequence[int], within: Sequence[int]) -> slice | Tensor | None:
     if not at or len(at) < len(rows):
         return None
     side_by_side = at == list(range(at[0], at[0] + len(at)))
-    return slice(at[0], at[0] + len(at)) if side_by_side else torch.tensor(at)
+    return slice(at[0], at[0] + len(at)) if side_by_side else torch.tensor(at, device="cpu")  # whatever the user's default
 
 
 def taken(numbers: Tensor, at: slice | Tensor) -> Tensor:

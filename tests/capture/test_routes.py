@@ -438,3 +438,90 @@ def test_one_backward_for_two_optimizers_goes_by_the_book(monkeypatch):
     assert made[0].parts[0] == 5 * 9
     assert made[0].parts[1] >= 5 * 8
     assert_same(made[0].writer, made[1].writer)
+
+
+def parted(kind):
+    """One backward for an optimizer of the matrices and one of the vectors, step by step; and how many were answered."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    optimizers = [
+        torch.optim.SGD([p for p in net.parameters() if (p.dim() == 2) is matrix], 0.1) for matrix in (True, False)
+    ]
+    writer = RecordingWriter()
+    lens = gradlens.watch(net, optimizers, writers=[writer], rules=RULES)
+    lens._watcher.steady.allowed = kind == "steady"
+    answered = []
+
+    def step():
+        before = lens._tables.steady.answered
+        net.zero_grad()
+        net(torch.randn(6, 4, device="cpu")).square().mean().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        answered.append(lens._tables.steady.answered - before)
+
+    return net, lens, writer, step, answered
+
+
+def test_weights_that_move_in_memory_are_read_by_the_book_again():
+    """From the next step on, each optimizer's of what one backward has reached."""
+    writers = []
+    for kind in ("steady", "general"):
+        net, lens, writer, step, answered = parted(kind)
+        for i in range(12):
+            step()
+            if i == 5:
+                for p in net.parameters():
+                    p.data = p.data.clone()
+        lens.close()
+        writers.append(writer)
+        assert answered[7:] == [5 if kind == "steady" else 0] * 5
+    assert_same(*writers)
+
+
+def test_a_default_device_is_not_where_places_are_kept():
+    """Rows that are not side by side are taken from the host's, wherever the user makes tensors."""
+    writers = []
+    for kind in ("steady", "general"):
+        _, lens, writer, step, answered = parted(kind)
+        with torch.device("meta"):
+            for _ in range(8):
+                step()
+        lens.close()
+        writers.append(writer)
+        assert answered[3:] == [5 if kind == "steady" else 0] * 5
+        assert not [finding for finding in writer.findings if finding.rule == "gradlens-fault"]
+    assert_same(*writers)
+
+
+class Growing(nn.Module):
+    """A net that gets a parameter past registration."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 5), nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.second(self.first(x)) * self._parameters.get("scale", 1.0)
+
+
+def test_a_parameter_that_a_scan_finds_is_hooked_at_once():
+    """It was written past registration: from the scan on its partials are read, though all others went by the book."""
+    writers = []
+    for kind in ("steady", "general"):
+        torch.manual_seed(0)
+        net, writer = Growing(), RecordingWriter()
+        optimizer = torch.optim.SGD(net.parameters(), 0.1)
+        lens = gradlens.watch(net, optimizer, writers=[writer], rules=RULES)
+        lens._watcher.steady.allowed = kind == "steady"
+        for i in range(24):
+            optimizer.zero_grad()
+            net(torch.randn(6, 4)).square().mean().backward()
+            optimizer.step()
+            if i == 14:
+                net._parameters["scale"] = nn.Parameter(torch.ones(3))
+                optimizer.add_param_group({"params": [net._parameters["scale"]]})
+        lens.close()
+        writers.append(writer)
+        assert {row for snapshot in writer.snapshots for row in snapshot.status.tolist()} == {"ok"}
+    assert_same(*writers)
