@@ -249,7 +249,7 @@ def several(steps, schedule, order=(0, 1), listed=(0, 1), times=(1, 1), general=
     """
     torch.manual_seed(0)
     nets = nn.ModuleList([nn.Linear(4, 3), nn.Linear(3, 2)])
-    optimizers = [torch.optim.SGD(net.parameters(), 0.1) for net in nets]
+    optimizers, alive = [torch.optim.SGD(net.parameters(), 0.1) for net in nets], []
     with watched(nets, [optimizers[i] for i in listed], schedule) as lens:
         if general:
             lens._watcher._steps._quiet = lambda: False
@@ -259,6 +259,7 @@ def several(steps, schedule, order=(0, 1), listed=(0, 1), times=(1, 1), general=
                     nets.zero_grad()
                     nets[1](nets[0](data(step))).square().mean().backward()
                     optimizers[i].step()
+                    alive += [p.grad for p in nets.parameters()]  # no new one gets the id of one that was seen
         seen = recorded(lens)
         counted = [(s.step, s.backward, s.stage) for s in lens.writer.snapshots]
         ender = lens._watcher.optimizers.ender
