@@ -72,7 +72,7 @@ class Contention:
 
     def __init__(self, clock: Callable[[], Worked], processor: Callable[[], float] = time.thread_time) -> None:
         self._clock, self._processor = clock, processor
-        self._read, self._cpu, self._thread = clock(), processor(), threading.get_ident()
+        self._read, self._cpu, self._thread = clock(), processor(), threading.get_native_id()
         self.within = Worked(0.0, 0.0)  #: seconds of our threads within the steps that are over
         self._before: deque[_Step] = deque(maxlen=NEAR)
         self._after: list[_Step] = []
@@ -86,9 +86,9 @@ class Contention:
 
     def step_ended(self, duration: float, ours: float, typical: float, *, paused: bool = False) -> bool:
         """A step ended on this thread. Whether our own threads worked during it."""
-        cpu, thread, read = self._processor(), threading.get_ident(), self._clock()
+        cpu, thread, read = self._processor(), threading.get_native_id(), self._clock()
         own, self._cpu = cpu - self._cpu, cpu
-        if thread != self._thread:  # the clock of another one
+        if thread != self._thread:  # the clock of another one; Python's own ids are used again
             self._thread, paused = thread, True
         step = duration - own, own - ours, ours
         if read is self._read:  # as mostly: told in a few calls
