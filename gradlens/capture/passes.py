@@ -142,6 +142,7 @@ class Passes:
                 self._reader.read_pass(entered)
                 step.scale = entered.scale
                 step.passes += 1
+                self._steady.general_pass_ended()
                 self._reader.mark_end(entered)
                 if step.full and self._optimizers.watched:
                     self._thin(entered)

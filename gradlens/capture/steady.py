@@ -223,6 +223,11 @@ class SteadyRoute:
         )
         self.parts += 1
 
+    def general_pass_ended(self) -> None:
+        """A backward went the general way, which may have found gradients that have to be read inside hooks from now on."""
+        if self.layout is not None and True in map(_READ_IN_HOOK, self.layout.slots):
+            self.layout = None
+
     def step_begins(self, step: Step, watched: WatchedOptimizer, optimizer: Optimizer) -> bool:
         """Whether the optimizer is given a gradient of all that it moves, which this step has reached, and they are read.
 
