@@ -308,6 +308,7 @@ class Lens:
                 self._tables.release_open({})
         finally:
             self._watcher.detach()
+            self._tables.detached()
             if self._partials is not None:
                 self._partials.close()
             for finalizer in self._finalizers:

@@ -80,7 +80,7 @@ class Pass:
         self.nested = False
         self.nested_ended = False  # should the outer run have no hook of ours, that was its last sign
         self.compiled = False  # by compiled autograd, which drops callbacks
-        self.inputs: Sequence[Any] = ()
+        self.inputs = frozenset[int]()  # ids of what `backward(inputs=...)` was given
         self.arrivals = Arrivals()
         self.scale: float | Tensor = 1.0  # the loss scale when it began
         self.number: int | None = None  # within its step, once something was read
@@ -94,7 +94,7 @@ class Pass:
         self.phase: Any = None  # of its step then
         self.left: Any = None  # over ranks: what was in `.grad` as its own gradients were read
         self.loss: float | Tensor | None = None  # its root, where that is one number, unscaled
-        self.root: Any = None  # while the pass lasts
+        self.root: weakref.ref[Tensor] | None = None  # a pass that failed stays known, and its graph is not to
 
     def alive(self) -> bool:
         """Whether one of its engine runs goes on."""
@@ -180,7 +180,7 @@ class Engine:
         if run.nested or (run.depth == 0 and current.thread != thread):
             current.nested = True
         else:
-            current.outer, current.inputs = task, run.inputs
+            current.outer, current.inputs = task, frozenset(map(id, run.inputs))
         current.compiled |= _torch.in_compiled_autograd()
         self._queue_end(current, task)
         return current
@@ -252,6 +252,10 @@ class Engine:
             self.passes.remove(current)
             for task in current.tasks:
                 self.by_task.pop(task, None)
+
+    def forget_all(self) -> None:
+        """Nobody listens any more: what runs now is no pass, should a hook of it still be called."""
+        self.passes, self.by_task = [], dict.fromkeys(self.by_task)
 
     def finish_ended_passes(self) -> None:
         """Finish the passes whose end nobody called, as under compiled autograd; outside a backward only."""

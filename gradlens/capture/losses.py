@@ -65,10 +65,10 @@ class Roots:
     def __init__(self) -> None:
         self._last: deque[tuple[weakref.ref[Tensor], int, float | None]] = deque(maxlen=REMEMBERED)
 
-    def add(self, root: Any, step: int, loss: float | Tensor | None) -> None:
+    def add(self, root: weakref.ref[Tensor] | None, step: int, loss: float | Tensor | None) -> None:
         """A backward pass of this step had this root."""
-        if type(root) is Tensor:
-            self._last.append((weakref.ref(root), step, loss if isinstance(loss, float) else None))
+        if root is not None:
+            self._last.append((root, step, loss if isinstance(loss, float) else None))
 
     def step_of(self, value: Any) -> int | None:
         """The step of the last backward whose root, or whose loss, this is; None if it is none's."""

@@ -118,6 +118,7 @@ class Moves:
                 with self._engine.lock:
                     self._read_after(step, watched, optimizer, stack)
         finally:  # the step is over, whatever of ours failed
+            watched.share = None  # it refers to parameters
             step.stepped[watched] = step.passes
             step.moves()
             self._after_step(step, watched)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
+
+from torch import Tensor
 
 from gradlens import _torch, findings
 from gradlens.capture.arrivals import State
@@ -78,7 +81,7 @@ class Passes:
         """What backward was called on: the loss, and its graph."""
         roots = run.roots
         entered.loss = loss_of(roots, entered.scale)
-        entered.root = roots[0] if len(roots) == 1 else None
+        entered.root = weakref.ref(roots[0]) if len(roots) == 1 and type(roots[0]) is Tensor else None
         self._auditor.pass_begins(roots, self._steps.current.number, entered.loss)
         if self._activations.listens:
             self._of_activations(self._activations.pass_begins, entered, roots)
@@ -138,8 +141,8 @@ class Passes:
                 if entered.loss is not None:
                     self._roots.add(entered.root, key.step, entered.loss)
                     self._sink(LossSeen(key.step, key.backward, entered.loss))
-                entered.root = None
                 self._reader.read_pass(entered)
+                self._steady.general_pass_ended()
                 step.scale = entered.scale
                 step.passes += 1
                 self._reader.mark_end(entered)
@@ -160,7 +163,6 @@ class Passes:
                 return False
             if entered.loss is not None:
                 self._roots.add(entered.root, step.number, entered.loss)
-            entered.root = None
             step.scale = entered.scale
             step.passes += 1
         return True

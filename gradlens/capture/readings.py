@@ -116,8 +116,7 @@ class PassReader:
         step.undefined.update(current.arrivals.of(State.UNDEFINED))
         step.undefined -= step.reached
         if current.inputs:
-            inputs = {id(tensor) for tensor in current.inputs}
-            step.excluded.update(s for s in self._attachment.slots if s.hooked and s.hooked not in inputs)
+            step.excluded.update(s for s in self._attachment.slots if s.hooked and s.hooked not in current.inputs)
         step.excluded -= step.reached
 
     def _was_averaged(self, current: Pass) -> bool:
@@ -197,13 +196,12 @@ class PassReader:
         missing = [i for i, slot in enumerate(slots) if slot.read_in_hook or slot in lost or not arrivals.has(slot)]
         if not missing:
             return []
-        inputs = {id(tensor) for tensor in current.inputs}
         notes: list[Note | None] = [None] * len(slots)
         for i in missing:
-            notes[i] = self._note_of(slots[i], current, inputs)
+            notes[i] = self._note_of(slots[i], current)
         return notes
 
-    def _note_of(self, slot: Slot, current: Pass, inputs: set[int]) -> Note | None:
+    def _note_of(self, slot: Slot, current: Pass) -> Note | None:
         parameter, state = slot.tensor(), current.arrivals.state(slot)
         if parameter is None or not parameter.requires_grad:
             return Note.FROZEN
@@ -211,7 +209,7 @@ class PassReader:
             return Note.GONE if state is State.FRESH else None
         if (slot in current.late or not slot.is_hooked(parameter)) and changed(current.step, slot, parameter):
             return Note.UNCAPTURED
-        if inputs and id(parameter) not in inputs:
+        if current.inputs and id(parameter) not in current.inputs:
             return Note.EXCLUDED
         return Note.UNDEFINED if state is State.UNDEFINED else Note.ABSENT
 

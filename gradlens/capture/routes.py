@@ -5,12 +5,14 @@
     Share     an optimizer's route, and the facts that it rests on
 
 Each question is asked of all parameters, or of all of a route, in one call. All of this refers to the parameters: it goes
-with the model.
+with the first module that owns one, or optimizer that moves some. What is only taken out of a module that lives on, and of
+its optimizer, lives until the next backward that is observed, or until the lens is closed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from itertools import chain, compress, repeat
 from operator import attrgetter, call, getitem, is_, is_not
 from typing import Any, NamedTuple
@@ -82,6 +84,15 @@ class Layout:
         self._routes: dict[frozenset[Slot], Route] = {}
         self._last: dict[int, Route] = {}  # what a step's backwards reached last, by their place in it
         self.shares: dict[Any, Share] = {}  #: by optimizer
+        self._lives: list[weakref.ref[Any]] = []
+
+    def watch_lives(self, optimizers: Sequence[Optimizer | None], drop: Callable[[], None]) -> None:
+        """As soon as a module that owns a parameter has died, or one of these, the layout is to be dropped.
+
+        Else what somebody deletes to have its memory back would stay, as long as nothing is trained.
+        """
+        alive = [each for each in (*map(call, self._modules), *optimizers) if each is not None]
+        self._lives = [weakref.ref(each, lambda _: drop()) for each in alive]
 
     # --- facts ------------------------------------------------------------------------------------------------------
 

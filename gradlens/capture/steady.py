@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gradlens.capture.arrivals import State
-from gradlens.capture.attachment import PLAIN, Attachment
+from gradlens.capture.attachment import PLAIN, Attachment, Slot
 from gradlens.capture.engine import Engine, Pass, Run
 from gradlens.capture.events import (
     GradientFacts,
@@ -207,7 +207,7 @@ class SteadyRoute:
         """These gradients are read; and the weights, where the optimizer may be given just these."""
         copied = self._updates and (stage is Stage.REDUCED or not (self._reduced or step.passes))
         if copied:
-            step.weights = route, versions(route.weights)
+            step.weights = route.slots, versions(route.weights)
         self._sink(
             SteadyReading(
                 route=route,
@@ -222,6 +222,11 @@ class SteadyRoute:
             )
         )
         self.parts += 1
+
+    def general_pass_ended(self) -> None:
+        """A backward went the general way, which may have found gradients that have to be read inside hooks from now on."""
+        if self.layout is not None and True in map(_READ_IN_HOOK, self.layout.slots):
+            self.layout = None
 
     def step_begins(self, step: Step, watched: WatchedOptimizer, optimizer: Optimizer) -> bool:
         """Whether the optimizer is given a gradient of all that it moves, which this step has reached, and they are read.
@@ -251,7 +256,7 @@ class SteadyRoute:
         watched.read = watched.steady = True
         watched.untouched, watched.given = untouched, Marks(listed=left)
         watched.share, watched.left, watched.facts, watched.key = share, left, facts, key
-        kept = not self._updates or step.weights == (route, versions(route.weights)) or _stayed(step.weights, route)
+        kept = not self._updates or step.weights == (route.slots, versions(route.weights)) or _stayed(step.weights, route)
         if may_copy(facts, step.scale):
             self._sink(SteadyStart(route, key, gradients, self._updates, kept, share.notes))
         else:
@@ -292,7 +297,6 @@ class SteadyRoute:
         if self._updates:
             self._sink(SteadyUpdate(route, watched.key, gradients, watched.facts, step.scale))
         step.given = left if route.whole and len(self._optimizers.watched) == 1 else None
-        watched.share = None  # it refers to parameters
         self.parts += 1
         return True
 
@@ -335,10 +339,19 @@ class SteadyRoute:
         if not step.passes or not self._fits(step) or not set(map(type, weights)) <= PLAIN:
             return None
         layout = Layout(self._attachment, weights)
-        return layout if layout.hooked_again() else None
+        if not layout.hooked_again():
+            return None
+        layout.watch_lives([watched.ref() for watched in self._optimizers.watched], self.forget)
+        return layout
+
+    def forget(self) -> None:
+        """Refer to no parameter."""
+        self.layout = None
+        for watched in self._optimizers.watched:
+            watched.share = None  # of a step that raised
 
 
-def _stayed(weights: tuple[Route, list[int]] | None, route: Route) -> bool:
+def _stayed(weights: tuple[list[Slot], list[int]] | None, route: Route) -> bool:
     """Whether these are some of the weights whose versions are known, and have stayed as they were."""
-    known = {} if weights is None or weights[0] is route else dict(zip(weights[0].slots, weights[1], strict=True))
+    known = {} if weights is None or weights[0] is route.slots else dict(zip(*weights, strict=True))
     return bool(known) and list(map(known.get, route.slots)) == versions(route.weights)

@@ -123,8 +123,14 @@ class Watcher:
             handle.remove()
         self._handles = []
         self.activations.detach()
-        self.steady.layout = None
         self.attachment.unhook_all()
+        self._forget()
+
+    def _forget(self) -> None:
+        """What a backward or an optimizer's step that is not over, or that raised, has left here is not to live on."""
+        self.engine.forget_all()
+        self._hooks.plain.stop()
+        self.steady.forget()
 
     @guarded("a parameter's replacement", eager=False)
     def registered(self, module: nn.Module, name: str, registered: Any) -> None:

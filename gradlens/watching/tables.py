@@ -300,6 +300,10 @@ class TableBuilder:
             given = self._flips.get(self.open.copied or Stage.USED)
             table.updates += self._meter.measure(update, given, backward)
 
+    def detached(self) -> None:
+        """Nothing more comes: what the last reading by the book refers to is the model's."""
+        self.open.reading = None
+
     def release_open(self, scalars: Mapping[str, Any]) -> None:
         """Send what is complete of the open step, for a question asked in the middle of it."""
         self._try("a question in the middle of a step", self.open.send, self.open.answered(), scalars)

@@ -1,5 +1,7 @@
 """The loss of each backward, from its root, and to which step an observed loss belongs."""
 
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -130,7 +132,7 @@ def test_a_device_scale_keeps_the_loss_on_the_device():
 def test_roots_are_not_kept_alive():
     """A root that is gone is no root, and its number still is."""
     roots, root = Roots(), torch.tensor(3.0)
-    roots.add(root, 7, 3.0)
+    roots.add(weakref.ref(root), 7, 3.0)
     assert roots.step_of(root) == 7
     del root
     assert roots.step_of(3.0) == 7

@@ -661,3 +661,25 @@ def test_columns_of_nothing_stay_empty():
         writers.append(writer)
     assert_same(*writers)
     assert np.isfinite(writers[0].snapshots[-1].columns["update_dot"]).all()
+
+
+@pytest.mark.parametrize("optimizers", [1, 2])
+def test_a_gradient_that_is_freed_inside_a_backward_is_read_in_the_hook_by_the_next_one(optimizers):
+    """The next backward of the very same step, though the one before went the general way by itself."""
+    writers = []
+    for kind in ("steady", "general"):
+        with world(kind, optimizers) as each:
+            each.straight(4)
+            freed = each.model[2].weight
+            for _ in range(2):
+                each.zero()
+                for _ in range(3):
+                    x = torch.randn(4, 5, generator=each.generator, requires_grad=True)
+                    x.register_hook(lambda g, freed=freed: setattr(freed, "grad", None))
+                    each.model(x).square().mean().backward()
+                for optimizer in each.optimizers:
+                    optimizer.step()
+        writers.append(each.writer)
+    assert_same(*writers)
+    read = {(s.step, s.backward): s.status[2] for s in writers[0].snapshots if s.stage == "backward" and s.step >= 4}
+    assert [key for key, status in read.items() if status != "ok"] == [(4, 0)]
