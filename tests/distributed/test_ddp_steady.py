@@ -1,12 +1,8 @@
 """DDP by the steady route and by the general one: random programs go down both, in two ranks, and give the same records."""
 
-import gc
 import random
-import sys
 import warnings
-from collections import Counter
 from contextlib import nullcontext
-from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -20,7 +16,7 @@ from gradlens import kernels
 from gradlens.capture.guards import GUARDED
 from gradlens.testing import RecordingWriter
 from tests.capture.test_steady import RULES, assert_same, same_bits
-from tests.test_cost import MEASURING
+from tests.test_cost import counted_calls
 
 pytestmark = [
     pytest.mark.distributed,
@@ -409,26 +405,6 @@ def watched(layers, micro=1, **watch):
     return lens, step
 
 
-def python_calls(layers, **settings):
-    """Calls of gradlens' functions in one step, on this thread; but for those that measure time, whose answers differ."""
-    lens, step = watched(layers, **settings)
-    package, seen = str(Path(gradlens.__file__).parent), Counter()
-
-    def profiled(frame, event, argument):
-        path = Path(frame.f_code.co_filename)
-        if event == "call" and str(path).startswith(package) and path.stem not in MEASURING:
-            seen[frame.f_code.co_name] += 1
-
-    gc.collect()
-    gc.disable()
-    sys.setprofile(profiled)
-    step()
-    sys.setprofile(None)
-    gc.enable()
-    lens.close()
-    return seen
-
-
 WAYS = {
     "default": {},
     "no_sync": {"micro": 3},
@@ -441,7 +417,7 @@ def counted():
     """For each way: the calls of a step with few parameters, and with many."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return {name: [python_calls(layers, **way) for layers in (5, 40)] for name, way in WAYS.items()}
+        return {name: [counted_calls(*watched(layers, **way)) for layers in (5, 40)] for name, way in WAYS.items()}
 
 
 @pytest.mark.parametrize(("way", "backwards", "calls"), [("default", 1, 200), ("no_sync", 3, 400), ("local", 1, 250)])
