@@ -11,21 +11,9 @@ from torch import nn
 import gradlens
 from gradlens.capture.moves import Moves
 from gradlens.testing import RecordingWriter
-from tests.capture.helpers import data
+from tests.capture.helpers import Fails, data
 
 KINDS = pytest.mark.parametrize("kind", ["steady", "general"])
-
-
-class Fails(torch.autograd.Function):
-    """Its backward finds no memory."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, g):
-        raise RuntimeError("out of memory")
 
 
 class Training:

@@ -8,14 +8,14 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from hypothesis.stateful import initialize, rule
 from torch import nn
 
 import gradlens
 from gradlens import kernels
 from gradlens.kernels.prepared import NativePrepared
 from gradlens.testing import RecordingWriter
-from tests.capture.test_steady import RULES, assert_same, same_bits, world
+from tests.capture.test_steady import RULES, Worlds, assert_same, world
 
 pytestmark = pytest.mark.skipif(kernels._native() is None, reason="the native kernel was not built")
 
@@ -258,7 +258,7 @@ between = st.one_of(
 )
 
 
-class Programs(RuleBasedStateMachine):
+class Programs(Worlds):
     """Three trainings that are told the same."""
 
     @initialize(
@@ -308,20 +308,6 @@ class Programs(RuleBasedStateMachine):
     @rule(calls=st.lists(between, min_size=1, max_size=4))
     def changes(self, calls):
         self.all(calls)
-
-    @invariant()
-    def training_is_the_same(self):
-        if hasattr(self, "worlds"):
-            states = [one.state() for one in self.worlds]
-            for state in states[:2]:
-                assert len(state) == len(states[2])
-                assert all(same_bits(a.numpy(), b.numpy()) for a, b in zip(state, states[2], strict=True))
-
-    def teardown(self):
-        if hasattr(self, "worlds"):
-            for one in self.worlds[:2]:
-                one.lens.close()
-            assert_same(*(one.writer for one in self.worlds[:2]))
 
 
 Programs.TestCase.settings = settings(

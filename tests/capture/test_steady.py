@@ -223,7 +223,26 @@ class Middle:
 MIDDLES = [name for name in vars(Middle) if not name.startswith("_")]
 
 
-class Programs(RuleBasedStateMachine):
+class Worlds(RuleBasedStateMachine):
+    """One training in three worlds: by the steady route, by the general one, and unwatched. A rule makes `worlds`."""
+
+    @invariant()
+    def training_is_the_same(self):
+        if hasattr(self, "worlds"):
+            states = [world.state() for world in self.worlds]
+            for state in states[:2]:
+                assert len(state) == len(states[2])
+                assert all(same_bits(a.numpy(), b.numpy()) for a, b in zip(state, states[2], strict=True))
+
+    def teardown(self):
+        if not hasattr(self, "worlds"):
+            return
+        for world in self.worlds[:2]:
+            world.lens.close()
+        assert_same(*(world.writer for world in self.worlds[:2]))
+
+
+class Programs(Worlds):
     """Three trainings that are told the same."""
 
     @initialize(
@@ -435,21 +454,6 @@ class Programs(RuleBasedStateMachine):
                     state.update({k: v.float() for k, v in state.items() if isinstance(v, torch.Tensor) and v.dim()})
 
         self.all(call)
-
-    @invariant()
-    def training_is_the_same(self):
-        if hasattr(self, "worlds"):
-            states = [world.state() for world in self.worlds]
-            for state in states[:2]:
-                assert len(state) == len(states[2])
-                assert all(same_bits(a.numpy(), b.numpy()) for a, b in zip(state, states[2], strict=True))
-
-    def teardown(self):
-        if not hasattr(self, "worlds"):
-            return
-        for world in self.worlds[:2]:
-            world.lens.close()
-        assert_same(*(world.writer for world in self.worlds[:2]))
 
 
 def assert_same(one, other):

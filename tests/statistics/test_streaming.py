@@ -13,6 +13,7 @@ from gradlens.records import Parameters
 from gradlens.statistics.evidence import Evidence
 from gradlens.statistics.memory import Plan
 from gradlens.statistics.streaming import EvidenceCollector
+from tests.capture.helpers import Fails
 
 
 def make():
@@ -229,16 +230,6 @@ def test_what_a_backward_does_not_compute_is_left_out(how):
         streaming = lens._tables.evidence
         counted = [int(streaming._evidence._steps[0].steps[streaming._at[row]]) for row in range(2)]
         assert counted == [3, 2]
-
-
-class Fails(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, g):
-        raise RuntimeError("out of memory")
 
 
 def test_a_step_with_a_failed_backward_is_left_out_and_said():
