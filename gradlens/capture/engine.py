@@ -86,7 +86,7 @@ class Pass:
         self.number: int | None = None  # within its step, once something was read
         self.step: Any = None  # that it is part of
         self.late: set[Any] = set()  # slots that got their hooks when it had begun
-        self.last: Any = None  # over ranks: what was accumulated last; or first, in a pass by the book
+        self.last: Any = None  # over ranks: what was accumulated last
         self.lost: set[Any] = set()  # over ranks: slots whose own gradient was written over before it was read
         self.read = True  # else it is only counted
         self.layout: Any = None  # that it began by, where it began by the book

@@ -56,6 +56,9 @@ class GradientFacts:
     reduced: bool = False  #: what that one left was read as `reduced`: all ranks' mean, everything accumulated in it
 
 
+UNTOUCHED = GradientFacts(single=True, own=True, untouched=True)
+
+
 @dataclass(frozen=True, slots=True)
 class Update:
     """What the optimizer did: read once its step is over."""

@@ -35,6 +35,7 @@ from gradlens.capture.arrivals import State
 from gradlens.capture.attachment import PLAIN, Attachment, Slot
 from gradlens.capture.engine import Engine, Pass, Run
 from gradlens.capture.events import (
+    UNTOUCHED,
     GradientFacts,
     LossSeen,
     PassEnded,
@@ -57,7 +58,6 @@ STAGES = tuple(map(frozenset, ({"backward", "used"}, {"reduced", "used"}, {"back
 
 _WRAPPED, _READ_IN_HOOK = attrgetter("wrapped"), attrgetter("read_in_hook")
 _NOTHING: tuple[None, list[Tensor]] = None, []
-_UNTOUCHED = GradientFacts(single=True, own=True, untouched=True)
 
 
 class SteadyRoute:
@@ -249,7 +249,7 @@ class SteadyRoute:
         untouched = step.ending.are(*left)
         if share.frozen and untouched:
             untouched = step.ending.all_same(share.frozen, gradients_at(self._attachment.at(share.frozen)))
-        facts = _UNTOUCHED
+        facts = UNTOUCHED
         single, reduced = step.passes == 1 and step.fresh and not self._local, step.reduced == step.passes - 1
         if reduced or not (untouched and single and step.own):
             facts = GradientFacts(single, step.own, untouched, reduced=reduced)

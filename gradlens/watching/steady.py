@@ -11,16 +11,16 @@ numbers of its own are taken from there.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from operator import is_
+from operator import is_, methodcaller
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from gradlens import kernels
-from gradlens.capture.events import GradientFacts, Steady, SteadyReading, SteadyStart, SteadyUpdate, SteadyUsed
+from gradlens.capture.events import UNTOUCHED, GradientFacts, Steady, SteadyReading, SteadyStart, SteadyUpdate, SteadyUsed
 from gradlens.capture.provenance import loss_gradient
-from gradlens.kernels.prepared import GradientRows, Prepared
+from gradlens.kernels.prepared import Prepared
 from gradlens.records import Parameters, Source, Stage, TableKey
 from gradlens.statistics.buffers import Buffer
 from gradlens.statistics.table import Piece, Table
@@ -32,7 +32,6 @@ from gradlens.watching.updates import UpdateMeter
 PAUSE, LONGEST = 2, 1024
 
 _Rooms = kernels.StableTensors | None
-_UNTOUCHED = GradientFacts(single=True, own=True, untouched=True)
 
 #: What a call reads: a step's first backward, a later one, what ranks averaged; what an optimizer is given, and the same
 #: with the loss's own.
@@ -70,20 +69,6 @@ class Calls:
         self.source = Source.USED  #: of the loss's gradient
         self._places: tuple[list[int], slice | Tensor | None] | None = None
 
-    def take_over(self, before: _Rooms, gradients: Sequence[Tensor], samples: Tensor) -> Prepared | None:
-        """The call for what another route's has read, and whose weights that has copied to there; None where it does not
-        fit."""
-        made = self._made.get(PART)
-        by = made[1] if made is not None and made[0][1] is before else self._make(PART, (None, before))
-        if by is not None and not by.take_over(gradients, samples):  # its weights may have moved
-            by = self._make(PART, (None, before))
-            if by is not None and not by.take_over(gradients, samples):
-                self.in_vain(PART)
-                return None
-        if by is not None:
-            self._pause = PAUSE
-        return by
-
     def _make(self, kind: str, buffers: tuple[_Rooms, ...]) -> Prepared | None:
         self._made.pop(kind, None)
         if self._left:
@@ -107,26 +92,25 @@ class Calls:
             self._places = within, places(rows, within)
         return self._places[1]
 
-    def read(
-        self, kind: str, buffers: tuple[_Rooms, ...], gradients: Sequence[Tensor], detail: bool, copy: bool
-    ) -> tuple[Prepared, GradientRows] | None:
-        """The gradients' rows and what has read them; None where they cannot be read so.
+    def serve(self, kind: str, buffers: tuple[_Rooms, ...], ask: Callable[[Prepared], Any]) -> tuple[Prepared, Any] | None:
+        """The prepared call, and what it answers where it is asked; None where none answers.
 
         buffers: The last gradients, the weights before the step, and the loss's own gradients.
         """
         made = self._made.get(kind)
         fits = made is not None and all(map(is_, made[0], buffers))
         prepared = made[1] if made is not None and fits else self._make(kind, buffers)
-        rows = None if prepared is None else prepared.read(gradients, detail, copy)
-        if rows is None and prepared is not None:  # its weights may have moved
+        answer = None if prepared is None else ask(prepared)
+        if prepared is not None and not answer:  # its weights may have moved
             prepared = self._make(kind, buffers)
-            rows = None if prepared is None else prepared.read(gradients, detail, copy)
-        if prepared is None or rows is None:
-            if prepared is not None:
-                self.in_vain(kind)
+            answer = None if prepared is None else ask(prepared)
+        if prepared is None:
+            return None
+        if not answer:
+            self.in_vain(kind)
             return None
         self._pause = PAUSE
-        return prepared, rows
+        return prepared, answer
 
 
 class SteadyTables:
@@ -169,7 +153,9 @@ class SteadyTables:
             return False
         calls = route.calls or _calls(route)
         kind = REDUCED if key.stage is Stage.REDUCED else FIRST if event.updates or not key.backward else LATER
-        read = calls.read(kind, (previous, before), event.gradients, self._detail(key.step), event.updates)
+        read = calls.serve(
+            kind, (previous, before), methodcaller("read", event.gradients, self._detail(key.step), event.updates)
+        )
         if read is None:
             return False
         prepared, rows = read
@@ -194,7 +180,7 @@ class SteadyTables:
         """What the optimizer is given was read at the end of the backward, and its table has the same numbers."""
         route, last, table = event.route, self._open.reading, self._open.last
         if Stage.USED in self._flips:  # some `used` gradient differed once: its successors compare with it
-            return self._read_used(event, _UNTOUCHED, 1.0)
+            return self._read_used(event, UNTOUCHED, 1.0)
         if last is None or table is None or last.key != (table.step, table.backward, table.stage) or not event.kept:
             return False
         if last.route is not route:
@@ -216,8 +202,8 @@ class SteadyTables:
             return False
         with isolated_compute():
             rows, samples, gradients = (taken(n, at) for n in (table.pieces[0].numbers, last.samples, last.piece.numbers))
-        by = calls.take_over(before, event.gradients, samples)
-        if by is None or not unchanged(by, event.gradients, event.updates):
+        served = calls.serve(PART, (None, before), methodcaller("take_over", event.gradients, samples))
+        if served is None or not unchanged(by := served[0], event.gradients, event.updates):
             return False
         self._open.copied = last.key.stage
         self._given(event, by, before, [Piece(route.rows, rows)], Piece(route.rows, gradients))
@@ -247,7 +233,9 @@ class SteadyTables:
         if copy and event.kept and first is not None and first.key.step == key.step:
             copy = not first.by.unchanged(event.gradients)[1]
         kind = USED if loss is None else KEPT
-        read = calls.read(kind, (previous, before, loss), event.gradients, self._detail(key.step), copy)
+        read = calls.serve(
+            kind, (previous, before, loss), methodcaller("read", event.gradients, self._detail(key.step), copy)
+        )
         if read is None:
             return False
         by, rows = read
